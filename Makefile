@@ -1,0 +1,40 @@
+# make demo   the main job on real data, shown         make test-gpu  GPU tests, in the environment that is active
+# make test   every test that needs no GPU             make bench     the benchmarks on this CPU
+# make lint   format, lint and types                   make clean     remove what the others made
+#
+# Each target that needs it creates .venv first: Python 3.11 or newer is all a machine must have.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint test-gpu bench install clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/digits.py demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-gpu:
+	python -m pytest -m gpu
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/search.py --device cpu
+	$(BIN)/python benchmarks/end_to_end.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[test,notebooks]'
+	touch $@
+
+clean:
+	rm -rf .venv demo build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

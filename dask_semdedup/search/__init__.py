@@ -1,0 +1,200 @@
+"""Nearest earlier neighbour, segment by segment: exact, at half-precision speed.
+
+The package knows nothing of frames and can be used by itself. `nearest_earlier` is its entry point; `certify` holds
+the error bounds and the exact rescoring, and each engine is a module that does the coarse pass.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from dask_semdedup.search import certify, torch_engine
+from dask_semdedup.search.certify import UnitRows
+
+__all__ = ["COMPUTE_DTYPES", "nearest_earlier"]
+
+COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def nearest_earlier(
+    rows: torch.Tensor,
+    segments: torch.Tensor,
+    *,
+    compute_dtype: str = "auto",
+    batch_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find for every row its most similar earlier row of the same segment.
+
+    Parameters
+    ----------
+    rows : torch.Tensor
+        (n, d) finite floating-point rows on any device, in rank order within each segment. They need not be of unit
+        length. An all-zero row has similarity 0 to everything.
+    segments : torch.Tensor
+        (k + 1,) integer offsets, from 0 to n, not descending: segment ``s`` is
+        ``rows[segments[s]:segments[s + 1]]``.
+    compute_dtype : {"auto", "float32", "float16", "bfloat16"}, default "auto"
+        "auto" is exact: a coarse pass in half precision where the hardware has it, a certificate, and rescoring of
+        the candidates that it leaves. The others are plain searches: the largest score as computed in that dtype.
+    batch_size : int, optional
+        Queries multiplied at once. Chosen by the engine when not given.
+
+    Returns
+    -------
+    scores : torch.Tensor
+        (n,) float32 cosine similarities in [-1, 1], within 2e-6 of float64 in the exact search. The first row of a
+        segment gets 0.0.
+    index : torch.Tensor
+        (n,) int64 positions in `rows`; among equally similar rows the first. The first row of a segment gets itself.
+
+    Raises
+    ------
+    ValueError
+        If `compute_dtype` or `batch_size` is not one of those allowed, or `segments` do not cover `rows`.
+
+    Examples
+    --------
+    >>> rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [1.0, 1.0]])
+    >>> nearest_earlier(rows, torch.tensor([0, 3, 4]))
+    (tensor([0.0000, 0.0000, 0.8000, 0.0000]), tensor([0, 0, 1, 3]))
+    """
+    segments = _check(rows, segments, compute_dtype, batch_size)
+    scores = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
+    index = torch.arange(len(rows), device=rows.device)
+    if len(rows):
+        unit = certify.measure(rows.float().contiguous())
+        strip_size = batch_size or torch_engine.STRIP
+        with _ieee_products:
+            if compute_dtype == "auto":
+                _exact(unit, segments, strip_size, scores, index)
+            else:
+                _plain(unit, segments, getattr(torch, compute_dtype), strip_size, scores, index)
+    return scores.clamp_(-1.0, 1.0), index
+
+
+def _check(rows: torch.Tensor, segments: torch.Tensor, compute_dtype: str, batch_size: int | None) -> torch.Tensor:
+    """Validate the arguments of `nearest_earlier`; `segments` on the CPU."""
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, not {compute_dtype!r}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if rows.ndim != 2 or not rows.is_floating_point():
+        raise ValueError(f"rows must be a floating-point matrix, not {rows.dtype} of shape {tuple(rows.shape)}")
+    segments = segments.to("cpu", torch.int64)
+    covers = segments.ndim == 1 and len(segments) and segments[0] == 0 and segments[-1] == len(rows)
+    if not covers or bool((segments.diff() < 0).any()):
+        raise ValueError(f"segments must be offsets that ascend from 0 to the number of rows, {len(rows)}")
+    return segments
+
+
+def _exact(unit: UnitRows, segments: torch.Tensor, strip_size: int, scores: torch.Tensor, index: torch.Tensor) -> None:
+    """The exact search: a coarse pass, then more precise ones for the queries whose candidates crowd."""
+    small, queries = _by_size(unit, segments)
+    pairs = torch_engine.Pairs(unit, scores, index)
+    single = torch_engine.in_float32(unit)
+    crowded = torch_engine.certified_in_batches(single, unit.is_zero, segments, small, pairs)
+    half = half_dtype(unit.rows.device)
+    if half is not None and len(queries):
+        queries = torch_engine.certified(torch_engine.in_half(unit, half), queries, segments, pairs, strip_size)
+    queries = torch_engine.certified(single, queries, segments, pairs, strip_size)
+    pairs.flush()
+    crowded = torch.cat([crowded, queries]).sort().values
+    torch_engine.nearest(torch_engine.Double(unit.rows), crowded, segments, scores, index, strip_size)
+    _answer_zero_rows(unit, segments, index)
+
+
+def _plain(
+    unit: UnitRows,
+    segments: torch.Tensor,
+    dtype: torch.dtype,
+    strip_size: int,
+    scores: torch.Tensor,
+    index: torch.Tensor,
+) -> None:
+    """The search in one dtype, without a certificate."""
+    coarse = torch_engine.in_float32(unit) if dtype == torch.float32 else torch_engine.in_half(unit, dtype)
+    small, queries = _by_size(unit, segments)
+    torch_engine.nearest_in_batches(coarse, segments, small, scores, index)
+    torch_engine.nearest(coarse, queries, segments, scores, index, strip_size)
+    _answer_zero_rows(unit, segments, index)
+
+
+def _by_size(unit: UnitRows, segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the segments that are searched in batches, and the queries of the larger ones, ascending.
+
+    A query is a row that is not zero and has an earlier one.
+    """
+    lengths = segments.diff()
+    is_small = lengths <= torch_engine.SMALL
+    is_query = (~is_small).repeat_interleave(lengths)
+    is_query[segments[:-1][~is_small]] = False
+    queries = (is_query.to(unit.rows.device) & ~unit.is_zero).nonzero().flatten()
+    return (is_small & (lengths > 1)).nonzero().flatten(), queries
+
+
+def _answer_zero_rows(unit: UnitRows, segments: torch.Tensor, index: torch.Tensor) -> None:
+    """A zero row is equally similar to every row: the first row of its segment is its answer."""
+    zero = unit.is_zero.nonzero().flatten()
+    segment = torch.searchsorted(segments, zero.cpu(), right=True) - 1
+    index[zero] = segments[segment].to(index.device)
+
+
+def half_dtype(device: torch.device) -> torch.dtype | None:
+    """The half precision that `device` multiplies fast, or None.
+
+    Examples
+    --------
+    >>> half_dtype(torch.device("cpu")) in (torch.bfloat16, None)
+    True
+    """
+    if device.type == "cuda":
+        return torch.float16
+    if device.type == "cpu" and _cpu_has_bfloat16():
+        return torch.bfloat16
+    return None
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware, and torch uses it."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class _IeeeProducts:
+    """Multiply float32 in float32, and add float16 products up in float32, whatever the user has set for models.
+
+    The settings are the process's: the first thread to enter changes them, the last to leave restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._saved = self._swap("highest", False)
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._swap(*self._saved)
+
+    @staticmethod
+    def _swap(precision: str, reduced: bool) -> tuple[str, bool]:
+        """Set the two, and return what they were."""
+        cuda = torch.backends.cuda.matmul
+        before = torch.get_float32_matmul_precision(), cuda.allow_fp16_reduced_precision_reduction
+        torch.set_float32_matmul_precision(precision)
+        cuda.allow_fp16_reduced_precision_reduction = reduced
+        return before
+
+
+_ieee_products = _IeeeProducts()

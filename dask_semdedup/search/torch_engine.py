@@ -1,0 +1,391 @@
+"""The coarse pass by blocked matrix products in torch, on any device.
+
+Large segments are searched strip by strip: a strip of queries is multiplied by panels of the candidates ranked
+before its last query, and only the pairs that can still be nearest (see `certify`) leave the strip. Small segments
+are padded to a common length and multiplied in batches, in float32, which needs no half-precision copy.
+
+Scores are laid out candidate by query, so that maxima over blocks of candidates run along contiguous rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dask_semdedup.search import certify
+from dask_semdedup.search.certify import UnitRows
+
+SMALL = 256
+"""Segments up to this many rows are searched in batches."""
+
+BLOCK = 64
+"""Candidates whose maximum is taken at once."""
+
+STRIP = 512
+"""Queries multiplied at once, unless the caller says otherwise."""
+
+BATCH_BYTES = 4 << 20
+"""Bytes of padded rows at once: a batch of small segments stays in the cache."""
+
+MOST_HITS = 16
+"""A query with more candidates than this, and than one in `DENSE` rows, is multiplied again more precisely:
+past it, one dense product is cheaper than gathering the pairs."""
+
+DENSE = 128
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """A representation of the unit rows in which scores are computed, and how far to trust it.
+
+    Attributes
+    ----------
+    rows : torch.Tensor
+        (n, d) in the dtype of the products.
+    scale : torch.Tensor or None
+        (n,) factors that make the rows unit vectors; None where they are.
+    bound : torch.Tensor
+        (n,) bounds on the error of a query's scores before they are rounded to the dtype of `rows`.
+    """
+
+    rows: torch.Tensor
+    scale: torch.Tensor | None
+    bound: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the scores."""
+        return self.rows.dtype
+
+    def multiply(self, candidates: slice, queries: torch.Tensor, out: torch.Tensor) -> None:
+        """Put the similarities of `candidates` to `queries`, candidate by query, into `out`."""
+        torch.mm(self.rows[candidates], self.rows[queries].T, out=out)
+        if self.scale is not None:
+            out.mul_(self.scale[candidates, None]).mul_(self.scale[queries])
+
+
+@dataclass(frozen=True)
+class Double:
+    """The unit rows in float64, converted panel by panel: scores that need no certificate."""
+
+    rows: torch.Tensor
+    dtype: torch.dtype = torch.float64
+
+    def multiply(self, candidates: slice, queries: torch.Tensor, out: torch.Tensor) -> None:
+        """Put the similarities of `candidates` to `queries`, candidate by query, into `out`."""
+        torch.mm(self._unit(self.rows[candidates]), self._unit(self.rows[queries]).T, out=out)
+        certify.snap(out)
+
+    @staticmethod
+    def _unit(rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.double()
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows.div_(torch.where(norm > 0, norm, 1.0))
+
+
+def in_float32(unit: UnitRows) -> Coarse:
+    """The rows as they are, scores computed in float32."""
+    bound = certify.accumulation_bound(unit.width) + 2 * certify.UNIT_TOLERANCE
+    scale = None if unit.is_unit else unit.inverse_norm
+    return Coarse(unit.rows, scale, torch.full_like(unit.inverse_norm, bound))
+
+
+def in_half(unit: UnitRows, dtype: torch.dtype) -> Coarse:
+    """A half-precision copy of the unit rows."""
+    half, residual = certify.half_copy(unit, dtype)
+    bound = certify.half_bound(residual, residual.max(), unit.width)
+    return Coarse(half, None, bound)
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """Bytes that the scores of one panel may take: an eighth of what is free, at most 32 MiB on a CPU, 1 GiB on CUDA."""
+    if device.type == "cuda":
+        return min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
+    import psutil
+
+    return max(1 << 20, min(32 << 20, psutil.virtual_memory().available // 8))
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Queries of one segment, and the candidates that are ranked before the last of them."""
+
+    start: int
+    queries: torch.Tensor
+    stop: int
+
+    def panels(self, size: int) -> Iterator[slice]:
+        """Cut the candidates into panels of `size` rows."""
+        for first in range(self.start, self.stop, size):
+            yield slice(first, min(first + size, self.stop))
+
+
+def strips(queries: torch.Tensor, segments: torch.Tensor, size: int) -> Iterator[Strip]:
+    """Cut `queries` into strips of at most `size` queries of one segment.
+
+    Parameters
+    ----------
+    queries : torch.Tensor
+        (m,) int64 rows, ascending.
+    segments : torch.Tensor
+        (k + 1,) int64 offsets, on the CPU.
+    size : int
+        Queries in a strip.
+
+    Examples
+    --------
+    >>> for strip in strips(torch.tensor([1, 2, 4]), torch.tensor([0, 3, 5]), size=8):
+    ...     print(strip.start, strip.queries.tolist(), strip.stop)
+    0 [1, 2] 2
+    3 [4] 4
+    """
+    cuts = torch.searchsorted(queries, segments.to(queries.device)).tolist()
+    starts = segments.tolist()
+    for start, first, last in zip(starts, cuts, cuts[1:], strict=False):
+        for cut in range(first, last, size):
+            part = queries[cut : min(cut + size, last)]
+            yield Strip(start, part, int(part[-1]))
+
+
+class Panels:
+    """Scores of a strip, panel by panel, in one buffer that is used again and again."""
+
+    def __init__(self, product: Coarse | Double, strip_size: int) -> None:
+        self.product = product
+        device, width = product.rows.device, product.rows.shape[1]
+        # Float64 panels are converted copies of the rows: those take room too.
+        columns = max(strip_size, width) if isinstance(product, Double) else strip_size
+        blocks = workspace_bytes(device) // (product.dtype.itemsize * columns * BLOCK)
+        self.size = BLOCK * max(1, blocks)
+        self.buffer = torch.empty(self.size * strip_size, dtype=product.dtype, device=device)
+
+    def scores(self, strip: Strip) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield each panel's first candidate and its scores, shaped (blocks, `BLOCK`, queries).
+
+        Scores of candidates not ranked before the query, and of the padding of the last block, are -inf.
+        """
+        n_queries = len(strip.queries)
+        for panel in strip.panels(self.size):
+            n_candidates = panel.stop - panel.start
+            padded = -(-n_candidates // BLOCK) * BLOCK
+            scores = self.buffer[: padded * n_queries].view(padded, n_queries)
+            scores[n_candidates:] = -math.inf
+            self.product.multiply(panel, strip.queries, scores[:n_candidates])
+            _mask_later(scores[:n_candidates], panel, strip.queries)
+            yield panel.start, scores.view(-1, BLOCK, n_queries)
+
+
+def _mask_later(scores: torch.Tensor, panel: slice, queries: torch.Tensor) -> None:
+    """Set the scores of candidates that are not ranked before the query to -inf."""
+    first = max(int(queries[0]), panel.start)
+    if first < panel.stop:
+        later = torch.arange(first, panel.stop, device=queries.device)[:, None] >= queries
+        scores[first - panel.start :].masked_fill_(later, -math.inf)
+
+
+def nearest(
+    product: Coarse | Double,
+    queries: torch.Tensor,
+    segments: torch.Tensor,
+    scores: torch.Tensor,
+    index: torch.Tensor,
+    strip_size: int = STRIP,
+) -> None:
+    """Put the best score of each query as computed, and the first candidate that has it."""
+    panels = Panels(product, strip_size)
+    for strip in strips(queries, segments, strip_size):
+        column = torch.arange(len(strip.queries), device=queries.device)
+        best = torch.full(column.shape, -math.inf, dtype=product.dtype, device=queries.device)
+        where = strip.queries.clone()
+        for first, block_scores in panels.scores(strip):
+            maximum, block = block_scores.amax(dim=1).max(dim=0)
+            inside = block_scores[block, :, column].argmax(dim=1)
+            better = maximum > best
+            best = torch.where(better, maximum, best)
+            where = torch.where(better, first + block * BLOCK + inside, where)
+        found = best > -math.inf
+        scores[strip.queries] = torch.where(found, best, 0.0).float()
+        index[strip.queries] = where
+
+
+class Pairs:
+    """Candidate pairs, rescored whenever enough of them have gathered."""
+
+    FLUSH = 1 << 14
+
+    def __init__(self, unit: UnitRows, scores: torch.Tensor, index: torch.Tensor) -> None:
+        self.unit, self.scores, self.index = unit, scores, index
+        self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.count = 0
+
+    def add(self, query: torch.Tensor, candidate: torch.Tensor) -> None:
+        """Hold the pairs, all of each query's."""
+        self.held.append((query, candidate))
+        self.count += len(query)
+        if self.count >= self.FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Rescore what is held."""
+        if self.held:
+            query, candidate = (torch.cat(part) for part in zip(*self.held, strict=True))
+            certify.rescore(self.unit, query, candidate, self.scores, self.index)
+        self.held, self.count = [], 0
+
+
+def certified(
+    coarse: Coarse, queries: torch.Tensor, segments: torch.Tensor, pairs: Pairs, strip_size: int = STRIP
+) -> torch.Tensor:
+    """Add the pairs that can be nearest to `pairs`, and return the queries that have too many of them."""
+    panels = Panels(coarse, strip_size)
+    crowded = [queries[:0]]
+    for strip in strips(queries, segments, strip_size):
+        bound = coarse.bound[strip.queries]
+        most = max(MOST_HITS, (strip.stop - strip.start) // DENSE)
+        best = torch.full_like(bound, -math.inf)
+        hits = torch.zeros(len(bound), dtype=torch.int64, device=bound.device)
+        found = []
+        for first, scores in panels.scores(strip):
+            maxima = scores.amax(dim=1)
+            best = torch.maximum(best, maxima.amax(dim=0).float())
+            threshold = best - certify.window(best, bound, coarse.dtype)
+            threshold[(hits > most) | (best == -math.inf)] = math.inf
+            column, candidate, score = _reaching(scores, maxima, threshold, most, hits)
+            found.append((column, candidate + first, score))
+        crowded.append(strip.queries[hits > most])
+        column, candidate, score = (torch.cat(part) for part in zip(*found, strict=True))
+        # Earlier panels were held against a best score that later ones may have raised.
+        keep = score >= (best - certify.window(best, bound, coarse.dtype))[column]
+        keep &= hits[column] <= most
+        pairs.add(strip.queries[column[keep]], candidate[keep])
+    return torch.cat(crowded)
+
+
+def _reaching(
+    scores: torch.Tensor, maxima: torch.Tensor, threshold: torch.Tensor, most: int, hits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find the scores that reach their query's threshold, block by block.
+
+    Adds to `hits`, per query, the blocks and then the entries found; queries with more than `most` yield none.
+
+    Returns
+    -------
+    column, candidate, score : torch.Tensor
+        Position of the query in the strip, of the candidate in the panel, and the coarse score in float32.
+    """
+    reached = maxima >= threshold
+    hits += reached.sum(dim=0)
+    reached &= hits <= most
+    block, column = reached.nonzero(as_tuple=True)
+    entries = scores[block, :, column].float()
+    pair, inside = (entries >= threshold[column, None]).nonzero(as_tuple=True)
+    column = column[pair]
+    hits += torch.bincount(column, minlength=len(hits))
+    return column, block[pair] * BLOCK + inside, entries[pair, inside]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Small segments of similar length.
+
+    Attributes
+    ----------
+    starts, lengths : torch.Tensor
+        (g,) int64 first row and number of rows of each segment.
+    longest : int
+        Rows that every segment is padded to.
+    is_contiguous : bool
+        Whether the segments lie one behind the other, all of one length: then no row is copied.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    longest: int
+    is_contiguous: bool
+
+    def rows(self) -> torch.Tensor:
+        """(g, longest) int64 row numbers; short segments repeat their last row."""
+        place = torch.arange(self.longest, device=self.starts.device)
+        return self.starts[:, None] + torch.minimum(place, self.lengths[:, None] - 1)
+
+
+def batches(segments: torch.Tensor, which: torch.Tensor, row_bytes: int, device: torch.device) -> Iterator[Batch]:
+    """Group the segments in `which` by length, each group about `BATCH_BYTES` of padded rows.
+
+    Parameters
+    ----------
+    segments : torch.Tensor
+        (k + 1,) int64 offsets, on the CPU.
+    which : torch.Tensor
+        (m,) int64 segments.
+    row_bytes : int
+        Bytes of one row.
+    device : torch.device
+        Where the batches are wanted.
+    """
+    lengths, order = segments.diff()[which].sort(descending=True, stable=True)
+    starts = segments[which[order]]
+    first = 0
+    while first < len(lengths):
+        longest = int(lengths[first])
+        # No segment is padded by more than a third.
+        alike = int(torch.searchsorted(-lengths, -0.75 * longest, right=True))
+        last = min(first + max(1, BATCH_BYTES // (row_bytes * longest)), alike)
+        is_contiguous = bool((starts[first:last].diff() == longest).all()) and int(lengths[last - 1]) == longest
+        yield Batch(starts[first:last].to(device), lengths[first:last].to(device), longest, is_contiguous)
+        first = last
+
+
+def _batch_scores(coarse: Coarse, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+    """Scores of a batch, (g, candidates, queries): -inf unless the candidate is ranked before the query."""
+    if batch.is_contiguous:
+        first = int(batch.starts[0])
+        values = coarse.rows[first : first + rows.numel()]
+    else:
+        values = coarse.rows.index_select(0, rows.flatten())
+    values = values.view(*rows.shape, -1)
+    scores = torch.bmm(values, values.mT)
+    if coarse.scale is not None:
+        scale = coarse.scale[rows]
+        scores.mul_(scale[:, :, None]).mul_(scale[:, None, :])
+    place = torch.arange(batch.longest, device=scores.device)
+    return scores.masked_fill_(place[:, None] >= place, -math.inf)
+
+
+def nearest_in_batches(
+    coarse: Coarse, segments: torch.Tensor, which: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
+) -> None:
+    """Put the best score of each row of the small segments in `which` as computed, and the first that has it."""
+    for batch in batches(segments, which, coarse.rows[:1].nbytes, coarse.rows.device):
+        rows = batch.rows()
+        best, candidate = _batch_scores(coarse, batch, rows).max(dim=1)
+        found = (best > -math.inf) & (torch.arange(batch.longest, device=rows.device) < batch.lengths[:, None])
+        scores[rows[found]] = best[found].float()
+        index[rows[found]] = rows.gather(1, candidate)[found]
+
+
+def certified_in_batches(
+    coarse: Coarse, is_zero: torch.Tensor, segments: torch.Tensor, which: torch.Tensor, pairs: Pairs
+) -> torch.Tensor:
+    """Add the pairs of the small segments in `which` that can be nearest to `pairs`; zero rows are no queries.
+
+    Returns the queries that have too many of them.
+    """
+    crowded = [torch.empty(0, dtype=torch.int64, device=is_zero.device)]
+    for batch in batches(segments, which, coarse.rows[:1].nbytes, coarse.rows.device):
+        rows = batch.rows()
+        scores = _batch_scores(coarse, batch, rows)
+        best = scores.amax(dim=1)
+        threshold = best - certify.window(best, coarse.bound[rows], coarse.dtype)
+        is_padding = torch.arange(batch.longest, device=rows.device) >= batch.lengths[:, None]
+        threshold[is_padding | is_zero[rows] | (best == -math.inf)] = math.inf
+        hits = scores >= threshold[:, None]
+        is_crowded = hits.sum(dim=1) > MOST_HITS
+        crowded.append(rows[is_crowded])
+        hits &= ~is_crowded[:, None]
+        segment, candidate, query = hits.nonzero(as_tuple=True)
+        pairs.add(rows[segment, query], rows[segment, candidate])
+    return torch.cat(crowded)

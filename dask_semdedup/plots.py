@@ -1,0 +1,287 @@
+"""Pictures of scores and duplicates, as Matplotlib figures.
+
+Each function returns a :class:`matplotlib.figure.Figure` made without pyplot, so that nothing global changes and
+nothing needs a screen: a notebook shows what a function returns, a script calls ``savefig`` on it. Given ``figure=``,
+which may also be a subfigure, a function draws there instead, so that pictures can be put side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+AnyFigure: TypeAlias = Figure | SubFigure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE, VERMILION, INK, PALE = "#0072B2", "#D55E00", "#333333", "#C8CDD2"
+THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
+
+
+def score_histogram(
+    scores: Any, eps: float | None = 0.01, *, bins: int = 60, figure: AnyFigure | None = None
+) -> AnyFigure:
+    """Histogram of the scores, with the duplicates at ``eps`` in another colour.
+
+    The first row of each cluster, which was compared with nothing, is left out. Counts are on a logarithmic axis:
+    there are usually few duplicates, and they are what one looks for.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame
+        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``.
+    eps : float, optional
+        Rows with a score of at least ``1 - eps`` are drawn as duplicates; None marks none.
+    bins : int
+        Number of bars over the range of the scores.
+    figure : Figure or SubFigure, optional
+        Where to draw.
+
+    Returns
+    -------
+    Figure or SubFigure
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.3, 0.995]})
+    >>> score_histogram(scores, eps=0.01).axes[0].get_title(loc="left")
+    '1 duplicate among 2 compared rows'
+    """
+    values = compared_scores(scores)
+    threshold = 1.0 if eps is None else float(_threshold(eps))
+    figure, axes = _axes(figure, "Cosine similarity to the most similar preferred row", "Rows")
+    edges = _bin_edges(values, threshold, bins)
+    counts, _ = np.histogram(values.astype(np.float64), edges)
+    colours = [VERMILION if left >= threshold else BLUE for left in edges[:-1]]
+    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours, edgecolor=colours, linewidth=0.4)
+    if counts.any():
+        axes.set_yscale("log")
+        axes.set_ylim(0.8, 3 * counts.max())
+    axes.yaxis.set_major_formatter(THOUSANDS)
+    if eps is None:
+        _title(axes, f"Scores of {len(values):,} compared rows")
+        return figure
+    duplicates = int(_duplicates_at(values, eps))
+    noun = "duplicate" if duplicates == 1 else "duplicates"
+    _title(axes, f"{duplicates:,} {noun} among {len(values):,} compared rows")
+    _mark_threshold(axes, threshold, f"1 − eps = {1 - eps:.6g}")
+    return figure
+
+
+def duplicates_curve(
+    scores: Any, eps: float | None = None, *, largest_eps: float = 0.2, figure: AnyFigure | None = None
+) -> AnyFigure:
+    """Share of rows that are duplicates, against eps.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame
+        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``.
+    eps : float, optional
+        A choice to mark on the curve.
+    largest_eps : float
+        Right end of the axis.
+    figure : Figure or SubFigure, optional
+        Where to draw.
+
+    Returns
+    -------
+    Figure or SubFigure
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.3, 0.995]})
+    >>> duplicates_curve(scores, eps=0.01).axes[0].get_title(loc="left")
+    'eps = 0.01 drops 1 of 3 rows (33.3%)'
+    """
+    scores = _to_pandas(scores)
+    values, rows = compared_scores(scores), len(scores)
+    figure, axes = _axes(figure, "eps: how far below 1 a duplicate's similarity may be", "Rows dropped")
+    grid = np.linspace(0, largest_eps, 401)
+    dropped = _duplicates_at(values, grid)
+    axes.fill_between(grid, dropped / rows, color=BLUE, alpha=0.12, linewidth=0)
+    axes.plot(grid, dropped / rows, color=BLUE, linewidth=2)
+    axes.set_xlim(0, largest_eps)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    _title(axes, f"What each eps drops of {rows:,} rows")
+    if eps is not None:
+        count = int(_duplicates_at(values, eps))
+        axes.plot([eps], [count / rows], "o", color=VERMILION, markersize=9, clip_on=False, zorder=3)
+        _title(axes, f"eps = {eps:g} drops {count:,} of {rows:,} rows ({count / rows:.1%})")
+    return figure
+
+
+def pair_gallery(
+    queries: np.ndarray,
+    matches: np.ndarray,
+    scores: Sequence[float] | np.ndarray,
+    *,
+    title: str = "Most similar pairs",
+    columns: int = 4,
+    cmap: str = "gray_r",
+    interpolation: str = "auto",
+    figure: AnyFigure | None = None,
+) -> AnyFigure:
+    """Images side by side: each row's own, the one it was found to resemble, and the score below.
+
+    Parameters
+    ----------
+    queries, matches : ndarray of shape (n, height, width) or (n, height, width, 3)
+        The images of the rows and of their most similar preferred rows.
+    scores : array of shape (n,)
+        Their cosine similarities.
+    title : str
+        Heading of the picture.
+    columns : int
+        Pairs in a line.
+    cmap : str
+        Matplotlib's name of the colours of one-channel images.
+    interpolation : str
+        Matplotlib's name of how pixels are drawn larger or smaller than they are.
+    figure : Figure or SubFigure, optional
+        Where to draw.
+
+    Returns
+    -------
+    Figure or SubFigure
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images = np.zeros((3, 8, 8))
+    >>> len(pair_gallery(images, images, [1.0, 0.99, 0.98], columns=2).axes)
+    6
+    """
+    if not len(queries) == len(matches) == len(scores):
+        raise ValueError(f"{len(queries)} queries, {len(matches)} matches and {len(scores)} scores do not make pairs.")
+    lines = max(1, -(-len(scores) // columns))
+    if figure is None:
+        figure = Figure(figsize=(2.1 * columns, 1.35 * lines + 0.7), facecolor="white")
+    height = figure.bbox.height / figure.dpi  # in inches, as the room for text is
+    figure.suptitle(title, x=0.02, y=1 - 0.12 / height, ha="left", va="top", fontsize=13, fontweight="bold", color=INK)
+    # Each pair is two image columns; a narrow empty column keeps the pairs apart.
+    grid = figure.add_gridspec(
+        lines,
+        3 * columns,
+        width_ratios=[1, 1, 0.35] * columns,
+        wspace=0.08,
+        hspace=0.4,
+        left=0.02,
+        right=0.99,
+        top=1 - 0.5 / height,
+        bottom=0.3 / height,
+    )
+    for number, (query, match, score) in enumerate(zip(queries, matches, scores, strict=True)):
+        line, column = divmod(number, columns)
+        left = _image(figure.add_subplot(grid[line, 3 * column]), query, cmap, interpolation)
+        _image(figure.add_subplot(grid[line, 3 * column + 1]), match, cmap, interpolation)
+        # The score stands under the pair: at the right end of the left image.
+        left.text(1.04, -0.1, f"{score:.4f}", transform=left.transAxes, ha="center", va="top", fontsize=10, color=INK)
+    return figure
+
+
+def compared_scores(scores: Any) -> np.ndarray:
+    """Scores of the rows that were compared with another: all but the first of each cluster.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame
+        What ``pairwise`` returns.
+
+    Returns
+    -------
+    ndarray of float32
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> compared_scores(pd.DataFrame({"id": ["a", "b"], "max_id": ["a", "a"], "cosine_sim_score": [0.0, 0.5]}))
+    array([0.5], dtype=float32)
+    """
+    frame = _to_pandas(scores[["id", "max_id", "cosine_sim_score"]])
+    compared = frame.loc[frame["id"] != frame["max_id"], "cosine_sim_score"]
+    return compared.to_numpy(dtype=np.float32)
+
+
+def _to_pandas(frame: Any) -> pd.DataFrame:
+    """The frame in this process's memory, whichever backend holds it."""
+    if hasattr(frame, "compute"):
+        frame = frame.compute()
+    return frame.to_pandas() if hasattr(frame, "to_pandas") else frame
+
+
+def _duplicates_at(values: np.ndarray, eps: float | np.ndarray) -> np.ndarray:
+    """Number of scores of at least ``1 - eps``, for each eps."""
+    return len(values) - np.searchsorted(np.sort(values), _threshold(eps), side="left")
+
+
+def _threshold(eps: Any) -> Any:
+    """The score from which rows are duplicates, rounded as the scores are."""
+    return np.subtract(1, eps).astype(np.float32)
+
+
+def _bin_edges(values: np.ndarray, threshold: float, bins: int) -> np.ndarray:
+    """Edges of about equal width up to 1, one of them exactly at the threshold so that no bar has two colours."""
+    lowest = min(float(values.min(initial=1.0)), threshold)
+    width = max(1 - lowest, 1e-3) / bins
+    above = max(1, round((1 - threshold) / width)) if threshold < 1 else 0
+    below = max(0 if above else 1, math.ceil((threshold - lowest) / width))
+    edges = np.concatenate([threshold - width * np.arange(below, 0, -1), np.linspace(threshold, 1, above + 1)])
+    edges[0] = min(edges[0], lowest)
+    return edges
+
+
+def _axes(figure: AnyFigure | None, x_label: str, y_label: str) -> tuple[AnyFigure, Axes]:
+    """Axes without chart junk, in the given figure or in a new one."""
+    if figure is None:
+        figure = Figure(figsize=(7.2, 4.2), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(PALE)
+    axes.tick_params(colors=INK, labelsize=10, color=PALE)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(axis="y", color=PALE, alpha=0.5, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x_label, fontsize=11, color=INK, labelpad=8)
+    axes.set_ylabel(y_label, fontsize=11, color=INK, labelpad=8)
+    return figure, axes
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=13, fontweight="bold", color=INK, pad=14)
+
+
+def _mark_threshold(axes: Axes, position: float, label: str) -> None:
+    """A thin vertical line with its name beside its upper end."""
+    axes.axvline(position, color=VERMILION, linewidth=1.2, linestyle=(0, (4, 2)))
+    axes.annotate(
+        label,
+        (position, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-6, -2),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=10,
+        color=VERMILION,
+    )
+
+
+def _image(axes: Axes, pixels: np.ndarray, cmap: str, interpolation: str) -> Axes:
+    axes.imshow(pixels, cmap=cmap, interpolation=interpolation)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(PALE)
+    return axes

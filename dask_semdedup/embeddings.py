@@ -1,0 +1,451 @@
+"""An embedding column to a validated (n, d) tensor: the one place that knows pandas from cuDF layouts.
+
+Each backend turns its column into *pieces*: flat tensors of whole rows that alias the column's own memory where its
+layout allows. What follows (conversion to float32, gathering in rank order, the check for NaN) is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dask_semdedup.errors import EmbeddingError, some
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["array_like", "check_embedding_dtype", "is_cudf", "tensor_like", "to_tensor"]
+
+# Rows that need work before they are float32 are handled so many numbers at a time: within a CPU's cache, and enough
+# for a GPU to be busy.
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+# A float64 row whose largest entry lies outside this range might overflow or vanish when squared in float32.
+SAFE_PEAKS = (2.0**-40, 2.0**40)
+NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u2")}
+ACCEPTED = "lists of float16, float32 or float64, or of uint16 that carry float16 bits"
+
+
+def check_embedding_dtype(meta_column: Any, name: str) -> None:
+    """Raise unless a column's dtype can hold embeddings: a check for when no data are there yet.
+
+    Parameters
+    ----------
+    meta_column : pandas.Series or cudf.Series
+        The column, which may be empty.
+    name : str
+        Its name, for the message.
+
+    Raises
+    ------
+    EmbeddingError
+        For strings (which Dask makes of object columns), numbers, lists of something else than numbers.
+
+    Examples
+    --------
+    >>> check_embedding_dtype(pd.Series([], dtype=object), "embeddings")
+    >>> check_embedding_dtype(pd.Series([], dtype="float32"), "embeddings")
+    Traceback (most recent call last):
+        ...
+    dask_semdedup.errors.EmbeddingError: Column 'embeddings' has dtype float32, not embeddings: ...
+    """
+    dtype = meta_column.dtype
+    if _is_string(meta_column):
+        raise EmbeddingError(
+            f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Dask turns object columns into "
+            'strings when it reads or builds a frame; set dask.config.set({"dataframe.convert-string": False}) before '
+            "that, or keep the embeddings in an Arrow list column."
+        )
+    if _element_type(dtype) not in NUMERIC:
+        raise EmbeddingError(f"Column {name!r} has dtype {dtype}, not embeddings: it must hold {ACCEPTED}.")
+
+
+def to_tensor(
+    column: Any,
+    *,
+    name: str,
+    ids: Any = None,
+    clusters: Any = None,
+    embedding_dim: int | None = None,
+    where: str = "",
+    order: torch.Tensor | None = None,
+    device: str | torch.device | None = None,
+) -> torch.Tensor:
+    """Turn an embedding column into a matrix of float32.
+
+    Parameters
+    ----------
+    column : pandas.Series or cudf.Series
+        Any of: Arrow lists (``list``, ``large_list``, ``fixed_size_list``) of float16, float32, float64, signed
+        integers, or of uint16 that carry float16 bits; a pandas object column of arrays, lists or tuples of those; a
+        cuDF list column.
+    name : str
+        The column's name, for messages.
+    ids, clusters : Series, optional
+        The rows' ids and clusters, for messages.
+    embedding_dim : int, optional
+        The width that every row must have. By default that of the first row.
+    where : str
+        Where the column comes from, such as a file, for messages.
+    order : (n,) int64 tensor, optional
+        A permutation: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy that gathering
+        afterwards would take.
+    device : str or torch.device, optional
+        Where the result shall be. By default where the column is.
+
+    Returns
+    -------
+    (n, d) float32 tensor, C-contiguous
+        Without `order` it may alias the column's own memory, and must not be written to.
+
+    Raises
+    ------
+    EmbeddingError
+        For null rows, null, NaN or infinite elements, rows of different or unexpected width, empty rows, and columns
+        that do not hold embeddings at all.
+
+    Notes
+    -----
+    Only the direction of a row matters to the cosine. Rows of float64 that are too large or too small for float32
+    are divided by their largest entry.
+
+    Examples
+    --------
+    >>> to_tensor(pd.Series([[3.0, 4.0], [6.0, 8.0]]), name="embeddings")
+    tensor([[3., 4.],
+            [6., 8.]])
+    """
+    import torch
+
+    check_embedding_dtype(column, name)
+    report = _Report(name, where, ids, clusters)
+    source: _Source = (_CudfSource if is_cudf(column) else _PandasSource)(column, report)
+    device = torch.device(source.device if device is None else device)
+    if len(column) == 0:
+        return torch.empty((0, embedding_dim or 0), device=device)
+    width = source.check_rows(embedding_dim)
+    rows = _assemble(source.pieces(), (len(column), width), order, device)
+    _check_finite(rows, order, report)
+    return rows
+
+
+def array_like(tensor: torch.Tensor, frame: Any) -> Any:
+    """Give a tensor as the array type of a frame's backend.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+    frame : DataFrame or Series
+        Of pandas or cuDF.
+
+    Returns
+    -------
+    numpy.ndarray or cupy.ndarray
+        Without a copy where the tensor is already where the frame is.
+
+    Examples
+    --------
+    >>> import torch
+    >>> array_like(torch.arange(3), pd.DataFrame())
+    array([0, 1, 2])
+    """
+    if not is_cudf(frame):
+        return tensor.cpu().numpy()
+    import cupy
+
+    return cupy.from_dlpack(tensor.to("cuda"))
+
+
+def tensor_like(array: Any) -> torch.Tensor:
+    """Give a NumPy or CuPy array as a tensor, where it is and without a copy.
+
+    Examples
+    --------
+    >>> tensor_like(np.arange(3))
+    tensor([0, 1, 2])
+    """
+    import torch
+
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
+
+
+def is_cudf(frame: Any) -> bool:
+    """Whether a frame or column is cuDF's; cuDF is not imported to find out."""
+    return type(frame).__module__.partition(".")[0] == "cudf"
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What an error says of the rows it is about."""
+
+    name: str
+    where: str
+    ids: Any
+    clusters: Any
+
+    def error(self, positions: Any, problem: str, advice: str) -> EmbeddingError:
+        """The error for the rows at `positions` of the column, in the column's order."""
+        positions = np.sort(np.asarray(positions))
+        count = "1 row" if len(positions) == 1 else f"{len(positions)} rows"
+        rows = f"rows {some(positions)}" if self.ids is None else f"ids {some(_values(self.ids, positions))}"
+        return EmbeddingError(f"Column {self.name!r}{self._place(positions)}: {count} {problem} ({rows}). {advice}")
+
+    def _place(self, positions: np.ndarray) -> str:
+        place = f" in {self.where}" if self.where else ""
+        if self.clusters is None:
+            return place
+        return f"{place}, cluster {some(dict.fromkeys(_values(self.clusters, positions)))}"
+
+
+def _values(column: Any, positions: np.ndarray) -> list[Any]:
+    taken = column.iloc[positions]
+    return (taken.to_pandas() if is_cudf(taken) else taken).tolist()
+
+
+def _is_string(column: Any) -> bool:
+    dtype = column.dtype
+    if isinstance(dtype, pd.ArrowDtype):
+        return pa.types.is_string(dtype.pyarrow_dtype) or pa.types.is_large_string(dtype.pyarrow_dtype)
+    # cuDF has no columns of objects: it calls its strings that.
+    return isinstance(dtype, pd.StringDtype) or (is_cudf(column) and dtype == np.dtype(object))
+
+
+def _element_type(dtype: Any) -> np.dtype | None:
+    """The type of the numbers in a list column; what an object column holds shows only in its rows."""
+    if dtype == np.dtype(object):
+        return np.dtype(np.float64)
+    if isinstance(dtype, pd.ArrowDtype):
+        lists = dtype.pyarrow_dtype
+        kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        return np.dtype(lists.value_type.to_pandas_dtype()) if any(kind(lists) for kind in kinds) else None
+    element = getattr(dtype, "element_type", None)  # cudf.ListDtype
+    return element if isinstance(element, np.dtype) else None
+
+
+class _Source:
+    """A column's rows, checked for their shape and given out piece by piece."""
+
+    device: str
+
+    def __init__(self, column: Any, report: _Report) -> None:
+        self.column = column
+        self.report = report
+
+    def check_rows(self, embedding_dim: int | None) -> int:
+        """Raise for null rows, null elements and rows of other widths than one; return that width."""
+        raise NotImplementedError
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Flat tensors of whole rows, in the column's order."""
+        raise NotImplementedError
+
+    def _check_null(self, null: np.ndarray, what: str) -> None:
+        if null.any():
+            raise self.report.error(np.flatnonzero(null), what, "Drop or fill them first.")
+
+    def _check_widths(self, widths: np.ndarray, embedding_dim: int | None) -> int:
+        expected = int(widths[0]) if embedding_dim is None else embedding_dim
+        if (widths == 0).any():
+            raise self.report.error(np.flatnonzero(widths == 0), "with an empty embedding", "Drop them first.")
+        if (other := widths != expected).any():
+            found = some(np.unique(widths[other]), limit=3)
+            origin = "the first row has" if embedding_dim is None else "embedding_dim is"
+            raise self.report.error(
+                np.flatnonzero(other),
+                f"with width {found}, where {origin} {expected}",
+                "All embeddings must come from one model.",
+            )
+        return expected
+
+
+class _PandasSource(_Source):
+    device = "cpu"
+
+    def __init__(self, column: pd.Series, report: _Report) -> None:
+        super().__init__(column, report)
+        self.is_object = column.dtype == np.dtype(object)
+
+    def check_rows(self, embedding_dim: int | None) -> int:
+        self._check_null(self.column.isna().to_numpy(dtype=bool), "with a null embedding")
+        return self._check_objects(embedding_dim) if self.is_object else self._check_lists(embedding_dim)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        return self._object_pieces() if self.is_object else self._list_pieces()
+
+    def _chunks(self) -> list[pa.Array]:
+        return self.column.array.__arrow_array__().chunks
+
+    def _check_lists(self, embedding_dim: int | None) -> int:
+        lengths = [pc.list_value_length(chunk).to_numpy() for chunk in self._chunks()]
+        width = self._check_widths(np.concatenate(lengths), embedding_dim)
+        nulls = [_rows_with_nulls(chunk, width) for chunk in self._chunks()]
+        self._check_null(np.concatenate(nulls), "with null elements")
+        return width
+
+    def _list_pieces(self) -> Iterator[torch.Tensor]:
+        import torch
+
+        # `flatten` keeps to the slice that the chunk is, and does not copy.
+        for chunk in self._chunks():
+            yield _from_bits(torch.from_dlpack(chunk.flatten()))
+
+    def _check_objects(self, embedding_dim: int | None) -> int:
+        rows = self.column.to_numpy()
+        if kinds := {kind for kind in set(map(type, rows)) if kind not in (np.ndarray, list, tuple)}:
+            odd = [isinstance(row, tuple(kinds)) for row in rows]
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise self.report.error(np.flatnonzero(odd), f"of type {names}", f"The column must hold {ACCEPTED}.")
+        return self._check_widths(np.fromiter(map(len, rows), np.int64, len(rows)), embedding_dim)
+
+    def _object_pieces(self) -> Iterator[torch.Tensor]:
+        import torch
+
+        rows = self.column.to_numpy()
+        step = _block_rows(len(rows[0]), self.device)
+        for start in range(0, len(rows), step):
+            yield _from_bits(torch.from_numpy(self._concatenate(rows, start, start + step)))
+
+    def _concatenate(self, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
+        flat = _try_concatenate(rows[start:stop])
+        if flat is None:
+            odd = [position for position, row in enumerate(rows) if _try_concatenate([row]) is None]
+            problem = "with something else than a flat list of numbers"
+            raise self.report.error(odd, problem, f"The column must hold {ACCEPTED}.")
+        return flat
+
+
+class _CudfSource(_Source):
+    device = "cuda"
+
+    def check_rows(self, embedding_dim: int | None) -> int:
+        if self.column.null_count:
+            self._check_null(self.column.isnull().to_numpy(), "with a null embedding")
+        lengths = self.column.list.len().values
+        # Compared on the device; the widths come to the host only where there is something to report.
+        self.width = int(lengths[0]) if embedding_dim is None else embedding_dim
+        if self.width == 0 or bool((lengths != self.width).any()):
+            self._check_widths(lengths.get(), embedding_dim)
+        leaves = self._leaves()
+        if leaves.null_count:
+            self._check_null(leaves.isnull().to_numpy().reshape(-1, self.width).any(axis=1), "with null elements")
+        return self.width
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        import torch
+
+        leaves = self._leaves().values
+        # Half bits change their type here, as not every tool on the way knows uint16.
+        yield torch.from_dlpack(leaves.view("float16") if leaves.dtype == np.uint16 else leaves)
+
+    def _leaves(self) -> Any:
+        leaves = self.column.list.leaves
+        if len(leaves) != len(self.column) * self.width:
+            # A slice of a longer column may still refer to all leaves of that: compact it.
+            self.column = self.column.take(np.arange(len(self.column)))
+            leaves = self.column.list.leaves
+        return leaves
+
+
+def _rows_with_nulls(chunk: pa.Array, width: int) -> np.ndarray:
+    leaves = chunk.flatten()
+    if leaves.null_count == 0:
+        return np.zeros(len(chunk), bool)
+    return leaves.is_null().to_numpy(zero_copy_only=False).reshape(-1, width).any(axis=1)
+
+
+def _try_concatenate(rows: Any) -> np.ndarray | None:
+    """Concatenate vectors of numbers, or return None where they are not that."""
+    try:
+        flat = np.concatenate(rows)
+    except (TypeError, ValueError):
+        return None
+    return flat if flat.ndim == 1 and flat.dtype in NUMERIC else None
+
+
+def _from_bits(flat: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return flat.view(torch.float16) if flat.dtype == torch.uint16 else flat
+
+
+def _assemble(
+    pieces: Iterator[torch.Tensor], shape: tuple[int, int], order: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Put the pieces together as float32, each row where `order` wants it."""
+    blocks = _blocks(pieces, shape[1], device)
+    first = next(blocks)
+    if order is None and first.shape == shape:
+        return first
+    rows = _empty(shape, device)
+    target = None if order is None else _inverse(order).to(device)
+    start = 0
+    for block in chain([first], blocks):
+        stop = start + len(block)
+        rows[slice(start, stop) if target is None else target[start:stop]] = block
+        start = stop
+    return rows
+
+
+def _empty(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    import torch
+
+    if device.type != "cpu":
+        return torch.empty(shape, device=device)
+    # NumPy asks for huge pages, torch does not: touching the memory for the first time then takes a tenth of the time.
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def _blocks(pieces: Iterator[torch.Tensor], width: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Float32 blocks of rows: pieces of float32 as they are, others converted a part at a time."""
+    import torch
+
+    for piece in pieces:
+        rows = piece.reshape(-1, width)
+        step = max(1, len(rows)) if rows.dtype == torch.float32 else _block_rows(width, device.type)
+        for block in rows.split(step):
+            yield _to_float32(block.to(device))
+
+
+def _to_float32(block: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if block.dtype != torch.float64:
+        return block.to(torch.float32)
+    peaks = torch.linalg.vector_norm(block, ord=torch.inf, dim=1)
+    low, high = SAFE_PEAKS
+    extreme = (peaks > 0) & peaks.isfinite() & ((peaks < low) | (peaks > high))
+    if extreme.any():
+        block = block.clone()
+        block[extreme] /= peaks[extreme, None]
+    return block.to(torch.float32)
+
+
+def _check_finite(rows: torch.Tensor, order: torch.Tensor | None, report: _Report) -> None:
+    import torch
+
+    # NaN and infinities survive a sum, which costs less than looking at each number.
+    if rows.sum().isfinite():
+        return
+    blocks = rows.split(_block_rows(rows.shape[1], rows.device.type))
+    positions = torch.cat([block.isfinite().all(dim=1).logical_not() for block in blocks]).nonzero().flatten()
+    if len(positions):
+        positions = positions if order is None else order.to(positions.device)[positions]
+        raise report.error(positions.cpu(), "with NaN or infinite values", "Drop or mend them first.")
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
+
+
+def _block_rows(width: int, device: str) -> int:
+    return max(1, BLOCK_ELEMENTS[device] // width)

@@ -1,0 +1,29 @@
+"""Exact semantic deduplication of embedding tables, lazily, with Dask DataFrame."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from dask_semdedup.clusters import read_clusters
+from dask_semdedup.errors import (
+    ClusterError,
+    EmbeddingError,
+    InvalidArgumentError,
+    MissingColumnsError,
+    SemDedupError,
+)
+
+try:
+    __version__ = version("dask-semdedup")
+except PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ClusterError",
+    "EmbeddingError",
+    "InvalidArgumentError",
+    "MissingColumnsError",
+    "SemDedupError",
+    "__version__",
+    "read_clusters",
+]

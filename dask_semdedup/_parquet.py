@@ -1,0 +1,450 @@
+"""Parquet files as pieces of partitions: listing, footers, and reading them into pandas or cuDF.
+
+Nothing here knows about similarity or Dask expressions. A dataset is listed once and its footers are read once; what
+they say (`FileStats`) is all that planning needs. A partition is a tuple of `Fragment`, and `Reader` turns it into a
+frame whose dtypes are those of `Reader.meta`, because both come from the same conversion.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from dask.dataframe.utils import pyarrow_strings_enabled
+from dask.system import CPU_COUNT
+from dask.tokenize import tokenize
+
+from dask_semdedup.errors import ClusterError, MissingColumnsError
+
+PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+# Bytes fetched from the end of a remote file: enough for nearly every footer, in one request.
+FOOTER_GUESS = 2**16
+REMOTE_THREADS = 32
+# What identifies the state of a file, under the names that fsspec's file systems give it.
+STATE_KEYS = ("size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash")
+LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8}
+INDEX_COLUMNS = ("__index_level_", "__null_dask_index__")
+
+
+class Fragment(NamedTuple):
+    """A piece of a partition: a file, or some of its row groups."""
+
+    path: str
+    rows: int
+    row_groups: tuple[int, ...] | None = None
+    cluster: int | str | None = None
+
+
+class RowGroup(NamedTuple):
+    """What planning needs to know of a row group, for the columns that are to be read.
+
+    `nbytes` is their size in memory, `elements` the length of the longest leaf; `low` and `high` bound the cluster
+    column and are None where the file does not say.
+    """
+
+    rows: int
+    nbytes: int
+    elements: int
+    low: Any = None
+    high: Any = None
+
+
+class FileStats(NamedTuple):
+    """What a footer says: the row groups, the integer columns that may hold nulls, and the null clusters."""
+
+    path: str
+    row_groups: tuple[RowGroup, ...]
+    nullable: frozenset[str]
+    null_clusters: int
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.row_groups)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(group.nbytes for group in self.row_groups)
+
+    @property
+    def elements(self) -> int:
+        return sum(group.elements for group in self.row_groups)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Listing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def list_files(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], storage_options: Mapping[str, Any] | None = None
+) -> tuple[fsspec.AbstractFileSystem, dict[str, dict[str, Any]]]:
+    """List the Parquet files under a path, a glob or a list of either: the file system, and each file's info by path.
+
+    Hidden files, and those that begin with an underscore, are left out, as is anything in a folder without a Parquet
+    suffix.
+    """
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not paths:
+        raise ClusterError("No Parquet files: the list of paths is empty.")
+    fs, _, roots = fsspec.core.get_fs_token_paths(
+        [os.fspath(entry) for entry in paths], storage_options=dict(storage_options or {})
+    )
+    files: dict[str, dict[str, Any]] = {}
+    for root in roots:
+        found = fs.find(root, detail=True)
+        if set(found) == {root}:
+            files[root] = found[root] or fs.info(root)
+        else:
+            files.update((name, info) for name, info in found.items() if _is_data_file(name))
+    if not files:
+        raise ClusterError(f"No Parquet files found at {', '.join(map(str, paths[:5]))}.")
+    return fs, dict(sorted(files.items()))
+
+
+def _is_data_file(path: str) -> bool:
+    name = path.rsplit("/", 1)[-1]
+    return name.endswith(PARQUET_SUFFIXES) and not name.startswith(("_", "."))
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether paths of this file system can be given to Arrow as they are."""
+    return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+
+
+def checksum(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Token of the files' names and states: it changes when one of them does."""
+    return tokenize([(path, *(str(info.get(key)) for key in STATE_KEYS)) for path, info in files.items()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Footers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
+    """Arrow schema of a file, without index columns that pandas or Dask wrote only to restore an index."""
+    schema = _read_footer(fs, path, size, pq.read_schema)
+    return pa.schema([field for field in schema if not field.name.startswith(INDEX_COLUMNS)])
+
+
+def read_footers(
+    fs: fsspec.AbstractFileSystem,
+    files: Mapping[str, Mapping[str, Any]],
+    columns: Sequence[str],
+    cluster_column: str | None = None,
+) -> list[FileStats]:
+    """Read the footers of all files at once, in the files' order.
+
+    Parameters
+    ----------
+    fs, files
+        As `list_files` returns them.
+    columns
+        The columns that are to be read.
+    cluster_column
+        A column in the files whose bounds and nulls are wanted.
+
+    Raises
+    ------
+    ClusterError
+        If a file is not readable as Parquet, or its columns differ from those of the first file.
+    """
+    first, info = next(iter(files.items()))
+    expected = _Leaves(_read_footer(fs, first, info["size"], pq.read_metadata), columns, cluster_column)
+    read = partial(_read_stats, fs, first=first, expected=expected)
+    threads = CPU_COUNT if is_local(fs) else REMOTE_THREADS
+    with ThreadPoolExecutor(min(threads, len(files)), thread_name_prefix="footers") as pool:
+        return list(pool.map(read, files, (info["size"] for info in files.values())))
+
+
+def _read_footer(fs: fsspec.AbstractFileSystem, path: str, size: int, read: Callable[..., Any]) -> Any:
+    """Apply `pq.read_metadata` or `pq.read_schema` to a file."""
+    try:
+        if is_local(fs):
+            return read(path, memory_map=True)
+        return read(pa.BufferReader(_fetch_footer(fs, path, size)))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
+    tail: bytes = fs.cat_file(path, start=max(0, size - FOOTER_GUESS), end=size)
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    return tail if length <= len(tail) else fs.cat_file(path, start=max(0, size - length), end=size)
+
+
+def _unreadable(path: str, error: Exception) -> ClusterError:
+    return ClusterError(f"Cannot read {path} as Parquet (truncated, damaged or gone?): {error}")
+
+
+class _Leaves:
+    """Where the wanted columns lie among the leaf columns of a Parquet schema."""
+
+    def __init__(self, metadata: pq.FileMetaData, columns: Sequence[str], cluster_column: str | None) -> None:
+        self.schema = metadata.schema
+        self.types = {field.name: field.type for field in self.schema.to_arrow_schema()}
+        self.columns, self.cluster_column = columns, cluster_column
+        spans, start = {}, 0
+        for name, type_ in self.types.items():
+            spans[name] = range(start, start := start + _count_leaves(type_))
+        self.cluster = spans[cluster_column][0] if cluster_column else None
+        self.widths = {
+            index: _leaf_bytes(self.schema.column(index)) for name in columns if name in spans for index in spans[name]
+        }
+        self.integers = {
+            name: spans[name][0] for name in columns if name in spans and _becomes_numpy_integer(self.types[name])
+        }
+
+    def of(self, metadata: pq.FileMetaData, path: str, first: str) -> _Leaves:
+        """The same for another file, whose wanted columns must be of the same types."""
+        if metadata.schema.equals(self.schema):
+            return self
+        types = {field.name: field.type for field in metadata.schema.to_arrow_schema()}
+        wanted = [*self.columns, self.cluster_column] if self.cluster_column else self.columns
+        for name in wanted:
+            if name not in types:
+                raise ClusterError(f"Column {name!r} of {first} is missing in {path}, which has {list(types)}.")
+            if types[name] != self.types[name]:
+                raise ClusterError(
+                    f"Column {name!r} is {types[name]} in {path} but {self.types[name]} in {first}. "
+                    "Write all files with one schema, or pass other `columns`."
+                )
+        return _Leaves(metadata, self.columns, self.cluster_column)
+
+
+def _count_leaves(type_: pa.DataType) -> int:
+    if not pa.types.is_nested(type_):
+        return 1
+    return sum(_count_leaves(type_.field(index).type) for index in range(type_.num_fields))
+
+
+def _leaf_bytes(column: Any) -> int | None:
+    """Bytes of a value in memory, or None where its size varies."""
+    if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
+        return int(column.length)
+    return LEAF_BYTES.get(column.physical_type)
+
+
+def _becomes_numpy_integer(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(type_) or pa.types.is_boolean(type_))
+
+
+def _read_stats(fs: fsspec.AbstractFileSystem, path: str, size: int, *, first: str, expected: _Leaves) -> FileStats:
+    metadata = _read_footer(fs, path, size, pq.read_metadata)
+    leaves = expected.of(metadata, path, first)
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    nullable = frozenset(
+        name for name, index in leaves.integers.items() if any(_null_count(group, index) != 0 for group in groups)
+    )
+    cluster = leaves.cluster
+    null_clusters = 0 if cluster is None else sum(_null_count(group, cluster) or 0 for group in groups)
+    return FileStats(path, tuple(_row_group(group, leaves) for group in groups), nullable, null_clusters)
+
+
+def _row_group(group: Any, leaves: _Leaves) -> RowGroup:
+    nbytes = elements = 0
+    for index, width in leaves.widths.items():
+        chunk = group.column(index)
+        nbytes += chunk.total_uncompressed_size if width is None else chunk.num_values * width
+        elements = max(elements, chunk.num_values)
+    return RowGroup(group.num_rows, nbytes, elements, *_bounds(group, leaves.cluster))
+
+
+def _bounds(group: Any, index: int | None) -> tuple[Any, Any]:
+    statistics = None if index is None else group.column(index).statistics
+    if statistics is None or not statistics.has_min_max:
+        return None, None
+    return statistics.min, statistics.max
+
+
+def _null_count(group: Any, index: int) -> int | None:
+    """Number of nulls in a column chunk, or None where the file does not say."""
+    statistics = group.column(index).statistics
+    return statistics.null_count if statistics is not None and statistics.has_null_count else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads partitions of one dataset, always with the same dtypes.
+
+    Parameters
+    ----------
+    fs
+        The file system of the files.
+    schema
+        Fields of the columns in the files.
+    nullable
+        Integer and Boolean columns that may hold nulls, which NumPy cannot: they stay Arrow's.
+    cluster_field
+        Column that comes from the folders' names, or None.
+    cluster_type
+        Its type: `pa.int64()`, `pa.string()`, or None where there is no such column.
+    backend
+        "pandas" or "cudf".
+    string_dtype
+        The pandas dtype of strings, or None for pandas' own choice.
+    """
+
+    fs: fsspec.AbstractFileSystem
+    schema: pa.Schema
+    nullable: frozenset[str] = frozenset()
+    cluster_field: str | None = None
+    cluster_type: pa.DataType | None = None
+    backend: str = "pandas"
+    string_dtype: pd.StringDtype[Any] | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns, the one from the folders' names last."""
+        return [*self.schema.names, *([self.cluster_field] if self.cluster_field else [])]
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise `MissingColumnsError` for columns that the dataset does not have."""
+        columns = list(columns)
+        if not set(columns) <= set(self.columns):
+            raise MissingColumnsError.build(columns, self.columns, "Pass other `columns`.")
+
+    def meta(self, columns: Sequence[str]) -> Any:
+        """Empty frame with the dtypes of every partition."""
+        table = self._decoded_schema(columns).empty_table()
+        if self.backend == "cudf":
+            if self.cluster_field in columns:
+                table = table.append_column(self.cluster_field, pa.array([], self.cluster_type))
+            return _cudf().DataFrame.from_arrow(table)[list(columns)]
+        return self._to_pandas(table, (), columns)
+
+    def read(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+        """Rows of the fragments in their order, with a new `RangeIndex`."""
+        if self.backend == "cudf":
+            return self._read_cudf(fragments, columns)
+        schema = self._decoded_schema(columns)
+        if not schema.names:
+            return self._to_pandas(schema.empty_table(), fragments, columns)
+        tables = [read_fragment(self.fs, fragment, schema) for fragment in fragments]
+        read = [fragment._replace(rows=table.num_rows) for fragment, table in zip(fragments, tables, strict=True)]
+        table = pa.concat_tables(tables) if tables else schema.empty_table()
+        del tables
+        return self._to_pandas(table, read, columns)
+
+    def _read_cudf(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+        if not fragments:
+            return self.meta(columns)
+        frame = read_fragments_cudf(self.fs, fragments, [name for name in columns if name != self.cluster_field])
+        if self.cluster_field in columns:
+            clusters = _cudf().Series(pa.array([fragment.cluster for fragment in fragments], self.cluster_type))
+            frame[self.cluster_field] = clusters.repeat([fragment.rows for fragment in fragments]).reset_index(
+                drop=True
+            )
+        return frame[list(columns)]
+
+    def _decoded_schema(self, columns: Sequence[str]) -> pa.Schema:
+        """Schema of those columns that come from the files, without dictionaries."""
+        wanted = [self.schema.field(name) for name in columns if name != self.cluster_field]
+        return pa.schema(
+            [
+                pa.field(field.name, field.type.value_type if pa.types.is_dictionary(field.type) else field.type)
+                for field in wanted
+            ]
+        )
+
+    def _to_pandas(self, table: pa.Table, fragments: Sequence[Fragment], columns: Sequence[str]) -> pd.DataFrame:
+        series = {name: self._to_series(table[name], name) for name in table.column_names}
+        if self.cluster_field in columns:
+            series[self.cluster_field] = self._cluster_series(fragments)
+        return pd.DataFrame({name: series[name] for name in columns}, copy=False)
+
+    def _to_series(self, column: pa.ChunkedArray, name: str) -> pd.Series:
+        dtype = _extension_dtype(column.type, name in self.nullable, self.string_dtype)
+        return column.to_pandas(types_mapper=None if dtype is None else lambda _: dtype)
+
+    def _cluster_series(self, fragments: Sequence[Fragment]) -> pd.Series:
+        rows = np.array([fragment.rows for fragment in fragments], dtype=np.int64)
+        clusters = pa.array([fragment.cluster for fragment in fragments], self.cluster_type)
+        if self.cluster_type == pa.int64():
+            return pd.Series(np.repeat(clusters.to_numpy(), rows))
+        repeated = clusters.take(pa.array(np.repeat(np.arange(len(rows)), rows)))
+        return self._to_series(pa.chunked_array([repeated]), str(self.cluster_field))
+
+
+def configured_string_dtype() -> pd.StringDtype[Any] | None:
+    """The pandas dtype that Dask is configured to give to strings; None leaves it to pandas."""
+    return pd.StringDtype("pyarrow") if pyarrow_strings_enabled() else None
+
+
+def _extension_dtype(
+    type_: pa.DataType, nullable: bool, string_dtype: pd.StringDtype[Any] | None
+) -> pd.api.extensions.ExtensionDtype | None:
+    """The pandas extension dtype that holds an Arrow type; None where NumPy (or pandas itself) holds it as well."""
+    types = pa.types
+    if types.is_string(type_) or types.is_large_string(type_):
+        return string_dtype
+    if _becomes_numpy_integer(type_):
+        return pd.ArrowDtype(type_) if nullable else None
+    if types.is_floating(type_) or types.is_timestamp(type_) or types.is_duration(type_):
+        return None
+    return pd.ArrowDtype(type_)
+
+
+def read_fragment(fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.Schema) -> pa.Table:
+    """Read one fragment's columns as an Arrow table of exactly the given schema.
+
+    Files are read one after another and without Arrow's threads, since Dask already runs a partition per core.
+    """
+    local = is_local(fs)
+    try:
+        with (
+            nullcontext(fragment.path) if local else fs.open(fragment.path) as source,
+            pq.ParquetFile(source, memory_map=local, pre_buffer=not local) as file,
+        ):
+            if fragment.row_groups is None:
+                table = file.read(schema.names, use_threads=False)
+            else:
+                table = file.read_row_groups(list(fragment.row_groups), schema.names, use_threads=False)
+        table = table.select(schema.names).replace_schema_metadata(None)
+        return table if table.schema.equals(schema) else table.cast(schema)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise _unreadable(fragment.path, error) from error
+
+
+def _cudf() -> Any:
+    import cudf
+
+    return cudf
+
+
+def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+    """Read the columns of all fragments into one cuDF frame, in a single call: many small reads leave a GPU idle."""
+    cudf = _cudf()
+    rows = sum(fragment.rows for fragment in fragments)
+    if not columns:
+        return cudf.DataFrame(index=cudf.RangeIndex(rows))
+    paths = [fragment.path for fragment in fragments]
+    some_groups = any(fragment.row_groups is not None for fragment in fragments)
+    try:
+        frame = cudf.read_parquet(
+            paths,
+            columns=list(columns),
+            row_groups=[list(fragment.row_groups or ()) for fragment in fragments] if some_groups else None,
+            filesystem=None if is_local(fs) else fs,
+            use_pandas_metadata=False,
+        )
+    except (RuntimeError, OSError) as error:
+        raise _unreadable(f"{paths[0]} (the first of {len(paths)} files)", error) from error
+    if len(frame) != rows:
+        raise ClusterError(f"{paths[0]} (the first of {len(paths)} files) changed since its footer was read.")
+    return frame

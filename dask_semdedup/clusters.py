@@ -1,0 +1,657 @@
+"""Cluster-aligned frames: read the k-means layout, plan partitions by cost, align by shuffle, write cluster files.
+
+A frame is aligned when no cluster spans two partitions. Pairwise similarity is then the business of one partition at
+a time. `read_clusters` yields aligned frames from files, and `align` any other.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+from urllib.parse import unquote
+
+import dask
+import dask.dataframe as dd
+import fsspec
+import pyarrow as pa
+from dask import _expr as core
+from dask._task_spec import Task
+from dask.dataframe.dask_expr._collection import new_collection
+from dask.dataframe.dask_expr._expr import Expr, Lengths, Literal, PartitionsFiltered
+from dask.dataframe.dask_expr._merge import Merge
+from dask.dataframe.dask_expr._reductions import Len
+from dask.dataframe.dask_expr._shuffle import RearrangeByColumn
+from dask.dataframe.dask_expr.io.io import BlockwiseIO
+from dask.tokenize import tokenize
+from dask.typing import Key
+from dask.utils import get_default_shuffle_method, parse_bytes
+
+from dask_semdedup._parquet import (
+    FileStats,
+    Fragment,
+    Reader,
+    RowGroup,
+    checksum,
+    configured_string_dtype,
+    is_local,
+    list_files,
+    read_footers,
+    read_schema,
+)
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, some
+
+__all__ = ["align", "cluster_files", "is_aligned", "plan", "read_clusters", "write_cluster"]
+
+BACKENDS = ("pandas", "cudf")
+NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
+# Reading a row costs about as much as comparing it with this many others, so that small clusters are not free.
+READING_COST = 1024
+# The longest list column that cuDF can hold, in elements; the bytes are those of its narrowest elements.
+CUDF_ELEMENTS = 2**31 - 1
+CUDF_BYTES = 2 * CUDF_ELEMENTS
+
+
+def read_clusters(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    cluster_field: str = "centroid",
+    backend: str | None = None,
+    columns: Sequence[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    partition_size: str | int = "128MiB",
+) -> dd.DataFrame:
+    """Read clustered embeddings into a Dask DataFrame in which no cluster spans two partitions.
+
+    Files are listed and their footers are read, to plan partitions of whole clusters and of about equal cost. No data
+    is read before the frame is computed.
+
+    Parameters
+    ----------
+    path : str, path-like or list of them
+        A folder in the layout of k-means, ``<path>/<cluster_field>=<k>/*.parquet``, or any Parquet with a cluster
+        column: a file, a folder, a glob, or a list. Local, or a URL that fsspec understands.
+    cluster_field : str, default "centroid"
+        The cluster column, and the key in the folders' names. In the layout, the column is made from the folder's
+        name, after all others: int64 where all names are integers, strings where not.
+    backend : {"pandas", "cudf"}, optional
+        What partitions are. By default Dask's configuration ``dataframe.backend``.
+    columns : sequence of str, optional
+        The columns to read, in this order. By default all.
+    storage_options : mapping, optional
+        Arguments of the fsspec file system.
+    partition_size : str or int, default "128MiB"
+        The most bytes that the columns of a partition take in memory, unless a single cluster takes more.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        Lists as Arrow lists, strings in Dask's string dtype, integers as NumPy's (as Arrow's, where a column may hold
+        nulls). Divisions are unknown. Partitions hold their clusters in ascending order.
+
+    Raises
+    ------
+    ClusterError
+        If there are no files, one cannot be read, the schemas of two differ, there is no cluster column, or rows have
+        a null cluster.
+    MissingColumnsError
+        If a column in `columns` is not there.
+    InvalidArgumentError
+        If `backend` or `partition_size` is not one of those allowed.
+
+    Notes
+    -----
+    For files that are not in the layout, the footers' bounds of the cluster column may prove that clusters do not
+    span files; partitions are then planned in the same way. Otherwise the frame is shuffled by cluster, lazily.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"id": [1, 2, 3], "embeddings": [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]})
+    >>> folder = tempfile.mkdtemp()
+    >>> frame.assign(centroid=[0, 0, 1]).to_parquet(folder, partition_cols=["centroid"])
+    >>> ddf = read_clusters(folder)
+    >>> list(ddf.columns)
+    ['id', 'embeddings', 'centroid']
+    >>> ddf[["id", "centroid"]].compute()
+       id  centroid
+    0   1         0
+    1   2         0
+    2   3         1
+    """
+    size = _check_partition_size(partition_size)
+    backend = _check_backend(backend)
+    fs, files = list_files(path, storage_options)
+    folders = _clusters_of_folders(files, cluster_field)
+    reader = _reader(fs, files, folders, cluster_field, backend)
+    wanted = reader.columns if columns is None else list(columns)
+    reader.check_columns(wanted)
+    source = _scan(reader, files, folders, cluster_field, wanted, size)
+    if source.aligned:
+        return new_collection(ReadClusters(source, wanted))
+    return align(new_collection(ReadClusters(source, list(dict.fromkeys([*wanted, cluster_field])))), cluster_field)[
+        wanted
+    ]
+
+
+def _check_partition_size(partition_size: str | int) -> int:
+    try:
+        size = int(parse_bytes(partition_size))
+    except ValueError as error:
+        raise InvalidArgumentError(f"partition_size must be bytes, as '128MiB', not {partition_size!r}.") from error
+    if size <= 0:
+        raise InvalidArgumentError(f"partition_size must be positive, not {partition_size!r}.")
+    return size
+
+
+def _check_backend(backend: str | None) -> str:
+    if backend is None:
+        backend = dask.config.get("dataframe.backend", "pandas")
+    if backend not in BACKENDS:
+        raise InvalidArgumentError(f"backend must be one of {list(BACKENDS)} or None, not {backend!r}.")
+    return backend
+
+
+def no_cluster_column(cluster_field: str, where: str, columns: Iterable[object]) -> ClusterError:
+    """The error for a missing cluster column, which says how to get one."""
+    return ClusterError(
+        f"No cluster column {cluster_field!r} in {where}, only columns {list(columns)}. Cluster the embeddings first, "
+        f"for example with k-means, and write them with to_parquet(..., partition_on={cluster_field!r}); or name the "
+        "column that holds the clusters as cluster_field."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layout: a folder a cluster
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cluster_files(
+    path: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    cluster_field: str = "centroid",
+) -> dict[int | str, list[str]]:
+    """List the files of each cluster in the layout of k-means, ``<path>/<cluster_field>=<k>/*.parquet``.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The folder; local, or a URL that fsspec understands.
+    storage_options : mapping, optional
+        Arguments of the fsspec file system.
+    cluster_field : str, default "centroid"
+        The key in the folders' names.
+
+    Returns
+    -------
+    dict
+        From cluster to its files, both in ascending order. Clusters are int where all folders' names are integers,
+        and str where not. Files of remote systems are URLs.
+
+    Raises
+    ------
+    ClusterError
+        If there are no files, or a file is in no cluster's folder.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> folder = tempfile.mkdtemp()
+    >>> pd.DataFrame({"id": [1, 2], "centroid": [10, 9]}).to_parquet(folder, partition_cols=["centroid"])
+    >>> list(cluster_files(folder))
+    [9, 10]
+    """
+    fs, files = list_files(path, storage_options)
+    folders = _clusters_of_folders(files, cluster_field)
+    if folders is None:
+        raise ClusterError(f"No folders {cluster_field}=<k> in {path}, but files such as {some(files, 1)}.")
+    by_cluster = defaultdict(list)
+    for file, cluster in folders.items():
+        by_cluster[cluster].append(file if is_local(fs) else fs.unstrip_protocol(file))
+    return dict(sorted(by_cluster.items()))
+
+
+def _clusters_of_folders(files: Iterable[str], cluster_field: str) -> dict[str, Any] | None:
+    """Cluster of each file by its folder's name; None where no file has one."""
+    pattern = re.compile(rf".*/{re.escape(cluster_field)}=([^/]*)/")
+    matches = {file: pattern.match(f"/{file}") for file in files}
+    outside = [file for file, match in matches.items() if match is None]
+    if len(outside) == len(matches):
+        return None
+    if outside:
+        raise ClusterError(f"{len(outside)} files are in no folder {cluster_field}=<k>, others are: {some(outside)}.")
+    names = {file: unquote(match[1]) for file, match in matches.items() if match}
+    null = [file for file, name in names.items() if name in ("", NULL_FOLDER)]
+    if null:
+        raise ClusterError(f"{len(null)} files have a null cluster in {cluster_field!r}: {some(null)}.")
+    if all(re.fullmatch(r"0|-?[1-9]\d{0,17}", name) for name in set(names.values())):
+        return {file: int(name) for file, name in names.items()}
+    return dict(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scanning: what there is to read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files as planned partitions.
+
+    Parameters
+    ----------
+    reader
+        Reads a partition.
+    partitions
+        The fragments of each.
+    cluster_field
+        The cluster column.
+    aligned
+        Whether no cluster spans two partitions.
+    token
+        Changes when a file or the plan does.
+    """
+
+    reader: Reader
+    partitions: tuple[tuple[Fragment, ...], ...]
+    cluster_field: str
+    aligned: bool
+    token: str
+
+    def __dask_tokenize__(self) -> str:
+        return self.token
+
+    def __repr__(self) -> str:
+        return f"<{sum(map(len, self.partitions))} fragments in {len(self.partitions)} partitions>"
+
+
+@dataclass
+class _Unit:
+    """Fragments that must not be parted: those of one cluster, or of clusters that share row groups."""
+
+    key: Any
+    fragments: list[Fragment] = field(default_factory=list)
+    rows: int = 0
+    nbytes: int = 0
+    elements: int = 0
+
+    def add(self, fragment: Fragment, groups: Iterable[RowGroup]) -> None:
+        self.fragments.append(fragment)
+        for group in groups:
+            self.rows += group.rows
+            self.nbytes += group.nbytes
+            self.elements += group.elements
+
+
+def _reader(
+    fs: fsspec.AbstractFileSystem,
+    files: Mapping[str, Mapping[str, Any]],
+    folders: Mapping[str, Any] | None,
+    cluster_field: str,
+    backend: str,
+) -> Reader:
+    first, info = next(iter(files.items()))
+    schema = read_schema(fs, first, info["size"])
+    strings = configured_string_dtype()
+    if folders is None:
+        if cluster_field not in schema.names:
+            raise no_cluster_column(cluster_field, f"{first} and no folders {cluster_field}=<k>", schema.names)
+        return Reader(fs, schema, backend=backend, string_dtype=strings)
+    if cluster_field in schema.names:
+        schema = schema.remove(schema.get_field_index(cluster_field))
+    cluster_type = pa.int64() if isinstance(folders[first], int) else pa.string()
+    return Reader(fs, schema, frozenset(), cluster_field, cluster_type, backend, strings)
+
+
+def _scan(
+    reader: Reader,
+    files: Mapping[str, Mapping[str, Any]],
+    folders: Mapping[str, Any] | None,
+    cluster_field: str,
+    columns: Sequence[str],
+    size: int,
+) -> Source:
+    """Read the footers and plan the partitions."""
+    bounded = cluster_field if folders is None else None
+    in_files = [name for name in reader.schema.names if name in columns or name == bounded]
+    stats = read_footers(reader.fs, files, in_files, bounded)
+    _check_null_clusters(stats, cluster_field)
+    reader = replace(reader, nullable=frozenset().union(*(file.nullable for file in stats)))
+    units = _units_of_bounds(stats, size) if folders is None else _units_of_folders(stats, folders)
+    aligned = units is not None
+    if units is None:
+        units = _units_of_row_groups(stats)
+    if reader.backend == "cudf":
+        _check_cudf(units, cluster_field)
+        size = min(size, CUDF_BYTES)
+    by_key = {unit.key: unit for unit in units}
+    partitions = tuple(
+        tuple(fragment for key in keys for fragment in by_key[key].fragments)
+        for keys in plan([(unit.key, unit.rows, unit.nbytes) for unit in units], size)
+    )
+    token = tokenize(checksum(files), reader, cluster_field, aligned, size, tuple(columns))
+    return Source(reader, partitions, cluster_field, aligned, token)
+
+
+def _check_null_clusters(stats: Sequence[FileStats], cluster_field: str) -> None:
+    nulls = {file.path: file.null_clusters for file in stats if file.null_clusters}
+    if nulls:
+        raise ClusterError(
+            f"{sum(nulls.values())} rows have a null cluster in {cluster_field!r}, in files {some(nulls)}. "
+            "Drop them, or give them a cluster."
+        )
+
+
+def _check_cudf(units: Iterable[_Unit], cluster_field: str) -> None:
+    for unit in units:
+        if unit.elements > CUDF_ELEMENTS:
+            raise ClusterError(
+                f"{cluster_field} {unit.key} has {unit.rows} rows with {unit.elements} elements, more than the "
+                f"{CUDF_ELEMENTS} that a cuDF list column can hold. Use backend='pandas', or more clusters."
+            )
+
+
+def _units_of_folders(stats: Sequence[FileStats], folders: Mapping[str, Any]) -> list[_Unit]:
+    """The clusters of the layout, each with its files."""
+    units: dict[Any, _Unit] = {}
+    for file in stats:
+        cluster = folders[file.path]
+        unit = units.setdefault(cluster, _Unit(cluster))
+        unit.add(Fragment(file.path, file.rows, None, cluster), file.row_groups)
+    return list(units.values())
+
+
+def _units_of_bounds(stats: Sequence[FileStats], size: int) -> list[_Unit] | None:
+    """Runs of row groups whose cluster bounds overlap, if these prove that no cluster spans two files; else None.
+
+    A run of several clusters that is larger than a partition and could be cut gives None too: it is better shuffled.
+    """
+    groups = [(group, file.path, index) for file in stats for index, group in enumerate(file.row_groups) if group.rows]
+    if any(group.low is None for group, _, _ in groups):
+        return None
+    units: list[_Unit] = []
+    high = None
+    for group, path, index in sorted(groups, key=lambda item: (item[0].low, item[0].high, item[1:])):
+        if high is None or group.low > high:
+            units.append(_Unit(group.low))
+            high = group.high
+        elif units[-1].fragments[0].path != path:
+            return None
+        units[-1].add(Fragment(path, group.rows, (index,)), [group])
+        high = max(high, group.high)
+        if units[-1].nbytes > size and len(units[-1].fragments) > 1 and units[-1].key != high:
+            return None
+    return units
+
+
+def _units_of_row_groups(stats: Sequence[FileStats]) -> list[_Unit]:
+    """Every row group by itself, in the files' order."""
+    units: list[_Unit] = []
+    for file in stats:
+        for index, group in enumerate(file.row_groups):
+            units.append(_Unit(len(units)))
+            units[-1].add(Fragment(file.path, group.rows, (index,)), [group])
+    return units
+
+
+def read_partition(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+    """Read one partition: the task that `ReadClusters` puts into the graph."""
+    return reader.read(fragments, columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> list[list[Any]]:
+    """Share clusters out to partitions of whole clusters, as few as fit and of about equal cost.
+
+    Searching a cluster of n rows of d numbers costs n²·d, and n·d are its bytes; reading it costs its bytes. So the
+    cost of a cluster is taken as ``nbytes * (rows + 1024)``.
+
+    Parameters
+    ----------
+    sizes : iterable of (cluster, rows, nbytes)
+        The clusters, in any order.
+    partition_size : int
+        The most bytes of a partition, unless it is of one cluster.
+
+    Returns
+    -------
+    list of list
+        The clusters of each partition, ascending throughout.
+
+    Examples
+    --------
+    >>> plan([(2, 20, 800), (0, 10, 400), (1, 10, 400)], partition_size=1000)
+    [[0, 1], [2]]
+    """
+    ordered = sorted(sizes, key=lambda size: size[0])
+    if not ordered:
+        return [[]]
+    weights = [(nbytes, nbytes * (rows + READING_COST)) for _, rows, nbytes in ordered]
+    starts = _cut_evenly(weights, partition_size)
+    clusters = [cluster for cluster, _, _ in ordered]
+    return [clusters[start:stop] for start, stop in pairwise([*starts, len(clusters)])]
+
+
+def _cut_evenly(weights: Sequence[tuple[int, int]], partition_size: int) -> list[int]:
+    """Starts of the fewest runs that fit, with the largest cost as small as bisection to 2 percent finds it."""
+    starts = _cut(weights, partition_size, math.inf)
+    costs = [cost for _, cost in weights]
+    high: float = max(sum(costs[start:stop]) for start, stop in pairwise([*starts, len(costs)]))
+    low: float = max(max(costs), sum(costs) / len(starts))
+    while high > 1.02 * low:
+        middle = (low + high) / 2
+        trial = _cut(weights, partition_size, middle)
+        if len(trial) > len(starts):
+            low = middle
+        else:
+            starts, high = trial, middle
+    return starts
+
+
+def _cut(weights: Iterable[tuple[int, int]], partition_size: int, most_cost: float) -> list[int]:
+    """Starts of runs, each as long as the limits allow."""
+    starts: list[int] = []
+    run_bytes = run_cost = 0
+    for index, (nbytes, cost) in enumerate(weights):
+        if not starts or run_bytes + nbytes > partition_size or run_cost + cost > most_cost:
+            starts.append(index)
+            run_bytes = run_cost = 0
+        run_bytes += nbytes
+        run_cost += cost
+    return starts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Expressions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ReadClusters(PartitionsFiltered, BlockwiseIO):
+    """Partitions of whole clusters, read from Parquet files.
+
+    To Dask the property `unique_partition_mapping_columns_from_shuffle` means more than that no cluster spans two
+    partitions: two frames that have it are taken to be partitioned alike, and merged partition by partition. That
+    would be wrong here, so the claim is dropped wherever a merge is to come (`_simplify_up`).
+    """
+
+    _parameters = ["source", "columns", "claims_alignment", "_partitions"]  # noqa: RUF012
+    _defaults = {"claims_alignment": True, "_partitions": None}  # noqa: RUF012
+    _absorb_projections = True
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"read-clusters-{self.deterministic_token}"
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.operand("columns"))
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self.source.reader.meta(self.columns)
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[tuple[str, ...]]:
+        claimed = self.source.aligned and self.claims_alignment and self.source.cluster_field in self.columns
+        return {(self.source.cluster_field,)} if claimed else set()
+
+    def _divisions(self) -> tuple[None, ...]:
+        return (None,) * (len(self.source.partitions) + 1)
+
+    def _filtered_task(self, name: Key, index: int) -> Task:
+        return Task(
+            name, read_partition, self.source.reader, self.source.partitions[index], self.columns, _data_producer=True
+        )
+
+    def _simplify_up(self, parent: Expr, dependents: Mapping[str, Any]) -> core.Expr | None:
+        if self.claims_alignment and _is_merged(self, dependents):
+            return parent.substitute(self, self.substitute_parameters({"claims_alignment": False}))
+        if isinstance(parent, Lengths):
+            return Literal(self._lengths())
+        if isinstance(parent, Len):
+            return Literal(sum(self._lengths()))
+        return super()._simplify_up(parent, dependents)
+
+    def _lengths(self) -> tuple[int, ...]:
+        partitions = self.source.partitions
+        return tuple(sum(fragment.rows for fragment in partitions[index]) for index in self._partitions)
+
+
+def _is_merged(expr: Expr, dependents: Mapping[str, Any]) -> bool:
+    """Whether a merge depends on the expression."""
+    names: set[str] = set()
+    stack = [expr._name]
+    while stack:
+        parents = [parent for ref in dependents.get(stack.pop(), ()) if (parent := ref()) is not None]
+        if any(isinstance(parent, Merge) for parent in parents):
+            return True
+        new = {parent._name for parent in parents} - names
+        names |= new
+        stack.extend(new)
+    return False
+
+
+class ShuffleByCluster(RearrangeByColumn):
+    """A shuffle that carries list columns: the peer-to-peer method fails on Arrow lists, so tasks replace it."""
+
+    def _lower(self) -> core.Expr:
+        method = self.method or get_default_shuffle_method()
+        operands = dict(zip(self._parameters, self.operands, strict=True))
+        return RearrangeByColumn(**{**operands, "method": "tasks" if method == "p2p" else method})
+
+
+def align(ddf: dd.DataFrame, cluster_field: str) -> dd.DataFrame:
+    """Bring every cluster into one partition.
+
+    Parameters
+    ----------
+    ddf : dask.dataframe.DataFrame
+        Any frame with the cluster column.
+    cluster_field : str
+        The cluster column.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        The frame itself where it is aligned already (see `is_aligned`), else the frame shuffled by cluster, lazily.
+
+    Raises
+    ------
+    ClusterError
+        If the frame has no such column.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> ddf = dd.from_pandas(pd.DataFrame({"id": range(6), "centroid": [0, 1, 2, 0, 1, 2]}), npartitions=2)
+    >>> is_aligned(ddf, "centroid")
+    False
+    >>> is_aligned(align(ddf, "centroid"), "centroid")
+    True
+    """
+    if cluster_field not in ddf.columns:
+        raise no_cluster_column(cluster_field, "the frame", ddf.columns)
+    if is_aligned(ddf, cluster_field):
+        return ddf
+    return new_collection(ShuffleByCluster(ddf.expr, [cluster_field], ddf.npartitions))
+
+
+def is_aligned(ddf: dd.DataFrame, cluster_field: str) -> bool:
+    """Whether the frame is known to have no cluster in two partitions.
+
+    It is when there is one partition, or when Dask knows that it came from a shuffle by cluster or from
+    `read_clusters`. What Dask says of the result of a broadcast merge is not believed: it says that both sides were
+    shuffled, and neither need be.
+    """
+    if ddf.npartitions == 1:
+        return True
+    claims = ddf.expr.unique_partition_mapping_columns_from_shuffle
+    broadcast = any(
+        merge.is_broadcast_join or merge._is_single_partition_broadcast for merge in ddf.expr.find_operations(Merge)
+    )
+    return not broadcast and not claims.isdisjoint({cluster_field, (cluster_field,)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_cluster(frame: Any, output_path: str | os.PathLike[str], cluster: int | str, **write_kwargs: Any) -> str:
+    """Write the scores of one cluster to ``<output_path>/cluster_<k>.parquet``, whole or not at all.
+
+    The file is written under a temporary name in the same folder and then renamed. The temporary name does not end in
+    ``.parquet``, so that no reader takes it for data.
+
+    Parameters
+    ----------
+    frame : pandas or cuDF DataFrame
+        What to write, without its index.
+    output_path : str or path-like
+        The folder, made where it is missing; local, or a URL that fsspec understands.
+    cluster : int or str
+        The cluster.
+    **write_kwargs
+        Arguments of ``frame.to_parquet``, and ``storage_options`` for the fsspec file system.
+
+    Returns
+    -------
+    str
+        Path of the file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> path = write_cluster(pd.DataFrame({"id": [1]}), tempfile.mkdtemp(), 7)
+    >>> os.path.basename(path)
+    'cluster_7.parquet'
+    """
+    folder = os.fspath(output_path).rstrip("/")
+    fs, root = fsspec.core.url_to_fs(folder, **(write_kwargs.pop("storage_options", None) or {}))
+    final = f"{root}/cluster_{cluster}.parquet"
+    temporary = f"{final}.{uuid.uuid4().hex}.tmp"
+    fs.makedirs(root, exist_ok=True)
+    try:
+        with fs.open(temporary, "wb") as file:
+            frame.to_parquet(file, index=False, **write_kwargs)
+        fs.mv(temporary, final)
+    except BaseException:
+        if fs.exists(temporary):
+            fs.rm(temporary)
+        raise
+    return f"{folder}/cluster_{cluster}.parquet"

@@ -1,0 +1,668 @@
+"""Planning, reading, aligning and writing clusters."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import dask
+import dask.dataframe as dd
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dask.dataframe.dask_expr._shuffle import ShuffleBase
+from dask.dataframe.utils import assert_eq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dask_semdedup import ClusterError, InvalidArgumentError, MissingColumnsError, _parquet, read_clusters
+from dask_semdedup.clusters import ReadClusters, align, cluster_files, is_aligned, plan, write_cluster
+
+WIDTH = 4
+
+
+def cluster_table(cluster: int, rows: int, first_id: int) -> pa.Table:
+    rng = np.random.default_rng([cluster, first_id])
+    embeddings = rng.standard_normal((rows, WIDTH)).astype(np.float32)
+    return pa.table(
+        {
+            "id": np.arange(first_id, first_id + rows),
+            "embeddings": pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * WIDTH, embeddings.ravel()),
+            "cosine_dist_to_cent": rng.random(rows).astype(np.float32),
+            "text": pa.array([f"text {first_id + row}" for row in range(rows)], pa.string()),
+        }
+    )
+
+
+def write_layout(root: Path | str, sizes: dict[int | str, list[int]], **storage_options: object) -> pd.DataFrame:
+    """Write `sizes[k]` files for each cluster k; what they hold, in the order of clusters and files."""
+    fs, folder = fsspec.core.url_to_fs(str(root), **storage_options)
+    written, first_id = [], 0
+    for number, (cluster, files) in enumerate(sizes.items()):
+        fs.makedirs(f"{folder}/centroid={cluster}", exist_ok=True)
+        for part, rows in enumerate(files):
+            table = cluster_table(number, rows, first_id)
+            with fs.open(f"{folder}/centroid={cluster}/part.{part}.parquet", "wb") as file:
+                pq.write_table(table, file)
+            written.append(table.to_pandas().assign(centroid=cluster))
+            first_id += rows
+    return pd.concat(written).sort_values(["centroid", "id"], ignore_index=True)
+
+
+def partition_frames(ddf: dd.DataFrame) -> list[pd.DataFrame]:
+    return list(dask.compute(*ddf.to_delayed(), scheduler="synchronous"))
+
+
+def assert_same(ddf: dd.DataFrame, expected: pd.DataFrame) -> None:
+    """The same rows, in any order, and dtypes as promised in every partition."""
+    frames = partition_frames(ddf)
+    for frame in frames:
+        assert list(frame.dtypes) == list(ddf.dtypes)
+        assert isinstance(frame.index, pd.RangeIndex)
+    computed = pd.concat(frames).sort_values("id", ignore_index=True)
+    expected = expected.sort_values("id", ignore_index=True)[list(computed.columns)]
+    for name in computed.columns:
+        assert [as_plain(value) for value in computed[name]] == [as_plain(value) for value in expected[name]], name
+
+
+def as_plain(value: object) -> object:
+    return list(value) if isinstance(value, (list, np.ndarray)) else value
+
+
+def shuffles(ddf: dd.DataFrame) -> list[object]:
+    return list(ddf.optimize(fuse=False).expr.find_operations(ShuffleBase))
+
+
+def clusters_are_whole(ddf: dd.DataFrame, cluster_field: str = "centroid") -> bool:
+    seen: set[object] = set()
+    for frame in partition_frames(ddf[[cluster_field]]):
+        clusters = set(frame[cluster_field].unique())
+        if seen & clusters:
+            return False
+        seen |= clusters
+    return True
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> tuple[Path, pd.DataFrame]:
+    frame = write_layout(tmp_path / "in", {10: [3], 2: [4, 5], 0: [1], 7: [2, 1, 6], 1: [8]})
+    return tmp_path / "in", frame
+
+
+@pytest.fixture
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr(_parquet, "read_fragment", fail)
+
+
+class TestPlan:
+    sizes = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 200)), max_size=60)
+
+    @given(sizes, st.integers(1, 200_000))
+    def test_every_cluster_once_in_order_within_the_limit(self, rows_widths: list[tuple[int, int]], limit: int) -> None:
+        clusters = [(key, rows, rows * width) for key, (rows, width) in enumerate(rows_widths)]
+        nbytes = {key: size for key, _, size in clusters}
+        partitions = plan(clusters[::-1], limit)
+        assert [key for keys in partitions for key in keys] == list(range(len(clusters)))
+        assert all(len(keys) == 1 or sum(nbytes[key] for key in keys) <= limit for keys in partitions)
+
+    @given(sizes.filter(bool), st.integers(1, 200_000))
+    def test_no_more_partitions_than_filling_them_one_by_one(
+        self, rows_widths: list[tuple[int, int]], limit: int
+    ) -> None:
+        clusters = [(key, rows, rows * width) for key, (rows, width) in enumerate(rows_widths)]
+        filled, room = 0, -1
+        for _, _, nbytes in clusters:
+            if nbytes > room:
+                filled, room = filled + 1, limit
+            room -= nbytes
+        assert len(plan(clusters, limit)) <= filled
+
+    def test_costs_are_about_equal(self) -> None:
+        rows = np.random.default_rng(0).integers(100, 4000, 2000)
+        clusters = [(key, int(n), int(n) * 1536) for key, n in enumerate(rows)]
+        partitions = plan(clusters, 2**27)
+        costs = [sum(int(rows[key]) ** 2 for key in keys) for keys in partitions]
+        assert len(partitions) == np.ceil(rows.sum() * 1536 / 2**27)
+        assert max(costs) < 1.2 * np.mean(costs)
+
+    def test_one_large_cluster_is_alone_and_small_ones_share(self) -> None:
+        clusters = [(key, 10, 1000) for key in range(10)]
+        clusters[4] = (4, 5000, 500_000)
+        assert plan(clusters, 6000) == [[0, 1, 2, 3], [4], [5, 6, 7, 8, 9]]
+
+    def test_of_nothing_is_one_empty_partition(self) -> None:
+        assert plan([], 1) == [[]]
+
+    def test_fifty_thousand_clusters_take_a_moment(self) -> None:
+        rows = np.random.default_rng(0).integers(1, 4000, 50_000).tolist()
+        start = time.perf_counter()
+        partitions = plan([(key, n, n * 1536) for key, n in enumerate(rows)], 2**27)
+        assert time.perf_counter() - start < 2
+        assert sum(map(len, partitions)) == 50_000
+
+
+class TestLayout:
+    @pytest.mark.parametrize("partition_size", [1, 200, 1000, "128MiB"])
+    def test_reads_all_rows_whatever_the_partition_size(
+        self, layout: tuple[Path, pd.DataFrame], partition_size: int | str
+    ) -> None:
+        path, expected = layout
+        ddf = read_clusters(path, partition_size=partition_size)
+        assert list(ddf.columns) == ["id", "embeddings", "cosine_dist_to_cent", "text", "centroid"]
+        assert_same(ddf, expected)
+        assert clusters_are_whole(ddf)
+        assert ddf.centroid.compute().is_monotonic_increasing
+
+    def test_partition_sizes(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, _ = layout
+        assert read_clusters(path, partition_size=1).npartitions == 5
+        assert read_clusters(path).npartitions == 1
+        # 28 bytes a row: an id, four floats and a distance
+        ddf = read_clusters(path, columns=["id", "embeddings", "cosine_dist_to_cent"], partition_size=9 * 28)
+        assert [len(frame) for frame in partition_frames(ddf)] == [9, 9, 9, 3]
+
+    def test_dtypes(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        ddf = read_clusters(layout[0])
+        assert ddf.dtypes.to_dict() == {
+            "id": np.dtype("int64"),
+            "embeddings": pd.ArrowDtype(pa.list_(pa.float32())),
+            "cosine_dist_to_cent": np.dtype("float32"),
+            "text": pd.StringDtype("pyarrow"),
+            "centroid": np.dtype("int64"),
+        }
+
+    def test_strings_follow_the_configuration(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        with dask.config.set({"dataframe.convert-string": False}):
+            ddf = read_clusters(layout[0])
+        assert ddf.dtypes["text"] == pq.read_table(layout[0] / "centroid=0/part.0.parquet").to_pandas().dtypes["text"]
+        assert_same(ddf, layout[1])
+
+    def test_clusters_that_are_not_integers_are_strings(self, tmp_path: Path) -> None:
+        expected = write_layout(tmp_path, {"b%20c": [2], "01": [1], "a": [1]})
+        ddf = read_clusters(tmp_path, partition_size=1)
+        assert ddf.dtypes["centroid"] == pd.StringDtype("pyarrow")
+        assert_same(ddf, expected.replace({"centroid": {"b%20c": "b c"}}))
+        assert clusters_are_whole(ddf)
+
+    def test_the_folder_overrules_a_column_of_the_same_name(self, tmp_path: Path) -> None:
+        expected = write_layout(tmp_path, {3: [2]})
+        path = tmp_path / "centroid=3/part.0.parquet"
+        pq.write_table(pq.read_table(path, partitioning=None).append_column("centroid", [[8, 9]]), path)
+        assert_same(read_clusters(tmp_path), expected)
+
+    def test_types_that_numpy_cannot_hold(self, tmp_path: Path) -> None:
+        folder = tmp_path / "centroid=0"
+        folder.mkdir()
+        tables = [
+            pa.table(
+                {
+                    "id": pa.array([0, 1]),
+                    "n": pa.array([2**60 + 1, None]),
+                    "ok": pa.array([True, None]),
+                    "kind": pa.array(["x", "y"]).dictionary_encode(),
+                    "when": pa.array([0, None], pa.timestamp("us")),
+                    "fixed": pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32(), 2)),
+                    "halves": pa.array([[1.0], [2.0]], pa.large_list(pa.float16())),
+                }
+            ),
+            pa.table(
+                {
+                    "id": pa.array([2]),
+                    "n": pa.array([5]),
+                    "ok": pa.array([False]),
+                    "kind": pa.array(["z"]),
+                    "when": pa.array([1], pa.timestamp("us")),
+                    "fixed": pa.array([[5.0, 6.0]], pa.list_(pa.float32(), 2)),
+                    "halves": pa.array([[3.0]], pa.list_(pa.float16())),
+                }
+            ),
+        ]
+        for part, table in enumerate(tables):
+            pq.write_table(table, folder / f"{part}.parquet")
+        ddf = read_clusters(tmp_path)
+        frame = ddf.compute()
+        assert frame.dtypes.to_dict() == ddf.dtypes.to_dict()
+        assert frame.dtypes["n"] == pd.ArrowDtype(pa.int64())
+        assert frame.dtypes["when"] == np.dtype("datetime64[us]")
+        assert frame["n"].to_list()[::2] == [2**60 + 1, 5]
+        assert frame["kind"].to_list() == ["x", "y", "z"]
+        assert frame["halves"].to_list() == [[1.0], [2.0], [3.0]]
+
+    def test_index_columns_of_pandas_are_left_out(self, tmp_path: Path) -> None:
+        (tmp_path / "centroid=0").mkdir()
+        pd.DataFrame({"id": [1, 2]}, index=[5, 7]).to_parquet(tmp_path / "centroid=0/a.parquet")
+        assert list(read_clusters(tmp_path).columns) == ["id", "centroid"]
+
+    def test_hidden_and_foreign_files_are_left_out(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, expected = layout
+        for name in ("_metadata", ".hidden.parquet", "cluster_1.parquet.0a.tmp", "README"):
+            (path / "centroid=1" / name).write_bytes(b"no Parquet")
+        assert_same(read_clusters(path), expected)
+
+    def test_files_without_rows(self, tmp_path: Path) -> None:
+        expected = write_layout(tmp_path, {0: [0], 1: [2, 0]})
+        ddf = read_clusters(tmp_path, partition_size=1)
+        assert_same(ddf, expected)
+        assert len(ddf) == 2
+
+    def test_column_selection_and_order(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, expected = layout
+        ddf = read_clusters(path, columns=["centroid", "id"])
+        assert list(ddf.compute().columns) == ["centroid", "id"]
+        assert_same(ddf, expected)
+        without = read_clusters(path, columns=["id"])
+        assert list(without.columns) == ["id"]
+        assert without.expr.unique_partition_mapping_columns_from_shuffle == set()
+        assert read_clusters(path, columns=["centroid"]).compute().centroid.to_list() == expected.centroid.to_list()
+
+    def test_paths(self, layout: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch) -> None:
+        path, expected = layout
+        assert_same(read_clusters(f"file://{path}"), expected)
+        assert_same(read_clusters(f"{path}/centroid=*"), expected)
+        assert_same(read_clusters(sorted(map(str, path.glob("*/*.parquet")))), expected)
+        assert_same(read_clusters(path / "centroid=2"), expected[expected.centroid == 2])
+        monkeypatch.chdir(path.parent)
+        assert_same(read_clusters("in"), expected)
+
+    def test_memory_filesystem(self) -> None:
+        expected = write_layout("memory://clusters/in", {4: [70_000, 2], 11: [3]})
+        ddf = read_clusters("memory://clusters/in", partition_size=1)
+        assert ddf.npartitions == 2
+        assert_same(ddf[["id", "embeddings", "centroid"]], expected)
+        fsspec.filesystem("memory").rm("/clusters", recursive=True)
+
+    def test_a_footer_longer_than_the_first_guess(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_parquet, "FOOTER_GUESS", 16)
+        expected = write_layout("memory://guess/in", {4: [3]})
+        assert_same(read_clusters("memory://guess/in"), expected)
+        fsspec.filesystem("memory").rm("/guess", recursive=True)
+
+    def test_file_names_do_not_order_results_by_time_of_listing(self, tmp_path: Path) -> None:
+        write_layout(tmp_path / "a", {0: [2, 3], 1: [1]})
+        write_layout(tmp_path / "b", {0: [2, 3], 1: [1]})
+        (tmp_path / "b/centroid=0/part.0.parquet").rename(tmp_path / "b/centroid=0/x.parquet")
+        (tmp_path / "b/centroid=0/part.1.parquet").rename(tmp_path / "b/centroid=0/a.parquet")
+        first, second = read_clusters(tmp_path / "a").compute(), read_clusters(tmp_path / "b").compute()
+        assert first.id.to_list() == [0, 1, 2, 3, 4, 5]
+        assert second.id.to_list() == [2, 3, 4, 0, 1, 5]
+
+
+class TestExpression:
+    def test_nothing_is_read_before_compute(self, layout: tuple[Path, pd.DataFrame], no_reading: None) -> None:
+        ddf = read_clusters(layout[0])
+        assert len(ddf) == 30
+        assert len(ddf[ddf.columns[:1]]) == 30
+        assert ddf.optimize().npartitions == 1
+        with pytest.raises(AssertionError, match="data was read"):
+            ddf.compute()
+
+    def test_columns_from_folders_need_no_file(self, layout: tuple[Path, pd.DataFrame], no_reading: None) -> None:
+        assert read_clusters(layout[0]).centroid.value_counts().compute().to_dict() == {7: 9, 2: 9, 1: 8, 10: 3, 0: 1}
+
+    def test_files_are_listed_once_and_footers_read_once(
+        self, layout: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read, calls = pq.read_metadata, []
+        monkeypatch.setattr(pq, "read_metadata", lambda path, **kwargs: calls.append(path) or read(path, **kwargs))
+        ddf = read_clusters(layout[0], partition_size=1)
+        planned = len(calls)
+        assert len(set(calls)) == 8
+        ddf[ddf.id > 3][["id"]].optimize().__dask_graph__()
+        assert len(calls) == planned == 9  # the first file's says what the others' must be
+
+    def test_projection_reaches_the_reader(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        ddf = read_clusters(layout[0])
+        query = ddf[ddf.cosine_dist_to_cent > 0.5]["id"]
+        (reader,) = query.optimize(fuse=False).expr.find_operations(ReadClusters)
+        assert reader.columns == ["id", "cosine_dist_to_cent"]
+        expected = layout[1]
+        assert_eq(query, expected[expected.cosine_dist_to_cent > 0.5]["id"], check_index=False)
+
+    def test_partitions_are_selected_in_the_reader(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        ddf = read_clusters(layout[0], partition_size=1)
+        query = ddf.partitions[1:4].partitions[[0, 2]][["centroid"]]
+        (reader,) = query.optimize(fuse=False).expr.find_operations(ReadClusters)
+        assert list(reader._partitions) == [1, 3]
+        assert query.compute().centroid.unique().tolist() == [1, 7]
+        assert len(query) == 17
+
+    def test_token_is_deterministic_and_follows_the_files(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, _ = layout
+        first = read_clusters(path)
+        assert read_clusters(path)._name == first._name
+        assert read_clusters(path, partition_size=1)._name != first._name
+        assert read_clusters(path, columns=["id"])._name != first._name
+        os.utime(path / "centroid=7/part.1.parquet", ns=(1, 1))
+        assert read_clusters(path)._name != first._name
+
+    def test_graph_of_many_clusters_is_quick(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_layout(tmp_path, {0: [2]})
+        one = read_clusters(tmp_path).expr
+        fragment = one.source.partitions[0][0]
+        source = one.source.__class__(
+            one.source.reader, tuple((fragment,) for _ in range(50_000)), "centroid", True, "fifty thousand"
+        )
+        start = time.perf_counter()
+        graph = ReadClusters(source, ["id", "embeddings", "centroid"]).optimize().__dask_graph__()
+        assert time.perf_counter() - start < 2
+        assert len(graph) == 50_000
+
+    def test_survives_pickling(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        from distributed.protocol import deserialize, serialize
+
+        ddf = read_clusters(layout[0])
+        copy = deserialize(*serialize(ddf, serializers=["pickle"]))
+        assert copy._name == ddf._name
+        assert_same(copy, layout[1])
+
+
+class TestAlignment:
+    def test_layout_is_aligned_as_long_as_the_cluster_column_is_there(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        ddf = read_clusters(layout[0], partition_size=1)
+        assert ddf.expr.unique_partition_mapping_columns_from_shuffle == {("centroid",)}
+        assert is_aligned(ddf, "centroid")
+        assert align(ddf, "centroid") is ddf
+        assert is_aligned(ddf[["id", "centroid"]][ddf.id > 2], "centroid")
+        assert not is_aligned(ddf[["id"]], "centroid")
+        assert not is_aligned(ddf.assign(centroid=ddf.id), "centroid")
+
+    def test_groupby_by_cluster_needs_no_shuffle(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, expected = layout
+        query = read_clusters(path, partition_size=1).groupby("centroid").id.apply(list, meta=("id", object))
+        assert not shuffles(query)
+        assert query.compute().sort_index().to_dict() == expected.groupby("centroid").id.apply(list).to_dict()
+
+    @pytest.mark.parametrize("how", ["inner", "left", "outer"])
+    @pytest.mark.parametrize("npartitions", [2, 4, 5])
+    def test_merge_by_cluster_is_right(self, layout: tuple[Path, pd.DataFrame], how: str, npartitions: int) -> None:
+        """A merge takes frames with the same claim to be partitioned alike, which clusters in order are not."""
+        path, expected = layout
+        names = pd.DataFrame({"centroid": [0, 1, 2, 7, 10], "name": list("abcde")})
+        left = read_clusters(path, columns=["id", "centroid"], partition_size=1)
+        left = left[left.id >= 0].rename(columns={"id": "document"})
+        right = dd.from_pandas(names, npartitions=npartitions).shuffle("centroid")
+        merged = left.merge(right, on="centroid", how=how, broadcast=False)
+        again = merged.compute().sort_values("document", ignore_index=True)
+        wanted = expected[["id", "centroid"]].rename(columns={"id": "document"}).merge(names, on="centroid", how=how)
+        assert again.name.to_list() == wanted.sort_values("document").name.to_list()
+
+    def test_unaligned_frames_are_shuffled(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        _, expected = layout
+        ddf = dd.from_pandas(expected.sort_values("id", ignore_index=True), npartitions=4)
+        assert not is_aligned(ddf, "centroid")
+        aligned = align(ddf, "centroid")
+        assert is_aligned(aligned, "centroid")
+        assert align(aligned, "centroid") is aligned
+        assert shuffles(aligned)
+        assert clusters_are_whole(aligned)
+
+    def test_one_partition_is_aligned(self) -> None:
+        ddf = dd.from_pandas(pd.DataFrame({"centroid": [1, 2]}), npartitions=1)
+        assert align(ddf, "centroid") is ddf
+
+    def test_a_shuffle_by_more_columns_is_not_enough(self) -> None:
+        ddf = dd.from_pandas(pd.DataFrame({"centroid": range(8), "lang": 1}), npartitions=2)
+        assert not is_aligned(ddf.shuffle(["centroid", "lang"]), "centroid")
+        assert is_aligned(ddf.shuffle("centroid"), "centroid")
+
+    def test_broadcast_merges_are_not_believed(self) -> None:
+        left = dd.from_pandas(pd.DataFrame({"centroid": np.arange(80) % 5, "id": range(80)}), npartitions=40)
+        right = dd.from_pandas(pd.DataFrame({"centroid": range(5), "name": list("abcde")}), npartitions=2)
+        merged = left.merge(right, on="centroid", broadcast=True)
+        assert ("centroid",) in merged.expr.unique_partition_mapping_columns_from_shuffle or (
+            "centroid" in merged.expr.unique_partition_mapping_columns_from_shuffle
+        )
+        assert not is_aligned(merged, "centroid")
+        single = left.merge(right.shuffle("centroid").repartition(npartitions=1), on="centroid")
+        assert not is_aligned(single, "centroid")
+
+    def test_no_cluster_column(self) -> None:
+        ddf = dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)
+        with pytest.raises(ClusterError, match=r"No cluster column 'centroid' in the frame.*\['id'\].*k-means"):
+            align(ddf, "centroid")
+
+
+class TestPlainParquet:
+    frame = pd.DataFrame({"id": range(24), "label": np.repeat([0, 1, 2, 3, 4, 5, 6, 7], 3), "x": 1.0})
+
+    def write(self, folder: Path, *slices: slice, **kwargs: object) -> Path:
+        folder.mkdir()
+        for part, rows in enumerate(slices):
+            self.frame[rows].to_parquet(folder / f"{part}.parquet", index=False, **kwargs)
+        return folder
+
+    @pytest.mark.parametrize("partition_size", [1, 200, "1MiB"])
+    def test_bounds_prove_alignment(self, tmp_path: Path, partition_size: int | str) -> None:
+        path = self.write(tmp_path / "in", slice(12, 24), slice(0, 9), slice(9, 12))
+        ddf = read_clusters(path, cluster_field="label", partition_size=partition_size)
+        assert ddf.npartitions == {1: 3, 200: 2 + 1, "1MiB": 1}[partition_size]
+        assert ddf.expr.unique_partition_mapping_columns_from_shuffle == {("label",)}
+        assert not shuffles(ddf)
+        assert ddf.label.compute().is_monotonic_increasing
+        assert_same(ddf, self.frame)
+
+    def test_row_groups_of_whole_clusters_are_partitions(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path / "in", slice(0, 24), row_group_size=6)
+        ddf = read_clusters(path / "0.parquet", cluster_field="label", partition_size=1)
+        assert not shuffles(ddf)
+        assert ddf.npartitions == 4
+        assert clusters_are_whole(ddf, "label")
+        assert_same(ddf, self.frame)
+
+    def test_a_cluster_in_two_files_means_a_shuffle(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path / "in", slice(0, 10), slice(10, 24))
+        ddf = read_clusters(path, cluster_field="label", partition_size=1)
+        assert shuffles(ddf)
+        assert is_aligned(ddf, "label")
+        assert clusters_are_whole(ddf, "label")
+        assert ddf.compute().sort_values("id").id.to_list() == list(range(24))
+
+    def test_one_large_unsorted_file_is_shuffled(self, tmp_path: Path) -> None:
+        self.frame.sample(frac=1, random_state=0).to_parquet(tmp_path / "a.parquet", row_group_size=4)
+        assert shuffles(read_clusters(tmp_path / "a.parquet", cluster_field="label", partition_size=100))
+        assert not shuffles(read_clusters(tmp_path / "a.parquet", cluster_field="label"))
+
+    def test_no_statistics_mean_a_shuffle(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path / "in", slice(0, 12), slice(12, 24), write_statistics=False)
+        ddf = read_clusters(path, cluster_field="label", partition_size=1)
+        assert shuffles(ddf)
+        assert ddf.dtypes["id"] == pd.ArrowDtype(pa.int64())
+        assert_eq(ddf.id.sum(), self.frame.id.sum())
+
+    def test_projection_reaches_the_reader_through_the_shuffle(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path / "in", slice(0, 10), slice(10, 24))
+        ddf = read_clusters(path, cluster_field="label", partition_size=1, columns=["x", "id"])
+        assert list(ddf.columns) == ["x", "id"]
+        (reader,) = ddf[["id"]].optimize(fuse=False).expr.find_operations(ReadClusters)
+        assert reader.columns == ["id", "label"]
+        assert sorted(ddf.compute().id) == list(range(24))
+
+    def test_string_clusters(self, tmp_path: Path) -> None:
+        frame = self.frame.assign(label=self.frame.label.map(str))
+        frame.to_parquet(tmp_path / "a.parquet", row_group_size=3)
+        ddf = read_clusters(tmp_path / "a.parquet", cluster_field="label", partition_size=1)
+        assert ddf.npartitions == 8
+        assert_same(ddf, frame)
+
+
+class TestBadInput:
+    def test_no_files(self, tmp_path: Path) -> None:
+        with pytest.raises(ClusterError, match=f"No Parquet files found at {tmp_path}"):
+            read_clusters(tmp_path)
+        with pytest.raises(ClusterError, match=r"No Parquet files found at .*nowhere"):
+            read_clusters(tmp_path / "nowhere")
+        with pytest.raises(ClusterError, match="list of paths is empty"):
+            read_clusters([])
+
+    def test_a_truncated_file_is_named(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path = layout[0] / "centroid=7/part.1.parquet"
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.raises(ClusterError, match=r"Cannot read .*centroid=7/part.1.parquet as Parquet \(truncated"):
+            read_clusters(layout[0])
+
+    def test_damage_behind_the_footer_is_found_when_read(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path = layout[0] / "centroid=7/part.1.parquet"
+        content = bytearray(path.read_bytes())
+        content[4:60] = bytes(56)
+        path.write_bytes(content)
+        ddf = read_clusters(layout[0])
+        with pytest.raises(ClusterError, match=r"Cannot read .*centroid=7/part.1.parquet as Parquet"):
+            ddf.compute()
+
+    def test_a_file_gone_since_is_named(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        ddf = read_clusters(layout[0])
+        (layout[0] / "centroid=0/part.0.parquet").unlink()
+        with pytest.raises(ClusterError, match=r"Cannot read .*centroid=0/part.0.parquet"):
+            ddf.compute()
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            (pa.table({"id": ["a"], "x": [1.0]}), r"Column 'id' is string in .*b.parquet but int64 in .*a.parquet"),
+            (pa.table({"id": [1]}), r"Column 'x' of .*a.parquet is missing in .*b.parquet, which has \['id'\]"),
+        ],
+    )
+    def test_different_schemas(self, tmp_path: Path, table: pa.Table, message: str) -> None:
+        (tmp_path / "centroid=0").mkdir()
+        pq.write_table(pa.table({"id": [1], "x": [1.0]}), tmp_path / "centroid=0/a.parquet")
+        pq.write_table(table, tmp_path / "centroid=0/b.parquet")
+        with pytest.raises(ClusterError, match=message):
+            read_clusters(tmp_path)
+
+    def test_only_the_wanted_columns_need_agree(self, tmp_path: Path) -> None:
+        (tmp_path / "centroid=0").mkdir()
+        pq.write_table(pa.table({"id": [1], "x": [1.0]}), tmp_path / "centroid=0/a.parquet")
+        pq.write_table(pa.table({"y": [1], "id": [2]}), tmp_path / "centroid=0/b.parquet")
+        assert read_clusters(tmp_path, columns=["id"]).compute().id.to_list() == [1, 2]
+
+    def test_missing_columns(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        with pytest.raises(MissingColumnsError, match=r"\['url'\] not found.*'text', 'centroid'\]"):
+            read_clusters(layout[0], columns=["id", "url"])
+
+    def test_null_cluster_in_the_layout(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        (layout[0] / "centroid=7").rename(layout[0] / "centroid=__HIVE_DEFAULT_PARTITION__")
+        with pytest.raises(ClusterError, match=r"3 files have a null cluster in 'centroid': .*part.0.parquet"):
+            read_clusters(layout[0])
+
+    def test_null_cluster_in_a_column(self, tmp_path: Path) -> None:
+        pd.DataFrame({"id": [1, 2, 3], "centroid": [0, None, None]}).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(ClusterError, match=r"2 rows have a null cluster in 'centroid', in files .*a.parquet"):
+            read_clusters(tmp_path / "a.parquet")
+
+    def test_files_outside_of_the_layout(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        (layout[0] / "centroid=0/part.0.parquet").rename(layout[0] / "extra.parquet")
+        with pytest.raises(ClusterError, match=r"1 files are in no folder centroid=<k>, others are: .*extra.parquet"):
+            read_clusters(layout[0])
+
+    def test_no_cluster_column(self, tmp_path: Path) -> None:
+        pd.DataFrame({"id": [1]}).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(ClusterError, match=r"No cluster column 'centroid' in .*a.parquet.*\['id'\].*k-means"):
+            read_clusters(tmp_path)
+
+    def test_arguments(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        with pytest.raises(InvalidArgumentError, match=r"backend must be one of \['pandas', 'cudf'\].*'polars'"):
+            read_clusters(layout[0], backend="polars")
+        for size in ("large", 0, "-1MB"):
+            with pytest.raises(InvalidArgumentError, match="partition_size"):
+                read_clusters(layout[0], partition_size=size)
+
+    def test_more_elements_than_cudf_can_hold(
+        self, layout: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dask_semdedup.clusters.CUDF_ELEMENTS", 35)
+        with pytest.raises(ClusterError, match=r"centroid 2 has 9 rows with 36 elements.*35.*backend='pandas'"):
+            read_clusters(layout[0], backend="cudf")
+
+
+class TestClusterFiles:
+    def test_local(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, _ = layout
+        files = cluster_files(path)
+        assert list(files) == [0, 1, 2, 7, 10]
+        assert files[7] == [f"{path}/centroid=7/part.{part}.parquet" for part in range(3)]
+
+    def test_remote_files_are_urls(self) -> None:
+        write_layout("memory://files/in", {4: [1]})
+        assert cluster_files("memory://files/in") == {4: ["memory:///files/in/centroid=4/part.0.parquet"]}
+        fsspec.filesystem("memory").rm("/files", recursive=True)
+
+    def test_not_the_layout(self, tmp_path: Path) -> None:
+        pd.DataFrame({"id": [1]}).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(ClusterError, match=r"No folders centroid=<k> in .*a.parquet"):
+            cluster_files(tmp_path)
+
+
+class TestWriteCluster:
+    frame = pd.DataFrame({"id": [1, 2], "max_id": [1, 1]}, index=[7, 9])
+
+    def test_local(self, tmp_path: Path) -> None:
+        path = write_cluster(self.frame, tmp_path / "out", 3, compression="gzip")
+        assert path == f"{tmp_path}/out/cluster_3.parquet"
+        assert pq.read_table(path).to_pydict() == {"id": [1, 2], "max_id": [1, 1]}
+        assert pq.read_metadata(path).row_group(0).column(0).compression == "GZIP"
+        assert os.listdir(tmp_path / "out") == ["cluster_3.parquet"]
+
+    def test_replaces_an_older_file(self, tmp_path: Path) -> None:
+        write_cluster(self.frame, tmp_path, 3)
+        path = write_cluster(self.frame[:1], tmp_path, 3)
+        assert pq.read_table(path).num_rows == 1
+
+    def test_remote(self) -> None:
+        path = write_cluster(self.frame, "memory://written/out", "a", storage_options={"skip_instance_cache": True})
+        assert path == "memory://written/out/cluster_a.parquet"
+        assert pd.read_parquet(path).id.to_list() == [1, 2]
+        fs = fsspec.filesystem("memory")
+        assert fs.find("/written") == ["/written/out/cluster_a.parquet"]
+        fs.rm("/written", recursive=True)
+
+    @pytest.mark.parametrize("target", ["local", "memory://failing/out"])
+    def test_a_failed_write_leaves_nothing_and_never_shows_a_half_file(self, tmp_path: Path, target: str) -> None:
+        folder = str(tmp_path) if target == "local" else target
+        fs, root = fsspec.core.url_to_fs(folder)
+
+        class Failing(pd.DataFrame):
+            def to_parquet(self, file: object, **kwargs: object) -> None:
+                file.write(b"PAR1 and then")
+                file.flush()
+                assert not [name for name in fs.find(root) if name.endswith(".parquet")]
+                raise OSError("disk full")
+
+        with pytest.raises(OSError, match="disk full"):
+            write_cluster(Failing({"id": [1]}), folder, 3)
+        assert fs.find(root) == []
+
+    def test_a_failed_rename_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise OSError("no rename")
+
+        monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "mv", fail)
+        with pytest.raises(OSError, match="no rename"):
+            write_cluster(self.frame, tmp_path, 3)
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.gpu
+class TestCudf:
+    def test_reads_the_same_as_pandas(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        cudf = pytest.importorskip("cudf")
+        path, expected = layout
+        ddf = read_clusters(path, backend="cudf", partition_size=1)
+        assert isinstance(ddf._meta, cudf.DataFrame)
+        frames = partition_frames(ddf)
+        assert all(list(frame.dtypes) == list(ddf.dtypes) for frame in frames)
+        computed = cudf.concat(frames).sort_values(["centroid", "id"]).to_arrow().to_pylist()
+        assert computed == pa.Table.from_pandas(expected, preserve_index=False).select(ddf.columns).to_pylist()
+
+    def test_row_groups(self, tmp_path: Path) -> None:
+        pytest.importorskip("cudf")
+        TestPlainParquet.frame.to_parquet(tmp_path / "a.parquet", row_group_size=3)
+        ddf = read_clusters(tmp_path / "a.parquet", cluster_field="label", backend="cudf", partition_size=1)
+        assert ddf.npartitions == 8
+        assert ddf.compute().id.to_arrow().to_pylist() == list(range(24))

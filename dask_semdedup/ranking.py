@@ -1,0 +1,306 @@
+"""The order of preference within a cluster: every document is compared with those ranked before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dask_semdedup.embeddings import array_like, is_cudf
+from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.hashing import hash_ids
+
+__all__ = ["DISTANCE_COLUMNS", "RankingStrategy", "make_strategy"]
+
+DISTANCE_COLUMNS = {"cosine": "cosine_dist_to_cent", "l2": "l2_dist_to_cent"}
+WHICH_TO_KEEP = ("hard", "easy", "random")
+STRATEGIES = ("sort", "random")
+
+
+@dataclass
+class RankingStrategy:
+    """The order in which the rows of a cluster are preferred.
+
+    Parameters
+    ----------
+    metadata_cols : list of str
+        Columns to sort by, the most important first. Not used by ``strategy="random"``.
+    ascending : bool or list of bool, default True
+        Whether small values are preferred: for all columns, or for each.
+    strategy : {"sort", "random"}, default "sort"
+        Whether to sort or to shuffle.
+    random_seed : int, default 42
+        Of ``strategy="random"``. The shuffle depends on nothing but this and the cluster's ids: not on the order of
+        the rows, on how the frame is partitioned, or on the backend.
+
+    Raises
+    ------
+    InvalidArgumentError
+        For an unknown strategy, no columns to sort by, or a length of `ascending` that is not theirs.
+
+    Notes
+    -----
+    Missing values rank last whatever `ascending` says. Rows that tie in all columns rank by ascending id.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"id": [1, 2, 3], "score": [0.5, 0.9, 0.5]})
+    >>> RankingStrategy(["score"], ascending=False).rank_cluster(frame)["id"].tolist()
+    [2, 1, 3]
+    """
+
+    metadata_cols: list[str]
+    ascending: bool | list[bool] = True
+    strategy: str = "sort"
+    random_seed: int = 42
+
+    def __post_init__(self) -> None:
+        self.metadata_cols = [self.metadata_cols] if isinstance(self.metadata_cols, str) else list(self.metadata_cols)
+        if isinstance(self.ascending, bool | np.bool_):
+            self.ascending = [bool(self.ascending)] * len(self.metadata_cols)
+        self.ascending = [bool(value) for value in self.ascending]
+        _check_choice("strategy", self.strategy, STRATEGIES)
+        if len(self.ascending) != len(self.metadata_cols):
+            raise InvalidArgumentError(
+                f"Length of ascending ({len(self.ascending)}) must match that of metadata_cols "
+                f"({len(self.metadata_cols)}: {self.metadata_cols})."
+            )
+        if self.strategy == "sort" and not self.metadata_cols:
+            raise InvalidArgumentError("metadata_cols is empty: name a column to sort by, or use strategy='random'.")
+
+    @classmethod
+    def metadata_based(
+        cls, metadata_cols: list[str], ascending: bool | list[bool] = True, random_seed: int = 42
+    ) -> RankingStrategy:
+        """Rank by columns of metadata.
+
+        Examples
+        --------
+        >>> RankingStrategy.metadata_based(["quality", "length"], ascending=[False, True]).required_columns
+        ['quality', 'length']
+        """
+        return cls(metadata_cols, ascending, "sort", random_seed)
+
+    @classmethod
+    def random(cls, random_seed: int = 42) -> RankingStrategy:
+        """Rank by a shuffle that depends only on the seed and the ids.
+
+        Examples
+        --------
+        >>> frame = pd.DataFrame({"id": ["a", "b", "c", "d"]})
+        >>> shuffled = RankingStrategy.random(7).rank_cluster(frame)
+        >>> shuffled.equals(RankingStrategy.random(7).rank_cluster(frame[::-1]))
+        True
+        """
+        return cls([], True, "random", random_seed)
+
+    @property
+    def required_columns(self) -> list[str]:
+        """The columns, beside the ids, that ranking reads."""
+        return list(dict.fromkeys(self.metadata_cols)) if self.strategy == "sort" else []
+
+    def check_columns(self, present: Iterable[str]) -> None:
+        """Raise unless the columns to rank by are among `present`.
+
+        Raises
+        ------
+        MissingColumnsError
+            Saying what is missing, what is there, and what to do.
+
+        Examples
+        --------
+        >>> RankingStrategy(["score"]).check_columns(["id", "score"])
+        """
+        present = list(present)
+        if set(self.required_columns) <= set(present):
+            return
+        advice = "Name columns that are there in the ranking strategy."
+        if set(self.required_columns) & set(DISTANCE_COLUMNS.values()):
+            advice = "Distances to the centroid come from k-means; without them rank with which_to_keep='random'."
+        raise MissingColumnsError.build(self.required_columns, present, advice)
+
+    def rank_cluster(self, frame: Any, id_field: str = "id") -> Any:
+        """Put the rows of one cluster in rank order.
+
+        Parameters
+        ----------
+        frame : pandas.DataFrame or cudf.DataFrame
+            The rows of one cluster.
+        id_field : str
+            Its column of ids, by which ties are broken.
+
+        Returns
+        -------
+        DataFrame
+            The same rows, the most preferred first, with a new index.
+
+        Raises
+        ------
+        MissingColumnsError
+            If the columns to rank by, or the ids, are not there.
+        """
+        return frame.iloc[self.order(frame, cluster_field=None, id_field=id_field)].reset_index(drop=True)
+
+    def order(self, frame: Any, *, cluster_field: str | None, id_field: str) -> Any:
+        """Positions that put all clusters of a frame in order, and the rows of each in rank order: one sort.
+
+        Parameters
+        ----------
+        frame : pandas.DataFrame or cudf.DataFrame
+        cluster_field : str or None
+            The column of clusters, which will ascend; None if all rows are one cluster.
+        id_field : str
+            The column of ids, by which ties are broken.
+
+        Returns
+        -------
+        (n,) int64 array
+            Of NumPy or CuPy.
+
+        Raises
+        ------
+        MissingColumnsError
+            If the columns to rank by, or the ids, are not there.
+        InvalidArgumentError
+            If the values of a column cannot be compared with each other.
+
+        Examples
+        --------
+        >>> frame = pd.DataFrame({"id": [1, 2, 3, 4], "centroid": [1, 0, 1, 0], "score": [0.5, 0.2, 0.6, 0.1]})
+        >>> RankingStrategy(["score"]).order(frame, cluster_field="centroid", id_field="id")
+        array([3, 1, 0, 2])
+        """
+        self.check_columns(frame.columns)
+        if id_field not in frame.columns:
+            raise MissingColumnsError.build([id_field], frame.columns, "Pass the column of ids as id_field.")
+        clusters = [] if cluster_field is None else [(frame[cluster_field], True)]
+        keys = [*clusters, *self._keys(frame, id_field), (frame[id_field], True)]
+        return _cudf_order(keys) if is_cudf(frame) else _pandas_order(keys)
+
+    def _keys(self, frame: Any, id_field: str) -> list[tuple[Any, bool]]:
+        """Columns to sort by, with their directions."""
+        if self.strategy == "random":
+            hashes = array_like(hash_ids(frame[id_field], self.random_seed), frame)
+            return [(type(frame[id_field])(hashes), True)]
+        assert isinstance(self.ascending, list)
+        return [(frame[name], ascending) for name, ascending in zip(self.metadata_cols, self.ascending, strict=True)]
+
+
+def make_strategy(
+    which_to_keep: str = "hard", sim_metric: str = "cosine", id_field: str = "id", random_seed: int = 42
+) -> RankingStrategy:
+    """Build the strategy that a word stands for.
+
+    Parameters
+    ----------
+    which_to_keep : {"hard", "easy", "random"}
+        "hard" prefers rows far from their centroid (descending distance, then descending id), "easy" those near to it
+        (ascending distance, then ascending id), "random" shuffles.
+    sim_metric : {"cosine", "l2"}
+        Whether distances are in the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``.
+    id_field : str
+        The column of ids.
+    random_seed : int
+        Of "random".
+
+    Raises
+    ------
+    InvalidArgumentError
+        For a word that is not one of these.
+
+    Examples
+    --------
+    >>> make_strategy("easy", "l2").required_columns
+    ['l2_dist_to_cent', 'id']
+    """
+    _check_choice("which_to_keep", which_to_keep, WHICH_TO_KEEP)
+    _check_choice("sim_metric", sim_metric, tuple(DISTANCE_COLUMNS))
+    if which_to_keep == "random":
+        return RankingStrategy.random(random_seed)
+    return RankingStrategy([DISTANCE_COLUMNS[sim_metric], id_field], which_to_keep == "easy", random_seed=random_seed)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+
+
+def _cudf_order(keys: list[tuple[Any, bool]]) -> Any:
+    import cudf
+
+    frame = cudf.DataFrame({str(number): _with_nulls(column) for number, (column, _) in enumerate(keys)})
+    ascending = [direction for _, direction in keys]
+    return frame.argsort(by=list(frame.columns), ascending=ascending, na_position="last").astype("int64")
+
+
+def _with_nulls(column: Any) -> Any:
+    """A cuDF column ready to be sorted: whatever is missing is null."""
+    column = _uncategorised(column.reset_index(drop=True))
+    return column.nans_to_nulls() if column.dtype.kind == "f" else column
+
+
+def _uncategorised(column: Any) -> Any:
+    """Unordered categories as the values they are, whose order does not depend on the partition."""
+    is_categorical = type(column.dtype).__name__ == "CategoricalDtype"
+    return column.astype(column.cat.categories.dtype) if is_categorical and not column.cat.ordered else column
+
+
+def _pandas_order(keys: list[tuple[pd.Series, bool]]) -> np.ndarray:
+    """Sort by the first column, then only the rows that tie by the second, and so on.
+
+    Ties after a distance are rare, so that ids, which may be long strings, are seldom looked at.
+    """
+    order = np.arange(len(keys[0][0]))
+    starts = np.zeros(len(order), bool)  # whether a place in the order opens a run of rows that tie so far
+    starts[:1] = True
+    for column, ascending in keys:
+        tied = _tied(starts)
+        if len(tied) == 0:
+            break
+        codes = _sort_codes(column.iloc[order[tied]], ascending)
+        within = np.lexsort([*reversed(codes), np.cumsum(starts)[tied]])
+        order[tied] = order[tied][within]
+        for code in codes:
+            code = code[within]
+            starts[tied[1:]] |= code[1:] != code[:-1]
+    return order
+
+
+def _tied(starts: np.ndarray) -> np.ndarray:
+    """Places in the order that share their run with others."""
+    ends = np.append(starts[1:], True)
+    return np.flatnonzero(~(starts & ends))
+
+
+def _sort_codes(column: pd.Series, ascending: bool) -> list[np.ndarray]:
+    """Arrays of numbers, the most significant first, that ascend as the column shall."""
+    missing, codes = _codes(_uncategorised(column))
+    if not ascending:
+        codes = -codes if codes.dtype.kind == "f" else ~codes
+    return [missing, codes] if missing.any() else [codes]
+
+
+def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """What is missing, and numbers in the order of the column's values."""
+    dtype: Any = getattr(column.dtype, "numpy_dtype", column.dtype)
+    kind = dtype.kind if isinstance(dtype, np.dtype) else "O"
+    if kind == "f":
+        values = column.to_numpy(dtype, na_value=np.nan)
+        missing = np.isnan(values)
+        return missing, np.where(missing, 0, values)
+    if kind in "iub":
+        missing = column.isna().to_numpy(dtype=bool)
+        values = column.to_numpy(dtype, na_value=0) if missing.any() else column.to_numpy(dtype)
+        return missing, values.astype(np.uint8) if kind == "b" else values
+    codes = column.cat.codes.to_numpy() if isinstance(column.dtype, pd.CategoricalDtype) else _factorized(column)
+    return codes < 0, codes
+
+
+def _factorized(column: pd.Series) -> np.ndarray:
+    try:
+        return pd.factorize(column, sort=True)[0]
+    except TypeError as error:
+        raise InvalidArgumentError(f"Column {column.name!r} cannot be ranked by: {error}.") from error

@@ -21,7 +21,7 @@ from dask_semdedup.errors import EmbeddingError, some
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["array_like", "check_embedding_dtype", "is_cudf", "tensor_like", "to_tensor"]
+__all__ = ["array_like", "check_embedding_dtype", "is_cudf", "tensor_like", "to_list", "to_tensor"]
 
 # Rows that need work before they are float32 are handled so many numbers at a time: within a CPU's cache, and enough
 # for a GPU to be busy.
@@ -175,6 +175,17 @@ def tensor_like(array: Any) -> torch.Tensor:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
 
 
+def to_list(column: Any) -> list[Any]:
+    """Give a pandas or cuDF column as Python values.
+
+    Examples
+    --------
+    >>> to_list(pd.Series(["a", "b"]))
+    ['a', 'b']
+    """
+    return (column.to_pandas() if is_cudf(column) else column).tolist()
+
+
 def is_cudf(frame: Any) -> bool:
     """Whether a frame or column is cuDF's; cuDF is not imported to find out."""
     return type(frame).__module__.partition(".")[0] == "cudf"
@@ -193,19 +204,14 @@ class _Report:
         """The error for the rows at `positions` of the column, in the column's order."""
         positions = np.sort(np.asarray(positions))
         count = "1 row" if len(positions) == 1 else f"{len(positions)} rows"
-        rows = f"rows {some(positions)}" if self.ids is None else f"ids {some(_values(self.ids, positions))}"
+        rows = f"rows {some(positions)}" if self.ids is None else f"ids {some(to_list(self.ids.iloc[positions]))}"
         return EmbeddingError(f"Column {self.name!r}{self._place(positions)}: {count} {problem} ({rows}). {advice}")
 
     def _place(self, positions: np.ndarray) -> str:
         place = f" in {self.where}" if self.where else ""
         if self.clusters is None:
             return place
-        return f"{place}, cluster {some(dict.fromkeys(_values(self.clusters, positions)))}"
-
-
-def _values(column: Any, positions: np.ndarray) -> list[Any]:
-    taken = column.iloc[positions]
-    return (taken.to_pandas() if is_cudf(taken) else taken).tolist()
+        return f"{place}, cluster {some(dict.fromkeys(to_list(self.clusters.iloc[positions])))}"
 
 
 def _is_string(column: Any) -> bool:

@@ -1,0 +1,223 @@
+"""One partition: rank all its clusters at once, search, assemble the frame of scores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from dask.system import CPU_COUNT
+
+from dask_semdedup.embeddings import array_like, tensor_like, to_list, to_tensor
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.ranking import RankingStrategy
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DEVICES", "SCORE_COLUMNS", "pairwise_meta", "pairwise_partition"]
+
+SCORE_COLUMNS = ("id", "max_id", "cosine_sim_score")
+DEVICES = ("auto", "cpu", "cuda")
+# Pairs of rows from which on a GPU repays the transfer: about a tenth of a second of two cores at 400 dimensions.
+PAIRS_WORTH_A_GPU = 20_000_000
+
+
+def pairwise_partition(
+    frame: Any,
+    *,
+    id_field: str,
+    embedding_field: str,
+    cluster_field: str,
+    ranking: RankingStrategy,
+    compute_dtype: str = "auto",
+    batch_size: int | None = None,
+    embedding_dim: int | None = None,
+    device: str = "auto",
+    where: str = "",
+) -> Any:
+    """Find for every row its most similar row among those of its cluster that are preferred over it.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame or cudf.DataFrame
+        Whole clusters, in any order.
+    id_field, embedding_field, cluster_field : str
+        Its columns of ids, embeddings and clusters.
+    ranking : RankingStrategy
+        Which rows are preferred.
+    compute_dtype, batch_size
+        Of the search: see `dask_semdedup.search.nearest_earlier`.
+    embedding_dim : int, optional
+        The width that every embedding must have.
+    device : {"auto", "cpu", "cuda"}
+        Where to search. "auto" is where the frame is, or a GPU where there is one and enough work for it.
+    where : str
+        Where the frame comes from, for messages.
+
+    Returns
+    -------
+    DataFrame
+        Of the same backend: ``id``, ``max_id`` (both of the ids' dtype), ``cosine_sim_score`` (float32) and the
+        clusters, which ascend; the rows of each stand in rank order. The first of each has score 0 and its own id.
+
+    Raises
+    ------
+    MissingColumnsError
+        If a column is not there.
+    ClusterError
+        If rows have no cluster.
+    EmbeddingError
+        If embeddings cannot be compared.
+    InvalidArgumentError
+        If `device` is none of these, or is "cuda" and torch sees none.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"id": [7, 8, 9], "centroid": 0, "score": [0.1, 0.2, 0.3]})
+    >>> frame["embeddings"] = pd.Series([[1.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+    >>> pairwise_partition(
+    ...     frame, id_field="id", embedding_field="embeddings", cluster_field="centroid",
+    ...     ranking=RankingStrategy(["score"]),
+    ... )
+       id  max_id  cosine_sim_score  centroid
+    0   7       7               0.0         0
+    1   8       7               0.6         0
+    2   9       8               0.8         0
+    """
+    _check_columns(frame.columns, id_field, embedding_field, cluster_field, ranking)
+    _check_device(device)
+    ids, clusters = frame[id_field], frame[cluster_field]
+    if len(frame) == 0:
+        return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field)
+    codes = _cluster_codes(clusters, ids, where)
+    order = tensor_like(ranking.order(frame, cluster_field=cluster_field, id_field=id_field))
+    segments = _segments(codes[order])
+    rows = to_tensor(
+        frame[embedding_field],
+        name=embedding_field,
+        ids=ids,
+        clusters=clusters,
+        embedding_dim=embedding_dim,
+        where=where,
+        order=order,
+        device=_search_device(device, order.device.type, segments),
+    )
+    scores, index = _search(rows, segments, compute_dtype, batch_size)
+    nearest = order[index.to(order.device)]
+    return _score_frame(ids, clusters, *(array_like(tensor, frame) for tensor in (order, nearest, scores)))
+
+
+def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str) -> Any:
+    """Build the empty frame that has exactly the dtypes of `pairwise_partition`'s.
+
+    Parameters
+    ----------
+    meta : pandas.DataFrame or cudf.DataFrame
+        A frame with the dtypes of the partitions.
+    id_field, cluster_field : str
+        Its columns of ids and clusters.
+
+    Returns
+    -------
+    DataFrame
+        Without rows.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> pairwise_meta(pd.DataFrame({"doc": ["a"], "cluster": [0]}), id_field="doc", cluster_field="cluster").dtypes
+    id                      str
+    max_id                  str
+    cosine_sim_score    float32
+    cluster               int64
+    dtype: object
+    """
+    nothing = np.empty(0, np.int64)
+    return _score_frame(meta[id_field], meta[cluster_field], nothing, nothing, np.empty(0, np.float32))
+
+
+def _score_frame(ids: Any, clusters: Any, order: Any, nearest: Any, scores: Any) -> Any:
+    result = ids.iloc[order].reset_index(drop=True).to_frame("id")
+    result["max_id"] = ids.iloc[nearest].reset_index(drop=True)
+    result["cosine_sim_score"] = scores
+    result[clusters.name] = clusters.iloc[order].reset_index(drop=True)
+    return result
+
+
+def _check_columns(
+    present: Iterable[str], id_field: str, embedding_field: str, cluster_field: str, ranking: RankingStrategy
+) -> None:
+    present = list(present)
+    if not {id_field, embedding_field, cluster_field} <= set(present):
+        advice = "Name the columns of ids, embeddings and clusters as id_field, embedding_field and cluster_field."
+        raise MissingColumnsError.build([id_field, embedding_field, cluster_field], present, advice)
+    if cluster_field in SCORE_COLUMNS:
+        raise InvalidArgumentError(f"cluster_field may not be {cluster_field!r}: scores have a column of that name.")
+    ranking.check_columns(present)
+
+
+def _check_device(device: str) -> None:
+    if device not in DEVICES:
+        raise InvalidArgumentError(f"device must be one of {', '.join(map(repr, DEVICES))}, not {device!r}.")
+    if device == "cuda" and not _has_cuda():
+        raise InvalidArgumentError(
+            "device is 'cuda', but torch sees no CUDA device. Use device='cpu' or 'auto', or install a torch with CUDA."
+        )
+
+
+def _search_device(device: str, home: str, segments: torch.Tensor) -> str:
+    """Where to search: as told, else where the frame is, or on a GPU that is there if the work repays the way to it."""
+    if device != "auto":
+        return device
+    pairs = segments.diff().double().square().sum().item() / 2
+    return "cuda" if pairs >= PAIRS_WORTH_A_GPU and _has_cuda() else home
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _cluster_codes(clusters: Any, ids: Any, where: str) -> torch.Tensor:
+    """A number for each cluster; raise for rows that have none."""
+    codes = tensor_like(clusters.factorize()[0])
+    if bool((codes < 0).any()):
+        lost = ids.iloc[array_like((codes < 0).nonzero().flatten(), ids)]
+        count = "1 row has" if len(lost) == 1 else f"{len(lost)} rows have"
+        place = f" in {where}" if where else ""
+        raise ClusterError(
+            f"Column {clusters.name!r}{place}: {count} no cluster (ids {some(to_list(lost))}). "
+            "Drop them, or assign them to clusters."
+        )
+    return codes
+
+
+def _segments(codes: torch.Tensor) -> torch.Tensor:
+    """Offsets of the runs of equal codes, from 0 to their number."""
+    import torch
+
+    starts = (codes[1:] != codes[:-1]).nonzero().flatten() + 1
+    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), len(codes))])
+
+
+def _search(
+    rows: torch.Tensor, segments: torch.Tensor, compute_dtype: str, batch_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from dask_semdedup.search import nearest_earlier
+
+    with _cpu_slots() if rows.device.type == "cpu" else nullcontext():
+        return nearest_earlier(rows, segments, compute_dtype=compute_dtype, batch_size=batch_size)
+
+
+@cache
+def _cpu_slots() -> AbstractContextManager[Any]:
+    """Let as many threads of this process search at once as there are cores for all of torch's threads in each."""
+    import torch
+
+    return threading.BoundedSemaphore(max(1, CPU_COUNT // torch.get_num_threads()))

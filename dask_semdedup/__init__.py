@@ -1,9 +1,13 @@
-"""Exact semantic deduplication of embedding tables, lazily, with Dask DataFrame."""
+"""Exact semantic deduplication of embedding tables, lazily, with Dask DataFrame.
+
+Importing the package gives every Dask DataFrame the accessor ``semdedup``.
+"""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from dask_semdedup import accessor as _accessor  # noqa: F401  (registers ddf.semdedup)
 from dask_semdedup.clusters import read_clusters
 from dask_semdedup.errors import (
     ClusterError,
@@ -12,6 +16,7 @@ from dask_semdedup.errors import (
     MissingColumnsError,
     SemDedupError,
 )
+from dask_semdedup.ranking import RankingStrategy
 
 try:
     __version__ = version("dask-semdedup")
@@ -23,6 +28,7 @@ __all__ = [
     "EmbeddingError",
     "InvalidArgumentError",
     "MissingColumnsError",
+    "RankingStrategy",
     "SemDedupError",
     "__version__",
     "read_clusters",

@@ -269,6 +269,8 @@ def _bounds(group: Any, index: int | None) -> tuple[Any, Any]:
 
 def _null_count(group: Any, index: int) -> int | None:
     """Number of nulls in a column chunk, or None where the file does not say."""
+    if group.num_rows == 0:
+        return 0
     statistics = group.column(index).statistics
     return statistics.null_count if statistics is not None and statistics.has_null_count else None
 

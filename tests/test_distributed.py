@@ -1,0 +1,76 @@
+"""The same answers from a cluster of two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dask
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, LocalCluster, wait
+
+from dask_semdedup import EmbeddingError, MissingColumnsError, read_clusters
+from tests.test_accessor import expected_scores, make_frame, write_layout
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def computed(scores: dd.DataFrame) -> pd.DataFrame:
+    return scores.compute().sort_values("centroid", kind="stable", ignore_index=True)
+
+
+def test_files_to_files(client: Client, tmp_path: Path) -> None:
+    frame = make_frame(1)
+    ddf = read_clusters(write_layout(frame, tmp_path / "in"), partition_size=2000)
+    assert ddf.npartitions > 2
+    ddf.semdedup.pairwise().to_parquet(tmp_path / "out")
+    expected = expected_scores(frame)
+    written = pd.read_parquet(tmp_path / "out").reset_index(drop=True)
+    pd.testing.assert_frame_equal(written, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("layout", ["arrow", "object"])
+def test_unaligned_frames_are_shuffled_by_a_method_that_carries_lists(client: Client, layout: str) -> None:
+    frame = make_frame(2)
+    expected = expected_scores(frame)
+    if layout == "object":
+        frame["embeddings"] = pd.Series([np.array(row, np.float32) for row in frame.embeddings], dtype=object)
+    with dask.config.set({"dataframe.convert-string": False}):
+        scores = dd.from_pandas(frame, npartitions=5, sort=False).semdedup.pairwise()
+        pd.testing.assert_frame_equal(computed(scores), expected, atol=2e-6)
+
+
+def test_both_processes_work_and_agree_with_one(client: Client, tmp_path: Path) -> None:
+    frame = make_frame(3)
+    ddf = read_clusters(write_layout(frame, tmp_path), partition_size=1)
+    scores = ddf.semdedup.pairwise().persist()
+    wait(scores)
+    assert all(client.has_what().values())
+    pd.testing.assert_frame_equal(computed(scores), expected_scores(frame), atol=2e-6)
+    assert len(scores.semdedup.duplicates()) == (expected_scores(frame).cosine_sim_score >= 0.99).sum()
+
+
+def test_errors_come_back_whole(client: Client) -> None:
+    frame = make_frame(4)
+    frame["embeddings"] = pd.Series([np.array(row, np.float32) for row in frame.embeddings], dtype=object)
+    frame.at[7, "embeddings"] = np.full(8, np.nan, np.float32)
+    with dask.config.set({"dataframe.convert-string": False}):
+        scores = dd.from_pandas(frame, npartitions=3, sort=False).semdedup.pairwise()
+        with pytest.raises(EmbeddingError, match=rf"'embeddings'.*1 row with NaN.*ids {frame.id[7]}"):
+            scores.compute()
+    with pytest.raises(MissingColumnsError, match="cosine_sim_score"):
+        client.submit(no_scores).result()
+
+
+def no_scores() -> None:
+    dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1).semdedup.duplicates()

@@ -1,0 +1,355 @@
+"""The command, through its real entry point and in this process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from distributed import LocalCluster
+from rich.progress import Progress
+
+import dask_semdedup
+from dask_semdedup import cli
+
+CLUSTERS, ROWS, DUPLICATES = 3, 20, 4
+
+
+def cluster_table(cluster: int) -> pa.Table:
+    """Random rows of which the last four repeat the first four, and a quality that prefers the repeats."""
+    rng = np.random.default_rng(cluster)
+    embeddings = rng.normal(size=(ROWS, 8)).astype(np.float32)
+    embeddings[-DUPLICATES:] = embeddings[:DUPLICATES]
+    return pa.table(
+        {
+            "id": np.arange(ROWS) + 100 * cluster,
+            "embeddings": pa.array(list(embeddings)),
+            "cosine_dist_to_cent": rng.random(ROWS),
+            "l2_dist_to_cent": rng.random(ROWS),
+            "quality": np.arange(ROWS),
+        }
+    )
+
+
+def write_layout(folder: str, tables: dict[int, pa.Table]) -> str:
+    """Write ``centroid=<k>/part.parquet`` files, to whatever file system the folder is on."""
+    fs, path = fsspec.url_to_fs(folder)
+    for cluster, table in tables.items():
+        fs.makedirs(f"{path}/centroid={cluster}", exist_ok=True)
+        with fs.open(f"{path}/centroid={cluster}/part.parquet", "wb") as file:
+            pq.write_table(table, file)
+    return folder
+
+
+@pytest.fixture
+def clusters(tmp_path: Path) -> str:
+    return write_layout(str(tmp_path / "clusters"), {k: cluster_table(k) for k in range(CLUSTERS)})
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> str:
+    """Clusters of which the last has a row that is not a number."""
+    tables = {k: cluster_table(k) for k in range(CLUSTERS)}
+    rows = [np.full(8, np.nan, np.float32) if i == 7 else np.ones(8, np.float32) for i in range(ROWS)]
+    tables[2] = tables[2].set_column(1, "embeddings", pa.array(rows))
+    return write_layout(str(tmp_path / "poisoned"), tables)
+
+
+@pytest.fixture
+def invoke() -> Callable[..., Result]:
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(cli.main, ["pairwise", *map(str, arguments)])
+
+    return run
+
+
+def read(folder: str | Path) -> pd.DataFrame:
+    return pd.read_parquet(folder).sort_values("id", ignore_index=True)
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    script = Path(sys.executable).with_name("dask-semdedup")
+    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def assert_one_line(message: str, *words: str) -> None:
+    assert message.count("\n") == 1, message
+    assert message.startswith("Error: ")
+    for word in words:
+        assert word in message
+
+
+# --- The entry point -------------------------------------------------------------------------------------------------
+
+
+def test_command_writes_the_scores_and_sums_them_up(clusters: str, tmp_path: Path) -> None:
+    finished = run_script("pairwise", clusters, tmp_path / "scores", "--eps", "0.001")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    words = finished.stdout.split()
+    assert words[words.index("Clusters") + 1] == "3"
+    assert words[words.index("Rows") + 1] == "60"
+    assert words[words.index("Duplicates") + 1 : words.index("Time")] == ["12", "20.00%", "at", "eps", "=", "0.001"]
+    scores = read(tmp_path / "scores")
+    assert set(scores.columns) == {"id", "max_id", "cosine_sim_score", "centroid"}
+    assert len(scores) == CLUSTERS * ROWS
+    twins = scores[scores["cosine_sim_score"] > 0.999]
+    assert set(twins["id"] - twins["max_id"]) <= {ROWS - DUPLICATES, DUPLICATES - ROWS}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters", "scores"]
+
+
+def test_command_fails_in_one_line(clusters: str, tmp_path: Path) -> None:
+    finished = run_script("pairwise", clusters, tmp_path / "scores", "--embedding-field", "vectors")
+    assert finished.returncode == 2
+    assert_one_line(finished.stderr, "vectors", "embeddings")
+    assert finished.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
+
+
+def test_module_runs_as_the_command_does() -> None:
+    finished = subprocess.run([sys.executable, "-m", "dask_semdedup", "--version"], capture_output=True, text=True)
+    assert finished.stdout == f"dask-semdedup {dask_semdedup.__version__}\n"
+
+
+def test_help_names_every_parameter_of_the_library() -> None:
+    text = CliRunner().invoke(cli.main, ["pairwise", "--help"]).output
+    for option in [
+        "--id-field", "--embedding-field", "--cluster-field", "--which-to-keep", "--sim-metric", "--rank-by",
+        "--random-seed", "--pairwise-batch-size", "--embedding-dim", "--compute-dtype", "--device", "--backend",
+        "--partition-size", "--eps", "--storage-option", "--scheduler", "--workers", "--overwrite", "--traceback",
+    ]:  # fmt: skip
+        assert option in text
+
+
+# --- Options reach the library ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["--which-to-keep", "easy"], {"which_to_keep": "easy"}),
+        (["--sim-metric", "l2"], {"sim_metric": "l2"}),
+        (["--which-to-keep", "random", "--random-seed", "7"], {"which_to_keep": "random", "random_seed": 7}),
+        (["--compute-dtype", "float32", "--pairwise-batch-size", "3"], {"compute_dtype": "float32"}),
+        (["--embedding-dim", "8", "--device", "cpu", "--backend", "pandas", "--partition-size", "1kB"], {}),
+        (
+            ["--rank-by", "quality:desc"],
+            {"ranking_strategy": dask_semdedup.RankingStrategy.metadata_based(["quality"], ascending=False)},
+        ),
+    ],
+)
+def test_scores_are_the_librarys(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], options: list[str], arguments: dict
+) -> None:
+    assert invoke(clusters, tmp_path / "scores", *options).exit_code == 0
+    expected = dask_semdedup.read_clusters(clusters).semdedup.pairwise(**arguments).compute()
+    pd.testing.assert_frame_equal(
+        read(tmp_path / "scores"), expected.sort_values("id", ignore_index=True), check_dtype=False, rtol=1e-6
+    )
+
+
+def test_rank_by_descending_keeps_the_last_rows(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(clusters, tmp_path / "scores", "--rank-by", "quality:desc")
+    scores = read(tmp_path / "scores")
+    dropped = scores[scores["cosine_sim_score"] > 0.999]
+    assert sorted(dropped["id"] % 100) == sorted([*range(DUPLICATES)] * CLUSTERS)
+
+
+def test_columns_may_have_other_names(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    table = cluster_table(0).rename_columns(["doc", "vector", "cosine_dist_to_cent", "l2_dist_to_cent", "quality"])
+    folder = tmp_path / "clusters"
+    (folder / "topic=0").mkdir(parents=True)
+    pq.write_table(table, folder / "topic=0" / "part.parquet")
+    names = ["--id-field", "doc", "--embedding-field", "vector", "--cluster-field", "topic"]
+    result = invoke(folder, tmp_path / "scores", *names)
+    assert result.exit_code == 0, result.stderr
+    assert len(read(tmp_path / "scores")) == ROWS
+
+
+def test_reads_and_writes_urls(invoke: Callable[..., Result]) -> None:
+    write_layout("memory://cli-test/clusters", {0: cluster_table(0)})
+    result = invoke(
+        "memory://cli-test/clusters", "memory://cli-test/scores", "--storage-option", "use_listings_cache=true"
+    )
+    assert result.exit_code == 0, result.stderr
+    fs = fsspec.filesystem("memory")
+    assert [path.rsplit("/", 1)[-1] for path in fs.ls("/cli-test", detail=False)] == ["clusters", "scores"]
+    assert sum(len(pd.read_parquet(f"memory://{path}")) for path in fs.find("/cli-test/scores")) == ROWS
+    fs.rm("/cli-test", recursive=True)
+
+
+def test_quiet_prints_nothing(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke(clusters, tmp_path / "scores", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+
+
+# --- Where it runs ---------------------------------------------------------------------------------------------------
+
+
+def test_processes_give_the_same_scores_as_threads(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    invoke(clusters, tmp_path / "threads", "--partition-size", "1kB")
+    result = invoke(clusters, tmp_path / "processes", "--partition-size", "1kB", "--workers", "2")
+    assert result.exit_code == 0, result.stderr
+    pd.testing.assert_frame_equal(read(tmp_path / "processes"), read(tmp_path / "threads"), rtol=1e-6)
+
+
+def test_failure_on_a_cluster_is_one_line_and_leaves_nothing(
+    poisoned: str, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    with LocalCluster(n_workers=1, processes=False, protocol="tcp://", dashboard_address=None) as cluster:
+        result = invoke(poisoned, tmp_path / "scores", "--scheduler", cluster.scheduler_address)
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "embeddings", "207")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["poisoned"]
+
+
+def test_progress_ends_at_the_number_of_tasks(clusters: str, tmp_path: Path) -> None:
+    scores = dask_semdedup.read_clusters(clusters, partition_size="1kB").semdedup.pairwise()
+    progress = Progress(disable=True)
+    cli.write_scores(scores, str(tmp_path / "scores"), {}, client=None, progress=progress)
+    (task,) = progress.tasks
+    assert task.finished
+    assert task.total is not None
+    assert task.total >= scores.npartitions
+
+
+# --- Output that is there already ------------------------------------------------------------------------------------
+
+
+def test_occupied_output_is_refused(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(clusters, tmp_path / "scores")
+    before = read(tmp_path / "scores")
+    result = invoke(clusters, tmp_path / "scores", "--rank-by", "quality:desc")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "not empty", "--overwrite")
+    pd.testing.assert_frame_equal(read(tmp_path / "scores"), before)
+
+
+def test_overwrite_replaces_all_of_it(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(clusters, tmp_path / "scores", "--partition-size", "1kB")
+    (tmp_path / "scores" / "old.parquet").write_bytes(b"left from an earlier run")
+    assert invoke(clusters, tmp_path / "scores", "--overwrite").exit_code == 0
+    assert len(read(tmp_path / "scores")) == CLUSTERS * ROWS
+
+
+def test_empty_folder_is_taken(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "scores").mkdir()
+    assert invoke(clusters, tmp_path / "scores").exit_code == 0
+    assert len(read(tmp_path / "scores")) == CLUSTERS * ROWS
+
+
+def test_overwrite_spares_what_is_not_scores(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("the only copy")
+    result = invoke(clusters, tmp_path / "home", "--overwrite")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "thesis.tex")
+    assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("output", ["clusters", "clusters/scores", "."])
+def test_output_apart_from_input(clusters: str, tmp_path: Path, invoke: Callable[..., Result], output: str) -> None:
+    result = invoke(clusters, tmp_path / output, "--overwrite")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "overlap")
+    assert len(dask_semdedup.read_clusters(clusters)) == CLUSTERS * ROWS
+
+
+def test_output_that_is_a_file_is_refused(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "scores").write_text("mine")
+    assert_one_line(invoke(clusters, tmp_path / "scores", "--overwrite").stderr, "is a file")
+    assert (tmp_path / "scores").read_text() == "mine"
+
+
+# --- Failures --------------------------------------------------------------------------------------------------------
+
+
+def test_failed_run_leaves_the_old_scores(
+    clusters: str, poisoned: str, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    invoke(clusters, tmp_path / "scores")
+    before = read(tmp_path / "scores")
+    result = invoke(poisoned, tmp_path / "scores", "--overwrite", "--partition-size", "1kB")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "embeddings", "207")
+    pd.testing.assert_frame_equal(read(tmp_path / "scores"), before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters", "poisoned", "scores"]
+
+
+def test_interrupted_run_leaves_nothing(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(folder: str, *_: object, **__: object) -> None:
+        assert list(tmp_path.glob("scores.partial-*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "summarise", interrupt)
+    assert invoke(clusters, tmp_path / "scores").exit_code == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
+
+
+def test_traceback_is_shown_on_request(poisoned: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke(poisoned, tmp_path / "scores", "--traceback")
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+
+
+def test_unexpected_error_says_its_type(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("over\nnothing")
+
+    monkeypatch.setattr(cli, "summarise", fail)
+    result = invoke(clusters, tmp_path / "scores")
+    assert_one_line(result.stderr, "ZeroDivisionError: over nothing", "--traceback")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--eps", "3"], ["--eps", "3"]),
+        (["--which-to-keep", "best"], ["best", "hard", "easy", "random"]),
+        (["--storage-option", "anon"], ["'anon'", "KEY=VALUE"]),
+        (["--rank-by", "quality", "--which-to-keep", "hard"], ["--rank-by", "--which-to-keep"]),
+        (["--scheduler", "tcp://x:1", "--workers", "2"], ["--scheduler", "--workers"]),
+        (["--rank-by", "stars"], ["stars", "quality"]),
+        (["--embedding-dim", "9"], ["9", "8", "embeddings"]),
+        (["--no-such-option"], ["--no-such-option", "--help"]),
+    ],
+)
+def test_bad_options_are_one_line(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], options: list[str], words: list[str]
+) -> None:
+    result = invoke(clusters, tmp_path / "scores", *options)
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, *words)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_missing_input_is_named(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke(tmp_path / "nowhere", tmp_path / "scores")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "nowhere")
+
+
+def test_storage_options_know_true_from_false() -> None:
+    parsed = cli._parse_storage_options(None, None, ("anon=False", "ssl=true", "key=a=b", "token="))
+    assert parsed == {"anon": False, "ssl": True, "key": "a=b", "token": ""}
+
+
+def test_nothing_to_do_shows_the_help() -> None:
+    result = CliRunner().invoke(cli.main, [])
+    assert result.exit_code == 2
+    assert "pairwise" in result.output

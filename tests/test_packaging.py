@@ -1,0 +1,89 @@
+"""What installing and importing the package promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import distribution, entry_points, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import dask_semdedup
+from dask_semdedup import cli
+
+ROOT = Path(__file__).parent.parent
+GPU_MODULES = ["cudf", "cupy", "dask_cuda", "dask_cudf", "numba", "pylibcudf", "rmm", "triton"]
+
+
+def run_python(code: str) -> str:
+    finished = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True)
+    return finished.stdout.strip()
+
+
+def test_imports_where_there_is_no_gpu_software() -> None:
+    # None in sys.modules makes an import fail as if the module were not installed.
+    code = f"""
+        import sys
+        sys.modules.update(dict.fromkeys({GPU_MODULES!r}))
+        import dask_semdedup, dask_semdedup.cli, dask_semdedup.plots, dask_semdedup.search, dask_semdedup.stages
+        print("imported")
+    """
+    assert run_python(code) == "imported"
+
+
+def test_import_is_quick() -> None:
+    code = """
+        import time
+        start = time.perf_counter()
+        import dask_semdedup
+        print(time.perf_counter() - start)
+    """
+    # The best of three: the first may read the files from a cold disk.
+    assert min(float(run_python(code)) for _ in range(3)) < 3
+
+
+def test_import_starts_nothing() -> None:
+    code = f"""
+        import sys, threading
+        import psutil
+        import dask_semdedup
+        assert threading.active_count() == 1, threading.enumerate()
+        assert not psutil.Process().children(recursive=True)
+        print(sorted(set({[*GPU_MODULES, "click", "matplotlib", "rich"]!r}) & set(sys.modules)))
+    """
+    assert run_python(code) == "[]"
+
+
+def test_version_is_the_distributions() -> None:
+    assert dask_semdedup.__version__ == distribution("dask-semdedup").version
+
+
+def test_command_is_installed() -> None:
+    (script,) = entry_points(group="console_scripts", name="dask-semdedup")
+    assert script.load() is cli.main
+
+
+def test_package_is_marked_as_typed() -> None:
+    assert Path(dask_semdedup.__file__).with_name("py.typed").exists()
+
+
+@pytest.mark.parametrize("extra", ["cu12", "cu13"])
+def test_gpu_extras_have_lower_bounds(extra: str) -> None:
+    """Without them pip may fall back to an old stub that does not build."""
+    gpu = [r for r in map(Requirement, requires("dask-semdedup") or []) if f'extra == "{extra}"' in str(r.marker)]
+    assert len(gpu) == 4
+    assert all(any(bound.operator == ">=" for bound in requirement.specifier) for requirement in gpu)
+
+
+def test_constraints_pin_what_ci_installs() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {name.lower().replace("_", "-"): Version(version) for name, version in (line.split("==") for line in lines)}
+    assert str(pins["torch"]) == "2.13.0"
+    for requirement in map(Requirement, requires("dask-semdedup") or []):
+        extras = [{"extra": extra} for extra in ("", "test", "notebooks")]
+        if requirement.marker is None or any(requirement.marker.evaluate(extra) for extra in extras):
+            assert pins[requirement.name] in requirement.specifier

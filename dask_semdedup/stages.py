@@ -1,0 +1,535 @@
+"""Stage classes of NeMo Curator's ``semantic.pairwise`` module, name for name, run by Dask.
+
+For those who switch from there: the same arguments, defaults and file layout. What differs is that scores are exact,
+are those of normalised rows, may be negative, and do not depend on the order of files; and that no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from itertools import islice, pairwise, starmap
+from typing import TYPE_CHECKING, Any
+
+import dask
+import fsspec
+import numpy as np
+import pyarrow as pa
+
+from dask_semdedup._parquet import FileStats, Fragment, Reader, read_footers, read_schema
+from dask_semdedup.clusters import cluster_files, plan, write_cluster
+from dask_semdedup.embeddings import check_embedding_dtype, is_cudf
+from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.pairwise import SCORE_COLUMNS, pairwise_partition
+from dask_semdedup.ranking import RankingStrategy, make_strategy
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ClusterWiseFilePartitioningStage",
+    "FileGroupTask",
+    "PairwiseCosineSimilarityStage",
+    "PairwiseStage",
+    "RankingStrategy",
+    "pairwise_cosine_similarity_batched",
+]
+
+# The column that tells clusters apart while several are one frame; it is in no file.
+CLUSTER_FIELD = "__cluster__"
+# Small clusters share a task of Dask, up to so many bytes.
+BATCH_BYTES = 128 * 2**20
+
+logger = logging.getLogger("dask_semdedup")
+
+
+def pairwise_cosine_similarity_batched(cluster_reps: torch.Tensor, batch_size: int = 1024) -> tuple[Any, Any]:
+    """Find for every row of a ranked cluster its most similar earlier row.
+
+    Parameters
+    ----------
+    cluster_reps : (n, d) floating-point tensor
+        The cluster's rows in rank order, on any device. They need not be of unit length.
+    batch_size : int, default 1024
+        Rows that are compared with all earlier ones at once: memory is O(n · batch_size).
+
+    Returns
+    -------
+    max_similarity : (n,) float32 array
+        Cosine similarities, exact and in [-1, 1]; 0 for the first row. Of CuPy for a CUDA tensor, of NumPy else.
+    max_indices : (n,) int64 array
+        Of the rows that have them, among equals the first; 0 for the first row.
+
+    Raises
+    ------
+    EmbeddingError
+        If rows hold NaN or infinite values.
+
+    Examples
+    --------
+    >>> import torch
+    >>> pairwise_cosine_similarity_batched(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
+    (array([0. , 0. , 0.8], dtype=float32), array([0, 0, 1]))
+    """
+    import torch
+
+    from dask_semdedup.search import nearest_earlier
+
+    _check_finite(cluster_reps)
+    segments = torch.tensor([0, len(cluster_reps)])
+    scores, index = nearest_earlier(cluster_reps, segments, batch_size=batch_size)
+    if cluster_reps.device.type != "cuda":
+        return scores.numpy(), index.numpy()
+    import cupy
+
+    return cupy.from_dlpack(scores), cupy.from_dlpack(index)
+
+
+def _check_finite(rows: torch.Tensor) -> None:
+    # NaN and infinities survive a sum, which costs less than looking at each number.
+    if rows.sum().isfinite():
+        return
+    bad = rows.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
+    if bad:
+        raise EmbeddingError(f"cluster_reps has NaN or infinite values in rows {some(bad)}. Drop or mend them first.")
+
+
+@dataclass
+class FileGroupTask:
+    """Files to be worked on together, and what is known of them.
+
+    Parameters
+    ----------
+    dataset_name : str
+        Name of the data set that the files are part of.
+    data : list of str
+        The files.
+    _stage_perf : list
+        Statistics of earlier stages, handed on as they are.
+    _metadata : dict
+        For pairwise similarity ``{"centroid_id": 3, "filetype": "parquet"}``.
+    reader_config : dict
+        Handed on as it is.
+    task_id : str
+        Name of the task.
+
+    Examples
+    --------
+    >>> FileGroupTask("docs", ["a.parquet", "b.parquet"], _metadata={"centroid_id": 3, "filetype": "parquet"}).num_items
+    2
+    """
+
+    dataset_name: str
+    data: list[str] = field(default_factory=list)
+    _stage_perf: list[Any] = field(default_factory=list)
+    _metadata: dict[str, Any] = field(default_factory=dict)
+    reader_config: dict[str, Any] = field(default_factory=dict)
+    task_id: str = ""
+
+    @property
+    def num_items(self) -> int:
+        """Number of files."""
+        return len(self.data)
+
+
+class ClusterWiseFilePartitioningStage:
+    """From the k-means layout, ``<input_path>/centroid=<k>/*.parquet``, to one task a cluster.
+
+    Parameters
+    ----------
+    input_path : str
+        The folder; local, or a URL that fsspec understands.
+    storage_options : dict, optional
+        Arguments of the fsspec file system.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> folder = tempfile.mkdtemp()
+    >>> pd.DataFrame({"id": [1, 2], "centroid": [0, 1]}).to_parquet(folder, partition_cols=["centroid"])
+    >>> [task.task_id for task in ClusterWiseFilePartitioningStage(folder).process()]
+    ['pairwise_centroid_0', 'pairwise_centroid_1']
+    """
+
+    name = "pairwise_file_partitioning"
+
+    def __init__(self, input_path: str, storage_options: dict[str, Any] | None = None) -> None:
+        self.input_path = input_path
+        self.storage_options = storage_options
+
+    def process(self, _: Any = None) -> list[FileGroupTask]:
+        """List the files of each cluster.
+
+        Returns
+        -------
+        list of FileGroupTask
+            One a cluster, ascending.
+
+        Raises
+        ------
+        ClusterError
+            If there are no files in that layout.
+        """
+        dataset = os.path.basename(os.fspath(self.input_path).rstrip("/"))
+        return [
+            FileGroupTask(
+                dataset,
+                files,
+                _metadata={"centroid_id": cluster, "filetype": "parquet"},
+                task_id=f"pairwise_centroid_{cluster}",
+            )
+            for cluster, files in cluster_files(self.input_path, self.storage_options).items()
+        ]
+
+
+class PairwiseCosineSimilarityStage:
+    """From the files of a cluster to its scores, ``<output_path>/cluster_<k>.parquet``.
+
+    Parameters
+    ----------
+    id_field, embedding_field : str
+        Columns of ids and embeddings.
+    output_path : str
+        Folder of the results; local, or a URL that fsspec understands.
+    ranking_strategy : RankingStrategy
+        Which rows of a cluster are preferred.
+    pairwise_batch_size : int, default 1024
+        Rows that are compared at once.
+    verbose : bool, default False
+        Log rows and time to the logger ``dask_semdedup``, at level INFO.
+    embedding_dim : int, optional
+        Length that every embedding must have.
+    read_kwargs, write_kwargs : dict, optional
+        Arguments of ``read_parquet`` and ``to_parquet`` of pandas (of cuDF, where Dask's configuration
+        ``dataframe.backend`` says so), and ``storage_options`` for the fsspec file system.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If `read_kwargs` hold ``columns`` or ``assign_id``, or `write_kwargs` ``index``.
+    """
+
+    name = "pairwise_cosine_similarity_stage"
+
+    def __init__(
+        self,
+        id_field: str,
+        embedding_field: str,
+        output_path: str,
+        ranking_strategy: RankingStrategy,
+        pairwise_batch_size: int = 1024,
+        verbose: bool = False,
+        embedding_dim: int | None = None,
+        read_kwargs: dict[str, Any] | None = None,
+        write_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.id_field = id_field
+        self.embedding_field = embedding_field
+        self.output_path = output_path
+        self.ranking_strategy = ranking_strategy
+        self.pairwise_batch_size = pairwise_batch_size
+        self.verbose = verbose
+        self.embedding_dim = embedding_dim
+        self.read_kwargs = _allowed("read_kwargs", read_kwargs, "columns", "assign_id")
+        self.write_kwargs = _allowed("write_kwargs", write_kwargs, "index")
+        self.input_storage_options = self.read_kwargs.pop("storage_options", None)
+        self.output_storage_options = self.write_kwargs.pop("storage_options", None)
+        # Workers may be configured differently: what counts is where the stage was made.
+        self.backend = dask.config.get("dataframe.backend", "pandas")
+
+    def process(self, task: FileGroupTask) -> FileGroupTask:
+        """Score one cluster.
+
+        Parameters
+        ----------
+        task : FileGroupTask
+            The files of the cluster ``_metadata["centroid_id"]``.
+
+        Returns
+        -------
+        FileGroupTask
+            The file of its scores: ``id``, ``max_id`` and ``cosine_sim_score``. No file for a task without any, which
+            gives a warning.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the task has no ``centroid_id``, or its ``filetype`` is not parquet.
+        MissingColumnsError, EmbeddingError, ClusterError
+            If the files cannot be read or compared. There is then no file of scores.
+        """
+        return self.process_batch([task])[0]
+
+    def process_batch(self, tasks: Sequence[FileGroupTask]) -> list[FileGroupTask]:
+        """Score several clusters at once, which is faster where they are small.
+
+        Parameters
+        ----------
+        tasks : sequence of FileGroupTask
+            As for `process`, each of another cluster.
+
+        Returns
+        -------
+        list of FileGroupTask
+            As `process` returns them, in the same order.
+        """
+        clusters = [self._cluster(task) for task in tasks]
+        if len(set(clusters)) < len(clusters):
+            raise InvalidArgumentError(f"Tasks of one batch must have different centroid_id, not {some(clusters)}.")
+        files = {cluster: list(task.data) for cluster, task in zip(clusters, tasks, strict=True)}
+        written = self._score({cluster: paths for cluster, paths in files.items() if paths})
+        for cluster in files.keys() - written.keys():
+            warnings.warn(f"No data found for cluster {cluster}: its task has no files.", stacklevel=2)
+        return [
+            replace(task, data=[written[cluster]] if cluster in written else [])
+            for cluster, task in zip(clusters, tasks, strict=True)
+        ]
+
+    def batches(self, tasks: Sequence[FileGroupTask]) -> list[list[FileGroupTask]]:
+        """Share tasks out to batches for `process_batch`, of about equal cost, by what the files' footers say.
+
+        Parameters
+        ----------
+        tasks : sequence of FileGroupTask
+            As for `process`, each of another cluster, and with files.
+
+        Raises
+        ------
+        MissingColumnsError
+            If the files lack a column that is needed.
+        EmbeddingError
+            If the embedding column is of a type that cannot hold embeddings.
+        ClusterError
+            If a file is not readable as Parquet, or its columns are of other types than those of the first.
+        """
+        by_cluster = {self._cluster(task): task for task in tasks}
+        _, stats = self._scan([path for task in tasks for path in task.data])
+        remaining = iter(stats)
+        sizes = []
+        for cluster, task in by_cluster.items():
+            footers = list(islice(remaining, len(task.data)))
+            sizes.append((cluster, sum(file.rows for file in footers), sum(file.nbytes for file in footers)))
+        return [[by_cluster[cluster] for cluster in batch] for batch in plan(sizes, BATCH_BYTES)]
+
+    @staticmethod
+    def _cluster(task: FileGroupTask) -> Any:
+        filetype = task._metadata.get("filetype")
+        if filetype != "parquet":
+            raise InvalidArgumentError(f"PairwiseCosineSimilarityStage only supports parquet files, got {filetype!r}.")
+        if task._metadata.get("centroid_id") is None:
+            raise InvalidArgumentError(f"centroid_id not found in the metadata of task {task.task_id!r}.")
+        return task._metadata["centroid_id"]
+
+    def _score(self, files: Mapping[Any, list[str]]) -> dict[Any, str]:
+        """Score clusters that have files, and write each its own; their paths."""
+        if not files:
+            return {}
+        start = time.perf_counter()
+        scores = pairwise_partition(
+            self._read(files),
+            id_field=self.id_field,
+            embedding_field=self.embedding_field,
+            cluster_field=CLUSTER_FIELD,
+            ranking=self.ranking_strategy,
+            batch_size=self.pairwise_batch_size,
+            embedding_dim=self.embedding_dim,
+        )
+        written = self._write(scores, files)
+        if self.verbose:
+            seconds = time.perf_counter() - start
+            logger.info("pairwise: %d rows in clusters %s took %.3f s", len(scores), some(files), seconds)
+        return written
+
+    def _read(self, files: Mapping[Any, list[str]]) -> Any:
+        """Read the clusters into one frame with a column that tells them apart."""
+        reader, stats = self._scan([path for paths in files.values() for path in paths])
+        if self.read_kwargs:
+            return self._read_with_kwargs(files)
+        clusters = [cluster for cluster, paths in files.items() for _ in paths]
+        cluster_type = pa.int64() if all(isinstance(cluster, int) for cluster in clusters) else pa.string()
+        reader = replace(reader, cluster_field=CLUSTER_FIELD, cluster_type=cluster_type)
+        fragments = [
+            Fragment(file.path, file.rows, None, cluster) for file, cluster in zip(stats, clusters, strict=True)
+        ]
+        return reader.read(fragments, [*self._columns(), CLUSTER_FIELD])
+
+    def _read_with_kwargs(self, files: Mapping[Any, list[str]]) -> Any:
+        module = import_module(self.backend)
+        options: dict[str, Any] = {"dtype_backend": "pyarrow"} if self.backend == "pandas" else {}
+        options |= {**self.read_kwargs, "columns": self._columns(), "storage_options": self.input_storage_options}
+        frames = [
+            module.read_parquet(path, **options).assign(**{CLUSTER_FIELD: cluster})
+            for cluster, paths in files.items()
+            for path in paths
+        ]
+        return module.concat(frames, ignore_index=True)
+
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys([self.id_field, *self.ranking_strategy.required_columns, self.embedding_field]))
+
+    def _scan(self, paths: Iterable[str]) -> tuple[Reader, list[FileStats]]:
+        """Read the footers of files, and check that they have the columns."""
+        located = [fsspec.core.url_to_fs(path, **(self.input_storage_options or {})) for path in paths]
+        fs, first = located[0]
+        roots = [root for _, root in located]
+        sizes = dict(zip(roots, fs.sizes(roots), strict=True))
+        schema = read_schema(fs, first, sizes[first])
+        self._check_schema(schema, first)
+        footers = read_footers(fs, {root: {"size": size} for root, size in sizes.items()}, self._columns())
+        by_path = {footer.path: footer for footer in footers}
+        nullable = frozenset().union(*(footer.nullable for footer in footers))
+        return Reader(fs, schema, nullable, backend=self.backend), [by_path[root] for root in roots]
+
+    def _check_schema(self, schema: pa.Schema, path: str) -> None:
+        if not {self.id_field, self.embedding_field} <= set(schema.names):
+            advice = f"Name the columns of ids and embeddings in {path} as id_field and embedding_field."
+            raise MissingColumnsError.build([self.id_field, self.embedding_field], schema.names, advice)
+        self.ranking_strategy.check_columns(schema.names)
+        empty = Reader(None, schema).meta([self.embedding_field])
+        check_embedding_dtype(empty[self.embedding_field], self.embedding_field)
+
+    def _write(self, scores: Any, files: Mapping[Any, list[str]]) -> dict[Any, str]:
+        """Write each cluster its file; one without rows gets an empty one."""
+        if is_cudf(scores):
+            # Many small files are written faster from the host.
+            scores = scores.to_pandas(nullable=True)
+        clusters, starts = np.unique(scores[CLUSTER_FIELD].to_numpy(), return_index=True)
+        rows = dict(zip(clusters.tolist(), starmap(slice, pairwise([*starts, len(scores)])), strict=True))
+        columns = scores[list(SCORE_COLUMNS)]
+        options = {**self.write_kwargs, "storage_options": self.output_storage_options}
+        return {
+            cluster: write_cluster(columns.iloc[rows.get(cluster, slice(0))], self.output_path, cluster, **options)
+            for cluster in files
+        }
+
+
+@dataclass
+class PairwiseStage:
+    """Pairwise similarity of all clusters in a folder.
+
+    Parameters
+    ----------
+    id_field, embedding_field : str
+        Columns of ids and embeddings.
+    input_path : str
+        Folder with the layout of k-means, ``<input_path>/centroid=<k>/*.parquet``.
+    output_path : str
+        Folder of the results, ``<output_path>/cluster_<k>.parquet``.
+    ranking_strategy : RankingStrategy, optional
+        Which rows of a cluster are preferred. It replaces `which_to_keep`, `sim_metric` and `random_seed`.
+    embedding_dim : int, optional
+        Length that every embedding must have.
+    pairwise_batch_size : int, default 1024
+        Rows that are compared at once.
+    verbose : bool, default False
+        Log rows and times to the logger ``dask_semdedup``, at level INFO.
+    read_kwargs, write_kwargs : dict, optional
+        As for `PairwiseCosineSimilarityStage`.
+    which_to_keep : {"hard", "easy", "random"}, default "hard"
+        Rows far from their centroid, near to it, or any.
+    sim_metric : {"cosine", "l2"}, default "cosine"
+        Whether distances are in the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``.
+    random_seed : int, default 42
+        Of ``which_to_keep="random"``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an argument has a value that is not allowed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"id": [1, 2, 3], "embeddings": [[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]]})
+    >>> frame = frame.assign(centroid=0, cosine_dist_to_cent=[0.3, 0.2, 0.1])
+    >>> folder = tempfile.mkdtemp()
+    >>> frame.to_parquet(folder, partition_cols=["centroid"])
+    >>> (task,) = PairwiseStage("id", "embeddings", folder, f"{folder}-scores").run()
+    >>> pd.read_parquet(task.data[0])
+       id  max_id  cosine_sim_score
+    0   1       1               0.0
+    1   2       1               0.0
+    2   3       2               0.8
+    """
+
+    id_field: str
+    embedding_field: str
+    input_path: str
+    output_path: str
+    ranking_strategy: RankingStrategy | None = None
+    embedding_dim: int | None = None
+    pairwise_batch_size: int = 1024
+    verbose: bool = False
+    read_kwargs: dict[str, Any] | None = None
+    write_kwargs: dict[str, Any] | None = None
+    which_to_keep: str = "hard"
+    sim_metric: str = "cosine"
+    random_seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.ranking_strategy is None:
+            words = self.which_to_keep, self.sim_metric
+            self.ranking_strategy = make_strategy(*words, self.id_field, self.random_seed)
+
+    def decompose(self) -> list[Any]:
+        """Build the two stages that this one is made of.
+
+        Returns
+        -------
+        list
+            A `ClusterWiseFilePartitioningStage` and a `PairwiseCosineSimilarityStage`.
+        """
+        assert self.ranking_strategy is not None
+        return [
+            ClusterWiseFilePartitioningStage(self.input_path, (self.read_kwargs or {}).get("storage_options")),
+            PairwiseCosineSimilarityStage(
+                id_field=self.id_field,
+                embedding_field=self.embedding_field,
+                output_path=self.output_path,
+                ranking_strategy=self.ranking_strategy,
+                pairwise_batch_size=self.pairwise_batch_size,
+                verbose=self.verbose,
+                embedding_dim=self.embedding_dim,
+                read_kwargs=self.read_kwargs,
+                write_kwargs=self.write_kwargs,
+            ),
+        ]
+
+    def run(self, client: Any = None) -> list[FileGroupTask]:
+        """Score all clusters with Dask. Small clusters share a task of it.
+
+        Parameters
+        ----------
+        client : distributed.Client, optional
+            Where to run. By default where Dask is configured to: with the current client if there is one, else with
+            threads.
+
+        Returns
+        -------
+        list of FileGroupTask
+            One a cluster, ascending, with the file of its scores.
+
+        Raises
+        ------
+        ClusterError, EmbeddingError, MissingColumnsError
+            As `PairwiseCosineSimilarityStage.process` does. Columns are checked before anything runs.
+        """
+        partitioning, similarity = self.decompose()
+        batches = similarity.batches(partitioning.process())
+        scored = dask.compute(*map(dask.delayed(similarity.process_batch), batches), scheduler=client)
+        return [task for batch in scored for task in batch]
+
+
+def _allowed(name: str, arguments: dict[str, Any] | None, *disallowed: str) -> dict[str, Any]:
+    """A copy of keyword arguments, none of which may be one that the stage sets itself."""
+    arguments = dict(arguments or {})
+    if found := [key for key in disallowed if key in arguments]:
+        raise InvalidArgumentError(f"{name} may not hold {', '.join(map(repr, found))}: the stage sets that itself.")
+    return arguments

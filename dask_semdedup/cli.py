@@ -400,9 +400,10 @@ def write_scores(
     """Compute the scores and write each partition to a file of its own, moving a bar as they are done."""
     fs, path = fsspec.url_to_fs(folder, **storage_options)
     fs.makedirs(path, exist_ok=True)
-    written = scores.map_partitions(
-        write_part, folder, storage_options or None, meta=pd.DataFrame({"rows": pd.Series(dtype="int64")})
-    )
+    meta = pd.DataFrame({"rows": pd.Series(dtype="int64")})
+    written = scores.map_partitions(write_part, folder, storage_options or None, meta=meta)
+    # Optimised here, reading, scoring and writing a partition become one task; compute() alone does not fuse them.
+    written = written.optimize()
     if client is None:
         with TaskProgress(progress):
             written.compute(scheduler="threads")

@@ -220,7 +220,7 @@ def test_progress_ends_at_the_number_of_tasks(clusters: str, tmp_path: Path) -> 
     (task,) = progress.tasks
     assert task.finished
     assert task.total is not None
-    assert task.total >= scores.npartitions
+    assert task.total == scores.npartitions + 1, "a task for each partition, and one to gather"
 
 
 # --- Output that is there already ------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from dask.dataframe.utils import pyarrow_strings_enabled
 from dask.system import CPU_COUNT
 from dask.tokenize import tokenize
+from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup.errors import ClusterError, MissingColumnsError
 
@@ -71,14 +72,6 @@ class FileStats(NamedTuple):
     def rows(self) -> int:
         return sum(group.rows for group in self.row_groups)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(group.nbytes for group in self.row_groups)
-
-    @property
-    def elements(self) -> int:
-        return sum(group.elements for group in self.row_groups)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Listing
@@ -118,12 +111,12 @@ def _is_data_file(path: str) -> bool:
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     """Whether paths of this file system can be given to Arrow as they are."""
-    return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+    return isinstance(fs, LocalFileSystem)
 
 
 def checksum(files: Mapping[str, Mapping[str, Any]]) -> str:
     """Token of the files' names and states: it changes when one of them does."""
-    return tokenize([(path, *(str(info.get(key)) for key in STATE_KEYS)) for path, info in files.items()])
+    return tokenize("\n".join(repr([path, *map(info.get, STATE_KEYS)]) for path, info in files.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,12 +191,8 @@ class _Leaves:
         for name, type_ in self.types.items():
             spans[name] = range(start, start := start + _count_leaves(type_))
         self.cluster = spans[cluster_column][0] if cluster_column else None
-        self.widths = {
-            index: _leaf_bytes(self.schema.column(index)) for name in columns if name in spans for index in spans[name]
-        }
-        self.integers = {
-            name: spans[name][0] for name in columns if name in spans and _becomes_numpy_integer(self.types[name])
-        }
+        self.widths = {index: _leaf_bytes(self.schema.column(index)) for name in columns for index in spans[name]}
+        self.integers = {name: spans[name][0] for name in columns if _is_integer(self.types[name])}
 
     def of(self, metadata: pq.FileMetaData, path: str, first: str) -> _Leaves:
         """The same for another file, whose wanted columns must be of the same types."""
@@ -235,7 +224,7 @@ def _leaf_bytes(column: Any) -> int | None:
     return LEAF_BYTES.get(column.physical_type)
 
 
-def _becomes_numpy_integer(type_: pa.DataType) -> bool:
+def _is_integer(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_boolean(type_))
 
 
@@ -395,7 +384,7 @@ def _extension_dtype(
     types = pa.types
     if types.is_string(type_) or types.is_large_string(type_):
         return string_dtype
-    if _becomes_numpy_integer(type_):
+    if _is_integer(type_):
         return pd.ArrowDtype(type_) if nullable else None
     if types.is_floating(type_) or types.is_timestamp(type_) or types.is_duration(type_):
         return None

@@ -30,6 +30,7 @@ from dask.dataframe.dask_expr._merge import Merge
 from dask.dataframe.dask_expr._reductions import Len
 from dask.dataframe.dask_expr._shuffle import RearrangeByColumn
 from dask.dataframe.dask_expr.io.io import BlockwiseIO
+from dask.system import CPU_COUNT
 from dask.tokenize import tokenize
 from dask.typing import Key
 from dask.utils import get_default_shuffle_method, parse_bytes
@@ -54,6 +55,8 @@ BACKENDS = ("pandas", "cudf")
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 # Reading a row costs about as much as comparing it with this many others, so that small clusters are not free.
 READING_COST = 1024
+# Where there is little to read, partitions of pandas get as small as this to keep all cores busy.
+SMALL_PARTITION = 2**24
 # The longest list column that cuDF can hold, in elements; the bytes are those of its narrowest elements.
 CUDF_ELEMENTS = 2**31 - 1
 CUDF_BYTES = 2 * CUDF_ELEMENTS
@@ -88,7 +91,8 @@ def read_clusters(
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     partition_size : str or int, default "128MiB"
-        The most bytes that the columns of a partition take in memory, unless a single cluster takes more.
+        The most bytes that the columns of a partition take in memory, unless a single cluster takes more. Partitions
+        of pandas are made smaller, down to 16 MiB, where there would else be too few to keep all cores busy.
 
     Returns
     -------
@@ -132,14 +136,12 @@ def read_clusters(
     fs, files = list_files(path, storage_options)
     folders = _clusters_of_folders(files, cluster_field)
     reader = _reader(fs, files, folders, cluster_field, backend)
-    wanted = reader.columns if columns is None else list(columns)
+    wanted = reader.columns if columns is None else list(dict.fromkeys(columns))
     reader.check_columns(wanted)
     source = _scan(reader, files, folders, cluster_field, wanted, size)
-    if source.aligned:
-        return new_collection(ReadClusters(source, wanted))
-    return align(new_collection(ReadClusters(source, list(dict.fromkeys([*wanted, cluster_field])))), cluster_field)[
-        wanted
-    ]
+    reading = wanted if source.aligned else list(dict.fromkeys([*wanted, cluster_field]))
+    ddf = new_collection(ReadClusters(source, reading))
+    return ddf if source.aligned else align(ddf, cluster_field)[wanted]
 
 
 def _check_partition_size(partition_size: str | int) -> int:
@@ -334,13 +336,27 @@ def _scan(
     if reader.backend == "cudf":
         _check_cudf(units, cluster_field)
         size = min(size, CUDF_BYTES)
+    else:
+        size = min(size, max(SMALL_PARTITION, sum(unit.nbytes for unit in units) // (4 * CPU_COUNT)))
     by_key = {unit.key: unit for unit in units}
     partitions = tuple(
-        tuple(fragment for key in keys for fragment in by_key[key].fragments)
+        _join(fragment for key in keys for fragment in by_key[key].fragments)
         for keys in plan([(unit.key, unit.rows, unit.nbytes) for unit in units], size)
     )
     token = tokenize(checksum(files), reader, cluster_field, aligned, size, tuple(columns))
     return Source(reader, partitions, cluster_field, aligned, token)
+
+
+def _join(fragments: Iterable[Fragment]) -> tuple[Fragment, ...]:
+    """Join neighbouring row groups of a file, which then is opened once."""
+    joined: list[Fragment] = []
+    for fragment in fragments:
+        last = joined[-1] if joined else None
+        if last and fragment.row_groups and last.row_groups and fragment.path == last.path:
+            joined[-1] = last._replace(rows=last.rows + fragment.rows, row_groups=last.row_groups + fragment.row_groups)
+        else:
+            joined.append(fragment)
+    return tuple(joined)
 
 
 def _check_null_clusters(stats: Sequence[FileStats], cluster_field: str) -> None:
@@ -494,7 +510,7 @@ class ReadClusters(PartitionsFiltered, BlockwiseIO):
 
     @functools.cached_property
     def _name(self) -> str:
-        return f"read-clusters-{self.deterministic_token}"
+        return f"read_clusters-{self.deterministic_token}"
 
     @property
     def columns(self) -> list[str]:

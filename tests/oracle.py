@@ -22,6 +22,8 @@ def nearest_earlier(rows: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray,
     """For each row the largest similarity to an earlier row of its segment, and the first row that has it."""
     scores, index = np.zeros(len(rows)), np.arange(len(rows))
     for start, stop in pairwise(segments):
+        if stop - start < 2:
+            continue
         similarity = cosines(rows[start:stop])[1:]
         scores[start + 1 : stop] = similarity.max(axis=1, initial=-np.inf)
         index[start + 1 : stop] = start + (similarity >= scores[start + 1 : stop, None] - EQUAL).argmax(axis=1)

@@ -17,6 +17,7 @@ and pairwise summation).
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ SAFE_NORMS = (2.0**-40, 2.0**40)
 TIE = 2.0**-40
 """Exact scores closer than this are equal, so that no machine's order of summation decides between them."""
 
-CHUNK_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 19
 """Rows are converted and rescored in chunks that stay in a core's cache."""
 
 
@@ -182,8 +183,8 @@ def rescore(
 ) -> None:
     """Find the best candidate of each query exactly.
 
-    Pairs are scored in float32 with pairwise summation. Where that cannot tell a query's candidates apart, they
-    are scored again in float64. Among equals the first candidate is best.
+    Float32 settles the queries whose candidates differ by more than its error; the candidates of the others are
+    scored in float64. Among equals the first candidate is best.
 
     Parameters
     ----------
@@ -196,22 +197,45 @@ def rescore(
     if not len(query):
         return
     first, last = (int(end) for end in torch.aminmax(query))
-    group = query - first
-    score = _dots(unit.rows, query, candidate).mul_(unit.inverse_norm[query]).mul_(unit.inverse_norm[candidate])
-    best = group_max(score, group, last + 1 - first)
-    near = score >= best[group] - 2 * pairwise_bound(unit.width)
-    query, candidate, score, group = query[near], candidate[near], score[near], group[near]
-    scores[query] = score
+    is_contested = torch.bincount(query - first, minlength=last + 1 - first) > 1
+    contested = is_contested[query - first]
+    settled = _settle(unit, query[contested], candidate[contested], scores, index)
+    _put(unit, query[~contested], candidate[~contested], scores, index)
+    _put(unit, *settled, scores, index)
+
+
+def _put(
+    unit: UnitRows, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
+) -> None:
+    """Put the answers of queries that have one candidate left."""
     index[query] = candidate
-    contested = torch.bincount(group, minlength=len(best))[group] > 1
-    if bool(contested.any()):
-        _decide(unit.rows, query[contested], candidate[contested], scores, index)
+    scores[query] = _dots(unit.rows, query, candidate) * unit.inverse_norm[query] * unit.inverse_norm[candidate]
 
 
-def pairwise_bound(width: int) -> float:
-    """Bound on the error of a float32 dot product summed in a tree of depth log2(width), norms included."""
-    # A tree whose leaves are sums of up to 64 terms: torch sums runs of vectors, then the partial sums.
-    return (min(width, 64) + 4 * math.log2(width + 1) + 16) * 2.0**-24
+def _settle(
+    unit: UnitRows, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the (query, candidate) pairs that float32 finds to be best; put the answers of the other queries."""
+    if not len(query):
+        return query, candidate
+    query, order = query.sort(stable=True)
+    candidate = candidate[order]
+    first, count = int(query[0]), int(query[-1] - query[0]) + 1
+    score = _sampled_dots(unit.rows, query, candidate).mul_(unit.inverse_norm[candidate])
+    group = query - first
+    best = group_max(score, group, count)
+    # Scores are not yet divided by the query's norm: nor is the bound.
+    slack = 2 * sampled_bound(unit.width) / unit.inverse_norm[query]
+    near = score >= best[group] - slack
+    query, candidate, group = query[near], candidate[near], group[near]
+    is_settled = (torch.bincount(group, minlength=count) == 1)[group]
+    _decide(unit.rows, query[~is_settled], candidate[~is_settled], scores, index)
+    return query[is_settled], candidate[is_settled]
+
+
+def sampled_bound(width: int) -> float:
+    """Bound on the error of `_sampled_dots` of unit rows, norms included: the narrowest vectors have 8 lanes."""
+    return (width / 8 + 32) * 2.0**-24
 
 
 def group_max(values: torch.Tensor, group: torch.Tensor, n_groups: int) -> torch.Tensor:
@@ -235,6 +259,8 @@ def _decide(
     rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
 ) -> None:
     """Put the best float64 score of each query, and the first candidate that has it."""
+    if not len(query):
+        return
     score = snap(_cosines64(rows, query, candidate))
     query, group = torch.unique(query, return_inverse=True)
     best = group_max(score, group, len(query))
@@ -251,6 +277,27 @@ def _dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> t
         product = rows.index_select(0, query[part]).mul_(rows.index_select(0, candidate[part]))
         torch.sum(product, dim=1, out=result[part])
     return result
+
+
+def _sampled_dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """Dot products of pairs of rows, ordered by query, in float32.
+
+    On a CPU the entries of a sparse product are computed straight from the rows: four times as fast as gathering.
+    """
+    if rows.device.type != "cpu":
+        return _dots(rows, query, candidate)
+    first, count = int(query[0]), int(query[-1] - query[0]) + 1
+    ends = torch.bincount(query - first, minlength=count).cumsum(0)
+    pattern = _csr(torch.cat([ends.new_zeros(1), ends]), candidate, (count, len(rows)))
+    return torch.sparse.sampled_addmm(pattern, rows[first : first + count], rows.T, beta=0.0).values()
+
+
+def _csr(offsets: torch.Tensor, columns: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A sparse matrix of zeros with entries at `columns`; torch warns once that the layout is in beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        values = torch.zeros(len(columns), dtype=torch.float32)
+        return torch.sparse_csr_tensor(offsets, columns, values, size=size, check_invariants=False)
 
 
 def _cosines64(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:

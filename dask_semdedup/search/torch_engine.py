@@ -101,7 +101,7 @@ def in_half(unit: UnitRows, dtype: torch.dtype) -> Coarse:
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes that the scores of one panel may take: an eighth of what is free, at most 32 MiB on a CPU, 1 GiB on CUDA."""
+    """Bytes that the scores of one panel may take: an eighth of what is free, at most 32 MiB, on CUDA 1 GiB."""
     if device.type == "cuda":
         return min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
     import psutil
@@ -116,11 +116,6 @@ class Strip:
     start: int
     queries: torch.Tensor
     stop: int
-
-    def panels(self, size: int) -> Iterator[slice]:
-        """Cut the candidates into panels of `size` rows."""
-        for first in range(self.start, self.stop, size):
-            yield slice(first, min(first + size, self.stop))
 
 
 def strips(queries: torch.Tensor, segments: torch.Tensor, size: int) -> Iterator[Strip]:
@@ -150,8 +145,49 @@ def strips(queries: torch.Tensor, segments: torch.Tensor, size: int) -> Iterator
             yield Strip(start, part, int(part[-1]))
 
 
+_INTEGERS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Scores of a strip of queries against a panel of candidates.
+
+    Attributes
+    ----------
+    first : int
+        The first candidate.
+    scores : torch.Tensor
+        (blocks, `BLOCK`, queries). Those of candidates not ranked before the query, and of the padding of the last
+        block, are 0.
+    last : torch.Tensor
+        (m, queries) integers: 0 where one of the last m rows of scores is such a score, else -1.
+    """
+
+    first: int
+    scores: torch.Tensor
+    last: torch.Tensor
+
+    def positive_maxima(self) -> torch.Tensor:
+        """(blocks, queries) maxima that are right where they are positive.
+
+        The bits of positive floating-point numbers are ordered as integers are, and integers compare faster.
+        """
+        return self.scores.view(self.last.dtype).amax(dim=1).view(self.scores.dtype)
+
+    def maxima(self) -> torch.Tensor:
+        """(blocks, queries) maxima, -inf where there is no candidate."""
+        rows = self.scores.view(-1, self.scores.shape[-1])
+        rows[len(rows) - len(self.last) :].masked_fill_(self.last == 0, -math.inf)
+        return self.scores.amax(dim=1)
+
+
 class Panels:
-    """Scores of a strip, panel by panel, in one buffer that is used again and again."""
+    """Multiplies strips by their candidates, panel by panel, in one buffer that is used again and again."""
 
     def __init__(self, product: Coarse | Double, strip_size: int) -> None:
         self.product = product
@@ -161,29 +197,35 @@ class Panels:
         blocks = workspace_bytes(device) // (product.dtype.itemsize * columns * BLOCK)
         self.size = BLOCK * max(1, blocks)
         self.buffer = torch.empty(self.size * strip_size, dtype=product.dtype, device=device)
+        place = torch.arange(strip_size + BLOCK, device=device)
+        self.diagonal = self._earlier(place, place[:strip_size])
 
-    def scores(self, strip: Strip) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield each panel's first candidate and its scores, shaped (blocks, `BLOCK`, queries).
-
-        Scores of candidates not ranked before the query, and of the padding of the last block, are -inf.
-        """
+    def of(self, strip: Strip) -> Iterator[Panel]:
+        """Yield the panels of `strip`; each is gone when the next one is asked for."""
         n_queries = len(strip.queries)
-        for panel in strip.panels(self.size):
-            n_candidates = panel.stop - panel.start
-            padded = -(-n_candidates // BLOCK) * BLOCK
+        query = int(strip.queries[0])
+        is_run = int(strip.queries[-1]) - query == n_queries - 1
+        for first in range(strip.start, strip.stop, self.size):
+            stop = min(first + self.size, strip.stop)
+            padded = -(-(stop - first) // BLOCK) * BLOCK
             scores = self.buffer[: padded * n_queries].view(padded, n_queries)
-            scores[n_candidates:] = -math.inf
-            self.product.multiply(panel, strip.queries, scores[:n_candidates])
-            _mask_later(scores[:n_candidates], panel, strip.queries)
-            yield panel.start, scores.view(-1, BLOCK, n_queries)
+            self.product.multiply(slice(first, stop), strip.queries, scores[: stop - first])
+            # From this candidate on, some are not ranked before some query.
+            begin, end = min(max(query, first), first + padded), first + padded
+            if is_run:
+                last = (
+                    self.diagonal[begin - query : end - query, :n_queries]
+                    if begin < end
+                    else self.diagonal[:0, :n_queries]
+                )
+            else:
+                last = self._earlier(torch.arange(begin, end, device=scores.device), strip.queries)
+            scores.view(last.dtype)[begin - first :].bitwise_and_(last)
+            yield Panel(first, scores.view(-1, BLOCK, n_queries), last)
 
-
-def _mask_later(scores: torch.Tensor, panel: slice, queries: torch.Tensor) -> None:
-    """Set the scores of candidates that are not ranked before the query to -inf."""
-    first = max(int(queries[0]), panel.start)
-    if first < panel.stop:
-        later = torch.arange(first, panel.stop, device=queries.device)[:, None] >= queries
-        scores[first - panel.start :].masked_fill_(later, -math.inf)
+    def _earlier(self, candidates: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """All bits set where the candidate is ranked before the query, none elsewhere."""
+        return (candidates[:, None] < queries).to(_INTEGERS[self.product.dtype]).neg_()
 
 
 def nearest(
@@ -200,14 +242,13 @@ def nearest(
         column = torch.arange(len(strip.queries), device=queries.device)
         best = torch.full(column.shape, -math.inf, dtype=product.dtype, device=queries.device)
         where = strip.queries.clone()
-        for first, block_scores in panels.scores(strip):
-            maximum, block = block_scores.amax(dim=1).max(dim=0)
-            inside = block_scores[block, :, column].argmax(dim=1)
+        for panel in panels.of(strip):
+            maximum, block = panel.maxima().max(dim=0)
+            inside = panel.scores[block, :, column].argmax(dim=1)
             better = maximum > best
             best = torch.where(better, maximum, best)
-            where = torch.where(better, first + block * BLOCK + inside, where)
-        found = best > -math.inf
-        scores[strip.queries] = torch.where(found, best, 0.0).float()
+            where = torch.where(better, panel.first + block * BLOCK + inside, where)
+        scores[strip.queries] = best.float()
         index[strip.queries] = where
 
 
@@ -248,20 +289,28 @@ def certified(
         best = torch.full_like(bound, -math.inf)
         hits = torch.zeros(len(bound), dtype=torch.int64, device=bound.device)
         found = []
-        for first, scores in panels.scores(strip):
-            maxima = scores.amax(dim=1)
+        for panel in panels.of(strip):
+            maxima = panel.positive_maxima()
+            threshold = _threshold(torch.maximum(best, maxima.amax(dim=0).float()), bound, coarse.dtype)
+            if not bool((threshold > 0).all()):
+                maxima = panel.maxima()
             best = torch.maximum(best, maxima.amax(dim=0).float())
-            threshold = best - certify.window(best, bound, coarse.dtype)
-            threshold[(hits > most) | (best == -math.inf)] = math.inf
-            column, candidate, score = _reaching(scores, maxima, threshold, most, hits)
-            found.append((column, candidate + first, score))
+            threshold = _threshold(best, bound, coarse.dtype)
+            column, candidate, score = _reaching(panel.scores, maxima, threshold, most, hits)
+            found.append((column, candidate + panel.first, score))
         crowded.append(strip.queries[hits > most])
         column, candidate, score = (torch.cat(part) for part in zip(*found, strict=True))
         # Earlier panels were held against a best score that later ones may have raised.
-        keep = score >= (best - certify.window(best, bound, coarse.dtype))[column]
+        keep = score >= threshold[column]
         keep &= hits[column] <= most
         pairs.add(strip.queries[column[keep]], candidate[keep])
     return torch.cat(crowded)
+
+
+def _threshold(best: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Coarse scores below this cannot be a query's nearest; +inf for a query that has no candidate yet."""
+    threshold = best - certify.window(best, bound, dtype)
+    return threshold.masked_fill_(best == -math.inf, math.inf)
 
 
 def _reaching(

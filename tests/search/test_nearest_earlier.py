@@ -1,0 +1,157 @@
+"""The search against float64, through every path it can take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from dask_semdedup import search
+from dask_semdedup.search import nearest_earlier, torch_engine
+from tests import oracle
+from tests.strategies import KINDS, rows_and_segments, seeds
+
+GOLDEN_ROWS = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3], [1, 2, 3]], dtype=torch.float32)
+
+
+@contextmanager
+def engine(half: torch.dtype | None, small: int, block: int, most_hits: int, one_block_panels: bool) -> Iterator[None]:
+    """Sizes so small that a few dozen rows take every path of the torch engine."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(search, "half_dtype", lambda device: half))
+        stack.enter_context(patch.object(torch_engine, "SMALL", small))
+        stack.enter_context(patch.object(torch_engine, "BLOCK", block))
+        stack.enter_context(patch.object(torch_engine, "MOST_HITS", most_hits))
+        stack.enter_context(patch.object(torch_engine.Pairs, "FLUSH", 10))
+        if one_block_panels:
+            stack.enter_context(patch.object(torch_engine, "workspace_bytes", lambda device: 1))
+        yield
+
+
+engines = st.builds(
+    engine,
+    half=st.sampled_from([None, torch.bfloat16, torch.float16]),
+    small=st.sampled_from([0, 10, 256]),
+    block=st.sampled_from([4, 64]),
+    most_hits=st.sampled_from([0, 1, 16]),
+    one_block_panels=st.booleans(),
+)
+
+
+@settings(max_examples=100)
+@given(data=rows_and_segments(), paths=engines, batch_size=st.sampled_from([None, 1, 3, 16]))
+def test_exact_on_anything(data: tuple[np.ndarray, np.ndarray], paths: ExitStack, batch_size: int | None) -> None:
+    rows, segments = data
+    with paths:
+        scores, index = nearest_earlier(torch.from_numpy(rows), torch.from_numpy(segments), batch_size=batch_size)
+    oracle.assert_nearest_earlier(rows, segments, scores.numpy(), index.numpy())
+
+
+@settings(max_examples=25)
+@given(rng=seeds(), kind=st.sampled_from(KINDS), n=st.integers(257, 1500), d=st.sampled_from([1, 3, 64, 200]))
+def test_exact_on_large_segments(rng: np.random.Generator, kind, n: int, d: int) -> None:
+    rows = kind(rng, n, d).astype(np.float32)
+    segments = np.array([0, n // 3, n // 3, n - 1, n])
+    scores, index = nearest_earlier(torch.from_numpy(rows), torch.from_numpy(segments))
+    oracle.assert_nearest_earlier(rows, segments, scores.numpy(), index.numpy())
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 4, 5, 6, 7, 1024])
+@pytest.mark.parametrize("compute_dtype", ["auto", "float32"])
+@pytest.mark.parametrize("small", [0, 256])
+def test_golden(batch_size: int | None, compute_dtype: str, small: int) -> None:
+    with patch.object(torch_engine, "SMALL", small):
+        scores, index = nearest_earlier(
+            GOLDEN_ROWS, torch.tensor([0, 6]), compute_dtype=compute_dtype, batch_size=batch_size
+        )
+    torch.testing.assert_close(scores, torch.tensor([0, 0.974631, 0.998190, 0.999618, 1, 1]), atol=2e-6, rtol=0)
+    assert index.tolist() == [0, 0, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("small", [0, 256])
+@pytest.mark.parametrize(("compute_dtype", "error"), [("float32", 2e-6), ("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_plain_searches_are_within_their_precision(compute_dtype: str, error: float, small: int) -> None:
+    torch.manual_seed(7)
+    rows, segments = torch.randn(600, 96), torch.tensor([0, 200, 599, 600])
+    with patch.object(torch_engine, "SMALL", small):
+        scores, index = nearest_earlier(rows, segments, compute_dtype=compute_dtype)
+    expected, _ = oracle.nearest_earlier(rows.numpy(), segments.numpy())
+    np.testing.assert_allclose(scores, expected, atol=error, rtol=0)
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    reached = (unit * unit[index]).sum(dim=1)
+    first = segments[:-1]
+    reached[first] = 0
+    np.testing.assert_allclose(reached, expected, atol=error, rtol=0)
+
+
+def test_bfloat16_search_is_lossy_and_the_exact_one_is_not() -> None:
+    """The data must be hard enough for the exactness tests to mean something."""
+    torch.manual_seed(0)
+    rows = torch.randn(8) + 1e-3 * torch.randn(800, 8)
+    segments = torch.tensor([0, 800])
+    _, expected = oracle.nearest_earlier(rows.numpy(), segments.numpy())
+    _, lossy = nearest_earlier(rows, segments, compute_dtype="bfloat16")
+    _, exact = nearest_earlier(rows, segments)
+    assert (lossy.numpy() != expected).sum() > 100
+    assert (exact.numpy() != expected).sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_rows_of_any_floating_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    rows, segments = torch.randn(300, 20).to(dtype), torch.tensor([0, 100, 300])
+    scores, index = nearest_earlier(rows, segments)
+    oracle.assert_nearest_earlier(rows.float().numpy(), segments.numpy(), scores.numpy(), index.numpy())
+
+
+def test_rows_need_not_be_contiguous_and_are_not_changed() -> None:
+    torch.manual_seed(2)
+    rows = torch.randn(16, 400).T
+    before = rows.clone()
+    scores, index = nearest_earlier(rows, torch.tensor([0, 400]))
+    oracle.assert_nearest_earlier(rows.numpy(), np.array([0, 400]), scores.numpy(), index.numpy())
+    assert torch.equal(rows, before)
+
+
+def test_empty_and_single() -> None:
+    scores, index = nearest_earlier(torch.empty(0, 4), torch.tensor([0]))
+    assert scores.shape == index.shape == (0,)
+    scores, index = nearest_earlier(torch.ones(3, 4), torch.tensor([0, 1, 1, 2, 3]))
+    assert scores.tolist() == [0, 0, 0]
+    assert index.tolist() == [0, 1, 2]
+
+
+def test_settings_of_the_process_neither_disturb_the_search_nor_are_changed_by_it() -> None:
+    torch.manual_seed(3)
+    rows = torch.randn(64) + 1e-3 * torch.randn(700, 64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        scores, index = nearest_earlier(rows, torch.tensor([0, 700]))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    oracle.assert_nearest_earlier(rows.numpy(), np.array([0, 700]), scores.numpy(), index.numpy())
+
+
+@pytest.mark.parametrize(
+    ("rows", "segments", "options", "message"),
+    [
+        (torch.ones(3, 2), [0, 3], {"compute_dtype": "float8"}, "compute_dtype must be one of auto, float32"),
+        (torch.ones(3, 2), [0, 3], {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        (torch.ones(3), [0, 3], {}, "rows must be a floating-point matrix"),
+        (torch.ones(3, 2, dtype=torch.int64), [0, 3], {}, "rows must be a floating-point matrix"),
+        (torch.ones(3, 2), [0, 2], {}, "ascend from 0 to the number of rows, 3"),
+        (torch.ones(3, 2), [1, 3], {}, "ascend from 0"),
+        (torch.ones(3, 2), [0, 2, 1, 3], {}, "ascend from 0"),
+        (torch.ones(3, 2), [], {}, "ascend from 0"),
+    ],
+)
+def test_bad_arguments(rows: torch.Tensor, segments: list[int], options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nearest_earlier(rows, torch.tensor(segments), **options)

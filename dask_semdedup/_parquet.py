@@ -425,17 +425,21 @@ def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragm
     if not columns:
         return cudf.DataFrame(index=cudf.RangeIndex(rows))
     paths = [fragment.path for fragment in fragments]
-    some_groups = any(fragment.row_groups is not None for fragment in fragments)
+    files = f"{paths[0]} (the first of {len(paths)} files)"
+    groups = [list(fragment.row_groups) for fragment in fragments if fragment.row_groups is not None]
     try:
         frame = cudf.read_parquet(
             paths,
             columns=list(columns),
-            row_groups=[list(fragment.row_groups or ()) for fragment in fragments] if some_groups else None,
+            row_groups=groups or None,
             filesystem=None if is_local(fs) else fs,
             use_pandas_metadata=False,
+            # Folders named key=value would otherwise be read one by one.
+            dataset_kwargs={"partitioning": None},
+            allow_mismatched_pq_schemas=True,
         )
     except (RuntimeError, OSError) as error:
-        raise _unreadable(f"{paths[0]} (the first of {len(paths)} files)", error) from error
+        raise _unreadable(files, error) from error
     if len(frame) != rows:
-        raise ClusterError(f"{paths[0]} (the first of {len(paths)} files) changed since its footer was read.")
+        raise ClusterError(f"{files} changed since the footers were read.")
     return frame

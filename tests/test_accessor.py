@@ -425,3 +425,24 @@ class TestBadInput:
         before = ddf.compute()
         ddf.semdedup.pairwise().compute()
         pd.testing.assert_frame_equal(ddf.compute(), before)
+
+
+@pytest.mark.gpu
+class TestCudf:
+    """The same answers from partitions of cuDF."""
+
+    @pytest.mark.parametrize("partition_size", [1, "128MiB"])
+    def test_read_clusters(self, tmp_path: Path, partition_size: int | str) -> None:
+        cudf = pytest.importorskip("cudf")
+        frame = make_frame(10)
+        path = write_layout(frame, tmp_path)
+        scores = read_clusters(path, backend="cudf", partition_size=partition_size).semdedup.pairwise()
+        assert isinstance(scores._meta, cudf.DataFrame)
+        assert not shuffles(scores)
+        assert_scores(scores.to_backend("pandas"), expected_scores(frame))
+
+    def test_unaligned_frames(self) -> None:
+        pytest.importorskip("dask_cudf")
+        frame = make_frame(11)
+        ddf = dd.from_pandas(frame, npartitions=3, sort=False).to_backend("cudf")
+        assert_scores(ddf.semdedup.pairwise().to_backend("pandas"), expected_scores(frame))

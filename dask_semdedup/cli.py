@@ -353,23 +353,25 @@ def _refuse_contradictions(ctx: click.Context) -> None:
 def staged_folder(
     output_path: str, input_path: str, *, overwrite: bool, storage_options: dict[str, Any]
 ) -> Iterator[str]:
-    """Yield the name of a sibling of ``output_path`` that takes its place when the block succeeds.
+    """Yield the URL of a sibling of ``output_path`` that takes its place when the block succeeds.
 
     When the block fails, the sibling is removed and ``output_path`` stays as it was.
     """
     fs, final = fsspec.url_to_fs(output_path.rstrip("/"), **storage_options)
     _refuse_overlap(final, fsspec.url_to_fs(input_path.rstrip("/"), **storage_options)[1])
     _refuse_occupied(fs, final, overwrite=overwrite)
-    suffix = f".partial-{secrets.token_hex(4)}"
+    staged = f"{final}.partial-{secrets.token_hex(4)}"
     try:
-        yield output_path.rstrip("/") + suffix
-        if fs.exists(final):
-            fs.rm(final, recursive=True)
-        fs.mv(final + suffix, final, recursive=True)
+        # A URL of an absolute path: workers may have other working directories.
+        yield fs.unstrip_protocol(staged)
     except BaseException:
-        if fs.exists(final + suffix):
-            fs.rm(final + suffix, recursive=True)
+        if fs.exists(staged):
+            fs.rm(staged, recursive=True)
         raise
+    # Should one of these fail, the finished scores stay where they are.
+    if fs.exists(final):
+        fs.rm(final, recursive=True)
+    fs.mv(staged, final, recursive=True)
 
 
 def _refuse_overlap(output: str, source: str) -> None:
@@ -401,7 +403,7 @@ def write_scores(
     fs, path = fsspec.url_to_fs(folder, **storage_options)
     fs.makedirs(path, exist_ok=True)
     meta = pd.DataFrame({"rows": pd.Series(dtype="int64")})
-    written = scores.map_partitions(write_part, folder, storage_options or None, meta=meta)
+    written = scores.map_partitions(write_part, folder, storage_options, meta=meta)
     # Optimised here, reading, scoring and writing a partition become one task; compute() alone does not fuse them.
     written = written.optimize()
     if client is None:
@@ -412,11 +414,12 @@ def write_scores(
 
 
 def write_part(
-    scores: Any, folder: str, storage_options: dict[str, Any] | None, partition_info: dict[str, Any] | None = None
+    scores: Any, folder: str, storage_options: dict[str, Any], partition_info: dict[str, Any] | None = None
 ) -> pd.DataFrame:
     """Write one partition's scores to ``folder`` and return how many there are."""
     number = partition_info["number"] if partition_info else 0
-    scores.to_parquet(f"{folder}/part.{number:06d}.parquet", index=False, storage_options=storage_options)
+    with fsspec.open(f"{folder}/part.{number:06d}.parquet", "wb", **storage_options) as file:
+        scores.to_parquet(file, index=False)
     return pd.DataFrame({"rows": [len(scores)]})
 
 

@@ -186,6 +186,17 @@ def test_reads_and_writes_urls(invoke: Callable[..., Result]) -> None:
     fs.rm("/cli-test", recursive=True)
 
 
+def test_options_of_a_remote_input_do_not_disturb_a_local_output(
+    tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_layout("memory://cli-mixed/clusters", {0: cluster_table(0)})
+    monkeypatch.chdir(tmp_path)
+    result = invoke("memory://cli-mixed/clusters", "scores", "--storage-option", "anon=true")
+    assert result.exit_code == 0, result.stderr
+    assert len(read("scores")) == ROWS
+    fsspec.filesystem("memory").rm("/cli-mixed", recursive=True)
+
+
 def test_quiet_prints_nothing(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     result = invoke(clusters, tmp_path / "scores", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
@@ -284,6 +295,18 @@ def test_failed_run_leaves_the_old_scores(
     assert_one_line(result.stderr, "embeddings", "207")
     pd.testing.assert_frame_equal(read(tmp_path / "scores"), before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters", "poisoned", "scores"]
+
+
+def test_finished_scores_survive_a_failed_rename(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "mv", fail)
+    assert_one_line(invoke(clusters, tmp_path / "scores").stderr, "the disk went away")
+    (staged,) = tmp_path.glob("scores.partial-*")
+    assert len(read(staged)) == CLUSTERS * ROWS
 
 
 def test_interrupted_run_leaves_nothing(

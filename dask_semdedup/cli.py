@@ -253,7 +253,7 @@ def main() -> None:
     metavar="SIZE",
     default="128MiB",
     show_default=True,
-    help="Aim for partitions of this size; a cluster is never split.",
+    help="The most that a partition may take in memory, unless a single cluster takes more.",
 )
 @click.option(
     "--storage-option",

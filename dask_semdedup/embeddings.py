@@ -1,7 +1,8 @@
 """An embedding column to a validated (n, d) tensor: the one place that knows pandas from cuDF layouts.
 
-Each backend turns its column into *pieces*: flat tensors of whole rows that alias the column's own memory where its
-layout allows. What follows (conversion to float32, gathering in rank order, the check for NaN) is shared.
+Each backend turns its column into *pieces*: flat arrays of whole rows, of NumPy or CuPy, that alias the column's own
+memory where its layout allows. What follows (conversion to float32, gathering in rank order, the check for NaN) is
+shared. On a CPU it is NumPy that converts and gathers: torch's threads would compete with those of Dask.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from dask_semdedup.errors import EmbeddingError, some
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["array_like", "check_embedding_dtype", "is_cudf", "tensor_like", "to_list", "to_tensor"]
+__all__ = ["array_like", "check_embedding_dtype", "is_cudf", "tensor_like", "to_list", "to_numpy", "to_tensor"]
 
 # Rows that need work before they are float32 are handled so many numbers at a time: within a CPU's cache, and enough
 # for a GPU to be busy.
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # A float64 row whose largest entry lies outside this range might overflow or vanish when squared in float32.
 SAFE_PEAKS = (2.0**-40, 2.0**40)
 NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u2")}
@@ -74,8 +75,8 @@ def to_tensor(
     clusters: Any = None,
     embedding_dim: int | None = None,
     where: str = "",
-    order: torch.Tensor | None = None,
-    device: str | torch.device | None = None,
+    order: Any = None,
+    device: str | None = None,
 ) -> torch.Tensor:
     """Turn an embedding column into a matrix of float32.
 
@@ -93,10 +94,10 @@ def to_tensor(
         The width that every row must have. By default that of the first row.
     where : str
         Where the column comes from, such as a file, for messages.
-    order : (n,) int64 tensor, optional
-        A permutation: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy that gathering
-        afterwards would take.
-    device : str or torch.device, optional
+    order : (n,) int64 array, optional
+        A permutation, of NumPy or CuPy: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy
+        that gathering afterwards would take.
+    device : {"cpu", "cuda"}, optional
         Where the result shall be. By default where the column is.
 
     Returns
@@ -126,11 +127,12 @@ def to_tensor(
     check_embedding_dtype(column, name)
     report = _Report(name, where, ids, clusters)
     source: _Source = (_CudfSource if is_cudf(column) else _PandasSource)(column, report)
-    device = torch.device(source.device if device is None else device)
+    device = device or source.device
     if len(column) == 0:
         return torch.empty((0, embedding_dim or 0), device=device)
     width = source.check_rows(embedding_dim)
-    rows = _assemble(source.pieces(), (len(column), width), order, device)
+    blocks = _float32_blocks(source.pieces(), width, source.device)
+    rows = _assemble(blocks, (len(column), width), order, device)
     _check_finite(rows, order, report)
     return rows
 
@@ -173,6 +175,17 @@ def tensor_like(array: Any) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """Give a NumPy or CuPy array as a NumPy array.
+
+    Examples
+    --------
+    >>> to_numpy(np.arange(3))
+    array([0, 1, 2])
+    """
+    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def to_list(column: Any) -> list[Any]:
@@ -247,8 +260,8 @@ class _Source:
         """Raise for null rows, null elements and rows of other widths than one; return that width."""
         raise NotImplementedError
 
-    def pieces(self) -> Iterator[torch.Tensor]:
-        """Flat tensors of whole rows, in the column's order."""
+    def pieces(self) -> Iterator[Any]:
+        """Flat arrays of whole rows, in the column's order."""
         raise NotImplementedError
 
     def _check_null(self, null: np.ndarray, what: str) -> None:
@@ -281,7 +294,7 @@ class _PandasSource(_Source):
         self._check_null(self.column.isna().to_numpy(dtype=bool), "with a null embedding")
         return self._check_objects(embedding_dim) if self.is_object else self._check_lists(embedding_dim)
 
-    def pieces(self) -> Iterator[torch.Tensor]:
+    def pieces(self) -> Iterator[np.ndarray]:
         return self._object_pieces() if self.is_object else self._list_pieces()
 
     def _chunks(self) -> list[pa.Array]:
@@ -294,12 +307,13 @@ class _PandasSource(_Source):
         self._check_null(np.concatenate(nulls), "with null elements")
         return width
 
-    def _list_pieces(self) -> Iterator[torch.Tensor]:
+    def _list_pieces(self) -> Iterator[np.ndarray]:
         import torch
 
-        # `flatten` keeps to the slice that the chunk is, and does not copy.
+        # `flatten` keeps to the slice that the chunk is, and does not copy. Arrow's own NumPy arrays are read-only,
+        # which torch warns of; nothing here writes to them.
         for chunk in self._chunks():
-            yield _from_bits(torch.from_dlpack(chunk.flatten()))
+            yield _from_bits(torch.from_dlpack(chunk.flatten()).numpy())
 
     def _check_objects(self, embedding_dim: int | None) -> int:
         rows = self.column.to_numpy()
@@ -309,13 +323,11 @@ class _PandasSource(_Source):
             raise self.report.error(np.flatnonzero(odd), f"of type {names}", f"The column must hold {ACCEPTED}.")
         return self._check_widths(np.fromiter(map(len, rows), np.int64, len(rows)), embedding_dim)
 
-    def _object_pieces(self) -> Iterator[torch.Tensor]:
-        import torch
-
+    def _object_pieces(self) -> Iterator[np.ndarray]:
         rows = self.column.to_numpy()
         step = _block_rows(len(rows[0]), self.device)
         for start in range(0, len(rows), step):
-            yield _from_bits(torch.from_numpy(self._concatenate(rows, start, start + step)))
+            yield _from_bits(self._concatenate(rows, start, start + step))
 
     def _concatenate(self, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
         flat = _try_concatenate(rows[start:stop])
@@ -342,12 +354,8 @@ class _CudfSource(_Source):
             self._check_null(leaves.isnull().to_numpy().reshape(-1, self.width).any(axis=1), "with null elements")
         return self.width
 
-    def pieces(self) -> Iterator[torch.Tensor]:
-        import torch
-
-        leaves = self._leaves().values
-        # Half bits change their type here, as not every tool on the way knows uint16.
-        yield torch.from_dlpack(leaves.view("float16") if leaves.dtype == np.uint16 else leaves)
+    def pieces(self) -> Iterator[Any]:
+        yield _from_bits(self._leaves().values)
 
     def _leaves(self) -> Any:
         leaves = self.column.list.leaves
@@ -374,82 +382,78 @@ def _try_concatenate(rows: Any) -> np.ndarray | None:
     return flat if flat.ndim == 1 and flat.dtype in NUMERIC else None
 
 
-def _from_bits(flat: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return flat.view(torch.float16) if flat.dtype == torch.uint16 else flat
+def _from_bits(flat: Any) -> Any:
+    return flat.view(np.float16) if flat.dtype == np.uint16 else flat
 
 
-def _assemble(
-    pieces: Iterator[torch.Tensor], shape: tuple[int, int], order: torch.Tensor | None, device: torch.device
-) -> torch.Tensor:
-    """Put the pieces together as float32, each row where `order` wants it."""
-    blocks = _blocks(pieces, shape[1], device)
+def _float32_blocks(pieces: Iterator[Any], width: int, device: str) -> Iterator[Any]:
+    """Matrices of float32: pieces of float32 as they are, others converted a part at a time."""
+    for piece in pieces:
+        rows = piece.reshape(-1, width)
+        step = max(1, len(rows)) if rows.dtype == np.float32 else _block_rows(width, device)
+        for start in range(0, len(rows), step):
+            yield _to_float32(rows[start : start + step])
+
+
+def _to_float32(block: Any) -> Any:
+    if block.dtype == np.float64:
+        peaks = abs(block).max(axis=1)
+        low, high = SAFE_PEAKS
+        extreme = (peaks > 0) & (peaks < np.inf) & ((peaks < low) | (peaks > high))
+        if extreme.any():
+            block = block.copy()
+            block[extreme] /= peaks[extreme][:, None]
+    return block.astype(np.float32, copy=False)
+
+
+def _assemble(blocks: Iterator[Any], shape: tuple[int, int], order: Any, device: str) -> torch.Tensor:
+    """Put blocks together on a device, each row where `order` wants it."""
     first = next(blocks)
     if order is None and first.shape == shape:
-        return first
+        return tensor_like(first).to(device)
     rows = _empty(shape, device)
-    target = None if order is None else _inverse(order).to(device)
+    place = None if order is None else _moved(_inverse(order), device)
     start = 0
     for block in chain([first], blocks):
         stop = start + len(block)
-        rows[slice(start, stop) if target is None else target[start:stop]] = block
+        rows[slice(start, stop) if place is None else place[start:stop]] = _moved(block, device)
         start = stop
-    return rows
+    return tensor_like(rows) if device == "cpu" else rows
 
 
-def _empty(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+def _empty(shape: tuple[int, int], device: str) -> Any:
+    """Memory for rows: of NumPy on a CPU, where it asks for huge pages and torch does not, else of torch."""
     import torch
 
-    if device.type != "cpu":
-        return torch.empty(shape, device=device)
-    # NumPy asks for huge pages, torch does not: touching the memory for the first time then takes a tenth of the time.
-    return torch.from_numpy(np.empty(shape, np.float32))
+    return np.empty(shape, np.float32) if device == "cpu" else torch.empty(shape, device=device)
 
 
-def _blocks(pieces: Iterator[torch.Tensor], width: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Float32 blocks of rows: pieces of float32 as they are, others converted a part at a time."""
-    import torch
-
-    for piece in pieces:
-        rows = piece.reshape(-1, width)
-        step = max(1, len(rows)) if rows.dtype == torch.float32 else _block_rows(width, device.type)
-        for block in rows.split(step):
-            yield _to_float32(block.to(device))
+def _moved(array: Any, device: str) -> Any:
+    """An array to where the rows are assembled, and of the library that does it there."""
+    if device == "cpu":
+        return to_numpy(array)
+    return tensor_like(array).to(device)
 
 
-def _to_float32(block: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    if block.dtype != torch.float64:
-        return block.to(torch.float32)
-    peaks = torch.linalg.vector_norm(block, ord=torch.inf, dim=1)
-    low, high = SAFE_PEAKS
-    extreme = (peaks > 0) & peaks.isfinite() & ((peaks < low) | (peaks > high))
-    if extreme.any():
-        block = block.clone()
-        block[extreme] /= peaks[extreme, None]
-    return block.to(torch.float32)
-
-
-def _check_finite(rows: torch.Tensor, order: torch.Tensor | None, report: _Report) -> None:
+def _check_finite(rows: torch.Tensor, order: Any, report: _Report) -> None:
     import torch
 
     # NaN and infinities survive a sum, which costs less than looking at each number.
     if rows.sum().isfinite():
         return
     blocks = rows.split(_block_rows(rows.shape[1], rows.device.type))
-    positions = torch.cat([block.isfinite().all(dim=1).logical_not() for block in blocks]).nonzero().flatten()
-    if len(positions):
-        positions = positions if order is None else order.to(positions.device)[positions]
-        raise report.error(positions.cpu(), "with NaN or infinite values", "Drop or mend them first.")
+    bad = torch.cat([block.isfinite().all(dim=1).logical_not() for block in blocks]).nonzero().flatten().cpu().numpy()
+    if len(bad):
+        raise report.error(
+            bad if order is None else to_numpy(order)[bad],
+            "with NaN or infinite values",
+            "Drop or mend them first.",
+        )
 
 
-def _inverse(order: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
+def _inverse(order: Any) -> Any:
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order), like=order)
     return inverse
 
 

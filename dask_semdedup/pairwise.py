@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from dask.system import CPU_COUNT
 
-from dask_semdedup.embeddings import array_like, tensor_like, to_list, to_tensor
+from dask_semdedup.embeddings import array_like, is_cudf, tensor_like, to_list, to_numpy, to_tensor
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.ranking import RankingStrategy
 
@@ -95,7 +95,7 @@ def pairwise_partition(
     if len(frame) == 0:
         return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field)
     codes = _cluster_codes(clusters, ids, where)
-    order = tensor_like(ranking.order(frame, cluster_field=cluster_field, id_field=id_field))
+    order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
     segments = _segments(codes[order])
     rows = to_tensor(
         frame[embedding_field],
@@ -105,11 +105,10 @@ def pairwise_partition(
         embedding_dim=embedding_dim,
         where=where,
         order=order,
-        device=_search_device(device, order.device.type, segments),
+        device=_search_device(device, "cuda" if is_cudf(frame) else "cpu", segments),
     )
     scores, index = _search(rows, segments, compute_dtype, batch_size)
-    nearest = order[index.to(order.device)]
-    return _score_frame(ids, clusters, *(array_like(tensor, frame) for tensor in (order, nearest, scores)))
+    return _score_frame(ids, clusters, order, order[array_like(index, frame)], array_like(scores, frame))
 
 
 def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str) -> Any:
@@ -170,11 +169,11 @@ def _check_device(device: str) -> None:
         )
 
 
-def _search_device(device: str, home: str, segments: torch.Tensor) -> str:
+def _search_device(device: str, home: str, segments: np.ndarray) -> str:
     """Where to search: as told, else where the frame is, or on a GPU that is there if the work repays the way to it."""
     if device != "auto":
         return device
-    pairs = segments.diff().double().square().sum().item() / 2
+    pairs = np.square(np.diff(segments), dtype=np.float64).sum() / 2
     return "cuda" if pairs >= PAIRS_WORTH_A_GPU and _has_cuda() else home
 
 
@@ -184,11 +183,11 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _cluster_codes(clusters: Any, ids: Any, where: str) -> torch.Tensor:
-    """A number for each cluster; raise for rows that have none."""
-    codes = tensor_like(clusters.factorize()[0])
-    if bool((codes < 0).any()):
-        lost = ids.iloc[array_like((codes < 0).nonzero().flatten(), ids)]
+def _cluster_codes(clusters: Any, ids: Any, where: str) -> Any:
+    """A number for each row's cluster; raise for rows that have none."""
+    codes, _ = clusters.factorize()
+    if (codes < 0).any():
+        lost = ids.iloc[(codes < 0).nonzero()[0]]
         count = "1 row has" if len(lost) == 1 else f"{len(lost)} rows have"
         place = f" in {where}" if where else ""
         raise ClusterError(
@@ -198,21 +197,19 @@ def _cluster_codes(clusters: Any, ids: Any, where: str) -> torch.Tensor:
     return codes
 
 
-def _segments(codes: torch.Tensor) -> torch.Tensor:
+def _segments(codes: Any) -> np.ndarray:
     """Offsets of the runs of equal codes, from 0 to their number."""
-    import torch
-
-    starts = (codes[1:] != codes[:-1]).nonzero().flatten() + 1
-    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), len(codes))])
+    starts = (codes[1:] != codes[:-1]).nonzero()[0] + 1
+    return np.concatenate([[0], to_numpy(starts), [len(codes)]])
 
 
 def _search(
-    rows: torch.Tensor, segments: torch.Tensor, compute_dtype: str, batch_size: int | None
+    rows: torch.Tensor, segments: np.ndarray, compute_dtype: str, batch_size: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from dask_semdedup.search import nearest_earlier
 
     with _cpu_slots() if rows.device.type == "cpu" else nullcontext():
-        return nearest_earlier(rows, segments, compute_dtype=compute_dtype, batch_size=batch_size)
+        return nearest_earlier(rows, tensor_like(segments), compute_dtype=compute_dtype, batch_size=batch_size)
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dask_semdedup.embeddings import array_like, is_cudf
+from dask_semdedup.embeddings import is_cudf
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.hashing import hash_ids
 
@@ -183,8 +183,8 @@ class RankingStrategy:
     def _keys(self, frame: Any, id_field: str) -> list[tuple[Any, bool]]:
         """Columns to sort by, with their directions."""
         if self.strategy == "random":
-            hashes = array_like(hash_ids(frame[id_field], self.random_seed), frame)
-            return [(type(frame[id_field])(hashes), True)]
+            ids = frame[id_field]
+            return [(type(ids)(hash_ids(ids, self.random_seed)), True)]
         assert isinstance(self.ascending, list)
         return [(frame[name], ascending) for name, ascending in zip(self.metadata_cols, self.ascending, strict=True)]
 

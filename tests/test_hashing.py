@@ -41,7 +41,7 @@ def expected(value: int | str, seed: int) -> int:
 
 
 def hashes(ids: pd.Series, seed: int) -> list[int]:
-    return [value & BITS for value in hash_ids(ids, seed).tolist()]
+    return hash_ids(ids, seed).tolist()
 
 
 def test_the_mixer_is_splitmix64():
@@ -98,7 +98,7 @@ def test_missing_ids_hash_to_something(ids, dtype):
 
 def test_hashes_do_not_collide_and_have_all_bits_in_use():
     for ids in (pd.Series(range(20_000)), pd.Series([f"document-{number}" for number in range(20_000)])):
-        values = hash_ids(ids, 42).numpy()
+        values = hash_ids(ids, 42)
         assert len(np.unique(values)) == len(values)
-        shares = (values[:, None].view(np.uint64) >> np.arange(64, dtype=np.uint64) & np.uint64(1)).mean(axis=0)
+        shares = (values[:, None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)).mean(axis=0)
         np.testing.assert_allclose(shares, 0.5, atol=0.02)

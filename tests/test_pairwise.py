@@ -217,8 +217,8 @@ def test_a_gpu_gives_the_same_scores_for_pandas_frames():
 )
 def test_auto_searches_on_a_gpu_where_that_pays(monkeypatch, rows, has_cuda, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
-    assert pairwise._search_device("auto", "cpu", torch.tensor([0, rows])) == expected
-    assert pairwise._search_device("cpu", "cuda", torch.tensor([0, rows])) == "cpu"
+    assert pairwise._search_device("auto", "cpu", np.array([0, rows])) == expected
+    assert pairwise._search_device("cpu", "cuda", np.array([0, rows])) == "cpu"
 
 
 def test_searches_of_several_threads_do_not_multiply(monkeypatch):

@@ -313,8 +313,8 @@ class PairwiseCosineSimilarityStage:
         remaining = iter(stats)
         sizes = []
         for cluster, task in by_cluster.items():
-            footers = list(islice(remaining, len(task.data)))
-            sizes.append((cluster, sum(file.rows for file in footers), sum(file.nbytes for file in footers)))
+            groups = [group for file in islice(remaining, len(task.data)) for group in file.row_groups]
+            sizes.append((cluster, sum(group.rows for group in groups), sum(group.nbytes for group in groups)))
         return [[by_cluster[cluster] for cluster in batch] for batch in plan(sizes, BATCH_BYTES)]
 
     @staticmethod

@@ -1,0 +1,188 @@
+"""cuDF frames give what pandas frames give."""
+
+from __future__ import annotations
+
+import dask
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+
+from dask_semdedup.embeddings import check_embedding_dtype, is_cudf, to_tensor
+from dask_semdedup.errors import ClusterError, EmbeddingError
+from dask_semdedup.hashing import hash_ids
+from dask_semdedup.pairwise import pairwise_meta
+from dask_semdedup.ranking import RankingStrategy, make_strategy
+from dask_semdedup.stages import PairwiseStage
+from tests.test_embeddings import ORDER, ROWS
+from tests.test_pairwise import GOLDEN, run
+from tests.test_stages import check_hard, write_layout
+
+pytestmark = pytest.mark.gpu
+ELEMENTS = [pa.float32(), pa.float64(), pa.uint16(), pa.int16()]
+
+
+@pytest.fixture(scope="module")
+def cudf():
+    return pytest.importorskip("cudf")
+
+
+def lists(cudf, rows, element: pa.DataType | None = None):
+    element = element or pa.float32()
+    if element == pa.uint16():
+        rows = np.asarray(rows, np.float16).view(np.uint16)
+    rows = [None if row is None else [None if x is None else element.to_pandas_dtype()(x) for x in row] for row in rows]
+    return cudf.Series.from_arrow(pa.array(rows, pa.list_(element)))
+
+
+def on_gpu(cudf, frame: pd.DataFrame):
+    return cudf.DataFrame.from_arrow(pa.Table.from_pandas(frame, preserve_index=False))
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=str)
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("order", [None, ORDER], ids=["as it is", "ordered"])
+def test_every_layout_gives_the_same_matrix(cudf, element, device, order):
+    cupy = pytest.importorskip("cupy")
+    rows = np.trunc(ROWS)
+    column = lists(cudf, rows, element)
+    check_embedding_dtype(column.iloc[:0], "embeddings")
+    matrix = to_tensor(column, name="x", order=None if order is None else cupy.asarray(order), device=device)
+    assert matrix.device.type == (device or "cuda")
+    assert matrix.dtype == torch.float32
+    np.testing.assert_array_equal(matrix.cpu(), rows if order is None else rows[order])
+
+
+def test_float32_is_not_copied(cudf):
+    column = lists(cudf, ROWS)
+    assert to_tensor(column, name="x").data_ptr() == column.list.leaves.values.data.ptr
+
+
+def test_slices(cudf):
+    column = lists(cudf, np.tile(ROWS, (3, 1)))
+    np.testing.assert_array_equal(to_tensor(column.iloc[4:8], name="x").cpu(), ROWS)
+    np.testing.assert_array_equal(to_tensor(column.iloc[1::2], name="x").cpu(), np.tile(ROWS, (3, 1))[1::2])
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300])
+def test_float64_rows_beyond_float32_keep_their_direction(cudf, scale):
+    matrix = to_tensor(lists(cudf, np.array([[3.0, 4.0], [3.0 * scale, 4.0 * scale]]), pa.float64()), name="x")
+    np.testing.assert_allclose(matrix.cpu(), [[3, 4], [0.75, 1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([[1.0, 2.0], None, [3.0, 4.0], None], r"2 rows with a null embedding \(ids b, d\)"),
+        ([[1.0, 2.0], [np.nan, 1.0], [3.0, np.inf]], r"2 rows with NaN or infinite values \(ids b, c\)"),
+        ([[1.0, 2.0], [1.0, None], [3.0, 4.0]], r"1 row with null elements \(ids b\)"),
+        ([[1.0, 2.0], [1.0], [1.0, 2.0, 3.0]], r"2 rows with width 1, 3, where the first row has 2 \(ids b, c\)"),
+        ([[1.0, 2.0], [3.0, 4.0], []], r"1 row with an empty embedding \(ids c\)"),
+    ],
+)
+def test_bad_rows_are_named(cudf, rows, problem):
+    ids, clusters = cudf.Series(list("abcd")[: len(rows)]), cudf.Series([7] * len(rows))
+    with pytest.raises(EmbeddingError, match=f"Column 'x', cluster 7: {problem}"):
+        to_tensor(lists(cudf, rows), name="x", ids=ids, clusters=clusters)
+
+
+@pytest.mark.parametrize("values", [["[1.0]"], [1.0], [["a"]], [[[1.0]]]], ids=str)
+def test_other_dtypes_are_refused(cudf, values):
+    with pytest.raises(EmbeddingError, match="Column 'x' has dtype"):
+        check_embedding_dtype(cudf.Series(values), "x")
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pd.Series([3, -1, 2**62]),
+        pd.Series([3, 1, 2], dtype="int8"),
+        pd.Series([3, 2**64 - 1], dtype="uint64"),
+        pd.Series([3, None, 1], dtype="Int64"),
+        pd.Series(["b", "", "ä" * 40, None]),
+        pd.Series(["b", "a", "b"], dtype="category"),
+    ],
+    ids=lambda ids: str(ids.dtype),
+)
+def test_hashes_are_those_of_pandas(cudf, ids):
+    hashes = hash_ids(on_gpu(cudf, ids.to_frame("id"))["id"], 42)
+    np.testing.assert_array_equal(hashes.get(), hash_ids(ids, 42))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        make_strategy("hard"),
+        make_strategy("easy"),
+        make_strategy("random"),
+        RankingStrategy(["source", "cosine_dist_to_cent"], [False, True]),
+        RankingStrategy(["grade", "source"], [True, False]),
+    ],
+    ids=["hard", "easy", "random", "source", "grade"],
+)
+def test_order_is_that_of_pandas(cudf, strategy):
+    rng = np.random.default_rng(0)
+    distance = rng.random(500).round(2)
+    distance[rng.random(500) < 0.1] = np.nan
+    frame = pd.DataFrame(
+        {
+            "id": [f"{number:03d}" for number in rng.permutation(500)],
+            "centroid": rng.integers(7, size=500),
+            "cosine_dist_to_cent": distance,
+            "source": pd.Series(rng.choice(["web", "book", "talk"], 500)).where(rng.random(500) < 0.9),
+            "grade": pd.Series(rng.integers(3, size=500), dtype="Int64").where(rng.random(500) < 0.9),
+        }
+    )
+    order = strategy.order(on_gpu(cudf, frame), cluster_field="centroid", id_field="id")
+    assert order.dtype == np.int64
+    np.testing.assert_array_equal(order.get(), strategy.order(frame, cluster_field="centroid", id_field="id"))
+    one = frame[frame["centroid"] == 3]
+    ranked = strategy.rank_cluster(on_gpu(cudf, one))["id"].to_pandas()
+    assert ranked.tolist() == strategy.rank_cluster(one)["id"].tolist()
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+@pytest.mark.parametrize("keep", ["hard", "easy", "random"])
+@pytest.mark.parametrize("ids", [range(6), list("abcdef")], ids=["integers", "strings"])
+def test_scores_are_those_of_pandas(cudf, ids, keep, device):
+    frame = GOLDEN.assign(id=list(ids), centroid=[0, 0, 0, 0, 1, 0])
+    scores = run(on_gpu(cudf, frame), make_strategy(keep), device=device)
+    assert is_cudf(scores)
+    pd.testing.assert_frame_equal(
+        scores.to_pandas(), run(frame, make_strategy(keep)), atol=2e-6, check_dtype=False, check_column_type=False
+    )
+    assert scores["cosine_sim_score"].dtype == np.float32
+
+
+def test_meta_foretells_the_dtypes(cudf):
+    frame = on_gpu(cudf, GOLDEN.assign(id=list("abcdef")))
+    meta = pairwise_meta(frame.iloc[:0], id_field="id", cluster_field="centroid")
+    scores = run(frame)
+    assert list(meta.columns) == list(scores.columns)
+    assert meta.dtypes.tolist() == scores.dtypes.tolist() == run(frame.iloc[:0]).dtypes.tolist()
+
+
+def test_rows_without_a_cluster_are_named(cudf):
+    frame = on_gpu(cudf, GOLDEN.assign(centroid=pd.Series([0, 0, None, 0, None, 1], dtype="Int64")))
+    with pytest.raises(ClusterError, match=r"Column 'centroid': 2 rows have no cluster \(ids 2, 4\)"):
+        run(frame)
+
+
+def test_pandas_frames_on_a_gpu(cudf):
+    on_cpu = run(GOLDEN, device="cpu")
+    assert not is_cudf(run(GOLDEN, device="cuda"))
+    pd.testing.assert_frame_equal(run(GOLDEN, device="cuda"), on_cpu, atol=2e-6)
+    halves = GOLDEN.assign(embeddings=GOLDEN["embeddings"].map(lambda row: np.asarray(row, np.float16)))
+    pd.testing.assert_frame_equal(run(halves, device="cuda"), run(halves, device="cpu"), atol=2e-6)
+
+
+@pytest.mark.parametrize("read_kwargs", [None, {"use_pandas_metadata": False}], ids=["plain", "with read_kwargs"])
+def test_stages(cudf, tmp_path, read_kwargs):
+    root = write_layout(tmp_path / "in", {0: [GOLDEN[:2], GOLDEN[2:]], 10: [GOLDEN], 9: [GOLDEN[:0]]})
+    with dask.config.set({"dataframe.backend": "cudf"}):
+        stage = PairwiseStage("id", "embeddings", str(root), str(tmp_path / "out"), read_kwargs=read_kwargs)
+        first, empty, second = stage.run()
+    check_hard(first.data[0])
+    check_hard(second.data[0])
+    assert pd.read_parquet(empty.data[0]).empty

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from dask_semdedup._parquet import FileStats, Fragment, Reader, read_footers, read_schema
-from dask_semdedup.clusters import cluster_files, plan, write_cluster
+from dask_semdedup.clusters import CUDF_ELEMENTS, cluster_files, plan, write_cluster
 from dask_semdedup.embeddings import check_embedding_dtype, is_cudf
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.pairwise import SCORE_COLUMNS, pairwise_partition
@@ -353,7 +353,10 @@ class PairwiseCosineSimilarityStage:
             return self._read_with_kwargs(files)
         clusters = [cluster for cluster, paths in files.items() for _ in paths]
         cluster_type = pa.int64() if all(isinstance(cluster, int) for cluster in clusters) else pa.string()
-        reader = replace(reader, cluster_field=CLUSTER_FIELD, cluster_type=cluster_type)
+        elements = sum(group.elements for file in stats for group in file.row_groups)
+        # What is too long for a list column of cuDF is read by pandas, and still searched on the GPU.
+        backend = self.backend if elements <= CUDF_ELEMENTS else "pandas"
+        reader = replace(reader, cluster_field=CLUSTER_FIELD, cluster_type=cluster_type, backend=backend)
         fragments = [
             Fragment(file.path, file.rows, None, cluster) for file, cluster in zip(stats, clusters, strict=True)
         ]

@@ -152,6 +152,14 @@ def test_only_the_columns_that_are_needed_are_read(golden, tmp_path, monkeypatch
     assert set(read[0]) == {*columns, stages.CLUSTER_FIELD}
 
 
+def test_a_cluster_too_long_for_cudf_is_read_by_pandas(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "CUDF_ELEMENTS", 17)
+    with dask.config.set({"dataframe.backend": "cudf"}):
+        stage = similarity(tmp_path)
+    assert stage.backend == "cudf"
+    check_hard(stage.process(task(10, (golden / "centroid=10").iterdir())).data[0])
+
+
 def test_a_cluster_of_one_row(golden, tmp_path):
     scores = pd.read_parquet(similarity(tmp_path).process(task(9, (golden / "centroid=9").iterdir())).data[0])
     assert scores.to_dict("list") == {"id": [0], "max_id": [0], "cosine_sim_score": [0.0]}

@@ -148,6 +148,7 @@ BAD_ROWS = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("rows", "problem", "ids"), BAD_ROWS.values(), ids=BAD_ROWS)
 @pytest.mark.parametrize("as_column", [as_objects, as_arrow, as_arrow_float64])
 def test_bad_rows_are_named(as_column, rows, problem, ids):

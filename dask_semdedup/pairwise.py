@@ -22,7 +22,7 @@ __all__ = ["DEVICES", "SCORE_COLUMNS", "pairwise_meta", "pairwise_partition"]
 
 SCORE_COLUMNS = ("id", "max_id", "cosine_sim_score")
 DEVICES = ("auto", "cpu", "cuda")
-# Pairs of rows from which on a GPU repays the transfer: about a tenth of a second of two cores at 400 dimensions.
+# Pairs of rows from which on a GPU repays the way to it: 6,000 rows of 384 took an H200 as long as 16 cores beside it.
 PAIRS_WORTH_A_GPU = 20_000_000
 
 

@@ -400,8 +400,8 @@ class PairwiseCosineSimilarityStage:
     def _write(self, scores: Any, files: Mapping[Any, list[str]]) -> dict[Any, str]:
         """Write each cluster its file; one without rows gets an empty one."""
         if is_cudf(scores):
-            # Many small files are written faster from the host.
-            scores = scores.to_pandas(nullable=True)
+            # Many small files are written faster from the host. Integers with nulls must not become floats on the way.
+            scores = scores.to_pandas(nullable=scores["id"].null_count > 0)
         clusters, starts = np.unique(scores[CLUSTER_FIELD].to_numpy(), return_index=True)
         rows = dict(zip(clusters.tolist(), starmap(slice, pairwise([*starts, len(scores)])), strict=True))
         columns = scores[list(SCORE_COLUMNS)]

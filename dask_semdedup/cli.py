@@ -443,7 +443,7 @@ def connect(scheduler: str | None, workers: int | None) -> Iterator[Client | Non
         return
     # A worker's failure reaches the user through its future: its own log would only repeat it.
     with (
-        LocalCluster(n_workers=workers, dashboard_address=None, silence_logs=logging.CRITICAL) as cluster,
+        LocalCluster(n_workers=workers, dashboard_address=":0", silence_logs=logging.CRITICAL) as cluster,
         Client(cluster) as client,
     ):
         yield client

@@ -217,7 +217,7 @@ def test_processes_give_the_same_scores_as_threads(
 def test_failure_on_a_cluster_is_one_line_and_leaves_nothing(
     poisoned: str, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
-    with LocalCluster(n_workers=1, processes=False, protocol="tcp://", dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, processes=False, protocol="tcp://", dashboard_address=":0") as cluster:
         result = invoke(poisoned, tmp_path / "scores", "--scheduler", cluster.scheduler_address)
     assert result.exit_code == 2
     assert_one_line(result.stderr, "embeddings", "207")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from dask.system import CPU_COUNT
+from threadpoolctl import ThreadpoolController
 
 from dask_semdedup.embeddings import array_like, is_cudf, tensor_like, to_list, to_numpy, to_tensor
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
@@ -24,6 +26,9 @@ SCORE_COLUMNS = ("id", "max_id", "cosine_sim_score")
 DEVICES = ("auto", "cpu", "cuda")
 # Pairs of rows from which on a GPU repays the way to it: 6,000 rows of 384 took an H200 as long as 16 cores beside it.
 PAIRS_WORTH_A_GPU = 20_000_000
+# Rows of a cluster from which on torch's threads, all at one product, waste less time on waiting for each other than a
+# search to each of Dask's threads saves.
+ROWS_WORTH_ALL_THREADS = 8192
 
 
 def pairwise_partition(
@@ -97,17 +102,19 @@ def pairwise_partition(
     codes = _cluster_codes(clusters, ids, where)
     order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
     segments = _segments(codes[order])
-    rows = to_tensor(
-        frame[embedding_field],
-        name=embedding_field,
-        ids=ids,
-        clusters=clusters,
-        embedding_dim=embedding_dim,
-        where=where,
-        order=order,
-        device=_search_device(device, "cuda" if is_cudf(frame) else "cpu", segments),
-    )
-    scores, index = _search(rows, segments, compute_dtype, batch_size)
+    device = _search_device(device, "cuda" if is_cudf(frame) else "cpu", segments)
+    with _cores().take(_threads(segments)) if device == "cpu" else nullcontext():
+        rows = to_tensor(
+            frame[embedding_field],
+            name=embedding_field,
+            ids=ids,
+            clusters=clusters,
+            embedding_dim=embedding_dim,
+            where=where,
+            order=order,
+            device=device,
+        )
+        scores, index = _search(rows, segments, compute_dtype, batch_size)
     return _score_frame(ids, clusters, order, order[array_like(index, frame)], array_like(scores, frame))
 
 
@@ -208,13 +215,57 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from dask_semdedup.search import nearest_earlier
 
-    with _cpu_slots() if rows.device.type == "cpu" else nullcontext():
-        return nearest_earlier(rows, tensor_like(segments), compute_dtype=compute_dtype, batch_size=batch_size)
+    return nearest_earlier(rows, tensor_like(segments), compute_dtype=compute_dtype, batch_size=batch_size)
+
+
+def _threads(segments: np.ndarray) -> int:
+    """Threads that a search on the CPU is worth: one beside other searches, unless a cluster's products fill them all.
+
+    Dask's threaded tasks never run in the main thread: what does has nothing beside it.
+    """
+    import torch
+
+    # To ask comes first: a thread that has not asked sets its number anew at its first product.
+    available = torch.get_num_threads()
+    is_alone = threading.current_thread() is threading.main_thread()
+    return available if is_alone or np.diff(segments).max() >= ROWS_WORTH_ALL_THREADS else 1
+
+
+class _Cores:
+    """Shares the process's cores out to the searches of its threads, so that Dask's and torch's do not multiply.
+
+    OpenMP's threads wait for each other by spinning: where there are more of them than cores, they wait for long.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = self._free = count
+        self._changed = threading.Condition()
+        self._pools = ThreadpoolController()
+
+    @contextmanager
+    def take(self, threads: int) -> Iterator[None]:
+        """Wait for so many cores, and let torch use no more in this thread."""
+        threads = min(threads, self._count)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= threads)
+            self._free -= threads
+        try:
+            # OpenMP's limit is the calling thread's alone, which that of `torch.set_num_threads` is not.
+            with self._pools.limit(limits=threads, user_api="openmp"):
+                yield
+        finally:
+            with self._changed:
+                self._free += threads
+                self._changed.notify_all()
 
 
 @cache
-def _cpu_slots() -> AbstractContextManager[Any]:
-    """Let as many threads of this process search at once as there are cores for all of torch's threads in each."""
-    import torch
+def _cores() -> _Cores:
+    """Made at the first search, when torch and with it OpenMP are loaded."""
+    import torch  # noqa: F401
 
-    return threading.BoundedSemaphore(max(1, CPU_COUNT // torch.get_num_threads()))
+    return _Cores(CPU_COUNT)
+
+
+# A forked process has none of the threads that hold cores.
+os.register_at_fork(after_in_child=_cores.cache_clear)

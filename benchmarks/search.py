@@ -1,6 +1,7 @@
 """Time the nearest-earlier search against the searches it replaces, and count their wrong neighbours.
 
     python benchmarks/search.py --device cpu
+    python benchmarks/search.py --device cuda --sweep
 
 All methods are timed in turns in one process, so that a noisy machine disturbs them alike; the table gives medians.
 A neighbour is wrong if its similarity in float64 is below the best by more than 1e-9; a decision is wrong if it differs
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import partial
 
 import click
@@ -132,6 +134,12 @@ def adversarial_rows(n: int, d: int, device: str) -> torch.Tensor:
 DATA = {"random": random_rows, "clustered": clustered_rows, "adversarial": adversarial_rows}
 
 
+SHAPES = {"cpu": ("10000x384", "20000x768"), "cuda": ("66000x1536", "20000x768", "8800x768")}
+SEGMENTS = {"cpu": ((2000, 50, 384),), "cuda": ((1000, 2000, 384), (20000, 100, 384))}
+BASELINE = "full matrix, float32"
+SAMPLE_SECONDS = 0.02
+
+
 @dataclass
 class Result:
     """One line of the table."""
@@ -142,59 +150,100 @@ class Result:
     method: str
     milliseconds: float
     speedup: float
-    wrong_neighbours: int
-    wrong_decisions: int
+    teraflops: float
+    share_of_matmul: float
+    wrong_neighbours: int | None
+    wrong_decisions: int | None
 
 
 def methods(device: str) -> dict[str, Search]:
-    """The searches to compare; the first is the baseline of the ratios."""
+    """The searches to compare."""
     half = half_dtype(torch.device(device)) or torch.bfloat16
     name = str(half).removeprefix("torch.")
     return {
-        "full matrix, float32": full_matrix,
+        BASELINE: full_matrix,
         "triangle, float32": triangle,
         "triangle in blocks, float32": partial(blocked_triangle, dtype=torch.float32),
         f"triangle, {name} (lossy)": partial(triangle, dtype=half),
-        f"triangle in blocks, {name} (lossy)": partial(blocked_triangle, dtype=half),
+        f"triangle in blocks, {name} (lossy)": partial(blocked_triangle, dtype=half, **BLOCKS[device]),
         "ours, exact": ours,
         "ours, float32": partial(ours, compute_dtype="float32"),
         f"ours, {name} (lossy)": partial(ours, compute_dtype=name),
     }
 
 
-def interleaved(searches: dict[str, Search], rows: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds of each search, the searches taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in searches}
+BLOCKS = {"cpu": {"queries": 512, "candidates": 2048}, "cuda": {"queries": 4096, "candidates": 4096}}
+
+
+def matmul(rows: torch.Tensor, strip: int = 8192) -> None:
+    """The ceiling: the square product in half precision by the vendor's library, its result thrown away."""
+    for start in range(0, len(rows), strip):
+        torch.mm(rows[start : start + strip], rows.T)
+
+
+def finish(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, from as many in a row as fill `SAMPLE_SECONDS`."""
+    finish(device)
+    start = time.perf_counter()
+    call()
+    finish(device)
+    once = time.perf_counter() - start
+    count = int(SAMPLE_SECONDS / once)
+    if count < 2:
+        return once
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    finish(device)
+    return (time.perf_counter() - start) / count
+
+
+def interleaved(calls: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
+    """Median seconds of each call, the calls taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
-        for name, search in searches.items():
-            start = time.perf_counter()
-            search(rows)
+        for name, call in calls.items():
+            seconds = seconds_of(call, device)
             if turn:  # The first turn warms up.
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def compare(data: str, n: int, d: int, device: str, repeats: int) -> list[Result]:
     """Time all methods on one data set and count what they get wrong."""
     rows = DATA[data](n, d, device)
+    half = rows.to(half_dtype(torch.device(device)) or torch.bfloat16)
     searches = methods(device)
-    seconds = interleaved(searches, rows, repeats)
+    calls: dict[str, Callable[[], object]] = {name: partial(search, rows) for name, search in searches.items()}
+    calls["matmul in half precision, the whole square"] = partial(matmul, half)
+    seconds = interleaved(calls, device, repeats)
+    *_, ceiling = seconds.values()
     truth = float64_scores(rows)
     results = []
-    for name, search in searches.items():
-        score, index = search(rows)
-        wrong = float64_scores(rows, index)[1:] < truth[1:] - TOLERANCE
-        decisions = (score[1:] >= 1 - EPS) != (truth[1:] >= 1 - EPS)
-        speedup = seconds["full matrix, float32"] / seconds[name]
-        results.append(Result(data, n, d, name, 1e3 * seconds[name], speedup, int(wrong.sum()), int(decisions.sum())))
+    for name, taken in seconds.items():
+        wrong = decisions = None
+        if name in searches:
+            score, index = searches[name](rows)
+            wrong = int((float64_scores(rows, index)[1:] < truth[1:] - TOLERANCE).sum())
+            decisions = int(((score[1:] >= 1 - EPS) != (truth[1:] >= 1 - EPS)).sum())
+        work = n * n * d * (1 if name in searches else 2)  # The triangle, or the square.
+        rate, most = work / taken, 2 * n * n * d / ceiling
+        speedup = seconds[BASELINE] / taken
+        results.append(Result(data, n, d, name, 1e3 * taken, speedup, rate / 1e12, rate / most, wrong, decisions))
     return results
 
 
-def small_segments(n_segments: int, length: int, d: int, device: str, repeats: int) -> float:
-    """Median microseconds a segment of many small segments in one call."""
+def many_segments(n_segments: int, length: int, d: int, device: str, repeats: int) -> float:
+    """Median microseconds a segment of many segments of one length in one call."""
     rows = random_rows(n_segments * length, d, device)
     segments = torch.arange(0, n_segments * length + 1, length)
-    seconds = interleaved({"ours": lambda rows: nearest_earlier(rows, segments)}, rows, repeats)["ours"]
+    seconds = interleaved({"ours": partial(nearest_earlier, rows, segments)}, device, repeats)["ours"]
     return 1e6 * seconds / n_segments
 
 
@@ -203,44 +252,87 @@ def as_table(results: list[Result]) -> Table:
     first = results[0]
     table = Table(title=f"{first.n:,} x {first.d}, {first.data}", title_justify="left")
     table.add_column("method")
-    for column in ("ms", "times faster", "wrong neighbours", f"wrong decisions at eps={EPS}"):
+    columns = "ms", "times faster", "TFLOP/s", "of matmul", "wrong neighbours", f"wrong at eps={EPS}"
+    for column in columns:
         table.add_column(column, justify="right")
     for r in results:
-        cells = f"{r.milliseconds:,.1f}", f"{r.speedup:.2f}", f"{r.wrong_neighbours:,}", f"{r.wrong_decisions:,}"
-        table.add_row(r.method, *cells)
+        counts = ("" if count is None else f"{count:,}" for count in (r.wrong_neighbours, r.wrong_decisions))
+        cells = f"{r.milliseconds:,.2f}", f"{r.speedup:.2f}", f"{r.teraflops:.3g}", f"{r.share_of_matmul:.0%}"
+        table.add_row(r.method, *cells, *counts)
     return table
 
 
+def sweep(device: str, repeats: int) -> Table:
+    """Time the exact search over widths and sizes, beside the roofline: the product, and the rows read and written."""
+    table = Table(title="exact search, random rows: no cliff", title_justify="left")
+    for column in ("n", "d", "ms", "roofline, ms", "ratio", "extra memory, MB", "allowed, MB"):
+        table.add_column(column, justify="right")
+    copy = torch.empty(1 << 28, device=device)
+    bandwidth = 2 * copy.nbytes / interleaved({"copy": copy.clone}, device, repeats)["copy"]
+    del copy
+    for d in (100, 384, 768, 1024, 1536, 4096):
+        half = random_rows(16384, d, device).to(torch.float16)
+        rate = 2 * len(half) ** 2 * d / interleaved({"matmul": partial(matmul, half)}, device, repeats)["matmul"]
+        for n in (1, 1000, 10_000, 30_000, 100_000, 300_000):
+            rows = random_rows(n, d, device)
+            finish(device)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            ours(rows)
+            extra = torch.cuda.max_memory_allocated() - before
+            seconds = interleaved({"ours": partial(ours, rows)}, device, 2 if n > 100_000 else repeats)["ours"]
+            roofline = max(n * n * d / rate, 1.5 * rows.nbytes / bandwidth)
+            cells = f"{1e3 * seconds:.3f}", f"{1e3 * roofline:.3f}", f"{seconds / roofline:.2f}"
+            allowed = 0.6 * rows.nbytes + 256e6
+            table.add_row(f"{n:,}", str(d), *cells, f"{extra / 1e6:,.0f}", f"{allowed / 1e6:,.0f}")
+    return table
+
+
+def machine(device: str) -> str:
+    """What the numbers were measured with."""
+    half = half_dtype(torch.device(device))
+    if device == "cuda":
+        import triton
+
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, {half}"
+    processor = platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, half precision: {half}"
+
+
 @click.command()
-@click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
-@click.option(
-    "--shape", "shapes", multiple=True, default=("10000x384", "20000x768"), show_default=True, help="ROWSxDIMENSIONS."
-)
-@click.option(
-    "--data", "data_sets", multiple=True, type=click.Choice(list(DATA)), default=tuple(DATA), show_default=True
-)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--shape", "shapes", multiple=True, help="ROWSxDIMENSIONS; several may be given.")
+@click.option("--data", "data_sets", multiple=True, type=click.Choice(list(DATA)), default=tuple(DATA))
 @click.option("--repeats", default=5, show_default=True, help="Timed turns.")
+@click.option("--sweep", "with_sweep", is_flag=True, help="Also time many sizes and widths (CUDA).")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the results here too.")
-def main(device: str, shapes: tuple[str, ...], data_sets: tuple[str, ...], repeats: int, json_path: str | None) -> None:
+def main(
+    device: str,
+    shapes: tuple[str, ...],
+    data_sets: tuple[str, ...],
+    repeats: int,
+    with_sweep: bool,
+    json_path: str | None,
+) -> None:
     """Compare the searches on one device."""
     torch.manual_seed(0)
     console = Console(width=120)
-    console.print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
-    )
-    console.print(f"half precision in hardware: {half_dtype(torch.device(device))}")
-    results = []
-    for shape in shapes:
+    console.print(f"{date.today()}: {machine(device)}")
+    results, segments = [], {}
+    for shape in shapes or SHAPES[device]:
         n, d = (int(number) for number in shape.split("x"))
         for data in data_sets:
-            results.append(compare(data, n, d, device, repeats))
-            console.print(as_table(results[-1]))
-    microseconds = small_segments(2000, 50, 384, device, repeats)
-    console.print(f"2,000 segments of 50 x 384 in one call: {microseconds:.1f} us a segment")
+            results += compare(data, n, d, device, repeats)
+            console.print(as_table([result for result in results if (result.data, result.n, result.d) == (data, n, d)]))
+    for count, length, d in SEGMENTS[device]:
+        name = f"{count:,} segments of {length:,} x {d} in one call"
+        segments[name] = many_segments(count, length, d, device, repeats)
+        console.print(f"{name}: {segments[name]:.3g} us a segment")
+    if with_sweep:
+        console.print(sweep(device, repeats))
     if json_path:
-        lines = [asdict(result) for group in results for result in group]
         with open(json_path, "w") as handle:
-            json.dump({"results": lines, "small_segments_us": microseconds}, handle, indent=2)
+            json.dump({"results": [asdict(r) for r in results], "segments_us": segments}, handle, indent=2)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the error bounds and the exact rescoring, and each engine is a module that does 
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 
 import torch
@@ -39,7 +40,8 @@ def nearest_earlier(
         "auto" is exact: a coarse pass in half precision where the hardware has it, a certificate, and rescoring of
         the candidates that it leaves. The others are plain searches: the largest score as computed in that dtype.
     batch_size : int, optional
-        Queries multiplied at once. Chosen by the engine when not given.
+        Queries multiplied at once by the torch engine, which chooses it when not given. The Triton engine has tiles of
+        its own.
 
     Returns
     -------
@@ -64,14 +66,54 @@ def nearest_earlier(
     scores = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
     index = torch.arange(len(rows), device=rows.device)
     if len(rows):
-        unit = certify.measure(rows.float().contiguous())
-        strip_size = batch_size or torch_engine.STRIP
-        with _ieee_products:
-            if compute_dtype == "auto":
-                _exact(unit, segments, strip_size, scores, index)
-            else:
-                _plain(unit, segments, getattr(torch, compute_dtype), strip_size, scores, index)
+        rows = rows.float().contiguous()
+        if compute_dtype != "float32" and has_triton(rows.device):
+            _by_triton(rows, segments, compute_dtype, scores, index)
+        else:
+            _by_torch(rows, segments, compute_dtype, batch_size or torch_engine.STRIP, scores, index)
     return scores.clamp_(-1.0, 1.0), index
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether the Triton engine runs on `device`: an NVIDIA GPU from the Ampere generation on, and Triton installed.
+
+    Examples
+    --------
+    >>> has_triton(torch.device("cpu"))
+    False
+    """
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _by_triton(
+    rows: torch.Tensor, segments: torch.Tensor, compute_dtype: str, scores: torch.Tensor, index: torch.Tensor
+) -> None:
+    """Search with the fused kernels."""
+    from dask_semdedup.search import triton_engine
+
+    exact = compute_dtype == "auto"
+    dtype = torch.float16 if exact else getattr(torch, compute_dtype)
+    with torch.cuda.device(rows.device):
+        triton_engine.nearest(rows, segments, scores, index, dtype=dtype, exact=exact)
+
+
+def _by_torch(
+    rows: torch.Tensor,
+    segments: torch.Tensor,
+    compute_dtype: str,
+    strip_size: int,
+    scores: torch.Tensor,
+    index: torch.Tensor,
+) -> None:
+    """Search with matrix products."""
+    unit = certify.measure(rows)
+    with _ieee_products:
+        if compute_dtype == "auto":
+            _exact(unit, segments, strip_size, scores, index)
+        else:
+            _plain(unit, segments, getattr(torch, compute_dtype), strip_size, scores, index)
 
 
 def _check(rows: torch.Tensor, segments: torch.Tensor, compute_dtype: str, batch_size: int | None) -> torch.Tensor:

@@ -1,0 +1,115 @@
+"""The search on a GPU: the properties of `test_nearest_earlier`, through both engines, compiled."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from dask_semdedup import search
+from dask_semdedup.search import nearest_earlier
+from tests import oracle
+from tests.strategies import KINDS, rows_and_segments, seeds
+
+pytestmark = pytest.mark.gpu
+
+ENGINES = ["triton", "torch"]
+
+
+@contextmanager
+def engine(name: str):
+    """The engine called `name`, and no other."""
+    with patch.object(search, "has_triton", lambda device: name == "triton"):
+        yield
+
+
+def on_gpu(rows: np.ndarray, segments: np.ndarray, **options) -> tuple[np.ndarray, np.ndarray]:
+    scores, index = nearest_earlier(torch.from_numpy(rows).cuda(), torch.from_numpy(segments), **options)
+    return scores.cpu().numpy(), index.cpu().numpy()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@settings(max_examples=60)
+@given(data=rows_and_segments(max_rows=200, max_width=200))
+def test_exact_on_anything(name: str, data: tuple[np.ndarray, np.ndarray]) -> None:
+    with engine(name):
+        oracle.assert_nearest_earlier(*data, *on_gpu(*data))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@settings(max_examples=30)
+@given(rng=seeds(), kind=st.sampled_from(KINDS), n=st.integers(300, 4000), d=st.sampled_from([1, 3, 64, 100, 384]))
+def test_exact_on_large_segments(name: str, rng: np.random.Generator, kind, n: int, d: int) -> None:
+    rows = kind(rng, n, d).astype(np.float32)
+    segments = np.array([0, n // 3, n // 3, n - 1, n])
+    with engine(name):
+        oracle.assert_nearest_earlier(rows, segments, *on_gpu(rows, segments))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_where_large_tiles_are_chosen(kind) -> None:
+    rows = kind(np.random.default_rng(1), 5000, 200).astype(np.float32)
+    segments = np.array([0, 5000])
+    oracle.assert_nearest_earlier(rows, segments, *on_gpu(rows, segments))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cpu_and_gpu_agree(kind) -> None:
+    rows = kind(np.random.default_rng(0), 3000, 96).astype(np.float32)
+    segments = np.array([0, 1000, 1001, 1100, 3000])
+    scores, index = nearest_earlier(torch.from_numpy(rows), torch.from_numpy(segments))
+    gpu_scores, gpu_index = on_gpu(rows, segments)
+    np.testing.assert_allclose(gpu_scores, scores, atol=2e-6, rtol=0)
+    np.testing.assert_array_equal(gpu_index, index)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("compute_dtype", "error"), [("float32", 2e-6), ("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_plain_searches_are_within_their_precision(name: str, compute_dtype: str, error: float) -> None:
+    rows = np.random.default_rng(2).standard_normal((3000, 96)).astype(np.float32)
+    segments = np.array([0, 200, 2999, 3000])
+    with engine(name):
+        scores, index = on_gpu(rows, segments, compute_dtype=compute_dtype)
+    expected, _ = oracle.nearest_earlier(rows, segments)
+    np.testing.assert_allclose(scores, expected, atol=error, rtol=0)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    reached = (unit * unit[index]).sum(axis=1)
+    reached[segments[:-1]] = 0
+    np.testing.assert_allclose(reached, expected, atol=error, rtol=0)
+
+
+def test_the_host_does_not_wait() -> None:
+    rows = torch.randn(3000, 128, device="cuda")
+    segments = torch.tensor([0, 1000, 3000])
+    nearest_earlier(rows, segments)  # Compiles.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        nearest_earlier(rows, segments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("n", "d"), [(30_000, 384), (100_000, 100)])
+def test_extra_memory_is_half_the_rows_and_a_bounded_workspace(n: int, d: int) -> None:
+    rows, segments = torch.randn(n, d, device="cuda"), torch.tensor([0, n])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    nearest_earlier(rows, segments)
+    assert torch.cuda.max_memory_allocated() - before <= 0.6 * rows.nbytes + (256 << 20)
+
+
+def test_twenty_thousand_small_segments_and_a_large_one_in_one_call() -> None:
+    rng = np.random.default_rng(3)
+    sizes = np.concatenate([rng.integers(1, 12, 10_000), [6000], rng.integers(1, 12, 10_000)])
+    segments = np.cumsum([0, *sizes])
+    rows = rng.standard_normal((segments[-1], 32)).astype(np.float32)
+    scores, index = on_gpu(rows, segments)
+    expected_scores, expected_index = nearest_earlier(torch.from_numpy(rows), torch.from_numpy(segments))
+    np.testing.assert_allclose(scores, expected_scores, atol=2e-6, rtol=0)
+    np.testing.assert_array_equal(index, expected_index)

@@ -1,0 +1,184 @@
+"""The kernels in Triton's interpreter on small shapes, and the tables that drive them.
+
+Tests marked ``gpu``, in `test_cuda`, run the compiled kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from tests import oracle
+from tests.strategies import KINDS
+
+triton = pytest.importorskip("triton")
+from dask_semdedup.search import certify, triton_engine  # noqa: E402
+from dask_semdedup.search.triton_engine import GROUP, Config, Tiling, tiling  # noqa: E402
+
+TWO = Config(queries=16, candidates=32, depth=16, stages=1, warps=1, keep=2)
+THREE = Config(queries=16, candidates=16, depth=16, stages=1, warps=1, keep=3)
+
+interpreted = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret,
+    reason="kernels are compiled here: see test_cuda",
+)
+
+
+def blocks_of_tile(tiles: Tiling, config: Config) -> list[tuple[int, int, int]]:
+    """(segment's first row, query block, candidate block) of each tile, from the kernels' own arithmetic in Python."""
+    found = []
+    for record, following in zip(tiles.groups[:-1].tolist(), tiles.groups[1:].tolist(), strict=True):
+        first_tile, start, length, first_block, n_blocks, _ = record
+
+        def candidate_blocks(block: int, length: int = length) -> int:
+            return -(-(min((block + 1) * config.queries, length) - 1) // config.candidates)
+
+        common = candidate_blocks(first_block)
+        shared = [(start, first_block + member, block) for block in range(common) for member in range(n_blocks)]
+        rest = [
+            (start, first_block + member, block)
+            for member in range(1, n_blocks)
+            for block in range(common, candidate_blocks(first_block + member))
+        ]
+        assert len(shared) + len(rest) == following[0] - first_tile
+        found += shared + rest
+    return found
+
+
+@given(
+    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=8),
+    config=st.sampled_from([TWO, THREE, Config(), Config(128, 128), Config(16, 64)]),
+)
+def test_tiles_cover_every_pair_once_and_none_wholly_above_the_diagonal(sizes: list[int], config: Config) -> None:
+    segments = np.cumsum([0, *sizes])
+    tiles = tiling(segments, config)
+    found = blocks_of_tile(tiles, config)
+    assert len(found) == tiles.n_tiles == len(set(found))
+    starts = {int(start): size for start, size in zip(segments[:-1], sizes, strict=True) if size > 1}
+    covered = dict.fromkeys(starts, 0)
+    for start, query_block, block in found:
+        last_query = min((query_block + 1) * config.queries, starts[start]) - 1
+        first = block * config.candidates
+        assert first < last_query, "a tile without an earlier candidate"
+        queries = np.arange(query_block * config.queries, last_query + 1)
+        covered[start] += int(np.clip(queries - first, 0, config.candidates).sum())
+    assert covered == {start: size * (size - 1) // 2 for start, size in starts.items()}
+
+
+@given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=8), most=st.integers(1, 500))
+def test_launches_hold_every_group_once_and_no_more_tiles_than_asked(sizes: list[int], most: int) -> None:
+    tiles = tiling(np.cumsum([0, *sizes]), TWO)
+    launches = tiles.launches(most)
+    assert [group for first, stop in launches for group in range(first, stop)] == list(range(len(tiles.groups) - 1))
+    for first, stop in launches:
+        assert stop - first == 1 or tiles.groups[stop, 0] - tiles.groups[first, 0] <= most
+
+
+@interpreted
+@pytest.mark.parametrize("config", [TWO, THREE])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_are_exact(kind, config: Config) -> None:
+    rng = np.random.default_rng(3)
+    segments = np.array([0, 1, 1, 3, 45, 46, 60])
+    rows = np.concatenate([kind(rng, size, 21) for size in np.diff(segments) if size]).astype(np.float32)
+    check(rows, segments, config)
+
+
+@interpreted
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))
+@given(
+    sizes=st.lists(st.integers(1, 24), min_size=1, max_size=3),
+    d=st.integers(1, 40),
+    kind=st.sampled_from(KINDS),
+    config=st.sampled_from([TWO, THREE]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_kernels_are_exact_on_anything(sizes: list[int], d: int, kind, config: Config, seed: int) -> None:
+    rows = kind(np.random.default_rng(seed), sum(sizes), d).astype(np.float32)
+    check(rows, np.cumsum([0, *sizes]), config)
+
+
+@interpreted
+@pytest.mark.parametrize("most_pairs", [0, 1])
+def test_queries_with_too_many_candidates_are_multiplied_in_float64(most_pairs: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.standard_normal(10) + 1e-4 * rng.standard_normal((40, 10))).astype(np.float32)
+    with patch.object(triton_engine, "MOST_PAIRS", most_pairs):
+        check(rows, np.array([0, 25, 40]), TWO)
+
+
+@interpreted
+def test_pairs_that_find_no_room_lose_nothing() -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((6, 10))[rng.integers(6, size=60)].astype(np.float32)
+    with patch.object(triton_engine, "PAIRS_PER_QUERY", 0), patch.object(triton_engine, "PAIRS_AT_LEAST", 30):
+        check(rows, np.array([0, 60]), THREE)
+
+
+@interpreted
+def test_several_launches_are_as_one() -> None:
+    rows = np.random.default_rng(2).standard_normal((100, 9)).astype(np.float32)
+    check(rows, np.array([0, 70, 100]), TWO, key_bytes=4 * 2 * 16 * 3)
+
+
+@interpreted
+def test_largest_tile_group_fits_the_plan() -> None:
+    """More query blocks than a group holds."""
+    rows = np.random.default_rng(4).standard_normal((16 * (GROUP.value + 2) + 5, 8)).astype(np.float32)
+    check(rows, np.array([0, len(rows)]), TWO)
+
+
+@interpreted
+def test_plain_search_finds_the_best_coarse_score() -> None:
+    rows = np.random.default_rng(5).standard_normal((90, 12)).astype(np.float32)
+    segments = np.array([0, 60, 90])
+    scores, index = search(rows, segments, TWO, exact=False)
+    expected, _ = oracle.nearest_earlier(rows, segments)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    reached = (unit * unit[index]).sum(axis=1)
+    reached[segments[:-1]] = 0
+    error = 4 * torch.finfo(torch.float16).eps
+    np.testing.assert_allclose(scores, expected, atol=error)
+    np.testing.assert_allclose(reached, expected, atol=error)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", KINDS)
+def test_halving_loses_what_it_says(kind) -> None:
+    rows = torch.from_numpy(kind(np.random.default_rng(6), 30, 37).astype(np.float32))
+    half, residual, largest = triton_engine.halve(rows, torch.float16)
+    assert half.shape == (30, 40)
+    assert not half[:, 37:].any()
+    zero = (rows == 0).all(dim=1)
+    assert (residual[zero] == -1).all()
+    exact = rows[~zero].double()
+    exact /= exact.abs().amax(dim=1, keepdim=True)
+    exact /= exact.norm(dim=1, keepdim=True)
+    lost = (exact - half[~zero, :37].double()).norm(dim=1)
+    assert (lost <= residual[~zero] + certify.UNIT_TOLERANCE).all()
+    assert (residual <= 2.0**-10).all()
+    assert largest.view(torch.float32) == residual.clamp(min=0).max()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_pairs() -> Iterator[None]:
+    """Limits so low that a few rows reach them: the interpreter takes a millisecond a pair."""
+    with patch.object(triton_engine, "RUN", 4), patch.object(triton_engine, "MOST_PAIRS", 9):
+        yield
+
+
+def search(rows: np.ndarray, segments: np.ndarray, config: Config, **options) -> tuple[np.ndarray, np.ndarray]:
+    scores, index = torch.zeros(len(rows)), torch.arange(len(rows))
+    triton_engine.nearest(torch.from_numpy(rows), torch.from_numpy(segments), scores, index, config=config, **options)
+    return scores.clamp_(-1, 1).numpy(), index.numpy()
+
+
+def check(rows: np.ndarray, segments: np.ndarray, config: Config, **options) -> None:
+    scores, index = search(rows, segments, config, **options)
+    oracle.assert_nearest_earlier(rows, segments, scores, index)

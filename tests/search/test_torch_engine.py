@@ -44,23 +44,40 @@ def test_batches_hold_every_segment_once_and_pad_little(sizes: list[int], row_by
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("queries", [[5, 6, 7, 8], [1, 4, 9], [3]])
+@pytest.mark.parametrize("panel_bytes", [1, 1 << 20], ids=["small panels", "one panel"])
+@pytest.mark.parametrize(
+    ("start", "queries"),
+    [(0, [5, 6, 7, 8]), (0, [1, 4, 9]), (0, [3]), (2, [*range(3, 17)]), (3, [*range(9, 20)]), (6, [7, 8, 11, 19])],
+    ids=str,
+)
 def test_panels_mask_the_candidates_that_are_not_ranked_before_the_query(
-    dtype: torch.dtype, queries: list[int], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, start: int, queries: list[int], panel_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether the strip is a run, whose products leave out earlier queries step by step, or not; inside the rows, too,
+    where its padding is the rows of the next segment."""
     monkeypatch.setattr(torch_engine, "BLOCK", 4)
-    monkeypatch.setattr(torch_engine, "workspace_bytes", lambda device: 1)
-    rows = torch.nn.functional.normalize(torch.rand(10, 6) + 0.1, dim=1)
-    coarse = torch_engine.Coarse(rows.to(dtype), None, torch.zeros(10))
-    strip = torch_engine.Strip(0, torch.tensor(queries), queries[-1])
-    for panel in torch_engine.Panels(coarse, len(queries)).of(strip):
-        candidates = panel.first + torch.arange(4)
+    monkeypatch.setattr(torch_engine, "STEP", 3)
+    monkeypatch.setattr(torch_engine, "workspace_bytes", lambda device: panel_bytes)
+    rows = torch.nn.functional.normalize(torch.randn(20, 6), dim=1)
+    coarse = torch_engine.Coarse(rows.to(dtype), None, torch.zeros(20))
+    strip = torch_engine.Strip(start, torch.tensor(queries), queries[-1])
+    panels = torch_engine.Panels(coarse, len(queries) + 1)
+    # What an earlier strip has left behind must not matter.
+    panels.buffer.fill_(torch.nan)
+    seen = 0
+    for panel in panels.of(strip):
+        candidates = panel.first + torch.arange(panel.scores.shape[0] * 4)
         earlier = candidates[:, None] < strip.queries
-        expected = coarse.rows[candidates.clamp(max=9)] @ coarse.rows[strip.queries].T
-        positive = torch.where(earlier, expected, 0).amax(dim=0)
-        torch.testing.assert_close(panel.positive_maxima()[0], positive)
-        maxima = torch.where(earlier, expected, -torch.inf).amax(dim=0)
-        torch.testing.assert_close(panel.maxima()[0], maxima)
+        expected = coarse.rows[candidates.clamp(max=19)] @ coarse.rows[strip.queries].T
+        shape = (-1, 4, len(queries))
+        positive = torch.where(earlier, expected, 0).view(shape).amax(dim=1)
+        torch.testing.assert_close(panel.positive_maxima().clamp(min=0), positive.clamp(min=0))
+        maxima = torch.where(earlier, expected, -torch.inf).view(shape).amax(dim=1)
+        some = torch.arange(len(queries))[::2]
+        torch.testing.assert_close(panel.maxima(some), maxima[:, some])
+        torch.testing.assert_close(panel.maxima(), maxima)
+        seen += len(candidates)
+    assert strip.stop - start <= seen < strip.stop - start + 4
 
 
 def test_crowded_queries_are_named_and_add_no_pairs() -> None:

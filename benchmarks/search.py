@@ -2,6 +2,7 @@
 
     python benchmarks/search.py --device cpu
     python benchmarks/search.py --device cuda --sweep
+    python benchmarks/search.py --memory
 
 All methods are timed in turns in one process, so that a noisy machine disturbs them alike; the table gives medians.
 A neighbour is wrong if its similarity in float64 is below the best by more than 1e-9; a decision is wrong if it differs
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
+from pathlib import Path
 
 import click
 import torch
@@ -247,6 +249,23 @@ def many_segments(n_segments: int, length: int, d: int, device: str, repeats: in
     return 1e6 * seconds / n_segments
 
 
+def resident_bytes(field: str) -> int:
+    """Resident memory of this process, on Linux: "VmRSS" that of now, "VmHWM" the most it ever was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def extra_memory(n: int, d: int) -> tuple[int, int]:
+    """Bytes of the rows, and the most that one search on the CPU takes beyond them; for a process that did nothing."""
+    rows = torch.randn(n, d)
+    for part in rows.split(1024):
+        part.div_(part.norm(dim=1, keepdim=True))
+    ours(rows[:1024])  # What a first search loads is not the search's.
+    before = resident_bytes("VmRSS")
+    ours(rows)
+    return rows.nbytes, resident_bytes("VmHWM") - before
+
+
 def as_table(results: list[Result]) -> Table:
     """The results of one data set as a table."""
     first = results[0]
@@ -305,6 +324,7 @@ def machine(device: str) -> str:
 @click.option("--data", "data_sets", multiple=True, type=click.Choice(list(DATA)), default=tuple(DATA))
 @click.option("--repeats", default=5, show_default=True, help="Timed turns.")
 @click.option("--sweep", "with_sweep", is_flag=True, help="Also time many sizes and widths (CUDA).")
+@click.option("--memory", is_flag=True, help="Only measure the memory of one search on the CPU (Linux).")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the results here too.")
 def main(
     device: str,
@@ -312,12 +332,18 @@ def main(
     data_sets: tuple[str, ...],
     repeats: int,
     with_sweep: bool,
+    memory: bool,
     json_path: str | None,
 ) -> None:
     """Compare the searches on one device."""
     torch.manual_seed(0)
     console = Console(width=120)
     console.print(f"{date.today()}: {machine(device)}")
+    if memory:
+        size, extra = extra_memory(60_000, 768)
+        bar = size / 2 + 64e6
+        console.print(f"60,000 x 768: rows {size / 1e6:.0f} MB, search {extra / 1e6:.0f} MB more (bar {bar / 1e6:.0f})")
+        return
     results, segments = [], {}
     for shape in shapes or SHAPES[device]:
         n, d = (int(number) for number in shape.split("x"))

@@ -106,12 +106,12 @@ def in_half(unit: UnitRows, dtype: torch.dtype) -> Coarse:
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes that the scores of one panel may take: an eighth of what is free, at most 32 MiB, on CUDA 1 GiB."""
+    """Bytes that the scores of one panel may take: an eighth of what is free, at most 8 MiB, for the cache; on CUDA 1 GiB."""
     if device.type == "cuda":
         return min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
     import psutil
 
-    return max(1 << 20, min(32 << 20, psutil.virtual_memory().available // 8))
+    return max(1 << 20, min(8 << 20, psutil.virtual_memory().available // 8))
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def in_half(unit: UnitRows, dtype: torch.dtype) -> Coarse:
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes that the scores of one panel may take: an eighth of what is free, at most 8 MiB, for the cache; on CUDA 1 GiB."""
+    """Bytes that the scores of one panel may take: an eighth of what is free, at most 8 MiB (CPU) or 1 GiB (CUDA)."""
     if device.type == "cuda":
         return min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
     import psutil

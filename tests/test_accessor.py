@@ -442,7 +442,7 @@ class TestCudf:
         assert_scores(scores.to_backend("pandas"), expected_scores(frame))
 
     def test_unaligned_frames(self) -> None:
-        pytest.importorskip("dask_cudf")
+        cudf, dask_cudf = pytest.importorskip("cudf"), pytest.importorskip("dask_cudf")
         frame = make_frame(11)
-        ddf = dd.from_pandas(frame, npartitions=3, sort=False).to_backend("cudf")
+        ddf = dask_cudf.from_cudf(cudf.from_pandas(frame), npartitions=3, sort=False)
         assert_scores(ddf.semdedup.pairwise().to_backend("pandas"), expected_scores(frame))

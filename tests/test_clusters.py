@@ -657,7 +657,7 @@ class TestCudf:
         assert isinstance(ddf._meta, cudf.DataFrame)
         frames = partition_frames(ddf)
         assert all(list(frame.dtypes) == list(ddf.dtypes) for frame in frames)
-        computed = cudf.concat(frames).sort_values(["centroid", "id"]).to_arrow().to_pylist()
+        computed = cudf.concat(frames).sort_values(["centroid", "id"]).to_arrow(preserve_index=False).to_pylist()
         assert computed == pa.Table.from_pandas(expected, preserve_index=False).select(ddf.columns).to_pylist()
 
     def test_row_groups(self, tmp_path: Path) -> None:

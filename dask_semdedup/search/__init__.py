@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from functools import cache
 
 import torch
 
@@ -74,6 +75,7 @@ def nearest_earlier(
     return scores.clamp_(-1.0, 1.0), index
 
 
+@cache
 def has_triton(device: torch.device) -> bool:
     """Whether the Triton engine runs on `device`: an NVIDIA GPU from the Ampere generation on, and Triton installed.
 
@@ -125,8 +127,9 @@ def _check(rows: torch.Tensor, segments: torch.Tensor, compute_dtype: str, batch
     if rows.ndim != 2 or not rows.is_floating_point():
         raise ValueError(f"rows must be a floating-point matrix, not {rows.dtype} of shape {tuple(rows.shape)}")
     segments = segments.to("cpu", torch.int64)
-    covers = segments.ndim == 1 and len(segments) and segments[0] == 0 and segments[-1] == len(rows)
-    if not covers or bool((segments.diff() < 0).any()):
+    offsets = segments.numpy()
+    covers = offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(rows)
+    if not covers or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"segments must be offsets that ascend from 0 to the number of rows, {len(rows)}")
     return segments
 

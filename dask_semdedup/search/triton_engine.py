@@ -22,6 +22,7 @@ candidate block by candidate block, so that tiles that run at the same time shar
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -122,22 +123,23 @@ def tiling(segments: np.ndarray, config: Config) -> Tiling:
     starts, lengths = starts[lengths > 1], lengths[lengths > 1]
     blocks = -(-lengths // config.queries)
     groups = -(-blocks // GROUP.value)
-    segment = np.repeat(np.arange(len(groups)), groups)
-    first_block = (np.arange(len(segment)) - np.repeat(np.cumsum(groups) - groups, groups)) * GROUP.value
-    in_group = np.minimum(GROUP.value, blocks[segment] - first_block)
+    first_block = np.zeros_like(blocks)
+    if groups.max(initial=0) > 1:
+        segment = np.repeat(np.arange(len(groups)), groups)
+        before = np.cumsum(groups) - groups
+        first_block = (np.arange(len(segment)) - before[segment]) * GROUP.value
+        starts, lengths, blocks = starts[segment], lengths[segment], blocks[segment]
+    in_group = np.minimum(GROUP.value, blocks - first_block)
     end = first_block + in_group
     ratio = config.candidates // config.queries
     tiles = _tiles_below(end, ratio) - _tiles_below(first_block, ratio)
     # The last query block of a segment ends with the segment, not with the block.
-    short = (end - 1) // ratio + 1 + -(lengths[segment] - 1) // config.candidates
-    tiles -= np.where(end == blocks[segment], short, 0)
-    record = np.zeros((len(segment) + 1, 6), dtype=np.int32)
-    record[1:, 0] = np.cumsum(tiles)
-    record[:-1, 1] = starts[segment]
-    record[:-1, 2] = lengths[segment]
-    record[:-1, 3] = first_block
-    record[:-1, 4] = in_group
-    record[1:, 5] = np.cumsum(in_group)
+    is_last = end == blocks
+    tiles[is_last] -= (end[is_last] - 1) // ratio + 1 + -(lengths[is_last] - 1) // config.candidates
+    record = np.zeros((len(blocks) + 1, 6), dtype=np.int32)
+    np.cumsum(tiles, out=record[1:, 0])
+    np.cumsum(in_group, out=record[1:, 5])
+    record[:-1, 1:5] = np.stack([starts, lengths, first_block, in_group], axis=1)
     return Tiling(record)
 
 
@@ -232,7 +234,8 @@ def _coarse(
 ):
     """Best keys of each tile and query, the k-th of them `stride` behind the first; tile `first_tile` comes first."""
     column = tl.arange(0, CANDIDATES)
-    for number in tl.range(tl.program_id(0), n_tiles, PROGRAMS):
+    # Flattened, the loads of a tile begin while the one before is reduced: for that its body may not branch.
+    for number in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=True):
         record = groups + tl.load(group_of_tile + number) * 6
         start, length = tl.load(record + 1), tl.load(record + 2)
         first_block, n_blocks = tl.load(record + 3), tl.load(record + 4)
@@ -249,9 +252,8 @@ def _coarse(
 
         key = (scores + 3.0).to(tl.int32, bitcast=True)
         key = (key & -CANDIDATES) | (CANDIDATES - 1 - column)[None, :]
-        if candidate + CANDIDATES > query:
-            is_earlier = (candidate + column)[None, :] < (query + tl.arange(0, QUERIES))[:, None]
-            key = tl.where(is_earlier, key, 0)
+        is_earlier = (candidate + column)[None, :] < (query + tl.arange(0, QUERIES))[:, None]
+        key = tl.where(is_earlier, key, 0)
         place = number * QUERIES + tl.arange(0, QUERIES)
         for k in tl.static_range(KEEP):
             top = tl.max(key, axis=1)
@@ -659,7 +661,7 @@ def rescore(rows: torch.Tensor, pairs: Pairs, scores: torch.Tensor, index: torch
         WIDTH=min(512, triton.next_power_of_2(width)),
         num_warps=1,
     )
-    _finish[(triton.cdiv(n, 32),)](
+    _finish[(triton.cdiv(n, 128),)](
         rows,
         pairs.offset,
         pairs.count,
@@ -669,8 +671,8 @@ def rescore(rows: torch.Tensor, pairs: Pairs, scores: torch.Tensor, index: torch
         index,
         n,
         width,
-        QUERIES=32,
-        CANDIDATES=64,
+        QUERIES=128,
+        CANDIDATES=32,
         DEPTH=16,
         num_warps=4,
     )
@@ -751,13 +753,34 @@ def multiply(
     )
 
 
-def _upload(tiles: Tiling, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class _Staging(threading.local):
+    """Pinned memory through which each thread sends its tables: pinning anew would cost more than the search."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.int32)
+        self.sent: torch.cuda.Event | None = None
+
+    def send(self, parts: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+        """Copy int32 arrays to the device behind one another; the host waits only for the copy before this one."""
+        size = sum(part.size for part in parts)
+        if self.sent is not None:
+            self.sent.synchronize()
+        if self.buffer.numel() < size:
+            self.buffer = torch.empty(2 * size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        np.concatenate(parts, out=self.buffer[:size].numpy())
+        sent = self.buffer[:size].to(device, non_blocking=True, copy=True)
+        if device.type == "cuda":
+            self.sent = torch.cuda.Event()
+            self.sent.record()
+        return list(sent.split([part.size for part in parts]))
+
+
+_staging = _Staging()
+
+
+def _upload(tiles: Tiling, device: torch.device) -> list[torch.Tensor]:
     """The group records, the group of each tile and of each query block, in one copy to the device."""
     groups = tiles.groups
     of_group = np.arange(len(groups) - 1, dtype=np.int32)
-    parts = groups.ravel(), np.repeat(of_group, np.diff(groups[:, 0])), np.repeat(of_group, np.diff(groups[:, 5]))
-    ends = np.cumsum([len(part) for part in parts])
-    blob = torch.from_numpy(np.concatenate(parts))
-    if device.type == "cuda":
-        blob = blob.pin_memory().to(device, non_blocking=True)
-    return blob[: ends[0]], blob[ends[0] : ends[1]], blob[ends[1] :]
+    of_tile, of_block = (np.repeat(of_group, np.diff(groups[:, field])) for field in (0, 5))
+    return _staging.send([groups.ravel(), of_tile, of_block], device)

@@ -26,6 +26,7 @@ from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup.errors import ClusterError, MissingColumnsError
+from dask_semdedup.memory import share_memory_pool
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 # Bytes fetched from the end of a remote file: enough for nearly every footer, in one request.
@@ -420,6 +421,7 @@ def _cudf() -> Any:
 
 def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
     """Read the columns of all fragments into one cuDF frame, in a single call: many small reads leave a GPU idle."""
+    share_memory_pool()
     cudf = _cudf()
     rows = sum(fragment.rows for fragment in fragments)
     if not columns:

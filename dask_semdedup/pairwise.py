@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from threadpoolctl import ThreadpoolController
 
 from dask_semdedup.embeddings import array_like, is_cudf, tensor_like, to_list, to_numpy, to_tensor
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.ranking import RankingStrategy
 
 if TYPE_CHECKING:
@@ -96,13 +97,16 @@ def pairwise_partition(
     """
     _check_columns(frame.columns, id_field, embedding_field, cluster_field, ranking)
     _check_device(device)
+    if is_cudf(frame):
+        share_memory_pool()
     ids, clusters = frame[id_field], frame[cluster_field]
     if len(frame) == 0:
         return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field)
     codes = _cluster_codes(clusters, ids, where)
     order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
     segments = _segments(codes[order])
-    device = _search_device(device, "cuda" if is_cudf(frame) else "cpu", segments)
+    home = "cuda" if is_cudf(frame) else "cpu"
+    device = _search_device(device, home, segments)
     with _cores().take(_threads(segments)) if device == "cpu" else nullcontext():
         rows = to_tensor(
             frame[embedding_field],
@@ -112,9 +116,9 @@ def pairwise_partition(
             embedding_dim=embedding_dim,
             where=where,
             order=order,
-            device=device,
+            device=device if home == "cuda" else "cpu",
         )
-        scores, index = _search(rows, segments, compute_dtype, batch_size)
+        scores, index = _search(rows, segments, device, compute_dtype, batch_size)
     return _score_frame(ids, clusters, order, order[array_like(index, frame)], array_like(scores, frame))
 
 
@@ -211,11 +215,14 @@ def _segments(codes: Any) -> np.ndarray:
 
 
 def _search(
-    rows: torch.Tensor, segments: np.ndarray, compute_dtype: str, batch_size: int | None
+    rows: torch.Tensor, segments: np.ndarray, device: str, compute_dtype: str, batch_size: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Search where `rows` are, or send them to a GPU as its memory permits."""
     from dask_semdedup.search import nearest_earlier
+    from dask_semdedup.search.streaming import nearest_earlier_from_host
 
-    return nearest_earlier(rows, tensor_like(segments), compute_dtype=compute_dtype, batch_size=batch_size)
+    find = partial(nearest_earlier_from_host, device=device) if rows.device.type != device else nearest_earlier
+    return find(rows, tensor_like(segments), compute_dtype=compute_dtype, batch_size=batch_size)
 
 
 def _threads(segments: np.ndarray) -> int:

@@ -85,7 +85,9 @@ def nearest_earlier_from_host(
     """
     segments = _check(rows, segments, compute_dtype, batch_size)
     rows = rows.float().contiguous()
-    link = _link(_with_index(torch.device(device)))
+    # Two threads that come first at once must not get a way each.
+    with _making:
+        link = _link(_with_index(torch.device(device)))
     scores = torch.zeros(len(rows))
     index = torch.arange(len(rows))
     is_exact = compute_dtype == "auto"
@@ -362,6 +364,9 @@ class _CudaLink(_Link):
 
     def drain(self) -> None:
         self.stream.synchronize()
+
+
+_making = threading.Lock()
 
 
 @cache

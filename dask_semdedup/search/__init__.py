@@ -41,8 +41,8 @@ def nearest_earlier(
         "auto" is exact: a coarse pass in half precision where the hardware has it, a certificate, and rescoring of
         the candidates that it leaves. The others are plain searches: the largest score as computed in that dtype.
     batch_size : int, optional
-        Queries multiplied at once by the torch engine, which chooses it when not given. The Triton engine has tiles of
-        its own.
+        Queries multiplied at once by the torch engine: 512 when not given, at most 8,192. The candidates multiplied
+        with them are as many as memory allows. The Triton engine has tiles of its own.
 
     Returns
     -------
@@ -71,7 +71,8 @@ def nearest_earlier(
         if compute_dtype != "float32" and has_triton(rows.device):
             _by_triton(rows, segments, compute_dtype, scores, index)
         else:
-            _by_torch(rows, segments, compute_dtype, batch_size or torch_engine.STRIP, scores, index)
+            strip_size = torch_engine.strip_size(batch_size, segments)
+            _by_torch(rows, segments, compute_dtype, strip_size, scores, index)
     return scores.clamp_(-1.0, 1.0), index
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -30,6 +31,9 @@ SAFE_NORMS = (2.0**-40, 2.0**40)
 
 TIE = 2.0**-40
 """Exact scores closer than this are equal, so that no machine's order of summation decides between them."""
+
+COPY = 2.0**-19
+"""A row and its copy score 1 in float32 to within this."""
 
 CHUNK_BYTES = 1 << 19
 """Rows are converted and rescored in chunks that stay in a core's cache."""
@@ -207,9 +211,12 @@ def rescore(
 def _put(
     unit: UnitRows, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
 ) -> None:
-    """Put the answers of queries that have one candidate left."""
+    """Put the answers of queries that have one candidate left; those of copies are scored in float64, as exactly 1."""
+    score = _dots(unit.rows, query, candidate) * unit.inverse_norm[query] * unit.inverse_norm[candidate]
+    may_be_copy = score >= 1 - COPY
+    score[may_be_copy] = snap(_cosines64(unit.rows, query[may_be_copy], candidate[may_be_copy])).float()
     index[query] = candidate
-    scores[query] = _dots(unit.rows, query, candidate) * unit.inverse_norm[query] * unit.inverse_norm[candidate]
+    scores[query] = score
 
 
 def _settle(
@@ -293,11 +300,21 @@ def _sampled_dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tens
 
 
 def _csr(offsets: torch.Tensor, columns: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A sparse matrix of zeros with entries at `columns`; torch warns once that the layout is in beta."""
+    """A sparse matrix of zeros with entries at `columns`."""
+    _hear_warnings_once()
+    values = torch.zeros(len(columns), dtype=torch.float32)
+    return torch.sparse_csr_tensor(offsets, columns, values, size=size, check_invariants=False)
+
+
+@cache
+def _hear_warnings_once() -> None:
+    """Torch warns at its first sparse matrix, and only then, that the layout is in beta and not checked."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        values = torch.zeros(len(columns), dtype=torch.float32)
-        return torch.sparse_csr_tensor(offsets, columns, values, size=size, check_invariants=False)
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), size=(1, 1))
+        torch.sparse_csr_tensor(
+            torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), size=(1, 1), check_invariants=False
+        )
 
 
 def _cosines64(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,9 @@ BLOCK = 64
 STRIP = 512
 """Queries multiplied at once, unless the caller says otherwise."""
 
+MOST_QUERIES = 8192
+"""Queries multiplied at once whatever the caller says: more gain nothing, and the mask of a strip grows as a square."""
+
 BATCH_BYTES = 4 << 20
 """Bytes of padded rows at once: a batch of small segments stays in the cache."""
 
@@ -112,6 +115,18 @@ def workspace_bytes(device: torch.device) -> int:
     import psutil
 
     return max(1 << 20, min(8 << 20, psutil.virtual_memory().available // 8))
+
+
+def strip_size(wanted: int | None, segments: torch.Tensor) -> int:
+    """Queries to multiply at once: as `wanted`, but not more than the longest segment has.
+
+    Examples
+    --------
+    >>> strip_size(10**6, torch.tensor([0, 6, 8]))
+    6
+    """
+    longest = int(segments.diff().max()) if len(segments) > 1 else 1
+    return max(1, min(wanted or STRIP, longest, MOST_QUERIES))
 
 
 @dataclass(frozen=True)

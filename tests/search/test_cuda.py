@@ -94,6 +94,10 @@ def test_the_host_does_not_wait() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.memory.get_allocator_backend() != "native",
+    reason="only torch's own allocator counts",
+)
 @pytest.mark.parametrize(("n", "d"), [(30_000, 384), (100_000, 100)])
 def test_extra_memory_is_half_the_rows_and_a_bounded_workspace(n: int, d: int) -> None:
     rows, segments = torch.randn(n, d, device="cuda"), torch.tensor([0, n])
@@ -113,3 +117,14 @@ def test_twenty_thousand_small_segments_and_a_large_one_in_one_call() -> None:
     expected_scores, expected_index = nearest_earlier(torch.from_numpy(rows), torch.from_numpy(segments))
     np.testing.assert_allclose(scores, expected_scores, atol=2e-6, rtol=0)
     np.testing.assert_array_equal(index, expected_index)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_copies_score_exactly_one(name: str, scale: float) -> None:
+    rows = np.random.default_rng(4).standard_normal((600, 384)).astype(np.float32)
+    rows = np.concatenate([rows, np.float32(scale) * rows])
+    with engine(name):
+        scores, index = on_gpu(rows, np.array([0, 1200]))
+    assert (scores[600:] == 1).all()
+    assert index[600:].tolist() == list(range(600))

@@ -62,7 +62,7 @@ def test_exact_on_large_segments(rng: np.random.Generator, kind, n: int, d: int)
     oracle.assert_nearest_earlier(rows, segments, scores.numpy(), index.numpy())
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 4, 5, 6, 7, 1024])
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 4, 5, 6, 7, 1024, 10**9])
 @pytest.mark.parametrize("compute_dtype", ["auto", "float32"])
 @pytest.mark.parametrize("small", [0, 256])
 def test_golden(batch_size: int | None, compute_dtype: str, small: int) -> None:
@@ -155,3 +155,15 @@ def test_settings_of_the_process_neither_disturb_the_search_nor_are_changed_by_i
 def test_bad_arguments(rows: torch.Tensor, segments: list[int], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nearest_earlier(rows, torch.tensor(segments), **options)
+
+
+@pytest.mark.parametrize("length", [50, 600])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_copies_score_exactly_one(length: int, scale: float) -> None:
+    """So that eps=0 finds them all, whatever float32 makes of their norms."""
+    torch.manual_seed(5)
+    rows = torch.randn(length, 384)
+    rows = torch.cat([rows, scale * rows])
+    scores, index = nearest_earlier(rows, torch.tensor([0, 2 * length]))
+    assert (scores[length:] == 1).all()
+    assert index[length:].tolist() == list(range(length))

@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import fsspec
 import pandas as pd
 from click.core import ParameterSource
 from dask.callbacks import Callback
+from dask.system import CPU_COUNT
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -27,7 +29,7 @@ from dask_semdedup.errors import InvalidArgumentError, SemDedupError, some
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
-    from distributed import Client
+    from distributed import Client, Future
 
     from dask_semdedup.ranking import RankingStrategy
 
@@ -410,7 +412,7 @@ def write_scores(
         with TaskProgress(progress):
             written.compute(scheduler="threads")
     else:
-        _follow_futures(client.persist(written), progress)
+        _follow_futures(client, client.persist(written), progress)
 
 
 def write_part(
@@ -418,7 +420,9 @@ def write_part(
 ) -> pd.DataFrame:
     """Write one partition's scores to ``folder`` and return how many there are."""
     number = partition_info["number"] if partition_info else 0
-    with fsspec.open(f"{folder}/part.{number:06d}.parquet", "wb", **storage_options) as file:
+    fs, path = fsspec.url_to_fs(folder, **storage_options)
+    # Unlike `fsspec.open`, this does not make the folder anew for a late writer of a run that has failed.
+    with fs.open(f"{path}/part.{number:06d}.parquet", "wb") as file:
         scores.to_parquet(file, index=False)
     return pd.DataFrame({"rows": [len(scores)]})
 
@@ -432,7 +436,11 @@ def connect(scheduler: str | None, workers: int | None) -> Iterator[Client | Non
     if scheduler is None and workers is None:
         import dask_semdedup.search  # noqa: F401  (torch takes seconds to load: now rather than in the first task)
 
-        with dask.config.set(scheduler="threads"):
+        # A pool of its own, since leaving it waits for its threads: what a failed run leaves is then final.
+        with (
+            ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool,
+            dask.config.set(scheduler="threads", pool=pool),
+        ):
             yield None
         return
     from distributed import Client, LocalCluster
@@ -485,15 +493,34 @@ class TaskProgress(Callback):
         self.progress.advance(self.task)
 
 
-def _follow_futures(written: dd.DataFrame, progress: Progress) -> None:
-    """Move a progress bar with the partitions of a persisted frame; raise the first error."""
+def _follow_futures(client: Client, written: dd.DataFrame, progress: Progress) -> None:
+    """Move a progress bar with the partitions of a persisted frame; stop them all at the first error, and raise it."""
     from distributed import as_completed, futures_of
 
     futures = futures_of(written)
     task = progress.add_task("Comparing", total=len(futures))
-    for future in as_completed(futures):
-        future.result()
-        progress.advance(task)
+    try:
+        for future in as_completed(futures):
+            future.result()
+            progress.advance(task)
+    except BaseException:
+        # Where the cluster is gone, so are its writers.
+        with suppress(OSError):
+            _stop(client, futures)
+        raise
+
+
+def _stop(client: Client, futures: list[Future]) -> None:
+    """Cancel tasks, and wait for those that run: no worker interrupts them."""
+    client.cancel(futures)
+    keys = {future.key for future in futures}
+    while any(client.run(_knows_any, keys, on_error="ignore").values()):
+        time.sleep(0.1)
+
+
+def _knows_any(keys: set[Any], dask_worker: Any) -> bool:
+    """Whether a worker has tasks of these keys; it forgets cancelled ones as soon as they do not run."""
+    return not keys.isdisjoint(dask_worker.state.tasks)
 
 
 # --- What came out ---------------------------------------------------------------------------------------------------

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import dask
 import fsspec
 import numpy as np
 import pandas as pd
@@ -295,6 +299,35 @@ def test_failed_run_leaves_the_old_scores(
     assert_one_line(result.stderr, "embeddings", "207")
     pd.testing.assert_frame_equal(read(tmp_path / "scores"), before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters", "poisoned", "scores"]
+
+
+@pytest.mark.parametrize("on_cluster", [False, True])
+def test_failed_run_waits_for_its_writers(
+    poisoned: str, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, on_cluster: bool
+) -> None:
+    write, late = cli.write_part, tmp_path / "late"
+
+    def write_slowly(scores: pd.DataFrame, *arguments: Any, partition_info: Any = None) -> pd.DataFrame:
+        time.sleep(1)
+        late.touch()
+        return write(scores, *arguments, partition_info=partition_info)
+
+    monkeypatch.setattr(cli, "write_part", write_slowly)
+    options = ["--partition-size", "1kB"]
+    with dask.config.set(num_workers=CLUSTERS), ExitStack() as stack:
+        if on_cluster:
+            cluster = LocalCluster(1, processes=False, threads_per_worker=3, protocol="tcp://", dashboard_address=":0")
+            options += ["--scheduler", stack.enter_context(cluster).scheduler_address]
+        result = invoke(poisoned, tmp_path / "scores", *options)
+        assert_one_line(result.stderr, "embeddings", "207")
+        assert late.exists(), "a writer was still at it when the command ended"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "poisoned"]
+
+
+def test_late_writers_do_not_make_the_folder_anew(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        cli.write_part(pd.DataFrame({"id": [1]}), str(tmp_path / "gone"), {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_finished_scores_survive_a_failed_rename(

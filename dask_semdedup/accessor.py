@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from numbers import Integral
 from typing import Any
 
 import dask.dataframe as dd
@@ -13,12 +12,13 @@ from dask.dataframe.dask_expr._collection import new_collection
 from dask.dataframe.dask_expr._expr import Blockwise
 from dask.dataframe.extensions import register_dataframe_accessor
 
+from dask_semdedup._validate import check_choice, check_positive
 from dask_semdedup.clusters import align, no_cluster_column
 from dask_semdedup.duplicates import find_duplicates
 from dask_semdedup.embeddings import check_embedding_dtype
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.pairwise import DEVICES, SCORE_COLUMNS, pairwise_meta, pairwise_partition
-from dask_semdedup.ranking import RankingStrategy, make_strategy
+from dask_semdedup.ranking import RankingStrategy, choose_strategy
 
 __all__ = ["SemDedupAccessor"]
 
@@ -122,12 +122,11 @@ class SemDedupAccessor:
         1  11      10               0.0         0
         2  12      11               0.8         0
         """
-        _check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
-        _check_choice("device", device, DEVICES)
-        _check_positive("embedding_dim", embedding_dim)
-        _check_positive("pairwise_batch_size", pairwise_batch_size)
-        _check_seed(random_seed)
-        ranking = _ranking(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
+        check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
+        check_choice("device", device, DEVICES)
+        check_positive("embedding_dim", embedding_dim)
+        check_positive("pairwise_batch_size", pairwise_batch_size)
+        ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
         self._check_schema(id_field, embedding_field, cluster_field, ranking)
         needed = {id_field, embedding_field, cluster_field, *ranking.required_columns}
         frame = align(self._ddf[[name for name in self._ddf.columns if name in needed]], cluster_field)
@@ -237,28 +236,3 @@ class PairwiseScores(Blockwise):
 
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (self.frame.npartitions + 1)
-
-
-def _ranking(
-    strategy: RankingStrategy | None, which_to_keep: str, sim_metric: str, id_field: str, random_seed: int
-) -> RankingStrategy:
-    if strategy is None:
-        return make_strategy(which_to_keep, sim_metric, id_field, random_seed)
-    if not isinstance(strategy, RankingStrategy):
-        raise InvalidArgumentError(f"ranking_strategy must be a RankingStrategy or None, not {strategy!r}.")
-    return strategy
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
-
-
-def _check_seed(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidArgumentError(f"random_seed must be an integer, not {value!r}.")
-
-
-def _check_positive(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
-        raise InvalidArgumentError(f"{name} must be a positive integer or None, not {value!r}.")

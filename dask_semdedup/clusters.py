@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import dask
 import dask.dataframe as dd
@@ -640,7 +640,7 @@ def write_cluster(frame: Any, output_path: str | os.PathLike[str], cluster: int 
     output_path : str or path-like
         The folder, made where it is missing; local, or a URL that fsspec understands.
     cluster : int or str
-        The cluster.
+        The cluster. In the file's name it is quoted as in a URL, so that it may hold slashes.
     **write_kwargs
         Arguments of ``frame.to_parquet``, and ``storage_options`` for the fsspec file system.
 
@@ -659,7 +659,9 @@ def write_cluster(frame: Any, output_path: str | os.PathLike[str], cluster: int 
     """
     folder = os.fspath(output_path).rstrip("/")
     fs, root = fsspec.core.url_to_fs(folder, **(write_kwargs.pop("storage_options", None) or {}))
-    final = f"{root}/cluster_{cluster}.parquet"
+    # Quoted as in the folders' names of the layout: a cluster may be called "a/b".
+    name = f"cluster_{quote(str(cluster), safe='')}.parquet"
+    final = f"{root}/{name}"
     temporary = f"{final}.{uuid.uuid4().hex}.tmp"
     fs.makedirs(root, exist_ok=True)
     try:
@@ -670,4 +672,4 @@ def write_cluster(frame: Any, output_path: str | os.PathLike[str], cluster: int 
         if fs.exists(temporary):
             fs.rm(temporary)
         raise
-    return f"{folder}/cluster_{cluster}.parquet"
+    return f"{folder}/{name}"

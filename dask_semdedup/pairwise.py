@@ -13,6 +13,7 @@ import numpy as np
 from dask.system import CPU_COUNT
 from threadpoolctl import ThreadpoolController
 
+from dask_semdedup._validate import check_choice
 from dask_semdedup.embeddings import array_like, is_cudf, tensor_like, to_list, to_numpy, to_tensor
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.memory import share_memory_pool
@@ -172,8 +173,7 @@ def _check_columns(
 
 
 def _check_device(device: str) -> None:
-    if device not in DEVICES:
-        raise InvalidArgumentError(f"device must be one of {', '.join(map(repr, DEVICES))}, not {device!r}.")
+    check_choice("device", device, DEVICES)
     if device == "cuda" and not _has_cuda():
         raise InvalidArgumentError(
             "device is 'cuda', but torch sees no CUDA device. Use device='cpu' or 'auto', or install a torch with CUDA."

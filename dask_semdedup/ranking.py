@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dask_semdedup._validate import check_choice, check_seed
 from dask_semdedup.embeddings import is_cudf
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.hashing import hash_ids
 
-__all__ = ["DISTANCE_COLUMNS", "RankingStrategy", "make_strategy"]
+__all__ = ["DISTANCE_COLUMNS", "RankingStrategy", "check_strategy", "choose_strategy", "make_strategy"]
 
 DISTANCE_COLUMNS = {"cosine": "cosine_dist_to_cent", "l2": "l2_dist_to_cent"}
 WHICH_TO_KEEP = ("hard", "easy", "random")
@@ -62,7 +63,7 @@ class RankingStrategy:
         if isinstance(self.ascending, bool | np.bool_):
             self.ascending = [bool(self.ascending)] * len(self.metadata_cols)
         self.ascending = [bool(value) for value in self.ascending]
-        _check_choice("strategy", self.strategy, STRATEGIES)
+        check_choice("strategy", self.strategy, STRATEGIES)
         if len(self.ascending) != len(self.metadata_cols):
             raise InvalidArgumentError(
                 f"Length of ascending ({len(self.ascending)}) must match that of metadata_cols "
@@ -216,16 +217,51 @@ def make_strategy(
     >>> make_strategy("easy", "l2").required_columns
     ['l2_dist_to_cent', 'id']
     """
-    _check_choice("which_to_keep", which_to_keep, WHICH_TO_KEEP)
-    _check_choice("sim_metric", sim_metric, tuple(DISTANCE_COLUMNS))
+    check_choice("which_to_keep", which_to_keep, WHICH_TO_KEEP)
+    check_choice("sim_metric", sim_metric, tuple(DISTANCE_COLUMNS))
     if which_to_keep == "random":
         return RankingStrategy.random(random_seed)
     return RankingStrategy([DISTANCE_COLUMNS[sim_metric], id_field], which_to_keep == "easy", random_seed=random_seed)
 
 
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+def choose_strategy(
+    strategy: RankingStrategy | None, which_to_keep: str, sim_metric: str, id_field: str, random_seed: int
+) -> RankingStrategy:
+    """Give the strategy that is there, else the one that the other arguments stand for.
+
+    Raises
+    ------
+    InvalidArgumentError
+        As `check_strategy` and `make_strategy` do, and for a seed that is no integer.
+
+    Examples
+    --------
+    >>> choose_strategy(RankingStrategy(["score"]), "hard", "cosine", "id", 42).required_columns
+    ['score']
+    """
+    check_seed(random_seed)
+    if strategy is None:
+        return make_strategy(which_to_keep, sim_metric, id_field, random_seed)
+    check_strategy(strategy)
+    return strategy
+
+
+def check_strategy(strategy: object) -> None:
+    """Raise unless a `ranking_strategy` is one.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Saying how to make one.
+
+    Examples
+    --------
+    >>> check_strategy(RankingStrategy(["score"]))
+    """
+    if not isinstance(strategy, RankingStrategy):
+        raise InvalidArgumentError(
+            f"ranking_strategy must be a RankingStrategy, as RankingStrategy(['score']), not {strategy!r}."
+        )
 
 
 def _cudf_order(keys: list[tuple[Any, bool]]) -> Any:

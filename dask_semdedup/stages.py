@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import islice, pairwise, starmap
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -22,11 +23,12 @@ import numpy as np
 import pyarrow as pa
 
 from dask_semdedup._parquet import FileStats, Fragment, Reader, read_footers, read_schema
+from dask_semdedup._validate import check_positive
 from dask_semdedup.clusters import CUDF_ELEMENTS, cluster_files, plan, write_cluster
 from dask_semdedup.embeddings import check_embedding_dtype, is_cudf
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.pairwise import SCORE_COLUMNS, pairwise_partition
-from dask_semdedup.ranking import RankingStrategy, make_strategy
+from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +214,8 @@ class PairwiseCosineSimilarityStage:
     Raises
     ------
     InvalidArgumentError
-        If `read_kwargs` hold ``columns`` or ``assign_id``, or `write_kwargs` ``index``.
+        If an argument has a value that is not allowed, `read_kwargs` hold ``columns`` or ``assign_id``, or
+        `write_kwargs` ``index``.
     """
 
     name = "pairwise_cosine_similarity_stage"
@@ -229,6 +232,9 @@ class PairwiseCosineSimilarityStage:
         read_kwargs: dict[str, Any] | None = None,
         write_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        check_strategy(ranking_strategy)
+        check_positive("pairwise_batch_size", pairwise_batch_size)
+        check_positive("embedding_dim", embedding_dim)
         self.id_field = id_field
         self.embedding_field = embedding_field
         self.output_path = output_path
@@ -322,9 +328,11 @@ class PairwiseCosineSimilarityStage:
         filetype = task._metadata.get("filetype")
         if filetype != "parquet":
             raise InvalidArgumentError(f"PairwiseCosineSimilarityStage only supports parquet files, got {filetype!r}.")
-        if task._metadata.get("centroid_id") is None:
+        cluster = task._metadata.get("centroid_id")
+        if cluster is None:
             raise InvalidArgumentError(f"centroid_id not found in the metadata of task {task.task_id!r}.")
-        return task._metadata["centroid_id"]
+        # Integers of NumPy as well: the cluster column's type depends on it.
+        return int(cluster) if isinstance(cluster, Integral) else cluster
 
     def _score(self, files: Mapping[Any, list[str]]) -> dict[Any, str]:
         """Score clusters that have files, and write each its own; their paths."""
@@ -444,7 +452,7 @@ class PairwiseStage:
     Raises
     ------
     InvalidArgumentError
-        If an argument has a value that is not allowed.
+        As `PairwiseCosineSimilarityStage` does, and for unknown words or a seed that is no integer.
 
     Examples
     --------
@@ -477,9 +485,11 @@ class PairwiseStage:
     random_seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.ranking_strategy is None:
-            words = self.which_to_keep, self.sim_metric
-            self.ranking_strategy = make_strategy(*words, self.id_field, self.random_seed)
+        self.ranking_strategy = choose_strategy(
+            self.ranking_strategy, self.which_to_keep, self.sim_metric, self.id_field, self.random_seed
+        )
+        # The stages check the other arguments: what is wrong shall not wait for a run.
+        self.decompose()
 
     def decompose(self) -> list[Any]:
         """Build the two stages that this one is made of.

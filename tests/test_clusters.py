@@ -609,6 +609,15 @@ class TestWriteCluster:
         assert pq.read_metadata(path).row_group(0).column(0).compression == "GZIP"
         assert os.listdir(tmp_path / "out") == ["cluster_3.parquet"]
 
+    @pytest.mark.parametrize(
+        ("cluster", "name"),
+        [("a/b", "cluster_a%2Fb"), ("../c", "cluster_..%2Fc"), ("x y", "cluster_x%20y"), (-1, "cluster_-1")],
+    )
+    def test_no_name_leaves_the_folder(self, tmp_path: Path, cluster: int | str, name: str) -> None:
+        path = write_cluster(pd.DataFrame({"id": [1]}), tmp_path / "out", cluster)
+        assert [str(file) for file in tmp_path.rglob("*.parquet")] == [path] == [f"{tmp_path}/out/{name}.parquet"]
+        assert pd.read_parquet(path).id.to_list() == [1]
+
     def test_replaces_an_older_file(self, tmp_path: Path) -> None:
         write_cluster(self.frame, tmp_path, 3)
         path = write_cluster(self.frame[:1], tmp_path, 3)

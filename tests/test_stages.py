@@ -29,6 +29,7 @@ from tests.strategies import rows_and_segments
 from tests.test_pairwise import GOLDEN, NORMED
 
 HARD = make_strategy("hard")
+NAMES = {"id_field": "id", "embedding_field": "embeddings", "output_path": "out"}
 
 
 @pytest.fixture
@@ -240,12 +241,56 @@ def test_read_kwargs_of_the_stage_itself_are_refused(name):
     with pytest.raises(ValueError, match=f"read_kwargs may not hold '{name}'"):
         similarity("out", read_kwargs={name: True})
     with pytest.raises(ValueError, match=f"read_kwargs may not hold '{name}'"):
-        PairwiseStage("id", "embeddings", "in", "out", read_kwargs={name: True}).decompose()
+        PairwiseStage("id", "embeddings", "in", "out", read_kwargs={name: True})
 
 
 def test_write_kwargs_of_the_stage_itself_are_refused():
     with pytest.raises(ValueError, match="write_kwargs may not hold 'index'"):
         similarity("out", write_kwargs={"index": False})
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"pairwise_batch_size": 0}, "pairwise_batch_size must be a positive integer or None, not 0"),
+        ({"embedding_dim": 2.5}, "embedding_dim must be a positive integer or None, not 2.5"),
+        ({"ranking_strategy": "hard"}, "ranking_strategy must be a RankingStrategy, as .* not 'hard'"),
+    ],
+)
+def test_arguments_are_checked_when_either_stage_is_made(argument, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        PairwiseCosineSimilarityStage(**{"ranking_strategy": HARD, **argument}, **NAMES)
+    with pytest.raises(InvalidArgumentError, match=message):
+        PairwiseStage(input_path="in", **argument, **NAMES)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"which_to_keep": "soft"}, "which_to_keep must be one of 'hard', 'easy', 'random', not 'soft'"),
+        ({"sim_metric": "dot"}, "sim_metric must be one of 'cosine', 'l2', not 'dot'"),
+        ({"random_seed": "x"}, "random_seed must be an integer, not 'x'"),
+        ({"write_kwargs": {"index": True}}, "write_kwargs may not hold 'index'"),
+    ],
+)
+def test_arguments_are_checked_when_the_whole_stage_is_made(argument, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        PairwiseStage(input_path="in", **argument, **NAMES)
+
+
+def test_a_stage_without_a_ranking_is_refused():
+    with pytest.raises(InvalidArgumentError, match="ranking_strategy must be a RankingStrategy, as .* not None"):
+        PairwiseCosineSimilarityStage(ranking_strategy=None, **NAMES)
+
+
+@pytest.mark.parametrize("read_kwargs", [None, {"memory_map": True}], ids=["plain", "with read_kwargs"])
+def test_clusters_may_be_integers_of_numpy(golden, tmp_path, read_kwargs):
+    tasks = [task(np.int64(cluster), (golden / f"centroid={cluster}").iterdir()) for cluster in (0, 10)]
+    stage = similarity(tmp_path / "out", read_kwargs=read_kwargs)
+    assert [len(batch) for batch in stage.batches(tasks)] == [2]
+    for result, cluster in zip(stage.process_batch(tasks), (0, 10), strict=True):
+        assert result.data == [f"{tmp_path}/out/cluster_{cluster}.parquet"]
+        check_hard(result.data[0])
 
 
 @pytest.mark.parametrize("filetype", ["jsonl", None])

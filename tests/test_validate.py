@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dask_semdedup._validate import check_choice, check_positive, check_seed
+from dask_semdedup.errors import InvalidArgumentError
+
+
+def test_what_is_allowed_passes():
+    check_choice("device", "cpu", ("cpu", "cuda"))
+    for value in (None, 1, np.int32(7)):
+        check_positive("embedding_dim", value)
+    for value in (-1, 0, np.uint8(7)):
+        check_seed(value)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.0, "3"])
+def test_what_is_not_positive(value):
+    with pytest.raises(InvalidArgumentError, match=f"embedding_dim must be a positive integer or None, not {value!r}"):
+        check_positive("embedding_dim", value)
+
+
+@pytest.mark.parametrize("value", [None, False, 1.0, "3"])
+def test_what_is_no_seed(value):
+    with pytest.raises(InvalidArgumentError, match=f"random_seed must be an integer, not {value!r}"):
+        check_seed(value)
+
+
+def test_what_is_no_choice():
+    with pytest.raises(InvalidArgumentError, match="device must be one of 'cpu', 'cuda', not None"):
+        check_choice("device", None, ["cpu", "cuda"])

@@ -26,8 +26,8 @@ __all__ = ["DEVICES", "SCORE_COLUMNS", "pairwise_meta", "pairwise_partition"]
 
 SCORE_COLUMNS = ("id", "max_id", "cosine_sim_score")
 DEVICES = ("auto", "cpu", "cuda")
-# Pairs of rows from which on a GPU repays the way to it: 6,000 rows of 384 took an H200 as long as 16 cores beside it.
-PAIRS_WORTH_A_GPU = 20_000_000
+# Pairs of rows from which on a GPU repays the way to it: 2,000 rows of 384 took an H200 half as long as 16 cores.
+PAIRS_WORTH_A_GPU = 2_000_000
 # Rows of a cluster from which on torch's threads, all at one product, waste less time on waiting for each other than a
 # search to each of Dask's threads saves.
 ROWS_WORTH_ALL_THREADS = 8192

@@ -15,7 +15,7 @@ from dask.dataframe.extensions import register_dataframe_accessor
 from dask_semdedup._validate import check_choice, check_positive
 from dask_semdedup.clusters import align, no_cluster_column
 from dask_semdedup.duplicates import find_duplicates
-from dask_semdedup.embeddings import check_embedding_dtype
+from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.pairwise import DEVICES, SCORE_COLUMNS, pairwise_meta, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, choose_strategy
@@ -106,7 +106,7 @@ class SemDedupAccessor:
             If the embedding column cannot hold embeddings; when computed, if rows are null, not finite, or of
             different lengths.
         InvalidArgumentError
-            If an argument is not one of those allowed.
+            If an argument is not one of those allowed, or the columns of ids or clusters hold lists.
 
         Examples
         --------
@@ -127,7 +127,7 @@ class SemDedupAccessor:
         check_positive("embedding_dim", embedding_dim)
         check_positive("pairwise_batch_size", pairwise_batch_size)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
-        self._check_schema(id_field, embedding_field, cluster_field, ranking)
+        self._check_schema(id_field, embedding_field, cluster_field, ranking, embedding_dim)
         needed = {id_field, embedding_field, cluster_field, *ranking.required_columns}
         frame = align(self._ddf[[name for name in self._ddf.columns if name in needed]], cluster_field)
         return new_collection(
@@ -176,7 +176,14 @@ class SemDedupAccessor:
         """
         return find_duplicates(self._ddf, eps)
 
-    def _check_schema(self, id_field: str, embedding_field: str, cluster_field: str, ranking: RankingStrategy) -> None:
+    def _check_schema(
+        self,
+        id_field: str,
+        embedding_field: str,
+        cluster_field: str,
+        ranking: RankingStrategy,
+        embedding_dim: int | None,
+    ) -> None:
         columns = list(self._ddf.columns)
         if not {id_field, embedding_field} <= set(columns):
             advice = "Name the columns of ids and embeddings as id_field and embedding_field."
@@ -188,7 +195,10 @@ class SemDedupAccessor:
                 f"cluster_field may not be {cluster_field!r}: scores have a column of that name."
             )
         ranking.check_columns(columns)
-        check_embedding_dtype(self._ddf._meta[embedding_field], embedding_field)
+        meta = self._ddf._meta
+        check_plain_dtype(meta[id_field], "id_field")
+        check_plain_dtype(meta[cluster_field], "cluster_field")
+        check_embedding_dtype(meta[embedding_field], embedding_field, embedding_dim)
 
 
 def score_partition(frame: Any, *, verbose: bool, **arguments: Any) -> Any:

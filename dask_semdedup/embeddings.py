@@ -17,12 +17,21 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dask_semdedup.errors import EmbeddingError, some
+from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, some
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["array_like", "check_embedding_dtype", "is_cudf", "tensor_like", "to_list", "to_numpy", "to_tensor"]
+__all__ = [
+    "array_like",
+    "check_embedding_dtype",
+    "check_plain_dtype",
+    "is_cudf",
+    "tensor_like",
+    "to_list",
+    "to_numpy",
+    "to_tensor",
+]
 
 # Rows that need work before they are float32 are handled so many numbers at a time: within a CPU's cache, and enough
 # for a GPU to be busy.
@@ -33,7 +42,7 @@ NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8",
 ACCEPTED = "lists of float16, float32 or float64, or of uint16 that carry float16 bits"
 
 
-def check_embedding_dtype(meta_column: Any, name: str) -> None:
+def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None = None) -> None:
     """Raise unless a column's dtype can hold embeddings: a check for when no data are there yet.
 
     Parameters
@@ -42,11 +51,14 @@ def check_embedding_dtype(meta_column: Any, name: str) -> None:
         The column, which may be empty.
     name : str
         Its name, for the message.
+    embedding_dim : int, optional
+        The width that every row must have, to be checked where the dtype has one.
 
     Raises
     ------
     EmbeddingError
-        For strings (which Dask makes of object columns), numbers, lists of something else than numbers.
+        For strings (which Dask makes of object columns), numbers, lists of something else than numbers, and lists of
+        a fixed size other than `embedding_dim`.
 
     Examples
     --------
@@ -65,6 +77,39 @@ def check_embedding_dtype(meta_column: Any, name: str) -> None:
         )
     if _element_type(dtype) not in NUMERIC:
         raise EmbeddingError(f"Column {name!r} has dtype {dtype}, not embeddings: it must hold {ACCEPTED}.")
+    width = getattr(getattr(dtype, "pyarrow_dtype", None), "list_size", None)
+    if None not in (width, embedding_dim) and width != embedding_dim:
+        raise EmbeddingError(
+            f"Column {name!r} has dtype {dtype}, of width {width}, where embedding_dim is {embedding_dim}. "
+            "All embeddings must come from one model."
+        )
+
+
+def check_plain_dtype(meta_column: Any, parameter: str) -> None:
+    """Raise if a column is one of lists, structs or maps, which can be neither ids nor clusters.
+
+    Parameters
+    ----------
+    meta_column : pandas.Series or cudf.Series
+        The column, which may be empty.
+    parameter : str
+        The parameter that names it, for the message.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming the column and its dtype.
+
+    Examples
+    --------
+    >>> check_plain_dtype(pd.Series([], dtype="int64", name="id"), "id_field")
+    """
+    dtype = meta_column.dtype
+    arrow = isinstance(dtype, pd.ArrowDtype) and pa.types.is_nested(dtype.pyarrow_dtype)
+    if arrow or type(dtype).__name__ in ("ListDtype", "StructDtype"):
+        raise InvalidArgumentError(
+            f"{parameter} may not be {meta_column.name!r}, a column of dtype {dtype}. Name one of integers or strings."
+        )
 
 
 def to_tensor(

@@ -25,7 +25,7 @@ import pyarrow as pa
 from dask_semdedup._parquet import FileStats, Fragment, Reader, read_footers, read_schema
 from dask_semdedup._validate import check_positive
 from dask_semdedup.clusters import CUDF_ELEMENTS, cluster_files, plan, write_cluster
-from dask_semdedup.embeddings import check_embedding_dtype, is_cudf
+from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.pairwise import SCORE_COLUMNS, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
@@ -402,8 +402,9 @@ class PairwiseCosineSimilarityStage:
             advice = f"Name the columns of ids and embeddings in {path} as id_field and embedding_field."
             raise MissingColumnsError.build([self.id_field, self.embedding_field], schema.names, advice)
         self.ranking_strategy.check_columns(schema.names)
-        empty = Reader(None, schema).meta([self.embedding_field])
-        check_embedding_dtype(empty[self.embedding_field], self.embedding_field)
+        empty = Reader(None, schema).meta(list({self.id_field, self.embedding_field}))
+        check_plain_dtype(empty[self.id_field], "id_field")
+        check_embedding_dtype(empty[self.embedding_field], self.embedding_field, self.embedding_dim)
 
     def _write(self, scores: Any, files: Mapping[Any, list[str]]) -> dict[Any, str]:
         """Write each cluster its file; one without rows gets an empty one."""

@@ -421,6 +421,30 @@ class TestBadInput:
         with pytest.raises(EmbeddingError, match=r"embedding_dim is 9"):
             ddf.semdedup.pairwise(embedding_dim=9).compute()
 
+    def test_a_fixed_width_is_checked_before_anything_is_computed(self) -> None:
+        frame = make_frame(9)
+        fixed = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(list(frame.embeddings)), pa.float32()), 8)
+        frame["embeddings"] = pd.Series(fixed, dtype=pd.ArrowDtype(fixed.type))
+        ddf = dd.from_pandas(frame, npartitions=2)
+        with pytest.raises(EmbeddingError, match=r"'embeddings' .*of width 8, where embedding_dim is 9"):
+            ddf.semdedup.pairwise(embedding_dim=9)
+        assert len(ddf.semdedup.pairwise(embedding_dim=8)) == len(frame)
+
+    @pytest.mark.parametrize("name", ["id_field", "cluster_field"])
+    @pytest.mark.parametrize(
+        "type_",
+        [pa.list_(pa.int64()), pa.list_(pa.int64(), 1), pa.large_list(pa.int64()), pa.struct([("x", pa.int64())])],
+    )
+    def test_ids_and_clusters_that_are_lists(self, name: str, type_: pa.DataType) -> None:
+        value = {"x": 1} if pa.types.is_struct(type_) else [1]
+        frame = make_frame(9)
+        frame["odd"] = pd.Series([value] * len(frame), dtype=pd.ArrowDtype(type_))
+        ddf = dd.from_pandas(frame, npartitions=2)
+        with pytest.raises(
+            InvalidArgumentError, match=rf"{name} may not be 'odd', a column of dtype .*integers or strings"
+        ):
+            ddf.semdedup.pairwise(**{name: "odd"})
+
     def test_accessor_leaves_the_frame_alone(self, ddf: dd.DataFrame) -> None:
         before = ddf.compute()
         ddf.semdedup.pairwise().compute()

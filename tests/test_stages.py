@@ -279,7 +279,7 @@ def test_arguments_are_checked_when_the_whole_stage_is_made(argument, message):
 
 
 def test_a_stage_without_a_ranking_is_refused():
-    with pytest.raises(InvalidArgumentError, match="ranking_strategy must be a RankingStrategy, as .* not None"):
+    with pytest.raises(InvalidArgumentError, match=r"ranking_strategy must be a RankingStrategy, as .* not None"):
         PairwiseCosineSimilarityStage(ranking_strategy=None, **NAMES)
 
 
@@ -315,6 +315,7 @@ def test_tasks_without_a_cluster_are_refused():
         ({"id_field": "doc"}, MissingColumnsError, r"\['doc'\] not found .*part.0.parquet as id_field"),
         ({"embedding_field": "vector"}, MissingColumnsError, r"\['vector'\] not found"),
         ({"embedding_field": "priority"}, EmbeddingError, "'priority' has dtype int64, not embeddings"),
+        ({"id_field": "embeddings"}, InvalidArgumentError, "id_field may not be 'embeddings', a column of dtype list"),
         ({"embedding_dim": 4}, EmbeddingError, r"cluster 9: 1 row with width 3, where embedding_dim is 4 \(ids 0\)"),
     ],
 )

@@ -248,7 +248,7 @@ def main() -> None:
     "--pairwise-batch-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Rows compared at a time; bounds memory.  [default: from the memory that is free]",
+    help="Queries searched at once; the candidates beside them are as many as memory allows.  [default: 512]",
 )
 @click.option(
     "--partition-size",
@@ -314,10 +314,10 @@ def pairwise(
     _refuse_contradictions(ctx)
     with (
         staged_folder(output_path, input_path, overwrite=overwrite, storage_options=storage_options) as folder,
-        connect(scheduler, workers) as client,
         show_progress(enabled=not quiet) as progress,
     ):
         start = time.perf_counter()
+        # Before a cluster is started, which takes longer than to see that INPUT is not there.
         embeddings = dask_semdedup.read_clusters(
             input_path,
             cluster_field=cluster_field,
@@ -328,12 +328,15 @@ def pairwise(
         scores = embeddings.semdedup.pairwise(
             cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
         )
-        if verbose:
-            log_to(progress.console)
-            progress.console.print(f"{scores.npartitions:,} partitions, on {client or 'threads of this process'}")
-        write_scores(scores, folder, storage_options, client=client, progress=progress)
-        seconds = time.perf_counter() - start
-        summary = summarise(folder, storage_options, cluster_field=cluster_field, eps=eps)
+        listed = time.perf_counter() - start
+        with connect(scheduler, workers) as client:
+            start = time.perf_counter() - listed
+            if verbose:
+                log_to(progress.console)
+                progress.console.print(f"{scores.npartitions:,} partitions, on {client or 'threads of this process'}")
+            write_scores(scores, folder, storage_options, client=client, progress=progress)
+            seconds = time.perf_counter() - start
+            summary = summarise(folder, storage_options, cluster_field=cluster_field, eps=eps)
     if not quiet:
         Console().print(summary_table(summary, seconds=seconds))
         click.echo(f"  Scores in {output_path}")

@@ -400,6 +400,14 @@ def test_missing_input_is_named(tmp_path: Path, invoke: Callable[..., Result]) -
     assert_one_line(result.stderr, "nowhere")
 
 
+def test_missing_input_starts_no_cluster(
+    tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "connect", lambda *_: pytest.fail("connected"))
+    result = invoke(tmp_path / "nowhere", tmp_path / "scores", "--workers", "1")
+    assert_one_line(result.stderr, "nowhere")
+
+
 def test_storage_options_know_true_from_false() -> None:
     parsed = cli._parse_storage_options(None, None, ("anon=False", "ssl=true", "key=a=b", "token="))
     assert parsed == {"anon": False, "ssl": True, "key": "a=b", "token": ""}

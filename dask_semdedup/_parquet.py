@@ -207,7 +207,7 @@ class _Leaves:
             if types[name] != self.types[name]:
                 raise ClusterError(
                     f"Column {name!r} is {types[name]} in {path} but {self.types[name]} in {first}. "
-                    "Write all files with one schema, or pass other `columns`."
+                    "Write all files with one schema, or name columns that agree."
                 )
         return _Leaves(metadata, self.columns, self.cluster_column)
 

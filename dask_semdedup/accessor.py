@@ -70,7 +70,8 @@ class SemDedupAccessor:
         ranking_strategy : RankingStrategy, optional
             Replaces `which_to_keep` and `sim_metric`.
         id_field : str, default "id"
-            Column of ids: integers or strings, unique.
+            Column of ids: integers or strings. They should be unique within a cluster: the order among rows of equal
+            ids and equal values to rank by is that of the input.
         embedding_field : str, default "embeddings"
             Column of embeddings: lists of floats, all of one length. They need not be normalised.
         cluster_field : str, default "centroid"
@@ -78,7 +79,7 @@ class SemDedupAccessor:
         embedding_dim : int, optional
             Length of the embeddings, to be checked. By default that of each partition's first row.
         pairwise_batch_size : int, optional
-            Rows that are compared at once. By default what the free memory allows.
+            Queries that are searched at once: by default 512. The candidates beside them are as many as memory allows.
         random_seed : int, default 42
             Seed of ``which_to_keep="random"``.
         compute_dtype : {"auto", "float32", "float16", "bfloat16"}, default "auto"

@@ -47,7 +47,7 @@ from dask_semdedup._parquet import (
     read_footers,
     read_schema,
 )
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, some
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 
 __all__ = ["align", "cluster_files", "is_aligned", "plan", "read_clusters", "write_cluster"]
 
@@ -235,7 +235,7 @@ def _clusters_of_folders(files: Iterable[str], cluster_field: str) -> dict[str, 
     names = {file: unquote(match[1]) for file, match in matches.items() if match}
     null = [file for file, name in names.items() if name in ("", NULL_FOLDER)]
     if null:
-        raise ClusterError(f"{len(null)} files have a null cluster in {cluster_field!r}: {some(null)}.")
+        raise ClusterError(f"{have(len(null), 'file')} a null cluster in {cluster_field!r}: {some(null)}.")
     if all(re.fullmatch(r"0|-?[1-9]\d{0,17}", name) for name in set(names.values())):
         return {file: int(name) for file, name in names.items()}
     return dict(names)
@@ -363,8 +363,8 @@ def _check_null_clusters(stats: Sequence[FileStats], cluster_field: str) -> None
     nulls = {file.path: file.null_clusters for file in stats if file.null_clusters}
     if nulls:
         raise ClusterError(
-            f"{sum(nulls.values())} rows have a null cluster in {cluster_field!r}, in files {some(nulls)}. "
-            "Drop them, or give them a cluster."
+            f"{have(sum(nulls.values()), 'row')} a null cluster in {cluster_field!r}, in {some(nulls)}. "
+            "Drop what has none, or give it one."
         )
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "check_embedding_dtype",
     "check_plain_dtype",
     "is_cudf",
+    "rows_not_finite",
     "tensor_like",
     "to_list",
     "to_numpy",
@@ -119,7 +120,6 @@ def to_tensor(
     ids: Any = None,
     clusters: Any = None,
     embedding_dim: int | None = None,
-    where: str = "",
     order: Any = None,
     device: str | None = None,
 ) -> torch.Tensor:
@@ -137,8 +137,6 @@ def to_tensor(
         The rows' ids and clusters, for messages.
     embedding_dim : int, optional
         The width that every row must have. By default that of the first row.
-    where : str
-        Where the column comes from, such as a file, for messages.
     order : (n,) int64 array, optional
         A permutation, of NumPy or CuPy: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy
         that gathering afterwards would take.
@@ -170,7 +168,7 @@ def to_tensor(
     import torch
 
     check_embedding_dtype(column, name)
-    report = _Report(name, where, ids, clusters)
+    report = _Report(name, ids, clusters)
     source: _Source = (_CudfSource if is_cudf(column) else _PandasSource)(column, report)
     device = device or source.device
     if len(column) == 0:
@@ -178,8 +176,29 @@ def to_tensor(
     width = source.check_rows(embedding_dim)
     blocks = _float32_blocks(source.pieces(), width, source.device)
     rows = _assemble(blocks, (len(column), width), order, device)
-    _check_finite(rows, order, report)
+    if len(bad := rows_not_finite(rows)):
+        positions = bad if order is None else to_numpy(order)[bad]
+        raise report.error(positions, "with NaN or infinite values", "Drop or mend them first.")
     return rows
+
+
+def rows_not_finite(rows: torch.Tensor) -> np.ndarray:
+    """Find the rows of a matrix that hold NaN or infinities.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rows_not_finite(torch.tensor([[1.0, 2.0], [3.0, torch.inf]]))
+    array([1])
+    """
+    import torch
+
+    # NaN and infinities survive a sum, which costs less than looking at each number.
+    if rows.sum().isfinite():
+        return np.empty(0, np.int64)
+    blocks = rows.split(_block_rows(rows.shape[1], rows.device.type))
+    finite = torch.cat([block.isfinite().all(dim=1) for block in blocks])
+    return finite.logical_not().nonzero().flatten().cpu().numpy()
 
 
 def array_like(tensor: torch.Tensor, frame: Any) -> Any:
@@ -254,7 +273,6 @@ class _Report:
     """What an error says of the rows it is about."""
 
     name: str
-    where: str
     ids: Any
     clusters: Any
 
@@ -266,10 +284,9 @@ class _Report:
         return EmbeddingError(f"Column {self.name!r}{self._place(positions)}: {count} {problem} ({rows}). {advice}")
 
     def _place(self, positions: np.ndarray) -> str:
-        place = f" in {self.where}" if self.where else ""
         if self.clusters is None:
-            return place
-        return f"{place}, cluster {some(dict.fromkeys(to_list(self.clusters.iloc[positions])))}"
+            return ""
+        return f", cluster {some(dict.fromkeys(to_list(self.clusters.iloc[positions])))}"
 
 
 def _is_string(column: Any) -> bool:
@@ -478,22 +495,6 @@ def _moved(array: Any, device: str) -> Any:
     if device == "cpu":
         return to_numpy(array)
     return tensor_like(array).to(device)
-
-
-def _check_finite(rows: torch.Tensor, order: Any, report: _Report) -> None:
-    import torch
-
-    # NaN and infinities survive a sum, which costs less than looking at each number.
-    if rows.sum().isfinite():
-        return
-    blocks = rows.split(_block_rows(rows.shape[1], rows.device.type))
-    bad = torch.cat([block.isfinite().all(dim=1).logical_not() for block in blocks]).nonzero().flatten().cpu().numpy()
-    if len(bad):
-        raise report.error(
-            bad if order is None else to_numpy(order)[bad],
-            "with NaN or infinite values",
-            "Drop or mend them first.",
-        )
 
 
 def _inverse(order: Any) -> Any:

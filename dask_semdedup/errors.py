@@ -11,6 +11,7 @@ __all__ = [
     "InvalidArgumentError",
     "MissingColumnsError",
     "SemDedupError",
+    "have",
     "some",
 ]
 
@@ -59,6 +60,17 @@ class ClusterError(SemDedupError, ValueError):
 
 class InvalidArgumentError(SemDedupError, ValueError):
     """A parameter has a value that is not allowed."""
+
+
+def have(count: int, noun: str) -> str:
+    """Open a sentence on so many of something.
+
+    Examples
+    --------
+    >>> have(1, "row"), have(2, "row")
+    ('1 row has', '2 rows have')
+    """
+    return f"1 {noun} has" if count == 1 else f"{count} {noun}s have"
 
 
 def some(ids: Iterable[object], limit: int = 5) -> str:

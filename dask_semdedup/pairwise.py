@@ -15,7 +15,7 @@ from threadpoolctl import ThreadpoolController
 
 from dask_semdedup._validate import check_choice
 from dask_semdedup.embeddings import array_like, is_cudf, tensor_like, to_list, to_numpy, to_tensor
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.ranking import RankingStrategy
 
@@ -44,7 +44,6 @@ def pairwise_partition(
     batch_size: int | None = None,
     embedding_dim: int | None = None,
     device: str = "auto",
-    where: str = "",
 ) -> Any:
     """Find for every row its most similar row among those of its cluster that are preferred over it.
 
@@ -62,8 +61,6 @@ def pairwise_partition(
         The width that every embedding must have.
     device : {"auto", "cpu", "cuda"}
         Where to search. "auto" is where the frame is, or a GPU where there is one and enough work for it.
-    where : str
-        Where the frame comes from, for messages.
 
     Returns
     -------
@@ -103,7 +100,7 @@ def pairwise_partition(
     ids, clusters = frame[id_field], frame[cluster_field]
     if len(frame) == 0:
         return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field)
-    codes = _cluster_codes(clusters, ids, where)
+    codes = _cluster_codes(clusters, ids)
     order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
     segments = _segments(codes[order])
     home = "cuda" if is_cudf(frame) else "cpu"
@@ -115,7 +112,6 @@ def pairwise_partition(
             ids=ids,
             clusters=clusters,
             embedding_dim=embedding_dim,
-            where=where,
             order=order,
             device=device if home == "cuda" else "cpu",
         )
@@ -194,15 +190,13 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _cluster_codes(clusters: Any, ids: Any, where: str) -> Any:
+def _cluster_codes(clusters: Any, ids: Any) -> Any:
     """A number for each row's cluster; raise for rows that have none."""
     codes, _ = clusters.factorize()
     if (codes < 0).any():
         lost = ids.iloc[(codes < 0).nonzero()[0]]
-        count = "1 row has" if len(lost) == 1 else f"{len(lost)} rows have"
-        place = f" in {where}" if where else ""
         raise ClusterError(
-            f"Column {clusters.name!r}{place}: {count} no cluster (ids {some(to_list(lost))}). "
+            f"Column {clusters.name!r}: {have(len(lost), 'row')} no cluster (ids {some(to_list(lost))}). "
             "Drop them, or assign them to clusters."
         )
     return codes

@@ -44,7 +44,8 @@ class RankingStrategy:
 
     Notes
     -----
-    Missing values rank last whatever `ascending` says. Rows that tie in all columns rank by ascending id.
+    Missing values rank last whatever `ascending` says. Rows that tie in all columns rank by ascending id. Ids should
+    be unique within a cluster: the order among rows that tie in the id as well is that of the input.
 
     Examples
     --------

@@ -25,7 +25,7 @@ import pyarrow as pa
 from dask_semdedup._parquet import FileStats, Fragment, Reader, read_footers, read_schema
 from dask_semdedup._validate import check_positive
 from dask_semdedup.clusters import CUDF_ELEMENTS, cluster_files, plan, write_cluster
-from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
+from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf, rows_not_finite
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.pairwise import SCORE_COLUMNS, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
@@ -82,7 +82,8 @@ def pairwise_cosine_similarity_batched(cluster_reps: torch.Tensor, batch_size: i
 
     from dask_semdedup.search import nearest_earlier
 
-    _check_finite(cluster_reps)
+    if len(bad := rows_not_finite(cluster_reps)):
+        raise EmbeddingError(f"cluster_reps has NaN or infinite values in rows {some(bad)}. Drop or mend them first.")
     segments = torch.tensor([0, len(cluster_reps)])
     scores, index = nearest_earlier(cluster_reps, segments, batch_size=batch_size)
     if cluster_reps.device.type != "cuda":
@@ -90,15 +91,6 @@ def pairwise_cosine_similarity_batched(cluster_reps: torch.Tensor, batch_size: i
     import cupy
 
     return cupy.from_dlpack(scores), cupy.from_dlpack(index)
-
-
-def _check_finite(rows: torch.Tensor) -> None:
-    # NaN and infinities survive a sum, which costs less than looking at each number.
-    if rows.sum().isfinite():
-        return
-    bad = rows.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
-    if bad:
-        raise EmbeddingError(f"cluster_reps has NaN or infinite values in rows {some(bad)}. Drop or mend them first.")
 
 
 @dataclass

@@ -553,7 +553,10 @@ class TestBadInput:
 
     def test_null_cluster_in_a_column(self, tmp_path: Path) -> None:
         pd.DataFrame({"id": [1, 2, 3], "centroid": [0, None, None]}).to_parquet(tmp_path / "a.parquet")
-        with pytest.raises(ClusterError, match=r"2 rows have a null cluster in 'centroid', in files .*a.parquet"):
+        with pytest.raises(ClusterError, match=r"2 rows have a null cluster in 'centroid', in .*a.parquet"):
+            read_clusters(tmp_path / "a.parquet")
+        pd.DataFrame({"id": [1, 2], "centroid": [0, None]}).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(ClusterError, match=r"^1 row has a null cluster"):
             read_clusters(tmp_path / "a.parquet")
 
     def test_files_outside_of_the_layout(self, layout: tuple[Path, pd.DataFrame]) -> None:

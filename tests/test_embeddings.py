@@ -158,9 +158,8 @@ def test_bad_rows_are_named(as_column, rows, problem, ids):
             name="vectors",
             ids=pd.Series(range(10, 10 + len(rows)), index=range(5, 5 + len(rows))),
             clusters=pd.Series([7] * len(rows)),
-            where="part.0.parquet",
         )
-    expected = f"Column 'vectors' in part.0.parquet, cluster 7: {problem} (ids {ids}). "
+    expected = f"Column 'vectors', cluster 7: {problem} (ids {ids}). "
     assert str(error.value).startswith(expected)
     assert len(str(error.value)) > len(expected) + 10
 

@@ -219,3 +219,9 @@ def test_attributes_are_as_given():
     assert RankingStrategy(["a", "b", "a"]).required_columns == ["a", "b"]
     assert RankingStrategy.random().required_columns == []
     assert pickle.loads(pickle.dumps(strategy)) == strategy
+
+
+def test_rows_of_equal_ids_and_values_keep_their_order():
+    frame = pd.DataFrame({"id": [1] * 100 + [0] * 100, "score": 0.5, "row": np.arange(200)})
+    rows = RankingStrategy(["score"], ascending=False).rank_cluster(frame)["row"]
+    assert rows.tolist() == [*range(100, 200), *range(100)]

@@ -345,7 +345,10 @@ def test_absent_files_are_named(golden, tmp_path):
 
 def test_files_of_different_types_are_named(tmp_path):
     root = write_layout(tmp_path / "in", {0: [GOLDEN, GOLDEN.assign(id=list("abcdef"))]})
-    with pytest.raises(ClusterError, match=r"'id' is .*string in .*part\.1\.parquet but int64 in .*part\.0\.parquet"):
+    with pytest.raises(
+        ClusterError,
+        match=r"'id' is .*string in .*part\.1\.parquet but int64 in .*part\.0\.parquet.*columns that agree",
+    ):
         PairwiseStage("id", "embeddings", str(root), str(tmp_path / "out")).run()
 
 

@@ -294,7 +294,9 @@ with ThreadPoolExecutor(1) as pool:
     assert (ratio := pool.submit(in_one_thread).result()) < 1.2, ratio
 assert torch.get_num_threads() == 2
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    # Distributed leaves MKL_NUM_THREADS=1 in the environment of a process that has started workers.
+    environment = {k: v for k, v in os.environ.items() if k != "MKL_NUM_THREADS"} | {"OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=environment)
 
 
 def test_a_failed_search_gives_its_cores_back():

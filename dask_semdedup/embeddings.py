@@ -7,6 +7,7 @@ shared. On a CPU it is NumPy that converts and gathers: torch's threads would co
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -309,7 +310,7 @@ def _element_type(dtype: Any) -> np.dtype | None:
     return element if isinstance(element, np.dtype) else None
 
 
-class _Source:
+class _Source(ABC):
     """A column's rows, checked for their shape and given out piece by piece."""
 
     device: str
@@ -318,13 +319,13 @@ class _Source:
         self.column = column
         self.report = report
 
+    @abstractmethod
     def check_rows(self, embedding_dim: int | None) -> int:
         """Raise for null rows, null elements and rows of other widths than one; return that width."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self) -> Iterator[Any]:
         """Flat arrays of whole rows, in the column's order."""
-        raise NotImplementedError
 
     def _check_null(self, null: np.ndarray, what: str) -> None:
         if null.any():

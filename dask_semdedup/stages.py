@@ -194,7 +194,7 @@ class PairwiseCosineSimilarityStage:
     ranking_strategy : RankingStrategy
         Which rows of a cluster are preferred.
     pairwise_batch_size : int, default 1024
-        Rows that are compared at once.
+        Queries multiplied at once; the candidates beside them as memory allows.
     verbose : bool, default False
         Log rows and time to the logger ``dask_semdedup``, at level INFO.
     embedding_dim : int, optional
@@ -430,7 +430,7 @@ class PairwiseStage:
     embedding_dim : int, optional
         Length that every embedding must have.
     pairwise_batch_size : int, default 1024
-        Rows that are compared at once.
+        Queries multiplied at once; the candidates beside them as memory allows.
     verbose : bool, default False
         Log rows and times to the logger ``dask_semdedup``, at level INFO.
     read_kwargs, write_kwargs : dict, optional

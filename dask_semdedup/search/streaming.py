@@ -83,7 +83,7 @@ def nearest_earlier_from_host(
     >>> nearest_earlier_from_host(rows, torch.tensor([0, 3, 4]), device="cpu")
     (tensor([0.0000, 0.0000, 0.8000, 0.0000]), tensor([0, 0, 1, 3]))
     """
-    segments = _check(rows, segments, compute_dtype, batch_size)
+    segments, _ = _check(rows, segments, None, compute_dtype, batch_size)
     rows = rows.float().contiguous()
     # Two threads that come first at once must not get a way each.
     with _making:

@@ -26,8 +26,8 @@ SMALL = 256
 BLOCK = 64
 """Candidates whose maximum is taken at once."""
 
-STRIP = 512
-"""Queries multiplied at once, unless the caller says otherwise."""
+STRIP = {"cpu": 512, "cuda": 4096}
+"""Queries multiplied at once, unless the caller says otherwise: a GPU is not filled by fewer."""
 
 MOST_QUERIES = 8192
 """Queries multiplied at once whatever the caller says: more gain nothing, and the mask of a strip grows as a square."""
@@ -36,7 +36,8 @@ BATCH_BYTES = 4 << 20
 """Bytes of padded rows at once: a batch of small segments stays in the cache."""
 
 STEP = 256
-"""Candidates multiplied at once where the triangle's edge crosses a strip: each step leaves out earlier queries."""
+"""Candidates multiplied at once where the triangle's edge crosses a strip: each step leaves out earlier queries. In
+wide strips an eighth of these, so that there are few steps."""
 
 MOST_HITS = 32
 """A query with more candidates than this, and than one in `DENSE` rows, is multiplied again more precisely:
@@ -109,24 +110,24 @@ def in_half(unit: UnitRows, dtype: torch.dtype) -> Coarse:
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes that the scores of one panel may take: an eighth of what is free, at most 8 MiB (CPU) or 1 GiB (CUDA)."""
+    """Bytes that the scores of one panel may take: an eighth of what is free, at most 8 MiB (CPU) or 256 MiB (CUDA)."""
     if device.type == "cuda":
-        return min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
+        return min(256 << 20, torch.cuda.mem_get_info(device)[0] // 8)
     import psutil
 
     return max(1 << 20, min(8 << 20, psutil.virtual_memory().available // 8))
 
 
-def strip_size(wanted: int | None, segments: torch.Tensor) -> int:
+def strip_size(wanted: int | None, segments: torch.Tensor, device: torch.device) -> int:
     """Queries to multiply at once: as `wanted`, but not more than the longest segment has.
 
     Examples
     --------
-    >>> strip_size(10**6, torch.tensor([0, 6, 8]))
+    >>> strip_size(10**6, torch.tensor([0, 6, 8]), torch.device("cpu"))
     6
     """
     longest = int(segments.diff().max()) if len(segments) > 1 else 1
-    return max(1, min(wanted or STRIP, longest, MOST_QUERIES))
+    return max(1, min(wanted or STRIP[device.type], longest, MOST_QUERIES))
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ class Panels:
     def __init__(self, product: Coarse | Double, strip_size: int) -> None:
         self.product = product
         self.strip_size = strip_size
+        self.step = max(STEP, strip_size // 8)
         device, width = product.rows.device, product.rows.shape[1]
         # Float64 panels are converted copies of the rows: those take room too.
         columns = max(strip_size, width) if isinstance(product, Double) else strip_size
@@ -279,7 +281,7 @@ class Panels:
         if not isinstance(queries, slice):
             self.product.multiply(slice(first, stop), queries, scores[: stop - first])
             return
-        cuts = [first, *range(max(first, queries.start) + STEP, min(stop, queries.stop), STEP), stop]
+        cuts = [first, *range(max(first, queries.start) + self.step, min(stop, queries.stop), self.step), stop]
         for begin, end in pairwise(cuts):
             column = max(0, begin - queries.start)
             out = scores[begin - first : end - first, column:]
@@ -297,7 +299,7 @@ def nearest(
     stops: torch.Tensor | None,
     scores: torch.Tensor,
     index: torch.Tensor,
-    strip_size: int = STRIP,
+    strip_size: int = STRIP["cpu"],
 ) -> None:
     """Put the best score of each query as computed, and the first candidate that has it."""
     panels = Panels(product, strip_size)
@@ -346,7 +348,7 @@ def certified(
     segments: torch.Tensor,
     stops: torch.Tensor | None,
     pairs: Pairs,
-    strip_size: int = STRIP,
+    strip_size: int = STRIP["cpu"],
 ) -> torch.Tensor:
     """Add the pairs that can be nearest to `pairs`, and return the queries that have too many of them."""
     panels = Panels(coarse, strip_size)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -98,14 +98,20 @@ class Tiling:
         """Query blocks in all."""
         return int(self.groups[-1, 5])
 
-    def launches(self, most_tiles: int) -> list[tuple[int, int]]:
-        """Cut the groups into runs of at most `most_tiles` tiles, or of one group."""
+    def launches(self, most_tiles: int) -> list[tuple[int, int, int, int]]:
+        """Cut the groups into runs of at most `most_tiles` tiles, or of one group.
+
+        Returns
+        -------
+        list of (first tile, last tile + 1, first query block, last query block + 1)
+        """
         first_tiles = self.groups[:, 0]
         cuts = [0]
         while cuts[-1] < len(first_tiles) - 1:
             stop = int(np.searchsorted(first_tiles, first_tiles[cuts[-1]] + most_tiles, side="right")) - 1
             cuts.append(max(stop, cuts[-1] + 1))
-        return list(pairwise(cuts))
+        bounds = self.groups[cuts][:, [0, 5]].tolist()
+        return [(first[0], stop[0], first[1], stop[1]) for first, stop in pairwise(bounds)]
 
 
 def tiling(segments: np.ndarray, config: Config, stops: np.ndarray | None = None) -> Tiling:
@@ -127,38 +133,29 @@ def tiling(segments: np.ndarray, config: Config, stops: np.ndarray | None = None
     >>> tiling(np.array([0, 300]), Config(queries=128, candidates=256)).n_tiles
     4
     """
-    starts, lengths = segments[:-1], np.diff(segments)
-    keep = lengths > 1
-    starts, lengths = starts[keep], lengths[keep]
-    first_query, most = np.ones_like(lengths), lengths - 1
+    starts, lengths = segments[:-1], segments[1:] - segments[:-1]
+    if lengths.min(initial=2) < 2:
+        starts, lengths = starts[lengths > 1], lengths[lengths > 1]
+    blocks = -(-lengths // config.queries)
+    first_block, most = np.zeros_like(blocks), lengths - 1
     if stops is not None and len(starts):
         first_query, most = _queries_and_candidates(starts, stops - np.repeat(segments[:-1], np.diff(segments)))
-        first_query = np.minimum(first_query, lengths)
-    blocks = -(-lengths // config.queries)
-    skipped = first_query // config.queries
-    skipped[most == 0] = blocks[most == 0]
-    groups = -(-(blocks - skipped) // GROUP.value)
-    first_block = skipped
-    if groups.max(initial=1) > 1 or groups.min(initial=1) < 1:
+        first_block = np.where(most > 0, first_query // config.queries, blocks)
+    groups = -(-(blocks - first_block) // GROUP.value)
+    if (groups != 1).any():
         segment = np.repeat(np.arange(len(groups)), groups)
         before = np.cumsum(groups) - groups
-        first_block = skipped[segment] + (np.arange(len(segment)) - before[segment]) * GROUP.value
+        first_block = first_block[segment] + (np.arange(len(segment)) - before[segment]) * GROUP.value
         starts, lengths, blocks, most = starts[segment], lengths[segment], blocks[segment], most[segment]
-    in_group = np.minimum(GROUP.value, blocks - first_block)
-    end = first_block + in_group
-    ratio = config.candidates // config.queries
-    most_blocks = -(-most // config.candidates)
+    end = np.minimum(first_block + GROUP.value, blocks)
+    ratio, most_blocks = config.candidates // config.queries, -(-most // config.candidates)
     tiles = _tiles_below(end, ratio, most_blocks) - _tiles_below(first_block, ratio, most_blocks)
-    # The last query block of a segment ends with the segment, not with the block.
-    last = np.flatnonzero(end == blocks)
-    whole = np.minimum((end[last] - 1) // ratio + 1, most_blocks[last])
-    tiles[last] -= whole - np.minimum(-(-(lengths[last] - 1) // config.candidates), most_blocks[last])
     record = np.zeros((len(blocks) + 1, FIELDS.value), dtype=np.int32)
-    np.cumsum(tiles, out=record[1:, 0])
-    np.cumsum(in_group, out=record[1:, 5])
-    for field, values in enumerate((starts, lengths, first_block, in_group), start=1):
+    for field, values in enumerate((starts, lengths, first_block, end - first_block), start=1):
         record[:-1, field] = values
     record[:-1, 6] = most
+    np.cumsum(tiles, out=record[1:, 0])
+    np.cumsum(record[:-1, 4], out=record[1:, 5])
     return Tiling(record)
 
 
@@ -172,13 +169,13 @@ def _queries_and_candidates(starts: np.ndarray, candidates: np.ndarray) -> tuple
 
 
 def _tiles_below(block: np.ndarray, ratio: int, most_blocks: np.ndarray) -> np.ndarray:
-    """Tiles of the whole query blocks before `block` of a segment, where `ratio` of them make a candidate block.
+    """Tiles of the query blocks before `block` of a segment, where `ratio` of them make a candidate block.
 
-    None of them meets more than `most_blocks` candidate blocks.
+    Block b meets ``b // ratio + 1`` candidate blocks, but none more than `most_blocks`.
     """
     below = np.minimum(block, ratio * most_blocks)
-    whole, rest = below // ratio, below % ratio
-    return below + ratio * whole * (whole - 1) // 2 + rest * whole + (block - below) * most_blocks
+    whole = below // ratio
+    return (whole + 1) * (2 * below - ratio * whole) // 2 + (block - below) * most_blocks
 
 
 @triton.jit
@@ -290,7 +287,8 @@ def _coarse(
     for number in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=True):
         record = groups + tl.load(group_of_tile + first_tile + number) * FIELDS
         start, length = tl.load(record + 1), tl.load(record + 2)
-        first_block, n_blocks, most = tl.load(record + 3), tl.load(record + 4), tl.load(record + 6)
+        first_block, n_blocks = tl.load(record + 3), tl.load(record + 4)
+        most = tl.load(record + 6) if HAS_STOPS else length
         tile = first_tile + number - tl.load(record)
         member, candidate_block = _place_of_tile(tile, length, most, first_block, n_blocks, QUERIES, CANDIDATES, GROUP)
         query = (first_block + member) * QUERIES
@@ -368,7 +366,8 @@ def _select(
     part = (tl.program_id(0) % (QUERIES // PART)) * PART
     record = groups + tl.load(group_of_block + block) * FIELDS
     start, length = tl.load(record + 1), tl.load(record + 2)
-    first_block, n_blocks, most = tl.load(record + 3), tl.load(record + 4), tl.load(record + 6)
+    first_block, n_blocks = tl.load(record + 3), tl.load(record + 4)
+    most = tl.load(record + 6) if HAS_STOPS else length
     member = block - tl.load(record + 5)
     query_block = first_block + member
     if query_block * QUERIES + part >= length:
@@ -620,41 +619,37 @@ def nearest(
     offsets = segments.numpy()
     config = config or choose_config(offsets, rows.device)
     tiles = tiling(offsets, config, None if stops is None else stops.numpy())
-    table = _upload(tiles, stops, rows.device)
-    pairs = Pairs.empty(len(rows), table.n_pairs)
-    half, residual = halve(rows, dtype, table.largest, scores, index, pairs.count)
-    if not tiles.n_tiles:
-        return
     launches = tiles.launches(max(1, key_bytes // (4 * config.keep * config.queries)))
-    most = max(tiles.groups[stop, 0] - tiles.groups[first, 0] for first, stop in launches)
-    keys = torch.empty(config.keep, int(most) * config.queries, dtype=torch.int32, device=rows.device)
-    for first, stop in launches:
-        first_tile, stop_tile = int(tiles.groups[first, 0]), int(tiles.groups[stop, 0])
-        multiply(half, config, table, first_tile, stop_tile - first_tile, keys)
-        first_block, stop_block = int(tiles.groups[first, 5]), int(tiles.groups[stop, 5])
-        accumulation = 2 * certify.accumulation_bound(rows.shape[1]) + 2 * certify.UNIT_TOLERANCE
-        part = min(config.queries, 8 if tiles.n_tiles > 16 * tiles.n_blocks else 32)
-        _launch(
+    most_tiles = max((stop_tile - first_tile for first_tile, stop_tile, *_ in launches), default=0)
+    table = _upload(tiles, stops, rows.device)
+    work = Workspace.empty(len(rows), config.keep * most_tiles * config.queries, rows.device)
+    part = min(config.queries, 8 if tiles.n_tiles > 16 * tiles.n_blocks else 32)
+    is_aligned = rows.data_ptr() % 16 == 0
+    launch = _launcher(rows.device, rows.shape[1], is_aligned, dtype, config, part, exact, stops is not None)
+    half = halve(launch, rows, dtype, table, work, scores, index)
+    for first_tile, stop_tile, first_block, stop_block in launches:
+        multiply(launch, half, config, table, first_tile, stop_tile - first_tile, work, most_tiles)
+        launch(
             _select,
             (stop_block - first_block) * (config.queries // part),
-            residual,
+            work.residual,
             table.largest,
             table.group_of_block,
             table.groups,
             table.stops,
-            keys,
-            keys.stride(0),
+            work.keys,
+            most_tiles * config.queries,
             scores,
             index,
-            pairs.offset,
-            pairs.count,
-            pairs.number,
-            pairs.query,
-            pairs.candidate,
-            len(pairs.query),
+            work.offset,
+            work.count,
+            table.n_pairs,
+            work.pair_query,
+            work.pair_candidate,
+            work.most_pairs,
             first_tile,
             first_block,
-            accumulation,
+            2 * certify.accumulation_bound(rows.shape[1]) + 2 * certify.UNIT_TOLERANCE,
             QUERIES=config.queries,
             CANDIDATES=config.candidates,
             GROUP=GROUP.value,
@@ -667,42 +662,48 @@ def nearest(
             MOST_PAIRS=MOST_PAIRS,
             HAS_STOPS=table.has_stops,
         )
-    if exact:
-        rescore(rows, pairs, table, scores, index)
+    if exact and launches:
+        rescore(launch, rows, work, table, scores, index)
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The pairs that the certificate leaves, in device memory.
+class Workspace:
+    """What the kernels leave for each other in device memory: one allocation, as each takes the host microseconds.
 
     Attributes
     ----------
-    offset, count : torch.Tensor
-        (n,) int32, the pairs of each query: `count` of them from `offset` on. `count` is -1 for a query that has
-        too many, and `offset` then the first row of its segment.
-    number : torch.Tensor
-        (1,) int32, pairs listed so far.
-    query, candidate : torch.Tensor
-        (p,) int32 rows.
-    score : torch.Tensor
+    most_pairs : int
+        p, the pairs that there is room for.
+    pair_score : torch.Tensor
         (p,) float64.
+    residual : torch.Tensor
+        (n,) float32 residual norms.
+    offset, count : torch.Tensor
+        (n,) int32, the pairs of each query that the certificate leaves: `count` of them from `offset` on. `count` is
+        -1 for a query that has too many, and `offset` then the first row of its segment.
+    pair_query, pair_candidate : torch.Tensor
+        (p,) int32 rows.
+    keys : torch.Tensor
+        Best keys of the tiles: see `_coarse`.
     """
 
+    most_pairs: int
+    pair_score: torch.Tensor
+    residual: torch.Tensor
     offset: torch.Tensor
     count: torch.Tensor
-    number: torch.Tensor
-    query: torch.Tensor
-    candidate: torch.Tensor
-    score: torch.Tensor
+    pair_query: torch.Tensor
+    pair_candidate: torch.Tensor
+    keys: torch.Tensor
 
     @classmethod
-    def empty(cls, n: int, number: torch.Tensor) -> Pairs:
-        """Room for the pairs of `n` queries; their `number` is 0."""
+    def empty(cls, n: int, n_keys: int, device: torch.device) -> Workspace:
+        """Room for `n` queries."""
         room = PAIRS_PER_QUERY * n + PAIRS_AT_LEAST
-        offset, count = torch.empty((2, n), dtype=torch.int32, device=number.device)
-        query, candidate = torch.empty((2, room), dtype=torch.int32, device=number.device)
-        score = torch.empty(room, dtype=torch.float64, device=number.device)
-        return cls(offset, count, number, query, candidate, score)
+        per_row = -(-n // 4) * 4  # Each part begins at a multiple of 16 bytes, as memory of its own would.
+        sizes = [2 * room, per_row, per_row, per_row, room, room, n_keys]
+        score, residual, *others = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+        return cls(room, score.view(torch.float64), residual.view(torch.float32), *others)
 
 
 PAIRS_PER_QUERY = 4
@@ -715,18 +716,20 @@ MOST_PAIRS = 64
 """Past this many pairs and runs a query is left to the dense product."""
 
 
-def rescore(rows: torch.Tensor, pairs: Pairs, table: Table, scores: torch.Tensor, index: torch.Tensor) -> None:
+def rescore(
+    launch: Launcher, rows: torch.Tensor, work: Workspace, table: Table, scores: torch.Tensor, index: torch.Tensor
+) -> None:
     """Score the pairs in float64 and put the best of each query; multiply the queries that have too many."""
     n, width = rows.shape
-    _launch(
+    launch(
         _score,
         32 * _properties(rows.device)["multiprocessor_count"],
         rows,
-        pairs.number,
-        len(pairs.query),
-        pairs.query,
-        pairs.candidate,
-        pairs.score,
+        table.n_pairs,
+        work.most_pairs,
+        work.pair_query,
+        work.pair_candidate,
+        work.pair_score,
         table.stops,
         n,
         width,
@@ -735,14 +738,14 @@ def rescore(rows: torch.Tensor, pairs: Pairs, table: Table, scores: torch.Tensor
         HAS_STOPS=table.has_stops,
         num_warps=1,
     )
-    _launch(
+    launch(
         _finish,
         triton.cdiv(n, 128),
         rows,
-        pairs.offset,
-        pairs.count,
-        pairs.candidate,
-        pairs.score,
+        work.offset,
+        work.count,
+        work.pair_candidate,
+        work.pair_score,
         table.stops,
         scores,
         index,
@@ -783,50 +786,57 @@ def _properties(device: torch.device) -> dict[str, int]:
 
 
 def halve(
+    launch: Launcher,
     rows: torch.Tensor,
     dtype: torch.dtype,
-    largest: torch.Tensor,
+    table: Table,
+    work: Workspace,
     scores: torch.Tensor,
     index: torch.Tensor,
-    count: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half-precision unit rows and their residual norms.
+) -> torch.Tensor:
+    """Half-precision unit rows; their residuals and the largest of these are put into `work` and `table`.
 
-    The bits of the largest of these are put into `largest`; the answers become those of rows without candidates.
+    The answers become those of rows without candidates.
     """
     n, width = rows.shape
     stride = -(-width // 8) * 8  # The copy engine wants rows of whole 16 bytes.
     half = torch.empty(n, stride, dtype=dtype, device=rows.device)
-    residual = torch.empty(n, dtype=torch.float32, device=rows.device)
     padded = triton.next_power_of_2(stride)
     in_program = max(1, 4096 // padded)
-    _launch(
+    launch(
         _halve,
         triton.cdiv(n, in_program),
         rows,
         half,
-        residual,
-        largest,
+        work.residual,
+        table.largest,
         scores,
         index,
-        count,
+        work.count,
         n,
         width,
         stride,
         ROWS=in_program,
         WIDTH=padded,
     )
-    return half, residual
+    return half
 
 
 def multiply(
-    half: torch.Tensor, config: Config, table: Table, first_tile: int, n_tiles: int, keys: torch.Tensor
+    launch: Launcher,
+    half: torch.Tensor,
+    config: Config,
+    table: Table,
+    first_tile: int,
+    n_tiles: int,
+    work: Workspace,
+    most_tiles: int,
 ) -> None:
-    """Launch the coarse pass over `n_tiles` tiles."""
+    """Launch the coarse pass over `n_tiles` tiles; `work` has room for the keys of `most_tiles`."""
     # Programs of four warps run two at a time on a multiprocessor, those of eight alone. Their number is compiled in:
     # so it does not depend on that of the tiles.
     programs = 8 // config.warps * _properties(half.device)["multiprocessor_count"]
-    _launch(
+    launch(
         _coarse,
         programs,
         TensorDescriptor.from_tensor(half, [config.queries, config.depth]),
@@ -834,8 +844,8 @@ def multiply(
         table.group_of_tile,
         table.groups,
         table.stops,
-        keys,
-        keys.stride(0),
+        work.keys,
+        most_tiles * config.queries,
         first_tile,
         n_tiles,
         *half.shape,
@@ -852,33 +862,36 @@ def multiply(
     )
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+class Launcher:
+    """Launches kernels: from the second time on past Triton's look at each argument, which takes longer than most run.
+
+    There is one for each way in which Triton would compile them: see `_launcher`. Apart from the rows, all tensors are
+    allocated here, and so aligned; apart from the width, all numbers are marked `do_not_specialize`.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self, kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+    ) -> None:
+        """Launch `kernel` on the current stream."""
+        compiled = self._compiled.get(kernel)
+        if compiled is None:
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            compiled = kernel[(programs,)](*arguments, **constants, **options)
+            if isinstance(kernel, triton.runtime.JITFunction):
+                self._compiled[kernel] = compiled
+            return
+        # Of a pointer as a number, Triton does not ask the driver whether it is one.
+        plain = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
+        compiled[(programs, 1, 1)](*plain, *constants.values())
 
 
-def _launch(
-    kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
-) -> None:
-    """Launch a kernel; from the second time on past Triton's own look-up, which takes longer than most kernels."""
-    if not isinstance(kernel, triton.runtime.JITFunction):
-        kernel[(programs,)](*arguments, **constants)
-        return
-    traits = (_trait(*pair) for pair in zip(arguments, kernel.params, strict=False))
-    key = (kernel, torch.cuda.current_device(), num_warps, num_stages, *constants.values(), *traits)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        _compiled[key] = kernel[(programs,)](*arguments, **constants, **options)
-    else:
-        compiled[(programs, 1, 1)](*arguments, *constants.values())
-
-
-def _trait(argument: Any, parameter: Any) -> Any:
-    """What Triton compiles a kernel anew for: dtypes, aligned pointers, and numbers that are 1 or multiples of 16."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype
-    return None if parameter.do_not_specialize else (argument == 1, argument % 16 == 0)
+@cache
+def _launcher(*traits: Any) -> Launcher:
+    """The launcher for all that the compiled kernels depend on: device, width and alignment of the rows, constants."""
+    return Launcher()
 
 
 class _Staging(threading.local):
@@ -886,24 +899,27 @@ class _Staging(threading.local):
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.int32)
+        self.host = self.buffer.numpy()
         self.sent: torch.cuda.Event | None = None
 
     def send(self, parts: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
         """Copy int32 arrays to the device behind one another; the host waits only for the copy before this one."""
-        starts = list(accumulate((-(-part.size // 4) * 4 for part in parts), initial=0))
-        size = starts[-1]
+        # Each part begins at a multiple of 16 bytes, as memory of its own would.
+        sizes = [-(-part.size // 4) * 4 for part in parts]
         if self.sent is not None:
             self.sent.synchronize()
-        if self.buffer.numel() < size:
-            self.buffer = torch.empty(2 * size, dtype=torch.int32, pin_memory=device.type == "cuda")
-        host = self.buffer.numpy()
-        for start, part in zip(starts, parts, strict=False):
-            host[start : start + part.size] = part
-        sent = self.buffer[:size].to(device, non_blocking=True, copy=True)
+        if self.host.size < sum(sizes):
+            self.buffer = torch.empty(2 * sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+            self.host = self.buffer.numpy()
+        start = 0
+        for part, size in zip(parts, sizes, strict=True):
+            self.host[start : start + part.size] = part
+            start += size
+        sent = self.buffer[:start].to(device, non_blocking=True, copy=True)
         if device.type == "cuda":
-            self.sent = torch.cuda.Event()
+            self.sent = self.sent or torch.cuda.Event()
             self.sent.record()
-        return [sent[start : start + part.size] for start, part in zip(starts, parts, strict=False)]
+        return list(sent.split(sizes))
 
 
 @dataclass(frozen=True)
@@ -913,7 +929,7 @@ class Table:
     Attributes
     ----------
     largest, n_pairs : torch.Tensor
-        (1,) int32 zeros, to be raised.
+        (1,) int32 zeros, to be raised: the bits of the largest residual norm, and the pairs listed so far.
     groups : torch.Tensor
         (g + 1, `FIELDS`) int32, flat: see `Tiling`.
     group_of_tile, group_of_block : torch.Tensor
@@ -936,10 +952,10 @@ class Table:
 
 
 def _upload(tiles: Tiling, stops: torch.Tensor | None, device: torch.device) -> Table:
-    """Send all of it in one copy. Each part begins at a multiple of 16 bytes, as memory of its own would."""
+    """Send all of it in one copy."""
     groups = tiles.groups
     of_group = np.arange(len(groups) - 1, dtype=np.int32)
-    of_tile, of_block = (np.repeat(of_group, np.diff(groups[:, field])) for field in (0, 5))
+    of_tile, of_block = (np.repeat(of_group, groups[1:, field] - groups[:-1, field]) for field in (0, 5))
     zero = np.zeros(1, np.int32)
     ends = zero[:0] if stops is None else stops.numpy().astype(np.int32)
     return Table(*_staging.send([zero, zero, groups.ravel(), of_tile, of_block, ends], device))

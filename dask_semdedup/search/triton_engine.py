@@ -223,9 +223,24 @@ def _tiles_before(
 
 @triton.jit(do_not_specialize=["n"])
 def _halve(
-    rows, half, residual, largest, scores, index, count, n, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    rows,
+    half,
+    residual,
+    largest,
+    scores,
+    index,
+    count,
+    n,
+    width,
+    stride,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ANSWERS: tl.constexpr,
 ):
-    """Round unit rows to half precision, and answer each with itself; the residual of an all-zero row is -1."""
+    """Round unit rows to half precision; the residual of an all-zero row is -1.
+
+    The first programs also answer `ANSWERS` rows each with themselves: more at a time than they round.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     is_row = (row < n)[:, None]
@@ -243,9 +258,11 @@ def _halve(
     to = half + row[:, None].to(tl.int64) * stride + column[None, :]
     tl.store(to, rounded, mask=is_row & (column < stride)[None, :])
     tl.store(residual + row, tl.where(size > 0, lost, -1.0), mask=row < n)
-    tl.store(scores + row, tl.zeros([ROWS], dtype=tl.float32), mask=row < n)
-    tl.store(index + row, row.to(tl.int64), mask=row < n)
-    tl.store(count + row, tl.zeros([ROWS], dtype=tl.int32), mask=row < n)
+    if tl.program_id(0) * ANSWERS < n:
+        answer = tl.program_id(0) * ANSWERS + tl.arange(0, ANSWERS)
+        tl.store(scores + answer, tl.zeros([ANSWERS], dtype=tl.float32), mask=answer < n)
+        tl.store(index + answer, answer.to(tl.int64), mask=answer < n)
+        tl.store(count + answer, tl.zeros([ANSWERS], dtype=tl.int32), mask=answer < n)
     # Bits of positive floats are ordered as integers are.
     tl.atomic_max(largest, tl.max(lost, axis=0).to(tl.int32, bitcast=True), sem="relaxed")
 
@@ -702,17 +719,17 @@ class Workspace:
         room = PAIRS_PER_QUERY * n + PAIRS_AT_LEAST
         per_row = -(-n // 4) * 4  # Each part begins at a multiple of 16 bytes, as memory of its own would.
         sizes = [2 * room, per_row, per_row, per_row, room, room, n_keys]
-        score, residual, *others = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+        score, residual, *others = torch.empty(sum(sizes), dtype=torch.int32, device=device).split_with_sizes(sizes)
         return cls(room, score.view(torch.float64), residual.view(torch.float32), *others)
 
 
 PAIRS_PER_QUERY = 4
 PAIRS_AT_LEAST = 1 << 18
 
-RUN = 16
+RUN = 8
 """Candidates that are scored one by one where more of a tile reach the threshold than its keys name."""
 
-MOST_PAIRS = 64
+MOST_PAIRS = 128
 """Past this many pairs and runs a query is left to the dense product."""
 
 
@@ -765,15 +782,16 @@ KEYS = 512
 def choose_config(segments: np.ndarray, device: torch.device) -> Config:
     """Large tiles where segments fill them and the device has shared memory for them, else smaller ones.
 
-    Measured on an H200: 128 by 256 is the faster from clusters of about 4,000 rows on.
+    Measured on an H200: 128 by 256 is the faster from clusters of about 4,000 rows on. A third key costs 7% of the coarse
+    pass and saves most of what is scored after it, which is the more up to clusters of about 32,000 rows.
     """
     if _properties(device)["max_shared_mem"] < 160_000:
         return Config(queries=128, candidates=128, depth=32, stages=3, warps=4, keep=3)
-    lengths = np.diff(segments).astype(np.float64)
+    lengths = (segments[1:] - segments[:-1]).astype(np.float64)
     typical = (lengths @ lengths) / max(1.0, lengths.sum())
     if typical < 4096:
         return Config(queries=128, candidates=128, depth=64, stages=3, warps=4, keep=3)
-    return Config()
+    return Config(keep=3 if typical < 32_768 else 2)
 
 
 @cache
@@ -818,6 +836,7 @@ def halve(
         stride,
         ROWS=in_program,
         WIDTH=padded,
+        ANSWERS=1024,
     )
     return half
 
@@ -919,7 +938,7 @@ class _Staging(threading.local):
         if device.type == "cuda":
             self.sent = self.sent or torch.cuda.Event()
             self.sent.record()
-        return list(sent.split(sizes))
+        return list(sent.split_with_sizes(sizes))
 
 
 @dataclass(frozen=True)

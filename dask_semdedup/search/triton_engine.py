@@ -782,8 +782,8 @@ KEYS = 512
 def choose_config(segments: np.ndarray, device: torch.device) -> Config:
     """Large tiles where segments fill them and the device has shared memory for them, else smaller ones.
 
-    Measured on an H200: 128 by 256 is the faster from clusters of about 4,000 rows on. A third key costs 7% of the coarse
-    pass and saves most of what is scored after it, which is the more up to clusters of about 32,000 rows.
+    Measured on an H200: 128 by 256 is the faster from clusters of about 4,000 rows on. A third key costs 7% of the
+    coarse pass and saves most of what is scored after it, which is the more up to clusters of about 32,000 rows.
     """
     if _properties(device)["max_shared_mem"] < 160_000:
         return Config(queries=128, candidates=128, depth=32, stages=3, warps=4, keep=3)

@@ -145,7 +145,7 @@ def eps_column(eps: float) -> str:
     >>> eps_column(0.010)
     'eps=0.01'
     """
-    return f"eps={eps:g}"
+    return f"eps={float(eps):g}"
 
 
 def eps_curve(scores: dd.DataFrame, eps: Sequence[float]) -> dd.DataFrame:
@@ -210,7 +210,7 @@ def check_score_columns(scores: Any, required: Iterable[str]) -> None:
 
 def _is_one(eps: Any) -> bool:
     """Whether this is meant as one eps, good or bad, rather than as several."""
-    return isinstance(eps, (str, bytes)) or not isinstance(eps, Iterable) or np.ndim(eps) == 0
+    return isinstance(eps, (str, bytes)) or not isinstance(eps, Iterable) or getattr(eps, "ndim", 1) == 0
 
 
 def _check_several(eps: Iterable[float]) -> tuple[float, ...]:

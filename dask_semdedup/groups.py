@@ -60,8 +60,8 @@ def resolve_groups(duplicates: Any) -> Any:
 
     Notes
     -----
-    Takes ``ceil(log2(n))`` passes for chains of n duplicates. A chain that has not ended by the pass in which one of all
-    duplicates would have ended is a circle.
+    Takes ``ceil(log2(n))`` passes for chains of n duplicates. A chain that has not ended by the pass in which one of
+    all duplicates would have is a circle.
 
     References
     ----------

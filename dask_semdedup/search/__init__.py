@@ -126,7 +126,7 @@ def _by_torch(
     unit = certify.measure(rows)
     stops = None if stops is None else stops.to(rows.device)
     strip_size = torch_engine.strip_size(batch_size, segments, rows.device)
-    with _ieee_products:
+    with ieee_products:
         if compute_dtype == "auto":
             _exact(unit, segments, stops, strip_size, scores, index)
         else:
@@ -281,4 +281,4 @@ class _IeeeProducts:
         return before
 
 
-_ieee_products = _IeeeProducts()
+ieee_products = _IeeeProducts()

@@ -14,6 +14,7 @@ from dask_semdedup.errors import (
     EmbeddingError,
     InvalidArgumentError,
     MissingColumnsError,
+    MissingDependencyError,
     SemDedupError,
 )
 from dask_semdedup.ranking import RankingStrategy
@@ -28,6 +29,7 @@ __all__ = [
     "EmbeddingError",
     "InvalidArgumentError",
     "MissingColumnsError",
+    "MissingDependencyError",
     "RankingStrategy",
     "SemDedupError",
     "__version__",

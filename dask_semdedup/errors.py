@@ -10,6 +10,7 @@ __all__ = [
     "EmbeddingError",
     "InvalidArgumentError",
     "MissingColumnsError",
+    "MissingDependencyError",
     "SemDedupError",
     "have",
     "some",
@@ -60,6 +61,10 @@ class ClusterError(SemDedupError, ValueError):
 
 class InvalidArgumentError(SemDedupError, ValueError):
     """A parameter has a value that is not allowed."""
+
+
+class MissingDependencyError(SemDedupError, ImportError):
+    """A library that only some of the work needs is not installed."""
 
 
 def have(count: int, noun: str) -> str:

@@ -104,9 +104,7 @@ def main(path: Path, limit: int | None, names: str, characters: int, model: str 
     texts = read_packages(names, characters)
     if limit is not None:
         if limit > len(texts):
-            raise click.ClickException(
-                f"There are only {len(texts):,} distinct texts; 'apt-get update' may bring more."
-            )
+            raise click.ClickException(f"There are only {len(texts):,} distinct texts.")
         texts = texts.sample(limit, random_state=0)
     texts = texts.reset_index(drop=True)
     write(texts if texts_only else embed(texts, model), path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dask_semdedup import pairwise as pairwise_module
+from dask_semdedup import placement
 from dask_semdedup.search import nearest_earlier, streaming
 from dask_semdedup.search.streaming import WORKSPACE, nearest_earlier_from_host, row_bytes
 from tests import oracle
@@ -187,7 +187,7 @@ def test_frames_in_host_memory_are_streamed_to_a_gpu(monkeypatch: pytest.MonkeyP
         sent.append((rows.device.type, device))
         return nearest_earlier_from_host(rows, segments, device="cpu", **options)
 
-    monkeypatch.setattr(pairwise_module, "_has_cuda", lambda: True)
+    monkeypatch.setattr(placement, "has_cuda", lambda: True)
     monkeypatch.setattr(streaming, "nearest_earlier_from_host", on_cpu)
     scores = run(GOLDEN, device="cuda")
     assert sent == [("cpu", "cuda")]

@@ -387,7 +387,7 @@ def _nearest(
         values, found = _largest(product, min(n_probe, len(block)))
         best = torch.cat([best, values], dim=1)
         numbers = torch.cat([numbers, found + start], dim=1)
-        if best.shape[1] > n_probe:
+        if start:
             # Stable, and lower numbers come first: they win among equals.
             order = best.argsort(dim=1, descending=True, stable=True)[:, :n_probe]
             best, numbers = best.gather(1, order), numbers.gather(1, order)

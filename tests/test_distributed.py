@@ -99,3 +99,25 @@ def test_the_whole_way(client: Client) -> None:
     assert list(kept.columns) == list(frame.columns)
     copies = ddf.partitions[3].semdedup.against(ddf.partitions[:3], eps=0, centroids=rows[:3]).compute()
     assert copies.sort_values("id")[["id", "max_id"]].to_numpy().tolist() == [[i, i - 40] for i in range(45, 60)]
+
+
+def test_raw_rows_to_cluster_files(client: Client, tmp_path: Path) -> None:
+    """The fit, the assignment with visits, the shuffle and the files are those of threads."""
+    frame = make_frame(5).drop(columns=["centroid", "cosine_dist_to_cent"])
+    ddf = dd.from_pandas(frame, npartitions=5, sort=False)
+    files = ddf.semdedup.kmeans(3, n_probe=2).semdedup.to_clusters(tmp_path / "clusters")
+    assert [len(names) for names in files.values()] == [1, 1, 1]
+    with dask.config.set(scheduler="threads"):
+        keys = ["id", "centroid", "home_centroid"]
+        expected = ddf.semdedup.kmeans(3, n_probe=2)[keys].compute().sort_values(keys, ignore_index=True)
+    written = read_clusters(tmp_path / "clusters")[keys].compute().sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(written, expected, check_dtype=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
+
+
+def test_bad_rows_leave_no_cluster_files(client: Client, tmp_path: Path) -> None:
+    frame = make_frame(6)
+    clustered = dd.from_pandas(frame, npartitions=4, sort=False).semdedup.kmeans(centroids=np.eye(7))
+    with pytest.raises(EmbeddingError, match=r"width 8.*centroids are of width 7"):
+        clustered.semdedup.to_clusters(tmp_path / "clusters")
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any, TypeVar
 
 import dask
@@ -21,6 +21,7 @@ __all__ = ["Tally", "delayed_parts", "merge_tree", "take_tally", "threshold_of"]
 
 SCORE_FIELDS = ("id", "max_id", SCORE_COLUMN)
 GRID = 401
+ROUND_EPS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 # Fine bins from which a histogram's bars are put together: of equal width below the threshold, and so many above it,
 # a number with many divisors.
 FINE_WIDTH, FINE_ABOVE = 2**-15, 5040
@@ -43,12 +44,10 @@ class Tally:
         The lowest score of those that were compared, or 1 where there are none.
     eps : float or None
         The choice of eps: the duplicates of `clusters` are of it.
-    grid : ndarray of float64
-        Values of eps whose duplicates are counted, ascending.
-    thresholds : ndarray of float32
-        Scores, ascending.
+    largest_eps : float
+        The end of the grid.
     at_least : ndarray of int64
-        How many scores there are from each threshold on.
+        How many scores there are from each of the `thresholds` on.
     clusters : DataFrame or None
         ``rows`` and ``duplicates`` of each cluster, where the scores have a column of them.
     """
@@ -57,10 +56,19 @@ class Tally:
     compared: int
     lowest: float
     eps: float | None
-    grid: np.ndarray
-    thresholds: np.ndarray
+    largest_eps: float
     at_least: np.ndarray
     clusters: pd.DataFrame | None
+
+    @property
+    def grid(self) -> np.ndarray:
+        """Values of eps whose duplicates are counted, ascending."""
+        return _grid(self.eps, self.largest_eps)
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """Scores whose number is counted, ascending."""
+        return _thresholds(self.eps, self.largest_eps)
 
     def duplicates(self, eps: Any) -> Any:
         """Number of duplicates at one or several values of eps, of the `grid`."""
@@ -81,18 +89,15 @@ class Tally:
         width = step * FINE_WIDTH
         above = min(_DIVISORS, key=lambda count: abs(count - (1 - threshold) / width)) if threshold < 1 else 0
         below = max(0 if above else 1, int(np.ceil((threshold - lowest) / width)))
-        edges = np.concatenate(
-            [
-                _edges_below(threshold)[: -step * below - 1 : -step][::-1] if below else [],
-                _edges_above(threshold)[:: FINE_ABOVE // above] if above else [1.0],
-            ]
-        )
+        fine = _edges_below(threshold)
+        edges_below = fine[np.maximum(-step * np.arange(below, 0, -1), -len(fine))]
+        edges = np.concatenate([edges_below, _edges_above(threshold)[:: FINE_ABOVE // above] if above else [1.0]])
         at_least = self.at_least[np.searchsorted(self.thresholds, edges.astype(np.float32))]
         at_least[0], at_least[-1] = self.compared, 0
         return edges, -np.diff(at_least)
 
     def merge(self, other: Tally) -> Tally:
-        """The tally of both frames, of the same `thresholds`."""
+        """The tally of both frames, which were counted at the same thresholds."""
         clusters = self.clusters
         if clusters is not None:
             clusters = pd.concat([clusters, other.clusters]).groupby(level=0).sum()
@@ -101,8 +106,7 @@ class Tally:
             self.compared + other.compared,
             min(self.lowest, other.lowest),
             self.eps,
-            self.grid,
-            self.thresholds,
+            self.largest_eps,
             self.at_least + other.at_least,
             clusters,
         )
@@ -160,8 +164,7 @@ class TallyCounter:
     """Makes the tally of a frame in memory: the task of each partition."""
 
     eps: float | None
-    grid: np.ndarray
-    thresholds: np.ndarray
+    largest_eps: float
     cluster_field: str | None
 
     @property
@@ -173,11 +176,11 @@ class TallyCounter:
         frame = to_pandas(scores[self.columns])
         compared = compared_rows(frame)
         values = np.sort(compared[SCORE_COLUMN].to_numpy(dtype=np.float32))
-        at_least = len(values) - np.searchsorted(values, self.thresholds, side="left")
+        thresholds = _thresholds(self.eps, self.largest_eps)
+        at_least = len(values) - np.searchsorted(values, thresholds, side="left")
         lowest = float(values[0]) if len(values) else 1.0
-        return Tally(
-            len(frame), len(values), lowest, self.eps, self.grid, self.thresholds, at_least, self._clusters(frame)
-        )
+        clusters = self._clusters(frame)
+        return Tally(len(frame), len(values), lowest, self.eps, self.largest_eps, at_least, clusters)
 
     def _clusters(self, frame: pd.DataFrame) -> pd.DataFrame | None:
         if self.cluster_field is None:
@@ -194,15 +197,8 @@ def tally_counter(scores: Any, eps: float | None, *, largest_eps: float, cluster
     if eps is not None:
         check_eps(eps)
     check_scores(scores)
-    grid = largest_eps * np.linspace(0, 1, GRID) ** 2
-    # Three digits, as a person would choose them.
-    grid = np.array([float(f"{value:.3g}") for value in grid])
-    grid = np.unique([*grid, *([] if eps is None else [eps])])
-    threshold = 1.0 if eps is None else float(threshold_of(eps))
-    edges = np.concatenate([_edges_below(threshold), _edges_above(threshold)])
-    thresholds = np.unique(np.concatenate([threshold_of(grid), edges]).astype(np.float32))
     known = cluster_field if cluster_field in scores.columns else None
-    return TallyCounter(eps, grid, thresholds, known)
+    return TallyCounter(eps, largest_eps, known)
 
 
 def check_scores(scores: Any) -> None:
@@ -248,6 +244,21 @@ def merge_tree(parts: Sequence[Any], merge: Callable[[T, T], T]) -> Any:
         groups = [parts[start : start + FANOUT] for start in range(0, len(parts), FANOUT)]
         parts = [dask.delayed(partial(reduce, merge))(group) for group in groups]
     return parts[0]
+
+
+@lru_cache(maxsize=8)
+def _grid(eps: float | None, largest_eps: float) -> np.ndarray:
+    # Three digits, as a person would choose them.
+    values = [float(f"{value:.3g}") for value in largest_eps * np.linspace(0, 1, GRID) ** 2]
+    round_values = [value for value in ROUND_EPS if value <= largest_eps]
+    return np.unique([*values, *round_values, *([] if eps is None else [eps])])
+
+
+@lru_cache(maxsize=8)
+def _thresholds(eps: float | None, largest_eps: float) -> np.ndarray:
+    threshold = 1.0 if eps is None else float(threshold_of(eps))
+    edges = np.concatenate([_edges_below(threshold), _edges_above(threshold)])
+    return np.unique(np.concatenate([threshold_of(_grid(eps, largest_eps)), edges]).astype(np.float32))
 
 
 def _edges_below(threshold: float) -> np.ndarray:

@@ -1,0 +1,60 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const slider = document.getElementById("eps");
+  const lists = ["before", "dropped", "kept", "after"].map((name) => document.getElementById(name));
+  // All pairs, the most similar first, as they stand in the four lists.
+  const pairs = lists.flatMap((list) => [...list.querySelectorAll(".pair")]);
+  const bars = data.histogram.edges.map((_, number) => document.querySelector(`#histogram-bar-${number} path`));
+  const marks = ["histogram", "duplicates"].map((name) => document.getElementById(`${name}-mark`));
+  const whole = new Intl.NumberFormat("en-US");
+  const percent = (count) => `${((100 * count) / (data.rows || 1)).toFixed(2)}%`;
+
+  function write(values) {
+    for (const element of document.querySelectorAll("[data-value]")) element.textContent = values[element.dataset.value];
+  }
+
+  function movePairs(threshold) {
+    const cut = pairs.filter((pair) => Number(pair.dataset.score) >= threshold).length;
+    const cuts = [0, Math.max(0, cut - data.shown), cut, cut + data.shown, pairs.length];
+    lists.forEach((list, number) => list.replaceChildren(...pairs.slice(cuts[number], cuts[number + 1])));
+  }
+
+  function moveMarks(number) {
+    const share = (at) => data.duplicates[at] / (data.rows || 1);
+    const { histogram, curve } = data;
+    const right = histogram.x[1] * (data.thresholds[number] - data.thresholds[data.start]);
+    marks[0].setAttribute("transform", `translate(${right} 0)`);
+    const across = curve.x[1] * (data.eps[number] - data.eps[data.start]);
+    const down = curve.y[1] * (share(number) - share(data.start));
+    marks[1].setAttribute("transform", `translate(${across} ${down})`);
+    bars.forEach((bar, at) => {
+      const colour = histogram.edges[at] >= data.thresholds[number] - 1e-9 ? "var(--vermilion)" : "var(--blue)";
+      bar.style.fill = colour;
+      bar.style.stroke = colour;
+    });
+  }
+
+  function choose(number) {
+    const eps = Number(data.eps[number].toPrecision(6));
+    const count = data.duplicates[number];
+    const kept = data.rows - count;
+    write({
+      eps,
+      similarity: Number((1 - eps).toPrecision(6)),
+      duplicates: whole.format(count),
+      share: percent(count),
+      kept: whole.format(kept),
+      "kept-share": percent(kept),
+    });
+    slider.setAttribute("aria-valuetext", `eps ${eps}: ${count} duplicates, ${percent(count)}`);
+    movePairs(data.thresholds[number]);
+    moveMarks(number);
+  }
+
+  slider.max = data.eps.length - 1;
+  slider.value = data.start;
+  slider.addEventListener("input", () => choose(Number(slider.value)));
+  document.querySelector(".controls").hidden = false;
+  choose(data.start);
+})();

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import difflib
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,26 @@ import pandas as pd
 from markupsafe import Markup
 
 from dask_semdedup.duplicates import SCORE_COLUMN, check_eps
-from dask_semdedup.tally import SCORE_FIELDS, check_scores, compared_rows, delayed_parts, merge_tree
-from dask_semdedup.tally import threshold_of, to_pandas
+from dask_semdedup.tally import (
+    SCORE_FIELDS,
+    check_scores,
+    compared_rows,
+    delayed_parts,
+    merge_tree,
+    threshold_of,
+    to_pandas,
+)
 
-__all__ = ["Pair", "TextGallery", "compare_texts", "document_text", "load_asset", "pairs_around", "select_pairs", "text_gallery"]
+__all__ = [
+    "Pair",
+    "TextGallery",
+    "compare_texts",
+    "document_text",
+    "load_asset",
+    "pairs_around",
+    "select_pairs",
+    "text_gallery",
+]
 
 # Characters of a text that are shown and compared.
 MOST_CHARACTERS = 500
@@ -159,7 +174,8 @@ def compare_texts(one: str, other: str, most: int = MOST_CHARACTERS) -> tuple[li
     """
     start = 0
     if one != other and max(len(one), len(other)) > most:
-        alike = len(os.path.commonprefix([one, other]))
+        shorter = min(len(one), len(other))
+        alike = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), shorter)
         start = max(0, alike - most // 3) if alike > most // 2 else 0
     left, right = (WORDS.findall(text[start : start + most]) for text in (one, other))
     pieces: tuple[list[Piece], list[Piece]] = ([], [])
@@ -315,4 +331,4 @@ def templates() -> Any:
 
 def load_asset(name: str) -> Markup:
     """A style sheet or script of the package, which pages hold as it is."""
-    return Markup(files("dask_semdedup").joinpath("templates", name).read_text(encoding="utf-8"))  # noqa: S704
+    return Markup(files("dask_semdedup").joinpath("templates", name).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """From scores to a page that stands alone: numbers, pictures and pairs, to look at before choosing eps.
 
-The page is one file that fetches nothing: pictures, style and script are in it, and it forbids browsers everything else.
+The page is one file that fetches nothing: pictures, style and script are in it, and browsers are told to allow no more.
 What it shows of the scores is summed up partition by partition, and of the documents only those of its pairs are read.
 """
 
@@ -83,9 +83,7 @@ class Documents:
 
     def find(self, ids: pd.Index) -> pd.DataFrame:
         """The documents of these ids, by id."""
-        found = find_rows(
-            self.path, ids, self.columns, id_field=self.id_field, storage_options=self.storage_options
-        )
+        found = find_rows(self.path, ids, self.columns, id_field=self.id_field, storage_options=self.storage_options)
         if len(ids) and not len(found):
             raise InvalidArgumentError(
                 f"None of {len(ids):,} ids of the scores, such as {some(ids, 3)}, is in column {self.id_field!r} of "
@@ -279,7 +277,7 @@ def _svg(figure: Figure, label: str) -> Markup:
     variables = {plots.BLUE: "blue", plots.VERMILION: "vermilion", plots.INK: "soft", plots.PALE: "line"}
     for colour, name in variables.items():
         svg = svg.replace(colour.lower(), f"var(--{name})")
-    return Markup(svg.replace("xlink:href", "href"))  # noqa: S704
+    return Markup(svg.replace("xlink:href", "href"))
 
 
 def _scales(figure: Figure) -> tuple[tuple[float, float], tuple[float, float]]:

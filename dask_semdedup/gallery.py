@@ -180,7 +180,7 @@ def compare_texts(one: str, other: str, most: int = MOST_CHARACTERS) -> tuple[li
     left, right = (WORDS.findall(text[start : start + most]) for text in (one, other))
     pieces: tuple[list[Piece], list[Piece]] = ([], [])
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
-    if matcher.ratio() < LEAST_SHARED:
+    if _shared(matcher, left, right) < LEAST_SHARED:
         runs = [(False, left, right)]
     else:
         runs = [(tag != "equal", left[a:b], right[c:d]) for tag, a, b, c, d in matcher.get_opcodes()]
@@ -194,6 +194,13 @@ def compare_texts(one: str, other: str, most: int = MOST_CHARACTERS) -> tuple[li
         if len(text) > start + most:
             side.append(Piece(" …"))
     return pieces
+
+
+def _shared(matcher: difflib.SequenceMatcher[str], left: list[str], right: list[str]) -> float:
+    """The share of words that both have, in the same order."""
+    shared = [word for block in matcher.get_matching_blocks() for word in left[block.a : block.a + block.size]]
+    words = sum(not word.isspace() for word in [*left, *right])
+    return 2 * sum(not word.isspace() for word in shared) / max(words, 1)
 
 
 def text_gallery(

@@ -1,8 +1,8 @@
-"""Pictures of scores and duplicates, as Matplotlib figures.
+"""Pictures of scores and duplicates, as Matplotlib figures, and of pairs of texts, as HTML.
 
-Each function returns a :class:`matplotlib.figure.Figure` made without pyplot, so that nothing global changes and
-nothing needs a screen: a notebook shows what a function returns, a script calls ``savefig`` on it. Given ``figure=``,
-which may also be a subfigure, a function draws there instead, so that pictures can be put side by side.
+Each function that draws returns a :class:`matplotlib.figure.Figure` made without pyplot, so that nothing global changes
+and nothing needs a screen: a notebook shows what a function returns, a script calls ``savefig`` on it. Given
+``figure=``, which may also be a subfigure, a function draws there instead, so that pictures can be put side by side.
 """
 
 from __future__ import annotations
@@ -15,10 +15,21 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from dask_semdedup.errors import MissingColumnsError
+from dask_semdedup.gallery import pairs_around, text_gallery
 from dask_semdedup.tally import SCORE_FIELDS, compared_rows, take_tally, threshold_of, to_pandas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+__all__ = [
+    "cluster_sizes",
+    "compared_scores",
+    "duplicates_curve",
+    "pair_gallery",
+    "pairs_around",
+    "score_histogram",
+    "text_gallery",
+]
 
 AnyFigure: TypeAlias = Figure | SubFigure
 

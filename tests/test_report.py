@@ -51,9 +51,7 @@ def script_data(page: str) -> dict[str, Any]:
 def visible(page: str, name: str, following: str) -> list[float]:
     """Scores of the pairs in a list of the page, which ends where another element follows."""
     part = page[page.index(name) : page.index(following)]
-    return [
-        float(score) for score in re.findall(r'data-score="([^"]+)"', page[start : page.index("\n  </div>", start)])
-    ]
+    return [float(score) for score in re.findall(r'data-score="([^"]+)"', part)]
 
 
 # --- What it shows ---------------------------------------------------------------------------------------------------

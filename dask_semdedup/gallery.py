@@ -10,7 +10,7 @@ import base64
 import difflib
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -122,7 +122,7 @@ def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFr
     """
     check_eps(eps)
     check_scores(scores)
-    select = partial(select_pairs, thresholds=[threshold_of(eps)], count=count)
+    select = partial(select_pairs, counts={float(threshold_of(eps)): count})
     parts = delayed_parts(scores, SCORE_FIELDS)
     if parts is None:
         pairs = select(scores)
@@ -131,14 +131,14 @@ def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFr
     return pairs.assign(duplicate=pairs[SCORE_COLUMN].to_numpy() >= threshold_of(eps))
 
 
-def select_pairs(scores: Any, *, thresholds: Sequence[float], count: int, most_similar: int = 0) -> pd.DataFrame:
-    """The pairs nearest to each threshold, so many on both sides, and the most similar of all, best first."""
+def select_pairs(scores: Any, *, counts: Mapping[float, int], most_similar: int = 0) -> pd.DataFrame:
+    """The pairs nearest to each threshold, as many on both sides as it says, and the most similar, best first."""
     compared = to_pandas(compared_rows(scores[list(SCORE_FIELDS)]))
     values = compared[SCORE_COLUMN].to_numpy()
     order = np.argsort(values, kind="stable")
-    middles = np.searchsorted(values[order], np.asarray(thresholds, dtype=values.dtype))
-    near = (middles[:, None] + np.arange(-count, count)).ravel()
-    wanted = np.unique([*near, *range(len(order) - most_similar, len(order))]).astype(int)
+    middles = np.searchsorted(values[order], np.array(list(counts), dtype=values.dtype))
+    near = [middle + np.arange(-count, count) for middle, count in zip(middles, counts.values(), strict=True)]
+    wanted = np.unique(np.concatenate([*near, len(order) - 1 - np.arange(most_similar)]))
     wanted = wanted[(wanted >= 0) & (wanted < len(order))]
     return compared.take(order[wanted[::-1]]).reset_index(drop=True)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from dask_semdedup.errors import MissingColumnsError
 from dask_semdedup.gallery import pairs_around, text_gallery
@@ -181,6 +181,7 @@ def cluster_sizes(
     axes.set_xlim(0, max(len(counts), 1))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(THOUSANDS)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(THOUSANDS)
     axes.legend(frameon=False, labelcolor=INK, fontsize=10, loc="upper right")
     least, most = (counts["rows"].min(), counts["rows"].max()) if len(counts) else (0, 0)

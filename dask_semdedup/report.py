@@ -44,8 +44,9 @@ __all__ = ["Documents", "write_report"]
 
 PAGE = "index.html"
 LARGEST_EPS = 0.2
-# Values of eps between 0 and the largest around which there are pairs, and pairs on either side of the threshold.
-STOPS, SHOWN = 20, 4
+# Pairs that the page shows on either side of the threshold; and elsewhere, where the slider may go, so many values of
+# eps around which there are pairs, and pairs on either side of each.
+SHOWN, STOPS, SHOWN_ELSEWHERE = 4, 40, 2
 CLUSTERS_LISTED = 10
 
 
@@ -165,8 +166,9 @@ def write_report(
 def _survey(scores: Any, eps: float, largest_eps: float, cluster_field: str) -> tuple[Tally, pd.DataFrame]:
     """The tally of the scores and the pairs to show, in one pass."""
     count = tally_counter(scores, eps, largest_eps=largest_eps, cluster_field=cluster_field)
-    stops = np.unique([*(largest_eps * np.linspace(0, 1, STOPS) ** 2), eps])
-    select = partial(select_pairs, thresholds=threshold_of(stops), count=SHOWN, most_similar=SHOWN)
+    counts = dict.fromkeys(threshold_of(largest_eps * np.linspace(0, 1, STOPS) ** 2).tolist(), SHOWN_ELSEWHERE)
+    counts[float(threshold_of(eps))] = SHOWN
+    select = partial(select_pairs, counts=counts, most_similar=SHOWN)
     parts = delayed_parts(scores, count.columns)
     if parts is None:
         return count(scores), select(scores)
@@ -217,14 +219,14 @@ def _encoded(value: Any) -> Any:
 class Picture:
     """A figure as a PNG file and as part of a page.
 
-    `x` and `y` lead from data to the units of the SVG: offset and slope.
+    `x` and `y` lead from data to the units of the SVG, offset and slope; `width` is in those units.
     """
 
     png: bytes
     svg: Markup
     x: tuple[float, float]
     y: tuple[float, float]
-    edges: list[float]
+    width: float
 
 
 def _draw(tally: Tally, eps: float, cluster_field: str) -> dict[str, Picture]:
@@ -258,7 +260,7 @@ def _picture(name: str, draw: Any) -> Picture:
         axes.lines[-1].set_gid(f"{name}-mark")
     svg = _svg(figure, label)
     x, y = _scales(figure)
-    return Picture(encoded.getvalue(), svg, x, y, [bar.get_x() for bar in bars])
+    return Picture(encoded.getvalue(), svg, x, y, 72 * figure.get_size_inches()[0])
 
 
 def _svg(figure: Figure, label: str) -> Markup:
@@ -358,6 +360,6 @@ def _script_data(tally: Tally, eps: float, figures: Mapping[str, Picture]) -> di
         "eps": tally.grid.tolist(),
         "thresholds": threshold_of(tally.grid).astype(float).tolist(),
         "duplicates": tally.duplicates(tally.grid).tolist(),
-        "histogram": {"x": figures["histogram"].x, "edges": figures["histogram"].edges},
+        "histogram": {"x": figures["histogram"].x, "width": figures["histogram"].width},
         "curve": {"x": figures["duplicates"].x, "y": figures["duplicates"].y},
     }

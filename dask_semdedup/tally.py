@@ -20,7 +20,6 @@ from dask_semdedup.errors import MissingColumnsError
 __all__ = ["Tally", "delayed_parts", "merge_tree", "take_tally", "threshold_of"]
 
 SCORE_FIELDS = ("id", "max_id", SCORE_COLUMN)
-GRID = 401
 ROUND_EPS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 # Fine bins from which a histogram's bars are put together: of equal width below the threshold, and so many above it,
 # a number with many divisors.
@@ -128,7 +127,7 @@ def take_tally(
     eps : float, optional
         The choice of eps.
     largest_eps : float
-        Where the grid of eps ends; it begins at 0, and its values lie the closer the smaller they are.
+        Where the grid of eps ends; it begins at 0.
     cluster_field : str
         Column of clusters.
 
@@ -248,10 +247,12 @@ def merge_tree(parts: Sequence[Any], merge: Callable[[T, T], T]) -> Any:
 
 @lru_cache(maxsize=8)
 def _grid(eps: float | None, largest_eps: float) -> np.ndarray:
-    # Three digits, as a person would choose them.
-    values = [float(f"{value:.3g}") for value in largest_eps * np.linspace(0, 1, GRID) ** 2]
-    round_values = [value for value in ROUND_EPS if value <= largest_eps]
-    return np.unique([*values, *round_values, *([] if eps is None else [eps])])
+    """Values such as a person would choose, the closer the smaller they are."""
+    unit = 10.0 ** np.floor(np.log10(largest_eps))
+    steps = [unit * np.arange(50) / 500, unit * np.arange(10, 100) / 100, unit * np.arange(20, 201) / 20]
+    values = np.array([float(f"{value:.6g}") for value in np.concatenate(steps)])
+    chosen = [] if eps is None else [eps]
+    return np.unique([*values[values < largest_eps], largest_eps, *chosen])
 
 
 @lru_cache(maxsize=8)

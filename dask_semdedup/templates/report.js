@@ -5,10 +5,27 @@
   const lists = ["before", "dropped", "kept", "after"].map((name) => document.getElementById(name));
   // All pairs, the most similar first, as they stand in the four lists.
   const pairs = lists.flatMap((list) => [...list.querySelectorAll(".pair")]);
-  const bars = data.histogram.edges.map((_, number) => document.querySelector(`#histogram-bar-${number} path`));
   const marks = ["histogram", "duplicates"].map((name) => document.getElementById(`${name}-mark`));
+  const split = splitBars();
   const whole = new Intl.NumberFormat("en-US");
   const percent = (count) => `${((100 * count) / (data.rows || 1)).toFixed(2)}%`;
+
+  // One paint for all bars of the histogram, of two colours that meet at the threshold.
+  function splitBars() {
+    const make = (name, attributes) => {
+      const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+      for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+      return element;
+    };
+    const paint = make("linearGradient", { id: "split", gradientUnits: "userSpaceOnUse", x1: 0, x2: data.histogram.width });
+    for (const colour of ["blue", "vermilion"]) paint.append(make("stop", { style: `stop-color: var(--${colour})` }));
+    document.getElementById("histogram-mark").ownerSVGElement.append(paint);
+    for (const bar of document.querySelectorAll('[id^="histogram-bar-"] path')) {
+      bar.style.fill = "url(#split)";
+      bar.style.stroke = "none";
+    }
+    return paint;
+  }
 
   function write(values) {
     for (const element of document.querySelectorAll("[data-value]")) element.textContent = values[element.dataset.value];
@@ -28,11 +45,8 @@
     const across = curve.x[1] * (data.eps[number] - data.eps[data.start]);
     const down = curve.y[1] * (share(number) - share(data.start));
     marks[1].setAttribute("transform", `translate(${across} ${down})`);
-    bars.forEach((bar, at) => {
-      const colour = histogram.edges[at] >= data.thresholds[number] - 1e-9 ? "var(--vermilion)" : "var(--blue)";
-      bar.style.fill = colour;
-      bar.style.stroke = colour;
-    });
+    const border = (histogram.x[0] + histogram.x[1] * data.thresholds[number]) / histogram.width;
+    for (const stop of split.children) stop.setAttribute("offset", border);
   }
 
   function choose(number) {

@@ -20,7 +20,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.json
 from dask.tokenize import tokenize
-from dask.utils import parse_bytes
 from fsspec.utils import read_block
 
 from dask_semdedup._parquet import (
@@ -33,6 +32,7 @@ from dask_semdedup._parquet import (
     read_footers,
     read_schema,
 )
+from dask_semdedup._validate import check_bytes
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 
 __all__ = ["find_rows", "read_scores", "read_table", "table_token"]
@@ -96,7 +96,7 @@ def read_table(
        id embeddings
     0   1    [1. 0.]
     """
-    size = _parse_size(partition_size)
+    size = check_bytes("partition_size", partition_size)
     options = dict(storage_options or {})
     fs, files = _list_json(path, options)
     if files:
@@ -147,7 +147,7 @@ def read_scores(
     0  a      a               0.0         7
     1  b      a               0.5         7
     """
-    size = _parse_size(partition_size)
+    size = check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
     first, info = next(iter(files.items()))
     schema = read_schema(fs, first, info["size"])
@@ -220,16 +220,6 @@ def table_token(path: str | os.PathLike[str], storage_options: Mapping[str, Any]
 
 def _select_ids(rows: pd.DataFrame, id_field: str, wanted: pd.Index) -> pd.DataFrame:
     return rows[rows[id_field].isin(wanted)]
-
-
-def _parse_size(partition_size: str | int) -> int:
-    try:
-        size = parse_bytes(partition_size)
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise InvalidArgumentError(f"partition_size must be a size such as '128MiB', not {partition_size!r}.")
-    return int(size)
 
 
 def _group(items: Sequence[Any], sizes: Sequence[int], most: int) -> list[tuple[Any, ...]]:

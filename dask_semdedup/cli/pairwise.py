@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.execution import connect, log_to, show_progress
-from dask_semdedup.cli.files import staged_folder, write_frame
+from dask_semdedup.cli.files import write_frame
 from dask_semdedup.cli.options import (
     cluster_option,
     embedding_options,
@@ -24,6 +24,7 @@ from dask_semdedup.cli.options import (
     message_options,
     search_options,
 )
+from dask_semdedup.folders import staged_folder
 
 if TYPE_CHECKING:
     from dask_semdedup.ranking import RankingStrategy

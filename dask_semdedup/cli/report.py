@@ -8,7 +8,6 @@ import click
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.execution import connect, show_progress, show_tasks
-from dask_semdedup.cli.files import staged_folder
 from dask_semdedup.cli.options import (
     cluster_option,
     document_options,
@@ -18,6 +17,7 @@ from dask_semdedup.cli.options import (
     message_options,
 )
 from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.folders import staged_folder
 
 SUFFIXES = (".html", ".png")
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
-from dask_semdedup.cli.files import refuse_overlap, write_frame
+from dask_semdedup.cli.files import write_frame
 from dask_semdedup.cli.options import (
     cluster_option,
     document_options,
@@ -27,6 +27,7 @@ from dask_semdedup.cli.options import (
 )
 from dask_semdedup.cli.steps import Outcome, Step, make_step, plan_steps
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.folders import refuse_overlap
 
 if TYPE_CHECKING:
     import dask.dataframe as dd

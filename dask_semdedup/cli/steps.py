@@ -11,8 +11,10 @@ from typing import Any
 
 import fsspec
 
-from dask_semdedup.cli.files import MANIFEST, replaced_when_done
 from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.folders import replaced_when_done
+
+MANIFEST = "_manifest.json"
 
 NO_REASON = ""
 

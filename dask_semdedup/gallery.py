@@ -21,14 +21,12 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from dask_semdedup.duplicates import SCORE_COLUMN, check_eps
+from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, check_score_columns, is_duplicate, threshold
 from dask_semdedup.tally import (
     SCORE_FIELDS,
-    check_scores,
     compared_rows,
     delayed_parts,
     merge_tree,
-    threshold_of,
     to_pandas,
 )
 
@@ -121,14 +119,14 @@ def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFr
     1   3       2             0.900      False
     """
     check_eps(eps)
-    check_scores(scores)
-    select = partial(select_pairs, counts={float(threshold_of(eps)): count})
+    check_score_columns(scores, SCORE_FIELDS)
+    select = partial(select_pairs, counts={float(threshold(eps)): count})
     parts = delayed_parts(scores, SCORE_FIELDS)
     if parts is None:
         pairs = select(scores)
     else:
         pairs = merge_tree([dask.delayed(select)(part) for part in parts], partial(merge_pairs, select)).compute()
-    return pairs.assign(duplicate=pairs[SCORE_COLUMN].to_numpy() >= threshold_of(eps))
+    return pairs.assign(duplicate=is_duplicate(pairs[SCORE_COLUMN], eps))
 
 
 def select_pairs(scores: Any, *, counts: Mapping[float, int], most_similar: int = 0) -> pd.DataFrame:
@@ -242,7 +240,7 @@ def text_gallery(
         Pair("", "", float(score), compare_texts(*texts), same=texts[0] == texts[1])
         for texts, score in zip(shown, scores, strict=True)
     ]
-    return TextGallery(pairs, title, None if eps is None else float(threshold_of(eps)))
+    return TextGallery(pairs, title, None if eps is None else float(threshold(eps)))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from dask_semdedup.duplicates import threshold as duplicate_threshold
 from dask_semdedup.errors import MissingColumnsError
 from dask_semdedup.gallery import pairs_around, text_gallery
-from dask_semdedup.tally import SCORE_FIELDS, compared_rows, take_tally, threshold_of, to_pandas
+from dask_semdedup.tally import SCORE_FIELDS, compared_rows, take_tally, to_pandas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +73,7 @@ def score_histogram(
     '1 duplicate among 2 compared rows'
     """
     tally = take_tally(scores, eps)
-    threshold = 1.0 if eps is None else float(threshold_of(eps))
+    threshold = 1.0 if eps is None else float(duplicate_threshold(eps))
     figure, axes = _axes(figure, "Cosine similarity to the most similar preferred row", "Rows")
     edges, counts = tally.histogram(bins)
     colours = [VERMILION if left >= threshold else BLUE for left in edges[:-1]]

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from dask_semdedup.duplicates import SCORE_COLUMN, check_eps
+from dask_semdedup.duplicates import EPS_GRID, SCORE_COLUMN, check_eps, threshold
 from dask_semdedup.errors import InvalidArgumentError, some
 from dask_semdedup.gallery import (
     Pair,
@@ -35,7 +35,7 @@ from dask_semdedup.gallery import (
     thumbnail,
 )
 from dask_semdedup.tables import find_rows
-from dask_semdedup.tally import ROUND_EPS, Tally, delayed_parts, merge_tree, tally_counter, threshold_of
+from dask_semdedup.tally import Tally, delayed_parts, merge_tree, tally_counter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,8 +166,8 @@ def write_report(
 def _survey(scores: Any, eps: float, largest_eps: float, cluster_field: str) -> tuple[Tally, pd.DataFrame]:
     """The tally of the scores and the pairs to show, in one pass."""
     count = tally_counter(scores, eps, largest_eps=largest_eps, cluster_field=cluster_field)
-    counts = dict.fromkeys(threshold_of(largest_eps * np.linspace(0, 1, STOPS) ** 2).tolist(), SHOWN_ELSEWHERE)
-    counts[float(threshold_of(eps))] = SHOWN
+    counts = dict.fromkeys(threshold(largest_eps * np.linspace(0, 1, STOPS) ** 2).tolist(), SHOWN_ELSEWHERE)
+    counts[float(threshold(eps))] = SHOWN
     select = partial(select_pairs, counts=counts, most_similar=SHOWN)
     parts = delayed_parts(scores, count.columns)
     if parts is None:
@@ -307,12 +307,12 @@ def _render(
 ) -> str:
     from dask_semdedup import __version__
 
-    threshold = float(threshold_of(eps))
-    dropped = [card for card in cards if card.score >= threshold]
+    border = float(threshold(eps))
+    dropped = [card for card in cards if card.score >= border]
     kept = cards[len(dropped) :]
     script = load_asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    rows = [value for value in tally.grid if value in ROUND_EPS or value == eps]
+    rows = [value for value in tally.grid if value in EPS_GRID or value == eps]
     return str(
         templates()
         .get_template("report.html")
@@ -358,7 +358,7 @@ def _script_data(tally: Tally, eps: float, figures: Mapping[str, Picture]) -> di
         "shown": SHOWN,
         "start": int(np.searchsorted(tally.grid, eps)),
         "eps": tally.grid.tolist(),
-        "thresholds": threshold_of(tally.grid).astype(float).tolist(),
+        "thresholds": threshold(tally.grid).astype(float).tolist(),
         "duplicates": tally.duplicates(tally.grid).tolist(),
         "histogram": {"x": figures["histogram"].x, "width": figures["histogram"].width},
         "curve": {"x": figures["duplicates"].x, "y": figures["duplicates"].y},

@@ -14,13 +14,11 @@ import dask
 import numpy as np
 import pandas as pd
 
-from dask_semdedup.duplicates import SCORE_COLUMN, check_eps
-from dask_semdedup.errors import MissingColumnsError
+from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, check_score_columns, is_duplicate, threshold
 
-__all__ = ["Tally", "delayed_parts", "merge_tree", "take_tally", "threshold_of"]
+__all__ = ["Tally", "delayed_parts", "merge_tree", "take_tally"]
 
 SCORE_FIELDS = ("id", "max_id", SCORE_COLUMN)
-ROUND_EPS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 # Fine bins from which a histogram's bars are put together: of equal width below the threshold, and so many above it,
 # a number with many divisors.
 FINE_WIDTH, FINE_ABOVE = 2**-15, 5040
@@ -71,7 +69,7 @@ class Tally:
 
     def duplicates(self, eps: Any) -> Any:
         """Number of duplicates at one or several values of eps, of the `grid`."""
-        wanted = threshold_of(eps)
+        wanted = threshold(eps)
         index = np.searchsorted(self.thresholds, wanted)
         if not np.array_equal(self.thresholds.take(index, mode="clip"), wanted):
             raise ValueError(f"The tally does not count the duplicates at eps={eps!r}, only those of its grid.")
@@ -82,15 +80,15 @@ class Tally:
 
         One edge is exactly at the threshold, so that no bar has two colours.
         """
-        threshold = 1.0 if self.eps is None else float(threshold_of(self.eps))
-        lowest = min(self.lowest, threshold)
+        border = 1.0 if self.eps is None else float(threshold(self.eps))
+        lowest = min(self.lowest, border)
         step = max(1, round((1 - lowest) / bins / FINE_WIDTH))
         width = step * FINE_WIDTH
-        above = min(_DIVISORS, key=lambda count: abs(count - (1 - threshold) / width)) if threshold < 1 else 0
-        below = max(0 if above else 1, int(np.ceil((threshold - lowest) / width)))
-        fine = _edges_below(threshold)
+        above = min(_DIVISORS, key=lambda count: abs(count - (1 - border) / width)) if border < 1 else 0
+        below = max(0 if above else 1, int(np.ceil((border - lowest) / width)))
+        fine = _edges_below(border)
         edges_below = fine[np.maximum(-step * np.arange(below, 0, -1), -len(fine))]
-        edges = np.concatenate([edges_below, _edges_above(threshold)[:: FINE_ABOVE // above] if above else [1.0]])
+        edges = np.concatenate([edges_below, _edges_above(border)[:: FINE_ABOVE // above] if above else [1.0]])
         at_least = self.at_least[np.searchsorted(self.thresholds, edges.astype(np.float32))]
         at_least[0], at_least[-1] = self.compared, 0
         return edges, -np.diff(at_least)
@@ -186,7 +184,7 @@ class TallyCounter:
             return None
         dropped = frame["id"] != frame["max_id"]
         if self.eps is not None:
-            dropped &= frame[SCORE_COLUMN] >= threshold_of(self.eps)
+            dropped &= is_duplicate(frame[SCORE_COLUMN], self.eps)
         counted = pd.DataFrame({"rows": 1, "duplicates": dropped.to_numpy(dtype=np.int64)})
         return counted.groupby(frame[self.cluster_field].to_numpy()).sum()
 
@@ -195,26 +193,9 @@ def tally_counter(scores: Any, eps: float | None, *, largest_eps: float, cluster
     """Check the columns of a frame of scores, and say how to make the tally of each of its partitions."""
     if eps is not None:
         check_eps(eps)
-    check_scores(scores)
+    check_score_columns(scores, SCORE_FIELDS)
     known = cluster_field if cluster_field in scores.columns else None
     return TallyCounter(eps, largest_eps, known)
-
-
-def check_scores(scores: Any) -> None:
-    """Raise `MissingColumnsError` unless a frame has the columns of scores."""
-    if not set(SCORE_FIELDS) <= set(scores.columns):
-        raise MissingColumnsError.build(SCORE_FIELDS, scores.columns, "Scores come from ddf.semdedup.pairwise().")
-
-
-def threshold_of(eps: Any) -> Any:
-    """The score from which rows are duplicates, rounded as the scores are.
-
-    Examples
-    --------
-    >>> float(threshold_of(0.5))
-    0.5
-    """
-    return np.subtract(1, eps).astype(np.float32)
 
 
 def compared_rows(frame: Any) -> Any:
@@ -257,17 +238,17 @@ def _grid(eps: float | None, largest_eps: float) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _thresholds(eps: float | None, largest_eps: float) -> np.ndarray:
-    threshold = 1.0 if eps is None else float(threshold_of(eps))
-    edges = np.concatenate([_edges_below(threshold), _edges_above(threshold)])
-    return np.unique(np.concatenate([threshold_of(_grid(eps, largest_eps)), edges]).astype(np.float32))
+    border = 1.0 if eps is None else float(threshold(eps))
+    edges = np.concatenate([_edges_below(border), _edges_above(border)])
+    return np.unique(np.concatenate([threshold(_grid(eps, largest_eps)), edges]).astype(np.float32))
 
 
-def _edges_below(threshold: float) -> np.ndarray:
+def _edges_below(border: float) -> np.ndarray:
     """Fine edges from below -1 up to the threshold, which is not among them."""
-    count = int(np.ceil((threshold + 1) / FINE_WIDTH)) + 1
-    return threshold - FINE_WIDTH * np.arange(count, 0, -1)
+    count = int(np.ceil((border + 1) / FINE_WIDTH)) + 1
+    return border - FINE_WIDTH * np.arange(count, 0, -1)
 
 
-def _edges_above(threshold: float) -> np.ndarray:
+def _edges_above(border: float) -> np.ndarray:
     """Fine edges from the threshold to 1."""
-    return np.linspace(threshold, 1, FINE_ABOVE + 1) if threshold < 1 else np.array([1.0])
+    return np.linspace(border, 1, FINE_ABOVE + 1) if border < 1 else np.array([1.0])

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dask_semdedup.duplicates import threshold
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
-from dask_semdedup.tally import take_tally, threshold_of
+from dask_semdedup.tally import take_tally
 
 SCORES = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=40)
 
@@ -42,8 +43,8 @@ def test_tallies_of_partitions_make_that_of_the_whole(values: list[float], eps: 
 def test_duplicates_are_those_that_the_threshold_selects(values: list[float], eps: float) -> None:
     tally = take_tally(frame_of(values), eps)
     scores = np.array(values, dtype=np.float32)
-    assert tally.duplicates(eps) == (scores >= threshold_of(eps)).sum()
-    expected = [(scores >= threshold_of(value)).sum() for value in tally.grid]
+    assert tally.duplicates(eps) == (scores >= threshold(eps)).sum()
+    expected = [(scores >= threshold(value)).sum() for value in tally.grid]
     assert tally.duplicates(tally.grid).tolist() == expected
     assert tally.clusters["duplicates"].sum() == tally.duplicates(eps)
 
@@ -58,7 +59,7 @@ def test_bars_hold_every_score_once(values: list[float], eps: float | None, bins
     expected, _ = np.histogram(np.array(values, dtype=np.float32), edges.astype(np.float32))
     assert counts.tolist() == expected.tolist()
     if eps:
-        assert threshold_of(eps) in edges.astype(np.float32)
+        assert threshold(eps) in edges.astype(np.float32)
 
 
 def test_only_counted_eps_are_answered() -> None:

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dask_semdedup.cli.execution import follow_futures, show_tasks
+from dask_semdedup.embeddings import is_cudf
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -47,5 +50,9 @@ def write_part(
     fs, path = fsspec.url_to_fs(folder, **storage_options)
     # Unlike `fsspec.open`, this does not make the folder anew for a late writer of a run that has failed.
     with fs.open(f"{path}/part.{number:06d}.parquet", "wb") as file:
-        rows.to_parquet(file, index=False)
+        if is_cudf(rows):
+            rows.to_parquet(file, index=False)
+        else:
+            # Without pandas' own metadata: pandas cannot read what it says there of columns of lists.
+            pq.write_table(pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None), file)
     return pd.DataFrame({"rows": [len(rows)]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -128,14 +129,19 @@ def command(
         reasons = plan_steps(steps, run.output, redo_from=first, storage_options=storage_options)
         outcomes: dict[str, Outcome] = {}
         start = time.perf_counter()
-        with connect(scheduler, workers) as run.client:
+        with connect(scheduler, workers) if any(reasons.values()) else nullcontext() as run.client:
             if verbose:
                 log_to(progress.console)
             for step in steps:
-                needs = {name: outcomes[name].manifest for name in step.needs}
-                outcomes[step.name] = make_step(
-                    step, run.output, reasons[step.name], storage_options=storage_options, needs=needs
+                outcome = make_step(
+                    step,
+                    run.output,
+                    reasons[step.name],
+                    storage_options=storage_options,
+                    needs={name: outcomes[name].manifest for name in step.needs},
                 )
+                outcomes[step.name] = outcome
+                run.counts[step.name] = outcome.manifest.counts
         seconds = time.perf_counter() - start
     if not quiet:
         Console().print(outcome_table(outcomes, run.eps, seconds))
@@ -172,7 +178,8 @@ class Run:
     storage_options: dict[str, Any]
     verbose: bool
     progress: Progress
-    client: Client | None = field(default=None)
+    client: Client | None = None
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def steps(self) -> list[Step]:
         """All steps in their order, once INPUT is seen to have what they need."""
@@ -299,6 +306,8 @@ class Run:
 
     def _find_duplicates(self, folder: str) -> dict[str, int]:
         duplicates = self._read_scores().semdedup.duplicates(self.eps)
+        # From eps = 1 on, the first rows of clusters are among them, which are kept.
+        duplicates = duplicates[duplicates["id"] != duplicates["max_id"]]
         return {"duplicates": self._write(duplicates, folder, "Finding duplicates")}
 
     def _deduplicate(self, folder: str) -> dict[str, int]:
@@ -306,7 +315,14 @@ class Run:
 
         duplicates = read_table(self._folder("duplicates"), storage_options=self.storage_options)
         kept = self._read_input().semdedup.remove(duplicates, self.id_field)
-        return {"rows": self._write(kept, folder, "Removing")}
+        rows = self._write(kept, folder, "Removing")
+        scored, dropped = self.counts["scores"]["rows"], self.counts["duplicates"]["duplicates"]
+        if rows + dropped != scored:
+            raise InvalidArgumentError(
+                f"{self.input_path} has {rows + dropped:,} rows, of which {dropped:,} are duplicates, but {scored:,} "
+                "were scored. Pass '--from clusters' to make all of it from what INPUT holds now."
+            )
+        return {"rows": rows}
 
     def _report(self, folder: str) -> dict[str, int]:
         from dask_semdedup.report import Documents, write_report
@@ -342,10 +358,10 @@ def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> T
         "report": "index.html",
     }
     table = Table(box=None, header_style="dim", padding=(0, 2))
-    table.add_column("Step", style="bold")
-    table.add_column("Result", justify="right")
-    table.add_column("Time", justify="right")
-    table.add_column("", style="dim")
+    table.add_column("Step", style="bold", no_wrap=True)
+    table.add_column("Result", justify="right", no_wrap=True)
+    table.add_column("Time", justify="right", no_wrap=True)
+    table.add_column("Why", style="dim")
     for name, outcome in outcomes.items():
         taken = "reused" if outcome.reused else f"{outcome.manifest.seconds:,.1f} s"
         table.add_row(name, results[name], taken, "" if outcome.reason == "new" else outcome.reason)

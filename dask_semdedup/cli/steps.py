@@ -117,7 +117,7 @@ def _reason(step: Step, manifests: Mapping[str, Manifest | None], made: Collecti
     if manifest is None:
         return "new"
     if asked:
-        return "redone"
+        return "asked for"
     changes = _changes(manifest.parameters, step.parameters)
     if changes and step.costly:
         raise InvalidArgumentError(
@@ -125,18 +125,18 @@ def _reason(step: Step, manifests: Mapping[str, Manifest | None], made: Collecti
             "that follows anew, or name another OUTPUT."
         )
     if made:
-        return f"redone after {', '.join(made)}"
+        return f"after {', '.join(made)}"
     anew = [name for name in step.needs if (other := manifests[name]) and manifest.needs.get(name) != other.token]
     if anew:
-        return f"redone after {', '.join(anew)}"
-    return f"redone: {changes}" if changes else NO_REASON
+        return f"after {', '.join(anew)}"
+    return changes or NO_REASON
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The parameters that differ, with both values where these are short."""
     changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     return ", ".join(
-        "the files of INPUT have changed" if name == "files" else f"{name}: {before.get(name)} → {now.get(name)}"
+        "the files of INPUT have changed" if name == "files" else f"{name} {before.get(name)} → {now.get(name)}"
         for name in changed
     )
 

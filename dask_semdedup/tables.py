@@ -111,7 +111,7 @@ def read_scores(
     *,
     cluster_field: str = "centroid",
     storage_options: Mapping[str, Any] | None = None,
-    partition_size: str | int = "128MiB",
+    partition_size: str | int = "32MiB",
 ) -> dd.DataFrame:
     """Read scores as a lazy frame: those that the command writes, or the files of the stages.
 
@@ -121,8 +121,10 @@ def read_scores(
         A folder of Parquet files.
     cluster_field : str, default "centroid"
         Column of clusters. Where the files have none, it is taken from names such as ``cluster_7.parquet``.
-    storage_options, partition_size
-        As for `read_table`.
+    storage_options : mapping, optional
+        Arguments of the fsspec file system.
+    partition_size : str or int, default "32MiB"
+        About how much memory a partition takes: a million rows or so, to be sorted.
 
     Returns
     -------
@@ -354,11 +356,13 @@ class JsonReader:
 def _list_json(
     path: str | os.PathLike[str], storage_options: Mapping[str, Any]
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, Any]]:
-    """The files of JSON lines at a path: those that are no Parquet, where there is no Parquet."""
+    """The files of JSON lines at a path; beside Parquet, what ends in .json is about the data and is none of it."""
     fs, root = fsspec.url_to_fs(os.fspath(path), **storage_options)
     found = fs.find(root, detail=True)
     files = {name: info for name, info in found.items() if name.endswith(JSON_SUFFIXES) and not _is_hidden(name)}
     parquet = [name for name in found if name.endswith(PARQUET_SUFFIXES) and not _is_hidden(name)]
+    if parquet:
+        files = {name: info for name, info in files.items() if not name.endswith((".json", ".json.gz"))}
     if files and parquet:
         raise ClusterError(f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(files, 1)}). Part them.")
     return fs, dict(sorted(files.items()))

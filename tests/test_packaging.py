@@ -58,6 +58,11 @@ def test_import_starts_nothing() -> None:
     assert run_python(code) == "[]"
 
 
+def test_command_imports_only_what_its_help_needs() -> None:
+    heavy = ["matplotlib", "PIL", "pyarrow.json", "sentence_transformers", "sklearn", "torch"]
+    assert run_python(f"import sys, dask_semdedup.cli; print(sorted(set({heavy!r}) & set(sys.modules)))") == "[]"
+
+
 def test_version_is_the_distributions() -> None:
     assert dask_semdedup.__version__ == distribution("dask-semdedup").version
 

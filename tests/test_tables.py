@@ -96,6 +96,8 @@ def test_mixed_folders_and_missing_columns_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(MissingColumnsError, match="'text'"):
         read_table(tmp_path, ["id", "text"])
+    (tmp_path / "dataset_info.json").write_text('{"rows": 1}')
+    assert len(read_table(tmp_path)) == 1
     write_json(tmp_path / "b.jsonl", ROWS)
     with pytest.raises(ClusterError, match="both Parquet"):
         read_table(tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
-from dask_semdedup.cli.execution import connect, show_progress, show_tasks
+from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
 from dask_semdedup.cli.options import (
     cluster_option,
     document_options,
@@ -90,6 +90,8 @@ def command(
         ) as folder,
         show_progress(enabled=not quiet) as progress,
     ):
+        if verbose:
+            log_to(progress.console)
         scores = read_scores(scores_path, cluster_field=cluster_field, storage_options=storage_options)
         with connect(scheduler, workers) as client, show_tasks(progress, "Reading", client=client):
             tally = write_report(

@@ -14,7 +14,7 @@ import dask_semdedup  # noqa: F401  (registers ddf.semdedup, which autodoc then 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 # So that program-output finds the command of this environment, and its help is as wide as a page.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-os.environ["COLUMNS"] = "100"
+os.environ["COLUMNS"] = "90"
 
 project = "dask-semdedup"
 author = "dask-semdedup developers"
@@ -43,6 +43,7 @@ html_math_renderer = "mathml"
 # The API. Types are in the docstrings, so that signatures stay short.
 autosummary_generate = True
 autodoc_typehints = "none"
+add_module_names = False
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 default_role = "literal"
@@ -51,6 +52,11 @@ nitpick_ignore_regex = [("py:class", r"(Exception|KeyError|ValueError)")]
 
 html_theme = "furo"
 html_title = "dask-semdedup"
+# The blue of the package's figures, and a lighter one to read on dark ground.
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#0072B2", "color-brand-content": "#0072B2"},
+    "dark_css_variables": {"color-brand-primary": "#56B4E9", "color-brand-content": "#56B4E9"},
+}
 html_static_path = ["_static"]
 html_css_files = ["semdedup.css"]
 html_show_sphinx = False

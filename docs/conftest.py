@@ -10,8 +10,8 @@ import pytest
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
 
-# Settings of Sphinx, and what it built, hold no examples.
-collect_ignore = ["_build", "_ext", "conf.py"]
+# Settings, pictures and what was built hold no examples.
+collect_ignore = ["_build", "_ext", "conf.py", "images"]
 
 
 @pytest.fixture(scope="module")

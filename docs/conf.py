@@ -61,6 +61,7 @@ html_static_path = ["_static"]
 html_css_files = ["semdedup.css"]
 html_show_sphinx = False
 html_copy_source = False
+smartquotes = False
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 copybutton_exclude = ".linenos, .gp, .go"

@@ -5,9 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Integral
 
+from dask.utils import parse_bytes
+
 from dask_semdedup.errors import InvalidArgumentError
 
-__all__ = ["check_choice", "check_positive", "check_seed"]
+__all__ = ["check_bytes", "check_choice", "check_positive", "check_seed"]
+
+
+def check_bytes(name: str, value: str | int) -> int:
+    """Give a size in bytes as a number, or raise unless it is one and positive.
+
+    Examples
+    --------
+    >>> check_bytes("partition_size", "128MiB")
+    134217728
+    """
+    try:
+        size = int(parse_bytes(value))
+    except ValueError as error:
+        raise InvalidArgumentError(f"{name} must be bytes, as '128MiB', not {value!r}.") from error
+    if size <= 0:
+        raise InvalidArgumentError(f"{name} must be positive, not {value!r}.")
+    return size
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -4,26 +4,50 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import os
 import time
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import dask
 import dask.dataframe as dd
+import numpy as np
+from dask import _expr as core
 from dask.dataframe.dask_expr._collection import new_collection
-from dask.dataframe.dask_expr._expr import Blockwise
+from dask.dataframe.dask_expr._expr import Blockwise, Expr, Projection, _DelayedExpr, determine_column_projection
 from dask.dataframe.extensions import register_dataframe_accessor
 
-from dask_semdedup._validate import check_choice, check_positive
-from dask_semdedup.clusters import align, no_cluster_column
+from dask_semdedup._validate import check_bytes, check_choice, check_positive
+from dask_semdedup.clusters import align, cluster_files, no_cluster_column
 from dask_semdedup.duplicates import find_duplicates
-from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype
+from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.folders import staged_folder
+from dask_semdedup.kmeans import (
+    DISTANCE_COLUMNS,
+    check_centroids,
+    check_fit_arguments,
+    default_n_clusters,
+    fit_centroids,
+    home_field,
+    kmeans_meta,
+    kmeans_partition,
+    too_many_clusters,
+)
+from dask_semdedup.layout import check_cluster_dtype, write_layout
 from dask_semdedup.pairwise import DEVICES, SCORE_COLUMNS, pairwise_meta, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, choose_strategy
+from dask_semdedup.sampling import draw, partition_lengths, sample_embeddings
 
 __all__ = ["SemDedupAccessor"]
 
 # As in `dask_semdedup.search`, which is not imported here because it needs torch, and that takes seconds.
 COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+# Rows of a sample for each cluster: the default, and what is too few to fit on.
+ROWS_PER_CLUSTER = 256
+FEW_ROWS_PER_CLUSTER = 40
 
 logger = logging.getLogger("dask_semdedup")
 
@@ -32,12 +56,314 @@ logger = logging.getLogger("dask_semdedup")
 class SemDedupAccessor:
     """Semantic deduplication, as ``ddf.semdedup``.
 
-    Every method returns a lazy Dask DataFrame. It is there on all Dask DataFrames, of pandas and of cuDF, once
-    `dask_semdedup` is imported.
+    Methods return lazy Dask DataFrames, except `fit_centroids`, which reads a sample, as `kmeans` does to begin with,
+    and `to_clusters`, which writes. It is there on all Dask DataFrames, of pandas and of cuDF, once `dask_semdedup` is
+    imported.
     """
 
     def __init__(self, ddf: dd.DataFrame) -> None:
         self._ddf = ddf
+
+    def kmeans(
+        self,
+        n_clusters: int | None = None,
+        *,
+        embedding_field: str = "embeddings",
+        cluster_field: str = "centroid",
+        id_field: str = "id",
+        embedding_dim: int | None = None,
+        fit_data_fraction: float | None = None,
+        max_iter: int = 300,
+        tol: float = 1e-4,
+        random_state: int = 42,
+        init: str = "k-means++",
+        n_init: int | str = "auto",
+        oversampling_factor: float = 2.0,
+        max_samples_per_batch: int = 32_768,
+        centroids: Any = None,
+        n_probe: int = 1,
+        device: str = "auto",
+    ) -> dd.DataFrame:
+        """Cluster the rows by k-means: fit on a sample now, and assign every row to its nearest centroid lazily.
+
+        Parameters
+        ----------
+        n_clusters : int, optional
+            The number of clusters. By default it is chosen by the number of rows: see
+            `dask_semdedup.kmeans.default_n_clusters`.
+        embedding_field : str, default "embeddings"
+            Column of embeddings: lists of floats, all of one length. They need not be normalised.
+        cluster_field : str, default "centroid"
+            Name of the column of clusters to make.
+        id_field : str, default "id"
+            Column of ids, which messages about bad rows name. It need not be there.
+        embedding_dim : int, optional
+            Length of the embeddings, to be checked.
+        fit_data_fraction : float, optional
+            The share of the rows to fit on, above 0 and up to 1. By default 256 rows a cluster, or all there are.
+        max_iter : int, default 300
+            The most iterations of the fit.
+        tol : float, default 1e-4
+            The change of the centroids, relative to the variance of the rows, at which the fit ends.
+        random_state : int, default 42
+            Seed of the sample and of the fit.
+        init : {"k-means++", "k-means||", "random"}, default "k-means++"
+            How the first centroids are chosen. scikit-learn has the first, cuML the second: either name means the one
+            that there is.
+        n_init : int or "auto", default "auto"
+            How often to fit from other first centroids, to keep the best.
+        oversampling_factor, max_samples_per_batch
+            Of cuML, on a GPU.
+        centroids : (k, d) array_like, str or path-like, optional
+            Centroids to use instead of a fit: what `fit_centroids` returned, or a ``.npy`` file of it; local, or a URL
+            that fsspec understands.
+        n_probe : int, default 1
+            The clusters that each row stands in: its own and, as a visit, its next nearest ones.
+        device : {"auto", "cpu", "cuda"}, default "auto"
+            Where rows are assigned, whatever holds the frame, and where the centroids are fitted.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            The frame, with `embedding_field` of unit length in lists of float32, and at its end ``centroid`` (int32),
+            ``l2_dist_to_cent`` (float32), the Euclidean distance of the normalised row to its centroid, and
+            ``cosine_dist_to_cent`` (float32), 1 minus their cosine similarity. Columns of these names that were there
+            are replaced.
+
+            With ``n_probe=p`` there are p rows for each, and one more column, ``home_centroid`` (int32): the row's own
+            cluster. Where that is not `cluster_field`, the row is a visit, to be compared with the members of the
+            cluster but not to be found by them. Distances are those to the row's own centroid everywhere.
+
+        Raises
+        ------
+        MissingColumnsError
+            If there is no column of embeddings.
+        EmbeddingError
+            If the embedding column cannot hold embeddings, or rows of the sample are null, not finite or of different
+            lengths; when computed, if others are, or are not of the centroids' width.
+        InvalidArgumentError
+            If an argument is not one of those allowed, clusters are more than rows to fit on, or column names clash.
+
+        Warns
+        -----
+        UserWarning
+            If the sample has fewer than 40 rows a cluster.
+
+        See Also
+        --------
+        fit_centroids : The fit alone, to be kept.
+        to_clusters : Write the clusters to files.
+
+        Notes
+        -----
+        The nearest centroid is that of the smallest Euclidean distance to the normalised row, the one of the lowest
+        number among equals. An all-zero row stays zero, belongs to the shortest centroid, and has cosine distance 1.
+
+        A partition takes the memory of its normalised rows and less than 128 MB beyond itself, the result and the
+        centroids, for any number of clusters. Rows are counted to draw the sample: from footers, where they are read
+        from Parquet files. A frame that is costly to compute should be persisted or written before.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> import pyarrow as pa
+        >>> embeddings = pd.array([[1.0, 0.0], [0.0, 5.0], [3.0, 4.0]], dtype=pd.ArrowDtype(pa.list_(pa.float32())))
+        >>> ddf = dd.from_pandas(pd.DataFrame({"id": [10, 11, 12], "embeddings": embeddings}), npartitions=2)
+        >>> clustered = ddf.semdedup.kmeans(centroids=[[1.0, 0.0], [0.0, 1.0]])
+        >>> clustered[["id", "centroid", "cosine_dist_to_cent"]].compute()
+           id  centroid  cosine_dist_to_cent
+        0  10         0                  0.0
+        1  11         1                  0.0
+        2  12         1                  0.2
+        """
+        self._check_embeddings(embedding_field, embedding_dim)
+        self._check_new_columns(embedding_field, cluster_field, id_field)
+        check_choice("device", device, DEVICES)
+        check_positive("n_clusters", n_clusters)
+        check_positive("n_probe", n_probe)
+        if centroids is None:
+            centroids = self.fit_centroids(
+                n_clusters,
+                embedding_field=embedding_field,
+                id_field=id_field,
+                embedding_dim=embedding_dim,
+                fit_data_fraction=fit_data_fraction,
+                max_iter=max_iter,
+                tol=tol,
+                random_state=random_state,
+                init=init,
+                n_init=n_init,
+                oversampling_factor=oversampling_factor,
+                max_samples_per_batch=max_samples_per_batch,
+                device=device,
+            )
+        known = check_centroids(centroids)
+        if n_clusters not in (None, len(known)):
+            raise InvalidArgumentError(
+                f"n_clusters is {n_clusters}, but there are {len(known)} centroids. Give either."
+            )
+        self._check_embeddings(embedding_field, known.width if embedding_dim is None else embedding_dim)
+        if n_probe > len(known.distinct):
+            raise InvalidArgumentError(
+                f"n_probe is {n_probe}, but there are only {len(known.distinct)} distinct centroids."
+            )
+        return new_collection(
+            KMeansClusters(
+                self._ddf,
+                _DelayedExpr(dask.delayed(known, name=f"centroids-{known.token}", traverse=False)),
+                embedding_field=embedding_field,
+                cluster_field=cluster_field,
+                id_field=id_field,
+                embedding_dim=embedding_dim,
+                n_probe=int(n_probe),
+                device=device,
+            )
+        )
+
+    def fit_centroids(
+        self,
+        n_clusters: int | None = None,
+        *,
+        embedding_field: str = "embeddings",
+        id_field: str = "id",
+        embedding_dim: int | None = None,
+        fit_data_fraction: float | None = None,
+        max_iter: int = 300,
+        tol: float = 1e-4,
+        random_state: int = 42,
+        init: str = "k-means++",
+        n_init: int | str = "auto",
+        oversampling_factor: float = 2.0,
+        max_samples_per_batch: int = 32_768,
+        device: str = "auto",
+    ) -> np.ndarray:
+        """Fit k-means to a sample of the rows, now.
+
+        Parameters
+        ----------
+        n_clusters, embedding_field, id_field, embedding_dim, fit_data_fraction, max_iter, tol, random_state, init, \
+n_init, oversampling_factor, max_samples_per_batch, device
+            As in `kmeans`.
+
+        Returns
+        -------
+        (n_clusters, d) float32 array
+            The centroids. `numpy.save` keeps them, and `kmeans` takes them as ``centroids``.
+
+        Raises
+        ------
+        MissingColumnsError, EmbeddingError, InvalidArgumentError
+            As in `kmeans`.
+
+        Warns
+        -----
+        UserWarning
+            If the sample has fewer than 40 rows a cluster.
+
+        Notes
+        -----
+        The fit is scikit-learn's, or cuML's where ``device`` is "cuda" or the frame is cuDF's, and cuML is installed.
+        It takes place in this process, whatever Dask runs on.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> import pyarrow as pa
+        >>> rows = np.random.default_rng(0).normal(size=(100, 8)).tolist()
+        >>> embeddings = pd.array(rows, dtype=pd.ArrowDtype(pa.list_(pa.float32())))
+        >>> ddf = dd.from_pandas(pd.DataFrame({"id": range(100), "embeddings": embeddings}), npartitions=3)
+        >>> ddf.semdedup.fit_centroids(2).shape
+        (2, 8)
+        """
+        self._check_embeddings(embedding_field, embedding_dim)
+        check_choice("device", device, DEVICES)
+        check_fit_arguments(n_clusters, max_iter, tol, random_state, init, n_init, oversampling_factor)
+        check_positive("max_samples_per_batch", max_samples_per_batch)
+        _check_fraction(fit_data_fraction)
+        lengths = partition_lengths(self._ddf, embedding_field)
+        n_clusters, size = _sample_size(n_clusters, sum(lengths), fit_data_fraction)
+        rows = sample_embeddings(
+            self._ddf,
+            draw(lengths, size, random_state),
+            embedding_field=embedding_field,
+            id_field=id_field,
+            embedding_dim=embedding_dim,
+        )
+        return fit_centroids(
+            rows,
+            n_clusters,
+            max_iter=max_iter,
+            tol=tol,
+            random_state=random_state,
+            init=init,
+            n_init=n_init,
+            oversampling_factor=oversampling_factor,
+            max_samples_per_batch=max_samples_per_batch,
+            device=("cuda" if is_cudf(self._ddf._meta) else "cpu") if device == "auto" else device,
+        )
+
+    def to_clusters(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        cluster_field: str = "centroid",
+        overwrite: bool = False,
+        max_file_size: str | int = "256MiB",
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> dict[int | str, list[str]]:
+        """Write the frame in the layout of k-means, ``<path>/<cluster_field>=<k>/part.<i>.parquet``, now.
+
+        A frame that is not known to be aligned by cluster is shuffled first, so that each cluster is one file, unless
+        it is large, however many partitions it comes from. The folder appears when all of it is written.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The folder; local, or a URL that fsspec understands.
+        cluster_field : str, default "centroid"
+            The cluster column, of integers or strings. It becomes the folders' names and is not in the files:
+            `dask_semdedup.read_clusters` makes it from them, as int64 or strings.
+        overwrite : bool, default False
+            Whether to replace a folder of Parquet files that is there.
+        max_file_size : str or int, default "256MiB"
+            The most bytes, in memory, of what goes into one file.
+        storage_options : mapping, optional
+            Arguments of the fsspec file system.
+
+        Returns
+        -------
+        dict
+            From cluster to its files, as `dask_semdedup.clusters.cluster_files` lists them.
+
+        Raises
+        ------
+        ClusterError
+            If there is no cluster column, rows have no cluster, there are no rows, or partitions differ in schema.
+        InvalidArgumentError
+            If the folder is not free, or the cluster column can not be folders' names.
+
+        Notes
+        -----
+        The index is not written. Dask shuffles through files in its temporary directory with threads, and through
+        memory, which spills to disk, on a cluster: either takes as much room as the frame.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import pandas as pd
+        >>> ddf = dd.from_pandas(pd.DataFrame({"id": range(6), "centroid": [0, 1, 2, 0, 1, 2]}), npartitions=3)
+        >>> files = ddf.semdedup.to_clusters(os.path.join(tempfile.mkdtemp(), "clusters"))
+        >>> list(files), [len(names) for names in files.values()]
+        ([0, 1, 2], [1, 1, 1])
+        """
+        size = check_bytes("max_file_size", max_file_size)
+        aligned = align(self._ddf, cluster_field)
+        check_cluster_dtype(self._ddf._meta[cluster_field])
+        if len(self._ddf.columns) == 1:
+            raise InvalidArgumentError(f"The frame has no columns to write but {cluster_field!r}.")
+        with staged_folder(os.fspath(path), overwrite=overwrite, storage_options=storage_options) as folder:
+            write_layout(aligned, folder, cluster_field, size, **(storage_options or {}))
+        return cluster_files(path, storage_options, cluster_field=cluster_field)
 
     def pairwise(
         self,
@@ -201,6 +527,52 @@ class SemDedupAccessor:
         check_plain_dtype(meta[cluster_field], "cluster_field")
         check_embedding_dtype(meta[embedding_field], embedding_field, embedding_dim)
 
+    def _check_embeddings(self, embedding_field: str, embedding_dim: int | None) -> None:
+        check_positive("embedding_dim", embedding_dim)
+        columns = list(self._ddf.columns)
+        if embedding_field not in columns:
+            advice = "Name the column of embeddings as embedding_field."
+            raise MissingColumnsError.build([embedding_field], columns, advice)
+        check_embedding_dtype(self._ddf._meta[embedding_field], embedding_field, embedding_dim)
+
+    def _check_new_columns(self, embedding_field: str, cluster_field: str, id_field: str) -> None:
+        """No new column may replace the embeddings, the ids or another new one."""
+        new = [cluster_field, home_field(cluster_field), *DISTANCE_COLUMNS]
+        if cluster_field in (embedding_field, id_field, *DISTANCE_COLUMNS):
+            raise InvalidArgumentError(
+                f"cluster_field may not be {cluster_field!r}, the name of another column that the result has."
+            )
+        for parameter, name in (("embedding_field", embedding_field), ("id_field", id_field)):
+            if name in new:
+                raise InvalidArgumentError(
+                    f"{parameter} may not be {name!r}: kmeans makes a column of that name. Rename it."
+                )
+
+
+def _check_fraction(fraction: float | None) -> None:
+    if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction <= 1):
+        raise InvalidArgumentError(f"fit_data_fraction must be a number above 0 and up to 1, not {fraction!r}.")
+
+
+def _sample_size(n_clusters: int | None, n_rows: int, fraction: float | None) -> tuple[int, int]:
+    """The clusters to fit, and the rows to fit them on."""
+    if n_rows == 0:
+        raise InvalidArgumentError("The frame has no rows to fit k-means on.")
+    if n_clusters is None:
+        n_clusters = default_n_clusters(n_rows)
+    if n_clusters > n_rows:
+        raise too_many_clusters(n_clusters, n_rows, "rows")
+    size = min(n_rows, ROWS_PER_CLUSTER * n_clusters) if fraction is None else math.ceil(fraction * n_rows)
+    if n_clusters > size:
+        raise too_many_clusters(n_clusters, size, f"rows in the sample, {fraction:.2g} of all")
+    if size < FEW_ROWS_PER_CLUSTER * n_clusters:
+        warnings.warn(
+            f"k-means is fitted to {size:,} rows for {n_clusters:,} clusters, fewer than {FEW_ROWS_PER_CLUSTER} a "
+            "cluster: many of the clusters will be of chance. Ask for fewer clusters, or fit on more rows.",
+            stacklevel=3,
+        )
+    return n_clusters, size
+
 
 def score_partition(frame: Any, *, verbose: bool, **arguments: Any) -> Any:
     """Run `pairwise_partition`, and log how long it took."""
@@ -211,6 +583,51 @@ def score_partition(frame: Any, *, verbose: bool, **arguments: Any) -> Any:
         seconds = time.perf_counter() - start
         logger.info("pairwise: %d rows in %d clusters took %.3f s", len(scores), clusters, seconds)
     return scores
+
+
+class KMeansClusters(Blockwise):
+    """Rows assigned to centroids, which are in the graph once. Nothing is known of how they are partitioned."""
+
+    _parameters = [  # noqa: RUF012
+        "frame",
+        "centroids",
+        "embedding_field",
+        "cluster_field",
+        "id_field",
+        "embedding_dim",
+        "n_probe",
+        "device",
+    ]
+    _keyword_only = _parameters[2:]
+
+    operation = staticmethod(kmeans_partition)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"kmeans-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return kmeans_meta(
+            self.frame._meta,
+            embedding_field=self.embedding_field,
+            cluster_field=self.cluster_field,
+            n_probe=self.n_probe,
+        )
+
+    def _divisions(self) -> tuple[Any, ...]:
+        # With visits, an index value stands in one partition still, but not in order.
+        return self.frame.divisions if self.n_probe == 1 else (None,) * (self.frame.npartitions + 1)
+
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+        """Read only the columns that are asked for, and those that the work needs."""
+        if not isinstance(parent, Projection):
+            return None
+        asked: Any = determine_column_projection(self, parent, dependents, [self.embedding_field, self.id_field])
+        columns = [name for name in self.frame.columns if name in asked]
+        if columns == list(self.frame.columns):
+            return None
+        return type(parent)(type(self)(self.frame[columns], *self.operands[1:]), *parent.operands[1:])
 
 
 class PairwiseScores(Blockwise):

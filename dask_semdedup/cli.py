@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import sys
 import time
 import traceback
@@ -25,7 +24,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dask_semdedup.errors import InvalidArgumentError, SemDedupError, some
+from dask_semdedup.errors import SemDedupError
+from dask_semdedup.folders import staged_folder
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -352,53 +352,6 @@ def _refuse_contradictions(ctx: click.Context) -> None:
 
 
 # --- Where the scores go ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def staged_folder(
-    output_path: str, input_path: str, *, overwrite: bool, storage_options: dict[str, Any]
-) -> Iterator[str]:
-    """Yield the URL of a sibling of ``output_path`` that takes its place when the block succeeds.
-
-    When the block fails, the sibling is removed and ``output_path`` stays as it was.
-    """
-    fs, final = fsspec.url_to_fs(output_path.rstrip("/"), **storage_options)
-    _refuse_overlap(final, fsspec.url_to_fs(input_path.rstrip("/"), **storage_options)[1])
-    _refuse_occupied(fs, final, overwrite=overwrite)
-    staged = f"{final}.partial-{secrets.token_hex(4)}"
-    try:
-        # A URL of an absolute path: workers may have other working directories.
-        yield fs.unstrip_protocol(staged)
-    except BaseException:
-        if fs.exists(staged):
-            fs.rm(staged, recursive=True)
-        raise
-    # Should one of these fail, the finished scores stay where they are.
-    if fs.exists(final):
-        fs.rm(final, recursive=True)
-    fs.mv(staged, final, recursive=True)
-
-
-def _refuse_overlap(output: str, source: str) -> None:
-    """Keep --overwrite from removing the input, and the input from swallowing scores."""
-    if f"{output}/".startswith(f"{source}/") or f"{source}/".startswith(f"{output}/"):
-        raise InvalidArgumentError(f"OUTPUT {output!r} and INPUT {source!r} overlap. Name a folder apart from INPUT.")
-
-
-def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, *, overwrite: bool) -> None:
-    """Refuse an output that is not free; with ``overwrite``, one that holds more than Parquet files."""
-    if fs.isfile(output):
-        raise InvalidArgumentError(f"OUTPUT {output!r} is a file. Name a folder.")
-    files = fs.find(output)
-    if files and not overwrite:
-        raise InvalidArgumentError(
-            f"OUTPUT {output!r} is not empty: {len(files):,} files. Pass --overwrite to replace it, or name another."
-        )
-    others = [file.removeprefix(f"{output}/") for file in files if not file.endswith(".parquet")]
-    if others:
-        raise InvalidArgumentError(
-            f"OUTPUT {output!r} holds files that are not Parquet and would be lost: {some(others)}. Remove it yourself."
-        )
 
 
 def write_scores(

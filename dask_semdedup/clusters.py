@@ -33,7 +33,7 @@ from dask.dataframe.dask_expr.io.io import BlockwiseIO
 from dask.system import CPU_COUNT
 from dask.tokenize import tokenize
 from dask.typing import Key
-from dask.utils import get_default_shuffle_method, parse_bytes
+from dask.utils import get_default_shuffle_method
 
 from dask_semdedup._parquet import (
     FileStats,
@@ -47,6 +47,7 @@ from dask_semdedup._parquet import (
     read_footers,
     read_schema,
 )
+from dask_semdedup._validate import check_bytes
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 
 __all__ = ["align", "cluster_files", "is_aligned", "plan", "read_clusters", "write_cluster"]
@@ -131,7 +132,7 @@ def read_clusters(
     1   2         0
     2   3         1
     """
-    size = _check_partition_size(partition_size)
+    size = check_bytes("partition_size", partition_size)
     backend = _check_backend(backend)
     fs, files = list_files(path, storage_options)
     folders = _clusters_of_folders(files, cluster_field)
@@ -142,16 +143,6 @@ def read_clusters(
     reading = wanted if source.aligned else list(dict.fromkeys([*wanted, cluster_field]))
     ddf = new_collection(ReadClusters(source, reading))
     return ddf if source.aligned else align(ddf, cluster_field)[wanted]
-
-
-def _check_partition_size(partition_size: str | int) -> int:
-    try:
-        size = int(parse_bytes(partition_size))
-    except ValueError as error:
-        raise InvalidArgumentError(f"partition_size must be bytes, as '128MiB', not {partition_size!r}.") from error
-    if size <= 0:
-        raise InvalidArgumentError(f"partition_size must be positive, not {partition_size!r}.")
-    return size
 
 
 def _check_backend(backend: str | None) -> str:
@@ -166,8 +157,8 @@ def no_cluster_column(cluster_field: str, where: str, columns: Iterable[object])
     """The error for a missing cluster column, which says how to get one."""
     return ClusterError(
         f"No cluster column {cluster_field!r} in {where}, only columns {list(columns)}. Cluster the embeddings first, "
-        f"for example with k-means, and write them with to_parquet(..., partition_on={cluster_field!r}); or name the "
-        "column that holds the clusters as cluster_field."
+        "with k-means: ddf.semdedup.kmeans() and, to keep them, .semdedup.to_clusters(path); or name the column that "
+        "holds the clusters as cluster_field."
     )
 
 

@@ -29,7 +29,9 @@ __all__ = [
     "check_plain_dtype",
     "is_cudf",
     "rows_not_finite",
+    "shares_memory",
     "tensor_like",
+    "to_embeddings",
     "to_list",
     "to_numpy",
     "to_tensor",
@@ -41,6 +43,8 @@ BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # A float64 row whose largest entry lies outside this range might overflow or vanish when squared in float32.
 SAFE_PEAKS = (2.0**-40, 2.0**40)
 NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u2")}
+# The most elements of an Arrow list array, whose offsets are int32.
+LIST_ELEMENTS = 2**31 - 1
 ACCEPTED = "lists of float16, float32 or float64, or of uint16 that carry float16 bits"
 
 
@@ -200,6 +204,68 @@ def rows_not_finite(rows: torch.Tensor) -> np.ndarray:
     blocks = rows.split(_block_rows(rows.shape[1], rows.device.type))
     finite = torch.cat([block.isfinite().all(dim=1) for block in blocks])
     return finite.logical_not().nonzero().flatten().cpu().numpy()
+
+
+def to_embeddings(rows: Any, frame: Any) -> Any:
+    """Give a matrix as an embedding column of a frame: the way back from `to_tensor`.
+
+    Parameters
+    ----------
+    rows : (n, d) float32 array, C-contiguous
+        Of NumPy for pandas, of CuPy for cuDF. The column aliases its memory.
+    frame : DataFrame
+        Of n rows, of pandas or cuDF.
+
+    Returns
+    -------
+    Series
+        Of Arrow lists or cuDF lists, with the frame's index.
+
+    Examples
+    --------
+    >>> to_embeddings(np.array([[3, 4]], dtype=np.float32), pd.DataFrame(index=[7]))
+    7    [3. 4.]
+    dtype: list<item: float>[pyarrow]
+    """
+    if is_cudf(frame):
+        return _cudf_lists(rows, frame)
+    width = rows.shape[1]
+    step = max(1, LIST_ELEMENTS // max(1, width))
+    blocks = [rows[start : start + step] for start in range(0, len(rows), step)]
+    lists = [
+        pa.ListArray.from_arrays(np.arange(len(block) + 1, dtype=np.int32) * np.int32(width), pa.array(block.ravel()))
+        for block in blocks
+    ]
+    chunks = pa.chunked_array(lists, pa.list_(pa.float32()))
+    return pd.Series(pd.array(chunks, dtype=pd.ArrowDtype(chunks.type)), index=frame.index)
+
+
+def _cudf_lists(rows: Any, frame: Any) -> Any:
+    import cudf
+    import pylibcudf
+
+    if len(rows) == 0:
+        return cudf.Series([], dtype=cudf.ListDtype("float32"), index=frame.index)
+    series = cudf.Series.from_pylibcudf(pylibcudf.Column.from_cuda_array_interface(rows))
+    series.index = frame.index
+    return series
+
+
+def shares_memory(rows: torch.Tensor, column: Any) -> bool:
+    """Whether a matrix from `to_tensor` may alias its column, and so must not be written to.
+
+    Examples
+    --------
+    >>> column = pd.Series([[3.0, 4.0], [6.0, 8.0]])
+    >>> shares_memory(to_tensor(column, name="embeddings"), column)
+    False
+    """
+    if is_cudf(column):
+        return True
+    if column.dtype == np.dtype(object):
+        return False
+    buffers = [buffer for chunk in column.array.__arrow_array__().chunks for buffer in chunk.buffers() if buffer]
+    return any(buffer.address <= rows.data_ptr() < buffer.address + buffer.size for buffer in buffers)
 
 
 def array_like(tensor: torch.Tensor, frame: Any) -> Any:

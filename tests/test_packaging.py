@@ -16,7 +16,7 @@ import dask_semdedup
 from dask_semdedup import cli
 
 ROOT = Path(__file__).parent.parent
-GPU_MODULES = ["cudf", "cupy", "dask_cuda", "dask_cudf", "numba", "pylibcudf", "rmm", "triton"]
+GPU_MODULES = ["cudf", "cuml", "cupy", "dask_cuda", "dask_cudf", "numba", "pylibcudf", "rmm", "triton"]
 
 
 def run_python(code: str) -> str:

@@ -112,7 +112,7 @@ def _by_torch(
 ) -> None:
     """Search with matrix products."""
     unit = certify.measure(rows)
-    with _ieee_products:
+    with ieee_products:
         if compute_dtype == "auto":
             _exact(unit, segments, strip_size, scores, index)
         else:
@@ -243,4 +243,4 @@ class _IeeeProducts:
         return before
 
 
-_ieee_products = _IeeeProducts()
+ieee_products = _IeeeProducts()

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dask
@@ -21,10 +21,11 @@ from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_bytes, check_choice, check_positive
 from dask_semdedup.clusters import align, cluster_files, no_cluster_column
-from dask_semdedup.duplicates import find_duplicates
+from dask_semdedup.duplicates import EPS_GRID, eps_curve, find_duplicates
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.folders import staged_folder
+from dask_semdedup.groups import find_groups
 from dask_semdedup.kmeans import (
     DISTANCE_COLUMNS,
     check_centroids,
@@ -39,6 +40,7 @@ from dask_semdedup.kmeans import (
 from dask_semdedup.layout import check_cluster_dtype, write_layout
 from dask_semdedup.pairwise import DEVICES, SCORE_COLUMNS, pairwise_meta, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, choose_strategy
+from dask_semdedup.removal import remove_duplicates
 from dask_semdedup.sampling import draw, partition_lengths, sample_embeddings
 
 __all__ = ["SemDedupAccessor"]
@@ -472,36 +474,190 @@ n_init, oversampling_factor, max_samples_per_batch, device
             )
         )
 
-    def duplicates(self, eps: float = 0.01) -> dd.DataFrame:
+    def duplicates(self, eps: float | Sequence[float] = 0.01) -> dd.DataFrame:
         """Select the duplicates from a frame of scores: the rows with ``cosine_sim_score >= 1 - eps``.
 
         Parameters
         ----------
-        eps : float, default 0.01
+        eps : float or sequence of float, default 0.01
             Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it. From 1
             on, the first rows of all clusters are selected as well, since their score is 0.
 
         Returns
         -------
         dask.dataframe.DataFrame
-            Those rows, with all columns.
+            For one eps, the rows that are duplicates, with all columns. For several, all rows, with one more column of
+            bool for each eps, named as ``eps=0.01``.
 
         Raises
         ------
         MissingColumnsError
             If the frame has no column ``cosine_sim_score``.
         InvalidArgumentError
-            If `eps` is not a number from 0 to 2.
+            If `eps` is not a number from 0 to 2, or a sequence of such that is empty or repeats one.
 
         Examples
         --------
         >>> import pandas as pd
         >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.9]})
-        >>> dd.from_pandas(scores, npartitions=1).semdedup.duplicates(eps=0.05).compute()
+        >>> scores = dd.from_pandas(scores, npartitions=1)
+        >>> scores.semdedup.duplicates(eps=0.05).compute()
            id  max_id  cosine_sim_score
         1   2       1             0.995
+        >>> scores.semdedup.duplicates(eps=[0.05, 0.1])[["id", "eps=0.05", "eps=0.1"]].compute()
+           id  eps=0.05  eps=0.1
+        0   1     False    False
+        1   2      True     True
+        2   3     False     True
         """
         return find_duplicates(self._ddf, eps)
+
+    def eps_curve(self, eps: Sequence[float] = EPS_GRID) -> dd.DataFrame:
+        """Count the duplicates at several eps, in one pass over a frame of scores.
+
+        Parameters
+        ----------
+        eps : sequence of float
+            Cosine distances, from 0 to 2. By default 0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03,
+            0.05, 0.07, 0.1, 0.15, 0.2 and 0.3.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            Of one partition, a row for each eps, in the order given: ``eps`` (float64), ``duplicates`` (int64), which
+            is the number of rows of `duplicates` at that eps, and ``share`` (float64), their share of all rows.
+
+        Raises
+        ------
+        MissingColumnsError
+            If the frame has no column ``cosine_sim_score``.
+        InvalidArgumentError
+            If `eps` is empty, repeats a value, or has one that is not a number from 0 to 2.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> scores = pd.DataFrame({"id": [1, 2, 3, 4], "max_id": [1, 1, 2, 1], "cosine_sim_score": [0, 0.995, 0.9, 1]})
+        >>> dd.from_pandas(scores, npartitions=2).semdedup.eps_curve([0, 0.01, 0.1]).compute()
+            eps  duplicates  share
+        0  0.00           1   0.25
+        1  0.01           2   0.50
+        2  0.10           3   0.75
+        """
+        return eps_curve(self._ddf, eps)
+
+    def groups(self, eps: float = 0.01) -> dd.DataFrame:
+        """Find the document that is kept in the end for each duplicate in a frame of scores.
+
+        The row that makes another one a duplicate, its ``max_id``, may be a duplicate itself. Such chains are followed
+        to the row that is kept.
+
+        Parameters
+        ----------
+        eps : float, default 0.01
+            Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it. The first
+            row of a cluster, which is its own ``max_id``, is kept whatever eps is.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            Of one partition, a row for each duplicate, in the order of the scores: ``id`` and ``kept_id``, of the ids'
+            own dtype, and ``n_duplicates`` (int64), the number of duplicates that the kept document stands for.
+
+        Raises
+        ------
+        MissingColumnsError
+            If the frame has no columns ``id``, ``max_id`` and ``cosine_sim_score``.
+        InvalidArgumentError
+            If `eps` is not a number from 0 to 2.
+        IdError
+            When computed, if ids of duplicates are null or repeat, or if their ``max_id`` lead in a circle.
+
+        Notes
+        -----
+        All duplicates come together in one task, with their two columns of ids and no others: chains may cross
+        clusters where rows were also compared in a second one. 100 million duplicates with ids of int64 need about
+        10 GB there; the number of rows that are no duplicates does not matter.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.99]})
+        >>> dd.from_pandas(scores, npartitions=2).semdedup.groups(eps=0.01).compute()
+           id  kept_id  n_duplicates
+        0   2        1             2
+        1   3        1             2
+        """
+        return find_groups(self._ddf, eps)
+
+    def remove(
+        self,
+        duplicates: Any,
+        id_field: str = "id",
+        *,
+        duplicates_id_field: str = "id",
+        eps: float | None = None,
+        broadcast: bool = True,
+    ) -> dd.DataFrame:
+        """Remove duplicates from the data that they were found in: all rows whose ids are among theirs.
+
+        Parameters
+        ----------
+        duplicates : Dask, pandas or cuDF DataFrame
+            What `duplicates` or `groups` returns, or any frame with the ids to remove. In a frame of scores, rows that
+            are their own ``max_id`` are the first of their cluster, and are kept.
+        id_field : str, default "id"
+            The column of ids of this frame: integers or strings, of any dtype. Rows with a null id are kept.
+        duplicates_id_field : str, default "id"
+            The column of ids of `duplicates`. Integers of other widths, and strings of other dtypes, are the same ids.
+        eps : float, optional
+            Which eps to go by, where `duplicates` were found at several, or are all scores.
+        broadcast : bool, default True
+            Send the ids of all duplicates to every partition of this frame. Where they are too many for the memory of a
+            worker, say False: then both frames are shuffled by id.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            The rows that are left, with all columns and dtypes. With `broadcast` also the partitions, their divisions
+            and the order of rows stay; without it there are as many partitions, in which rows stand in another order.
+
+        Raises
+        ------
+        MissingColumnsError
+            If a frame has no column of ids, or `duplicates` no scores to compare with `eps`.
+        InvalidArgumentError
+            If the ids of the two frames are of different types, `duplicates` is no such frame, it was found at several
+            eps and none of them is chosen, or `eps` is not a number from 0 to 2.
+        IdError
+            When computed, if an id to remove stands in several rows of this frame, of which at most one is a
+            duplicate. No partition is given out before that is known.
+
+        Notes
+        -----
+        The column of ids is read twice: by itself for that check, and with all others. Where it cannot be read by
+        itself, because the frame is the result of functions that Dask cannot see into, partitions wait in memory until
+        the last one is checked: write or persist such a frame before.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> documents = pd.DataFrame({"id": ["a", "b", "c"], "text": ["some text", "other text", "some text!"]})
+        >>> scores = pd.DataFrame({"id": ["a", "c"], "max_id": ["a", "a"], "cosine_sim_score": [0.0, 0.995]})
+        >>> duplicates = dd.from_pandas(scores, npartitions=1).semdedup.duplicates(eps=0.01)
+        >>> dd.from_pandas(documents, npartitions=2).semdedup.remove(duplicates).compute()
+          id        text
+        0  a   some text
+        1  b  other text
+        """
+        return remove_duplicates(
+            self._ddf,
+            duplicates,
+            id_field,
+            duplicates_id_field=duplicates_id_field,
+            eps=eps,
+            broadcast=broadcast,
+        )
 
     def _check_schema(
         self,

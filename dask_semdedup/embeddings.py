@@ -8,7 +8,7 @@ shared. On a CPU it is NumPy that converts and gathers: torch's threads would co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,9 @@ __all__ = [
     "array_like",
     "check_embedding_dtype",
     "check_plain_dtype",
+    "frame_like",
     "is_cudf",
+    "is_string",
     "rows_not_finite",
     "shares_memory",
     "tensor_like",
@@ -75,7 +77,7 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
     dask_semdedup.errors.EmbeddingError: Column 'embeddings' has dtype float32, not embeddings: ...
     """
     dtype = meta_column.dtype
-    if _is_string(meta_column):
+    if is_string(meta_column):
         raise EmbeddingError(
             f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Dask turns object columns into "
             'strings when it reads or builds a frame; set dask.config.set({"dataframe.convert-string": False}) before '
@@ -335,6 +337,39 @@ def is_cudf(frame: Any) -> bool:
     return type(frame).__module__.partition(".")[0] == "cudf"
 
 
+def is_string(column: Any) -> bool:
+    """Whether a column's dtype is one of strings, in pandas or cuDF.
+
+    Examples
+    --------
+    >>> is_string(pd.Series(["a"])), is_string(pd.Series([1]))
+    (True, False)
+    """
+    dtype = column.dtype
+    if isinstance(dtype, pd.ArrowDtype):
+        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        return any(kind(dtype.pyarrow_dtype) for kind in kinds)
+    # cuDF has no columns of objects: it calls its strings that.
+    return isinstance(dtype, pd.StringDtype) or (is_cudf(column) and dtype == np.dtype(object))
+
+
+def frame_like(columns: Mapping[str, Any], like: Any) -> Any:
+    """Make a frame of the backend of another frame or column.
+
+    Examples
+    --------
+    >>> frame_like({"x": [1, 2]}, pd.Series(["a"]))
+       x
+    0  1
+    1  2
+    """
+    if not is_cudf(like):
+        return pd.DataFrame(columns)
+    import cudf
+
+    return cudf.DataFrame(columns)
+
+
 @dataclass(frozen=True)
 class _Report:
     """What an error says of the rows it is about."""
@@ -354,14 +389,6 @@ class _Report:
         if self.clusters is None:
             return ""
         return f", cluster {some(dict.fromkeys(to_list(self.clusters.iloc[positions])))}"
-
-
-def _is_string(column: Any) -> bool:
-    dtype = column.dtype
-    if isinstance(dtype, pd.ArrowDtype):
-        return pa.types.is_string(dtype.pyarrow_dtype) or pa.types.is_large_string(dtype.pyarrow_dtype)
-    # cuDF has no columns of objects: it calls its strings that.
-    return isinstance(dtype, pd.StringDtype) or (is_cudf(column) and dtype == np.dtype(object))
 
 
 def _element_type(dtype: Any) -> np.dtype | None:

@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from dask_semdedup.duplicates import threshold as duplicate_threshold
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -57,7 +59,7 @@ def score_histogram(
     '1 duplicate among 2 compared rows'
     """
     values = compared_scores(scores)
-    threshold = 1.0 if eps is None else float(_threshold(eps))
+    threshold = 1.0 if eps is None else float(duplicate_threshold(eps))
     figure, axes = _axes(figure, "Cosine similarity to the most similar preferred row", "Rows")
     edges = _bin_edges(values, threshold, bins)
     counts, _ = np.histogram(values.astype(np.float64), edges)
@@ -223,12 +225,7 @@ def _to_pandas(frame: Any) -> pd.DataFrame:
 
 def _duplicates_at(values: np.ndarray, eps: float | np.ndarray) -> np.ndarray:
     """Number of scores of at least ``1 - eps``, for each eps."""
-    return len(values) - np.searchsorted(np.sort(values), _threshold(eps), side="left")
-
-
-def _threshold(eps: Any) -> Any:
-    """The score from which rows are duplicates, rounded as the scores are."""
-    return np.subtract(1, eps).astype(np.float32)
+    return len(values) - np.searchsorted(np.sort(values), duplicate_threshold(eps), side="left")
 
 
 def _bin_edges(values: np.ndarray, threshold: float, bins: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from dask_semdedup.errors import (
     IdError,
     InvalidArgumentError,
     MissingColumnsError,
+    MissingDependencyError,
     SemDedupError,
 )
 from dask_semdedup.ranking import RankingStrategy
@@ -30,6 +31,7 @@ __all__ = [
     "IdError",
     "InvalidArgumentError",
     "MissingColumnsError",
+    "MissingDependencyError",
     "RankingStrategy",
     "SemDedupError",
     "__version__",

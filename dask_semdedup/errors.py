@@ -11,6 +11,7 @@ __all__ = [
     "IdError",
     "InvalidArgumentError",
     "MissingColumnsError",
+    "MissingDependencyError",
     "SemDedupError",
     "have",
     "some",
@@ -65,6 +66,10 @@ class IdError(SemDedupError, ValueError):
 
 class InvalidArgumentError(SemDedupError, ValueError):
     """A parameter has a value that is not allowed."""
+
+
+class MissingDependencyError(SemDedupError, ImportError):
+    """A library that only some of the work needs is not installed."""
 
 
 def have(count: int, noun: str) -> str:

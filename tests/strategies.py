@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import strategies as st
@@ -90,3 +91,17 @@ def rows_and_segments(
     parts = [kind(rng, size, width) for kind, size in zip(kinds, sizes, strict=True)]
     rows = np.concatenate([np.empty((0, width)), *parts]).astype(np.float32)
     return rows, np.cumsum([0, *sizes], dtype=np.int64)
+
+
+def stops_of(rng: np.random.Generator, segments: np.ndarray) -> np.ndarray:
+    """Where the candidates of each row end: members with all earlier ones, and behind them visits with any of these.
+
+    Some segments are all members, some all visits of none, and of some the members are candidates only.
+    """
+    stops = np.arange(segments[-1])
+    for start, stop in pairwise(segments):
+        members = start + int(rng.integers(0, stop - start + 1)) if stop > start else start
+        stops[members:stop] = np.sort(rng.integers(start, members + 1, stop - members))
+        if rng.random() < 0.3:
+            stops[start:members] = start
+    return stops

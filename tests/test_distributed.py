@@ -9,11 +9,13 @@ import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from distributed import Client, LocalCluster, wait
 
 from dask_semdedup import EmbeddingError, MissingColumnsError, read_clusters
 from tests.test_accessor import expected_scores, make_frame, write_layout
+from tests.test_embeddings import arrow_lists
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +82,20 @@ def test_errors_come_back_whole(client: Client) -> None:
 
 def no_scores() -> None:
     dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1).semdedup.duplicates()
+
+
+def test_the_whole_way(client: Client) -> None:
+    """Visits, removal and a comparison with other data, all of them through a shuffle between processes."""
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((60, 8)).astype(np.float32)
+    rows[40:] = rows[:20]
+    frame = pd.DataFrame(
+        {"id": range(60), "embeddings": arrow_lists(rows, pa.float32()), "text": [*map(str, range(60))]}
+    )
+    ddf = dd.from_pandas(frame, npartitions=4)
+    kept = ddf.semdedup.deduplicate(eps=0.001, centroids=rows[:3], n_probe=2).compute()
+    assert len(kept) == 40
+    assert len(set(kept["id"] % 40)) == 40
+    assert list(kept.columns) == list(frame.columns)
+    copies = ddf.partitions[3].semdedup.against(ddf.partitions[:3], eps=0, centroids=rows[:3]).compute()
+    assert copies.sort_values("id")[["id", "max_id"]].to_numpy().tolist() == [[i, i - 40] for i in range(45, 60)]

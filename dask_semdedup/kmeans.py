@@ -47,7 +47,7 @@ INITS = ("k-means++", "k-means||", "random")
 # Rows and centroids that are multiplied at once: a product of 8 MiB stays in a CPU's cache, and 64 MiB keep a GPU busy.
 BLOCKS = {"cpu": (2048, 1024), "cuda": (4096, 4096)}
 # Bytes of rows that are normalised, or measured in float64, at once.
-CHUNK_BYTES = 1 << 23
+CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 26}
 # Rows times clusters from which on a fit on mini-batches is worth what it loses.
 PAIRS_WORTH_MINI_BATCHES = 1 << 28
 MINI_BATCH = 16_384
@@ -307,7 +307,7 @@ def normalise(rows: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
     from dask_semdedup.search.certify import UNIT_TOLERANCE, chunks, measure
 
     out = rows if in_place else None
-    for part in chunks(len(rows), rows.element_size() * rows.shape[1], CHUNK_BYTES):
+    for part in chunks(len(rows), rows.element_size() * rows.shape[1], CHUNK_BYTES[rows.device.type]):
         unit = measure(rows[part])
         if unit.is_unit:
             if out is not None and out is not rows:
@@ -357,7 +357,7 @@ def assign(rows: torch.Tensor, centroids: torch.Tensor, *, n_probe: int = 1) -> 
 
     device = centroids.device
     row_step, centroid_step = BLOCKS[device.type]
-    half_squares = centroids.square().sum(dim=1, dtype=torch.float64).div_(2).float()
+    half_squares = _half_squares(centroids)
     labels = torch.empty((len(rows), n_probe), dtype=torch.int32, device=rows.device)
     product = torch.empty(min(row_step, len(rows)) * min(centroid_step, len(centroids)), device=device)
     with ieee_products:
@@ -365,6 +365,19 @@ def assign(rows: torch.Tensor, centroids: torch.Tensor, *, n_probe: int = 1) -> 
             block = rows[start : start + row_step].to(device)
             labels[start : start + row_step] = _nearest(block, centroids, half_squares, n_probe, centroid_step, product)
     return labels
+
+
+def _half_squares(centroids: torch.Tensor) -> torch.Tensor:
+    """Half the squared length of each centroid, by float64, without a copy of them all."""
+    import torch
+
+    from dask_semdedup.search.certify import chunks
+
+    # Into one array: small ones that are kept would lie between the large ones that are freed, and keep their memory.
+    halves = torch.empty(len(centroids), device=centroids.device)
+    for part in chunks(len(centroids), 8 * centroids.shape[1], CHUNK_BYTES[centroids.device.type]):
+        halves[part] = centroids[part].double().square_().sum(dim=1).div_(2)
+    return halves
 
 
 def _nearest(
@@ -440,7 +453,7 @@ def distances(rows: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor)
     from dask_semdedup.search.certify import chunks
 
     l2, cosine = (torch.empty(len(rows), device=rows.device) for _ in range(2))
-    for part in chunks(len(rows), 8 * rows.shape[1], CHUNK_BYTES):
+    for part in chunks(len(rows), 8 * rows.shape[1], CHUNK_BYTES[centroids.device.type]):
         # By index_select: it takes int32 as it is.
         own = centroids.index_select(0, labels[part].to(centroids.device)).double()
         unit, is_zero = _unit(rows[part].to(centroids.device).double())

@@ -12,6 +12,7 @@ import torch
 from dask_semdedup.embeddings import check_embedding_dtype, is_cudf, to_tensor
 from dask_semdedup.errors import ClusterError, EmbeddingError
 from dask_semdedup.hashing import hash_ids
+from dask_semdedup.kmeans import check_centroids, kmeans_meta, kmeans_partition
 from dask_semdedup.pairwise import pairwise_meta
 from dask_semdedup.ranking import RankingStrategy, make_strategy
 from dask_semdedup.stages import PairwiseStage
@@ -196,3 +197,19 @@ def test_rows_of_equal_ids_stay_in_the_input_order(cudf, strategy):
     arguments = {"cluster_field": "centroid", "id_field": "id"}
     order = strategy.order(on_gpu(cudf, frame), **arguments)
     np.testing.assert_array_equal(order.get(), strategy.order(frame, **arguments))
+
+
+@pytest.mark.parametrize("n_probe", [1, 2])
+def test_kmeans_gives_cudf_what_it_gives_pandas(cudf, n_probe):
+    rng = np.random.default_rng(0)
+    rows, centroids = rng.standard_normal((500, 16)).astype(np.float32), rng.standard_normal((7, 16))
+    frame = cudf.DataFrame({"id": range(500)})
+    frame["embeddings"] = lists(cudf, rows)
+    columns = {"embedding_field": "embeddings", "cluster_field": "centroid", "id_field": "id", "n_probe": n_probe}
+    result = kmeans_partition(frame, check_centroids(centroids), **columns)
+    meta = kmeans_meta(frame.iloc[:0], **{name: columns[name] for name in columns if name != "id_field"})
+    assert result.dtypes.to_dict() == meta.dtypes.to_dict()
+    expected = kmeans_partition(frame.to_pandas(), check_centroids(centroids), **columns)
+    embeddings = np.array(result.pop("embeddings").to_arrow().to_pylist())
+    np.testing.assert_allclose(embeddings, np.array(expected.pop("embeddings").tolist()), rtol=0, atol=1e-6)
+    pd.testing.assert_frame_equal(result.to_pandas(), expected, rtol=0, atol=1e-6)

@@ -1,6 +1,7 @@
 # make demo   the main job on real data, shown         make test-gpu  GPU tests, in the environment that is active
 # make test   every test that needs no GPU             make bench     the benchmarks on this CPU
 # make lint   format, lint and types                   make clean     remove what the others made
+# make docs   the documentation, docs/_build/html/index.html
 #
 # Each target that needs it creates .venv first: Python 3.11 or newer is all a machine must have.
 
@@ -8,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint test-gpu bench install clean
+.PHONY: demo test lint docs test-gpu bench install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py demo
@@ -21,8 +22,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Warnings are errors, and so is a link to a page, a heading or a function that is not there.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W -n --keep-going --quiet docs docs/_build/html
+
 test-gpu:
-	python -m pytest -m gpu
+	python -m pytest -m gpu tests
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/search.py --device cpu
@@ -33,8 +38,8 @@ install: $(INSTALLED)
 $(INSTALLED): setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[test,notebooks]'
+		--constraint constraints.txt --editable '.[test,docs,notebooks]'
 	touch $@
 
 clean:
-	rm -rf .venv demo build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv demo build docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

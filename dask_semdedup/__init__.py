@@ -12,6 +12,7 @@ from dask_semdedup.clusters import read_clusters
 from dask_semdedup.errors import (
     ClusterError,
     EmbeddingError,
+    IdError,
     InvalidArgumentError,
     MissingColumnsError,
     MissingDependencyError,
@@ -27,6 +28,7 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 __all__ = [
     "ClusterError",
     "EmbeddingError",
+    "IdError",
     "InvalidArgumentError",
     "MissingColumnsError",
     "MissingDependencyError",

@@ -333,6 +333,10 @@ class Reader:
         del tables
         return self._to_pandas(table, read, columns)
 
+    def to_pandas(self, table: pa.Table) -> pd.DataFrame:
+        """The frame of an Arrow table of the schema, or of some of its columns."""
+        return self._to_pandas(table, (), table.column_names)
+
     def _read_cudf(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         if not fragments:
             return self.meta(columns)

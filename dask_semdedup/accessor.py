@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import os
-import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dask
 import dask.dataframe as dd
 import numpy as np
-from dask import _expr as core
 from dask.dataframe.dask_expr._collection import new_collection
-from dask.dataframe.dask_expr._expr import Blockwise, Expr, Projection, _DelayedExpr, determine_column_projection
+from dask.dataframe.dask_expr._expr import _DelayedExpr
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_bytes, check_choice, check_positive
-from dask_semdedup.clusters import align, cluster_files, no_cluster_column
-from dask_semdedup.duplicates import find_duplicates
+from dask_semdedup.clusters import align, align_both, cluster_files, no_cluster_column
+from dask_semdedup.duplicates import EPS_GRID, check_eps, eps_curve, find_duplicates
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
-from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.expressions import AgainstScores, BestOfProbes, BestOfVisits, KMeansClusters, PairwiseScores
 from dask_semdedup.folders import staged_folder
+from dask_semdedup.groups import find_groups
 from dask_semdedup.kmeans import (
     DISTANCE_COLUMNS,
     check_centroids,
     check_fit_arguments,
     default_n_clusters,
     fit_centroids,
-    home_field,
-    kmeans_meta,
-    kmeans_partition,
     too_many_clusters,
 )
 from dask_semdedup.layout import check_cluster_dtype, write_layout
-from dask_semdedup.pairwise import DEVICES, SCORE_COLUMNS, pairwise_meta, pairwise_partition
+from dask_semdedup.pairwise import SCORE_COLUMNS, home_field
+from dask_semdedup.placement import DEVICES
 from dask_semdedup.ranking import RankingStrategy, choose_strategy
+from dask_semdedup.removal import remove_duplicates
 from dask_semdedup.sampling import draw, partition_lengths, sample_embeddings
 from dask_semdedup.text import DEFAULT_MODEL, check_embed_arguments, embed_meta, embed_partition
 
@@ -49,8 +46,6 @@ COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Rows of a sample for each cluster: the default, and what is too few to fit on.
 ROWS_PER_CLUSTER = 256
 FEW_ROWS_PER_CLUSTER = 40
-
-logger = logging.getLogger("dask_semdedup")
 
 
 @register_dataframe_accessor("semdedup")
@@ -385,7 +380,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         """Score every row by its largest similarity to a row of its cluster that is preferred over it.
 
         Only the columns that are needed are read, or shuffled. Frames that are not known to be aligned by cluster are
-        shuffled; those of `read_clusters` are not.
+        shuffled; those of `read_clusters` are not. Where rows visit other clusters (`kmeans` with ``n_probe``), each
+        row has the best of the scores that it has there and in its own.
 
         Parameters
         ----------
@@ -456,53 +452,210 @@ n_init, oversampling_factor, max_samples_per_batch, device
         check_positive("pairwise_batch_size", pairwise_batch_size)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
         self._check_schema(id_field, embedding_field, cluster_field, ranking, embedding_dim)
-        needed = {id_field, embedding_field, cluster_field, *ranking.required_columns}
+        home = home_field(cluster_field)
+        needed = {id_field, embedding_field, cluster_field, home, *ranking.required_columns}
         frame = align(self._ddf[[name for name in self._ddf.columns if name in needed]], cluster_field)
-        return new_collection(
-            PairwiseScores(
-                frame,
-                id_field=id_field,
-                embedding_field=embedding_field,
-                cluster_field=cluster_field,
-                ranking=ranking,
-                compute_dtype=compute_dtype,
-                batch_size=pairwise_batch_size,
-                embedding_dim=embedding_dim,
-                device=device,
-                verbose=bool(verbose),
-            )
+        scores = PairwiseScores(
+            frame,
+            id_field=id_field,
+            embedding_field=embedding_field,
+            cluster_field=cluster_field,
+            ranking=ranking,
+            compute_dtype=compute_dtype,
+            batch_size=pairwise_batch_size,
+            embedding_dim=embedding_dim,
+            device=device,
+            with_visits=home in frame.columns,
+            verbose=bool(verbose),
         )
+        if not scores.with_visits:
+            return new_collection(scores)
+        return new_collection(BestOfVisits(align(new_collection(scores), cluster_field), cluster_field=cluster_field))
 
-    def duplicates(self, eps: float = 0.01) -> dd.DataFrame:
+    def duplicates(self, eps: float | Sequence[float] = 0.01) -> dd.DataFrame:
         """Select the duplicates from a frame of scores: the rows with ``cosine_sim_score >= 1 - eps``.
 
         Parameters
         ----------
-        eps : float, default 0.01
+        eps : float or sequence of float, default 0.01
             Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it. From 1
             on, the first rows of all clusters are selected as well, since their score is 0.
 
         Returns
         -------
         dask.dataframe.DataFrame
-            Those rows, with all columns.
+            For one eps, the rows that are duplicates, with all columns. For several, all rows, with one more column of
+            bool for each eps, named as ``eps=0.01``.
 
         Raises
         ------
         MissingColumnsError
             If the frame has no column ``cosine_sim_score``.
         InvalidArgumentError
-            If `eps` is not a number from 0 to 2.
+            If `eps` is not a number from 0 to 2, or a sequence of such that is empty or repeats one.
 
         Examples
         --------
         >>> import pandas as pd
         >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.9]})
-        >>> dd.from_pandas(scores, npartitions=1).semdedup.duplicates(eps=0.05).compute()
+        >>> scores = dd.from_pandas(scores, npartitions=1)
+        >>> scores.semdedup.duplicates(eps=0.05).compute()
            id  max_id  cosine_sim_score
         1   2       1             0.995
+        >>> scores.semdedup.duplicates(eps=[0.05, 0.1])[["id", "eps=0.05", "eps=0.1"]].compute()
+           id  eps=0.05  eps=0.1
+        0   1     False    False
+        1   2      True     True
+        2   3     False     True
         """
         return find_duplicates(self._ddf, eps)
+
+    def eps_curve(self, eps: Sequence[float] = EPS_GRID) -> dd.DataFrame:
+        """Count the duplicates at several eps, in one pass over a frame of scores.
+
+        Parameters
+        ----------
+        eps : sequence of float
+            Cosine distances, from 0 to 2. By default 0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03,
+            0.05, 0.07, 0.1, 0.15, 0.2 and 0.3.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            Of one partition, a row for each eps, in the order given: ``eps`` (float64), ``duplicates`` (int64), which
+            is the number of rows of `duplicates` at that eps, and ``share`` (float64), their share of all rows.
+
+        Raises
+        ------
+        MissingColumnsError
+            If the frame has no column ``cosine_sim_score``.
+        InvalidArgumentError
+            If `eps` is empty, repeats a value, or has one that is not a number from 0 to 2.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> scores = pd.DataFrame({"id": [1, 2, 3, 4], "max_id": [1, 1, 2, 1], "cosine_sim_score": [0, 0.995, 0.9, 1]})
+        >>> dd.from_pandas(scores, npartitions=2).semdedup.eps_curve([0, 0.01, 0.1]).compute()
+            eps  duplicates  share
+        0  0.00           1   0.25
+        1  0.01           2   0.50
+        2  0.10           3   0.75
+        """
+        return eps_curve(self._ddf, eps)
+
+    def groups(self, eps: float = 0.01) -> dd.DataFrame:
+        """Find the document that is kept in the end for each duplicate in a frame of scores.
+
+        The row that makes another one a duplicate, its ``max_id``, may be a duplicate itself. Such chains are followed
+        to the row that is kept.
+
+        Parameters
+        ----------
+        eps : float, default 0.01
+            Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it. The first
+            row of a cluster, which is its own ``max_id``, is kept whatever eps is.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            Of one partition, a row for each duplicate, in the order of the scores: ``id`` and ``kept_id``, of the ids'
+            own dtype, and ``n_duplicates`` (int64), the number of duplicates that the kept document stands for.
+
+        Raises
+        ------
+        MissingColumnsError
+            If the frame has no columns ``id``, ``max_id`` and ``cosine_sim_score``.
+        InvalidArgumentError
+            If `eps` is not a number from 0 to 2.
+        IdError
+            When computed, if ids of duplicates are null or repeat, or if their ``max_id`` lead in a circle.
+
+        Notes
+        -----
+        All duplicates come together in one task, with their two columns of ids and no others: chains may cross
+        clusters where rows were also compared in a second one. Measured on 5 million duplicates with ids of int64, that
+        task takes 250 bytes for each of them; the number of rows that are no duplicates does not matter.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.99]})
+        >>> dd.from_pandas(scores, npartitions=2).semdedup.groups(eps=0.01).compute()
+           id  kept_id  n_duplicates
+        0   2        1             2
+        1   3        1             2
+        """
+        return find_groups(self._ddf, eps)
+
+    def remove(
+        self,
+        duplicates: Any,
+        id_field: str = "id",
+        *,
+        duplicates_id_field: str = "id",
+        eps: float | None = None,
+        broadcast: bool = True,
+    ) -> dd.DataFrame:
+        """Remove duplicates from the data that they were found in: all rows whose ids are among theirs.
+
+        Parameters
+        ----------
+        duplicates : Dask, pandas or cuDF DataFrame
+            What `duplicates` or `groups` returns, or any frame with the ids to remove. In a frame of scores, rows that
+            are their own ``max_id`` are the first of their cluster, and are kept.
+        id_field : str, default "id"
+            The column of ids of this frame: integers or strings, of any dtype. Rows with a null id are kept.
+        duplicates_id_field : str, default "id"
+            The column of ids of `duplicates`. Integers of other widths, and strings of other dtypes, are the same ids.
+        eps : float, optional
+            Which eps to go by, where `duplicates` were found at several, or are all scores.
+        broadcast : bool, default True
+            Send the ids of all duplicates to every partition of this frame. Where they are too many for the memory of a
+            worker, say False: then both frames are shuffled by id.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            The rows that are left, with all columns and dtypes. With `broadcast` also the partitions, their divisions
+            and the order of rows stay; without it there are as many partitions, in which rows stand in another order.
+
+        Raises
+        ------
+        MissingColumnsError
+            If a frame has no column of ids, or `duplicates` no scores to compare with `eps`.
+        InvalidArgumentError
+            If the ids of the two frames are of different types, `duplicates` is no such frame, it was found at several
+            eps and none of them is chosen, or `eps` is not a number from 0 to 2.
+        IdError
+            When computed, if an id to remove stands in several rows of this frame, of which at most one is a
+            duplicate. No partition is given out before that is known.
+
+        Notes
+        -----
+        The column of ids is read twice: by itself for that check, and with all others. Where it cannot be read by
+        itself, because the frame is the result of functions that Dask cannot see into, partitions wait in memory until
+        the last one is checked: write or persist such a frame before.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> documents = pd.DataFrame({"id": ["a", "b", "c"], "text": ["some text", "other text", "some text!"]})
+        >>> scores = pd.DataFrame({"id": ["a", "c"], "max_id": ["a", "a"], "cosine_sim_score": [0.0, 0.995]})
+        >>> duplicates = dd.from_pandas(scores, npartitions=1).semdedup.duplicates(eps=0.01)
+        >>> dd.from_pandas(documents, npartitions=2).semdedup.remove(duplicates).compute()
+          id        text
+        0  a   some text
+        1  b  other text
+        """
+        return remove_duplicates(
+            self._ddf,
+            duplicates,
+            id_field,
+            duplicates_id_field=duplicates_id_field,
+            eps=eps,
+            broadcast=broadcast,
+        )
 
     def embed(
         self,
@@ -570,7 +723,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> ddf = dd.from_pandas(texts, npartitions=1).semdedup.embed(model=path).assign(centroid=0)
         >>> ddf.semdedup.pairwise(which_to_keep="random").compute().round(2)
            id  max_id  cosine_sim_score  centroid
-        0   3       3              0.00         0
+        0   2       2              0.00         0
+        1   1       2              0.96         0
+        2   3       2              0.11         0
         """
         check_choice("device", device, DEVICES)
         columns = list(self._ddf.columns)
@@ -592,6 +747,230 @@ n_init, oversampling_factor, max_samples_per_batch, device
             meta=embed_meta(self._ddf._meta[text_field], embedding_field=embedding_field),
         )
         return self._ddf.assign(**{embedding_field: embeddings})
+
+    def against(
+        self,
+        reference: dd.DataFrame,
+        eps: float | None = 0.01,
+        *,
+        id_field: str = "id",
+        reference_id_field: str | None = None,
+        embedding_field: str = "embeddings",
+        cluster_field: str = "centroid",
+        n_clusters: int | None = None,
+        centroids: Any = None,
+        n_probe: int = 1,
+        embedding_dim: int | None = None,
+        compute_dtype: str = "auto",
+        device: str = "auto",
+        **kmeans_options: Any,
+    ) -> dd.DataFrame:
+        """Find the rows that have a near-duplicate in another frame, such as those of a test set in a training set.
+
+        Each row is compared with the reference rows of its cluster, by the same exact search as `pairwise`, and with
+        no row of its own frame. Rows whose cluster holds no reference row are left out.
+
+        Parameters
+        ----------
+        reference : dask.dataframe.DataFrame
+            The rows to compare with, whose embeddings are of the same model.
+        eps : float, optional
+            Cosine distance within which a row is a near-duplicate; None gives the scores of all rows.
+        id_field : str, default "id"
+            Column of ids, unique where ``n_probe`` is more than 1.
+        reference_id_field : str, optional
+            The reference's column of ids, which may be of another type. By default `id_field`.
+        embedding_field : str, default "embeddings"
+            Both frames' column of embeddings.
+        cluster_field : str, default "centroid"
+            Both frames' column of clusters. Where neither has it, k-means is fitted to the reference, and both are
+            assigned to its centroids.
+        n_clusters, centroids, n_probe, **kmeans_options
+            Of that: see `kmeans`. With ``n_probe`` p, each row is compared with the reference rows of its p nearest
+            clusters.
+        embedding_dim, compute_dtype, device
+            As in `pairwise`.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            ``id``, ``max_id`` (the most similar reference row; among equals the one of the smallest id),
+            ``cosine_sim_score`` and the row's cluster. Clusters ascend within a partition, and ids within a cluster.
+
+        Raises
+        ------
+        MissingColumnsError
+            If either frame lacks a column.
+        ClusterError
+            If one frame has a cluster column and the other has none.
+        EmbeddingError
+            If a column cannot hold embeddings; when computed, if rows are null, not finite, or of different lengths.
+        InvalidArgumentError
+            If an argument is not one of those allowed.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> train = pd.DataFrame({"id": [1, 2, 3], "embeddings": [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]})
+        >>> test = pd.DataFrame({"id": ["a", "b"], "embeddings": [[0.9, 0.1], [0.59, 0.81]]})
+        >>> with dask.config.set({"dataframe.convert-string": False}):
+        ...     train, test = (dd.from_pandas(frame, npartitions=1) for frame in (train, test))
+        >>> test.semdedup.against(train, eps=0.001, centroids=[[1.0, 1.0]]).compute()
+          id  max_id  cosine_sim_score  centroid
+        1  b       3          0.999902         0
+        """
+        check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
+        check_choice("device", device, DEVICES)
+        if eps is not None:
+            check_eps(eps)
+        reference_id_field = id_field if reference_id_field is None else reference_id_field
+        queries, candidates = self._in_same_clusters(
+            reference,
+            id_field=id_field,
+            reference_id_field=reference_id_field,
+            embedding_field=embedding_field,
+            cluster_field=cluster_field,
+            n_clusters=n_clusters,
+            centroids=centroids,
+            n_probe=n_probe,
+            embedding_dim=embedding_dim,
+            device=device,
+            **kmeans_options,
+        )
+        by_id = RankingStrategy.random()  # needs no other column
+        queries.semdedup._check_schema(id_field, embedding_field, cluster_field, by_id, embedding_dim)
+        candidates.semdedup._check_schema(reference_id_field, embedding_field, cluster_field, by_id, embedding_dim)
+        home = home_field(cluster_field)
+        wanted = [id_field, embedding_field, cluster_field, *([home] if home in queries.columns else [])]
+        scores = new_collection(
+            AgainstScores(
+                *align_both(
+                    queries[wanted], candidates[[reference_id_field, embedding_field, cluster_field]], cluster_field
+                ),
+                id_field=id_field,
+                reference_id_field=reference_id_field,
+                embedding_field=embedding_field,
+                cluster_field=cluster_field,
+                compute_dtype=compute_dtype,
+                embedding_dim=embedding_dim,
+                device=device,
+            )
+        )
+        if home in wanted:
+            scores = new_collection(BestOfProbes(align(scores, cluster_field), cluster_field=cluster_field))
+        return scores if eps is None else find_duplicates(scores, eps)
+
+    def _in_same_clusters(
+        self, reference: dd.DataFrame, *, cluster_field: str, reference_id_field: str, **options: Any
+    ) -> tuple[dd.DataFrame, dd.DataFrame]:
+        """The frame and the reference as they are where both have clusters, else assigned to the same centroids."""
+        has_clusters = [cluster_field in frame.columns for frame in (self._ddf, reference)]
+        kmeans_is_asked_for = options["n_clusters"] is not None or options["centroids"] is not None
+        if all(has_clusters) and not kmeans_is_asked_for:
+            if options["n_probe"] != 1:
+                raise InvalidArgumentError("n_probe is of k-means: pass the centroids too, or cluster with n_probe.")
+            return self._ddf, reference
+        if any(has_clusters) and not kmeans_is_asked_for:
+            raise ClusterError(
+                f"Only one of the two frames has a cluster column {cluster_field!r}. Pass the centroids of its "
+                "clusters as `centroids`, or n_clusters to cluster both anew."
+            )
+        id_field, n_probe = options.pop("id_field"), options.pop("n_probe")
+        if options["centroids"] is None:
+            fit = {name: value for name, value in options.items() if name != "centroids"}
+            options["centroids"] = reference.semdedup.fit_centroids(id_field=reference_id_field, **fit)
+        assign = {name: options[name] for name in ("centroids", "embedding_field", "embedding_dim", "device")}
+        assign["cluster_field"] = cluster_field
+        return (
+            self._ddf.semdedup.kmeans(id_field=id_field, n_probe=n_probe, **assign),
+            reference.semdedup.kmeans(id_field=reference_id_field, **assign),
+        )
+
+    def deduplicate(
+        self,
+        eps: float = 0.01,
+        n_clusters: int | None = None,
+        *,
+        id_field: str = "id",
+        embedding_field: str = "embeddings",
+        which_to_keep: str = "hard",
+        sim_metric: str = "cosine",
+        ranking_strategy: RankingStrategy | None = None,
+        random_seed: int = 42,
+        centroids: Any = None,
+        n_probe: int = 1,
+        embedding_dim: int | None = None,
+        compute_dtype: str = "auto",
+        device: str = "auto",
+        **kmeans_options: Any,
+    ) -> dd.DataFrame:
+        """Keep of each group of near-duplicates the preferred row: raw embeddings in, the kept rows out.
+
+        It is `kmeans`, `pairwise`, `duplicates` and `remove` in one. K-means is fitted to a sample at once; the rest
+        is lazy, and reads the frame once for the scores, its ids for a check, and all of it for the rows that are kept.
+
+        Parameters
+        ----------
+        eps : float, default 0.01
+            Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it.
+        n_clusters : int, optional
+            Clusters within which rows are compared. By default chosen from the number of rows.
+        id_field : str, default "id"
+            Column of ids, which must be unique.
+        embedding_field : str, default "embeddings"
+            Column of embeddings.
+        which_to_keep, sim_metric, ranking_strategy, random_seed
+            The rows that are preferred: see `pairwise`.
+        centroids, n_probe, **kmeans_options
+            Of the clustering: see `kmeans`.
+        embedding_dim, compute_dtype, device
+            As in `pairwise`.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            The rows that are kept, with all columns as they were, in their order and partitions.
+
+        Raises
+        ------
+        MissingColumnsError, EmbeddingError, InvalidArgumentError
+            As `kmeans`, `pairwise` and `remove` do.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"id": [1, 2, 3], "text": ["x", "y", "x!"]})
+        >>> frame["embeddings"] = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.01]]
+        >>> with dask.config.set({"dataframe.convert-string": False}):
+        ...     ddf = dd.from_pandas(frame, npartitions=1)
+        >>> ddf.semdedup.deduplicate(eps=0.01, centroids=[[1.0, 1.0]])[["id", "text"]].compute()
+           id text
+        0   1    x
+        1   2    y
+        """
+        check_eps(eps)
+        clustered = self.kmeans(
+            n_clusters,
+            embedding_field=embedding_field,
+            id_field=id_field,
+            embedding_dim=embedding_dim,
+            centroids=centroids,
+            n_probe=n_probe,
+            device=device,
+            **kmeans_options,
+        )
+        scores = clustered.semdedup.pairwise(
+            which_to_keep=which_to_keep,
+            sim_metric=sim_metric,
+            ranking_strategy=ranking_strategy,
+            id_field=id_field,
+            embedding_field=embedding_field,
+            embedding_dim=embedding_dim,
+            random_seed=random_seed,
+            compute_dtype=compute_dtype,
+            device=device,
+        )
+        return self.remove(scores.semdedup.duplicates(eps), id_field=id_field)
 
     def _check_schema(
         self,
@@ -662,95 +1041,3 @@ def _sample_size(n_clusters: int | None, n_rows: int, fraction: float | None) ->
             stacklevel=3,
         )
     return n_clusters, size
-
-
-def score_partition(frame: Any, *, verbose: bool, **arguments: Any) -> Any:
-    """Run `pairwise_partition`, and log how long it took."""
-    start = time.perf_counter()
-    scores = pairwise_partition(frame, **arguments)
-    if verbose:
-        clusters = scores[arguments["cluster_field"]].nunique()
-        seconds = time.perf_counter() - start
-        logger.info("pairwise: %d rows in %d clusters took %.3f s", len(scores), clusters, seconds)
-    return scores
-
-
-class KMeansClusters(Blockwise):
-    """Rows assigned to centroids, which are in the graph once. Nothing is known of how they are partitioned."""
-
-    _parameters = [  # noqa: RUF012
-        "frame",
-        "centroids",
-        "embedding_field",
-        "cluster_field",
-        "id_field",
-        "embedding_dim",
-        "n_probe",
-        "device",
-    ]
-    _keyword_only = _parameters[2:]
-
-    operation = staticmethod(kmeans_partition)
-
-    @functools.cached_property
-    def _name(self) -> str:
-        return f"kmeans-{self.deterministic_token}"
-
-    @functools.cached_property
-    def _meta(self) -> Any:
-        return kmeans_meta(
-            self.frame._meta,
-            embedding_field=self.embedding_field,
-            cluster_field=self.cluster_field,
-            n_probe=self.n_probe,
-        )
-
-    def _divisions(self) -> tuple[Any, ...]:
-        # With visits, an index value stands in one partition still, but not in order.
-        return self.frame.divisions if self.n_probe == 1 else (None,) * (self.frame.npartitions + 1)
-
-    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
-        """Read only the columns that are asked for, and those that the work needs."""
-        if not isinstance(parent, Projection):
-            return None
-        asked: Any = determine_column_projection(self, parent, dependents, [self.embedding_field, self.id_field])
-        columns = [name for name in self.frame.columns if name in asked]
-        if columns == list(self.frame.columns):
-            return None
-        return type(parent)(type(self)(self.frame[columns], *self.operands[1:]), *parent.operands[1:])
-
-
-class PairwiseScores(Blockwise):
-    """Scores of aligned partitions. They are partitioned as the frame is, and say so."""
-
-    _parameters = [  # noqa: RUF012
-        "frame",
-        "id_field",
-        "embedding_field",
-        "cluster_field",
-        "ranking",
-        "compute_dtype",
-        "batch_size",
-        "embedding_dim",
-        "device",
-        "verbose",
-    ]
-    _keyword_only = _parameters[1:]
-
-    operation = staticmethod(score_partition)
-
-    @functools.cached_property
-    def _name(self) -> str:
-        return f"pairwise-{self.deterministic_token}"
-
-    @functools.cached_property
-    def _meta(self) -> Any:
-        return pairwise_meta(self.frame._meta, id_field=self.id_field, cluster_field=self.cluster_field)
-
-    @functools.cached_property
-    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        by_cluster = {self.cluster_field, (self.cluster_field,)}
-        return by_cluster & self.frame.unique_partition_mapping_columns_from_shuffle
-
-    def _divisions(self) -> tuple[None, ...]:
-        return (None,) * (self.frame.npartitions + 1)

@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 import dask
 import dask.dataframe as dd
 import fsspec
+import pandas as pd
 import pyarrow as pa
 from dask import _expr as core
 from dask._task_spec import Task
@@ -50,7 +51,7 @@ from dask_semdedup._parquet import (
 from dask_semdedup._validate import check_bytes
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 
-__all__ = ["align", "cluster_files", "is_aligned", "plan", "read_clusters", "write_cluster"]
+__all__ = ["align", "align_both", "cluster_files", "is_aligned", "plan", "read_clusters", "write_cluster"]
 
 BACKENDS = ("pandas", "cudf")
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
@@ -595,6 +596,50 @@ def align(ddf: dd.DataFrame, cluster_field: str) -> dd.DataFrame:
     if is_aligned(ddf, cluster_field):
         return ddf
     return new_collection(ShuffleByCluster(ddf.expr, [cluster_field], ddf.npartitions))
+
+
+def align_both(left: dd.DataFrame, right: dd.DataFrame, cluster_field: str) -> tuple[dd.DataFrame, dd.DataFrame]:
+    """Partition two frames alike: the rows of a cluster stand in the same partition of both.
+
+    Parameters
+    ----------
+    left, right : dask.dataframe.DataFrame
+        Any frames with the cluster column.
+    cluster_field : str
+        The cluster column, of integers in both or of one dtype.
+
+    Returns
+    -------
+    tuple of dask.dataframe.DataFrame
+        The frames as they are where each has one partition, else both shuffled by cluster, lazily.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If clusters are of different kinds.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> left = dd.from_pandas(pd.DataFrame({"id": range(6), "centroid": [0, 1, 2, 0, 1, 2]}), npartitions=3)
+    >>> right = dd.from_pandas(pd.DataFrame({"id": range(2), "centroid": [2, 0]}), npartitions=1)
+    >>> [frame.npartitions for frame in align_both(left, right, "centroid")]
+    [3, 3]
+    """
+    ours, theirs = left._meta[cluster_field].dtype, right._meta[cluster_field].dtype
+    if ours != theirs:
+        if not (pd.api.types.is_integer_dtype(ours) and pd.api.types.is_integer_dtype(theirs)):
+            raise InvalidArgumentError(
+                f"Column {cluster_field!r} is {ours} in one frame and {theirs} in the other: clusters must be of one "
+                "clustering."
+            )
+        # Numbers of different widths may be sent to different partitions.
+        left, right = (frame.assign(**{cluster_field: frame[cluster_field].astype("int64")}) for frame in (left, right))
+    n = max(left.npartitions, right.npartitions)
+    if n == 1:
+        return left, right
+    shuffled = [new_collection(ShuffleByCluster(frame.expr, [cluster_field], n)) for frame in (left, right)]
+    return shuffled[0], shuffled[1]
 
 
 def is_aligned(ddf: dd.DataFrame, cluster_field: str) -> bool:

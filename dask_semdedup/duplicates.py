@@ -1,15 +1,32 @@
-"""From scores to duplicates."""
+"""From scores to duplicates: what eps decides, for one eps or several, and how many duplicates each would give."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
+import dask.dataframe as dd
+import numpy as np
+
+from dask_semdedup.embeddings import frame_like
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 
-__all__ = ["check_eps", "find_duplicates"]
+__all__ = [
+    "EPS_GRID",
+    "check_eps",
+    "check_score_columns",
+    "eps_column",
+    "eps_curve",
+    "find_duplicates",
+    "is_duplicate",
+    "threshold",
+]
 
 SCORE_COLUMN = "cosine_sim_score"
+
+EPS_GRID = (0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
+"""Where `eps_curve` counts by default: from exact copies to what few would call duplicates, in about equal ratios."""
 
 
 def check_eps(eps: float) -> None:
@@ -23,26 +40,78 @@ def check_eps(eps: float) -> None:
         raise InvalidArgumentError(f"eps must be a number from 0 to 2, a cosine distance, not {eps!r}.")
 
 
-def find_duplicates(scores: Any, eps: float) -> Any:
+def threshold(eps: Any) -> Any:
+    """Compute the score from which rows are duplicates, rounded as the scores are.
+
+    Parameters
+    ----------
+    eps : float or array
+        Cosine distances.
+
+    Returns
+    -------
+    numpy.float32 or float32 array
+        ``1 - eps``, subtracted in float64 and rounded once.
+
+    Notes
+    -----
+    Compared with a Python float, a float32 score would be one side of the threshold in pandas and the other side where
+    a filter is pushed into a Parquet reader, which compares in float64. A float32 is the same to both.
+
+    Examples
+    --------
+    >>> threshold(0.05)
+    np.float32(0.95)
+    """
+    return np.subtract(1, np.asarray(eps, np.float64)).astype(np.float32)
+
+
+def is_duplicate(scores: Any, eps: float) -> Any:
+    """Decide for each score whether its row is a duplicate: the one place that does.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask Series
+        Cosine similarities. Those that are not float32 are rounded to it.
+    eps : float
+        Cosine distance.
+
+    Returns
+    -------
+    Series of bool
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> is_duplicate(pd.Series([0.0, 0.9, 0.95, 1.0]), eps=0.05).to_list()
+    [False, False, True, True]
+    """
+    # Without a conversion where none is needed, Dask can push the comparison into a Parquet reader.
+    scores = scores if scores.dtype == np.float32 else scores.astype("float32")
+    return scores >= threshold(eps)
+
+
+def find_duplicates(scores: Any, eps: float | Sequence[float]) -> Any:
     """Select the rows that are at least ``1 - eps`` similar to a row preferred over them.
 
     Parameters
     ----------
     scores : pandas, cuDF or Dask DataFrame
         With the column ``cosine_sim_score``.
-    eps : float
+    eps : float or sequence of float
         Cosine distance, from 0 to 2. From 1 on, the first rows of all clusters are selected as well, since their
         score is 0.
 
     Returns
     -------
     DataFrame
-        The selected rows, with all columns; lazy where `scores` is.
+        For one eps, the selected rows, with all columns. For several, all rows, with one more column of bool for each,
+        which is named as ``eps=0.01``. Lazy where `scores` is.
 
     Raises
     ------
     InvalidArgumentError
-        If `eps` is not a number from 0 to 2.
+        If `eps` is not a number from 0 to 2, or a sequence of such that is empty or repeats one.
     MissingColumnsError
         If there is no column of scores.
 
@@ -53,8 +122,123 @@ def find_duplicates(scores: Any, eps: float) -> Any:
     >>> find_duplicates(scores, eps=0.01)
        id  max_id  cosine_sim_score
     1   2       1             0.995
+    >>> find_duplicates(scores, eps=[0.001, 0.01])
+       id  max_id  cosine_sim_score  eps=0.001  eps=0.01
+    0   1       1             0.000      False     False
+    1   2       1             0.995      False      True
+    2   3       2             0.900      False     False
     """
-    check_eps(eps)
-    if SCORE_COLUMN not in scores.columns:
-        raise MissingColumnsError.build([SCORE_COLUMN], scores.columns, "Scores come from ddf.semdedup.pairwise().")
-    return scores[scores[SCORE_COLUMN] >= 1 - eps]
+    if _is_one(eps):
+        check_eps(eps)  # type: ignore[arg-type]
+        check_score_columns(scores, [SCORE_COLUMN])
+        return scores[is_duplicate(scores[SCORE_COLUMN], eps)]  # type: ignore[arg-type]
+    grid = _check_several(eps)  # type: ignore[arg-type]
+    check_score_columns(scores, [SCORE_COLUMN])
+    return scores.assign(**{eps_column(value): is_duplicate(scores[SCORE_COLUMN], value) for value in grid})
+
+
+def eps_column(eps: float) -> str:
+    """Name the column that says which rows are duplicates at one of several eps, as the original SemDeDup does.
+
+    Examples
+    --------
+    >>> eps_column(0.010)
+    'eps=0.01'
+    """
+    return f"eps={float(eps):g}"
+
+
+def eps_curve(scores: dd.DataFrame, eps: Sequence[float]) -> dd.DataFrame:
+    """Count the duplicates at several eps, in one pass over the scores.
+
+    Parameters
+    ----------
+    scores : dask.dataframe.DataFrame
+        With the column ``cosine_sim_score``, the only one that is read.
+    eps : sequence of float
+        Cosine distances, from 0 to 2.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        Lazy, of one partition: ``eps`` (float64), ``duplicates`` (int64) and ``share`` of all rows (float64), in the
+        order of `eps`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If `eps` is not a sequence of different numbers from 0 to 2.
+    MissingColumnsError
+        If there is no column of scores.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = dd.from_pandas(pd.DataFrame({"cosine_sim_score": [0.0, 0.995, 0.9, 0.99]}), npartitions=2)
+    >>> eps_curve(scores, [0.001, 0.01, 0.1]).compute()
+         eps  duplicates  share
+    0  0.001           0   0.00
+    1  0.010           2   0.50
+    2  0.100           3   0.75
+    """
+    grid = _check_several([eps] if _is_one(eps) else eps)  # type: ignore[list-item]
+    check_score_columns(scores, [SCORE_COLUMN])
+    column = scores[SCORE_COLUMN]
+    return column.reduction(
+        _count,
+        combine=_add,
+        aggregate=_to_curve,
+        meta=_to_curve(_count(column._meta, grid), grid),
+        chunk_kwargs={"grid": grid},
+        aggregate_kwargs={"grid": grid},
+        token="eps-curve",
+    )
+
+
+def check_score_columns(scores: Any, required: Iterable[str]) -> None:
+    """Raise `MissingColumnsError` unless a frame has these columns of scores.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_score_columns(pd.DataFrame({"id": [1], "max_id": [1]}), ["id", "max_id"])
+    """
+    required = list(required)
+    if not set(required) <= set(scores.columns):
+        raise MissingColumnsError.build(required, scores.columns, "Scores come from ddf.semdedup.pairwise().")
+
+
+def _is_one(eps: Any) -> bool:
+    """Whether this is meant as one eps, good or bad, rather than as several."""
+    return isinstance(eps, (str, bytes)) or not isinstance(eps, Iterable) or getattr(eps, "ndim", 1) == 0
+
+
+def _check_several(eps: Iterable[float]) -> tuple[float, ...]:
+    values = list(eps)
+    for value in values:
+        check_eps(value)
+    names = [eps_column(value) for value in values]
+    if not names:
+        raise InvalidArgumentError("eps must be a number from 0 to 2 or several of them, not an empty sequence.")
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise InvalidArgumentError(f"eps may not repeat a value, to six digits, as {', '.join(repeated)} does.")
+    return tuple(map(float, values))
+
+
+def _count(scores: Any, grid: Sequence[float]) -> Any:
+    """The duplicates at each eps, and the rows, of one partition."""
+    duplicates = [int(is_duplicate(scores, value).sum()) for value in grid]
+    return frame_like({"duplicates": duplicates, "rows": [len(scores)] * len(grid)}, scores)
+
+
+def _add(counts: Any) -> Any:
+    """Sum the counts of several partitions, whose rows stand below one another and are labelled alike."""
+    return counts.groupby(level=0, sort=True).sum()
+
+
+def _to_curve(counts: Any, grid: Sequence[float]) -> Any:
+    total = _add(counts)
+    total.insert(0, "eps", np.asarray(grid, np.float64))
+    # No rows have a share of 0, not of NaN.
+    total["share"] = total["duplicates"] / total["rows"].clip(lower=1)
+    return total[["eps", "duplicates", "share"]]

@@ -8,7 +8,7 @@ shared. On a CPU it is NumPy that converts and gathers: torch's threads would co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ __all__ = [
     "array_like",
     "check_embedding_dtype",
     "check_plain_dtype",
+    "frame_like",
     "is_cudf",
     "is_string",
     "rows_not_finite",
@@ -337,18 +338,36 @@ def is_cudf(frame: Any) -> bool:
 
 
 def is_string(column: Any) -> bool:
-    """Whether a pandas or cuDF column has a dtype of strings.
+    """Whether a column's dtype is one of strings, in pandas or cuDF.
 
     Examples
     --------
-    >>> is_string(pd.Series(["a"])), is_string(pd.Series([7]))
+    >>> is_string(pd.Series(["a"])), is_string(pd.Series([1]))
     (True, False)
     """
     dtype = column.dtype
     if isinstance(dtype, pd.ArrowDtype):
-        return pa.types.is_string(dtype.pyarrow_dtype) or pa.types.is_large_string(dtype.pyarrow_dtype)
+        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        return any(kind(dtype.pyarrow_dtype) for kind in kinds)
     # cuDF has no columns of objects: it calls its strings that.
     return isinstance(dtype, pd.StringDtype) or (is_cudf(column) and dtype == np.dtype(object))
+
+
+def frame_like(columns: Mapping[str, Any], like: Any) -> Any:
+    """Make a frame of the backend of another frame or column.
+
+    Examples
+    --------
+    >>> frame_like({"x": [1, 2]}, pd.Series(["a"]))
+       x
+    0  1
+    1  2
+    """
+    if not is_cudf(like):
+        return pd.DataFrame(columns)
+    import cudf
+
+    return cudf.DataFrame(columns)
 
 
 @dataclass(frozen=True)

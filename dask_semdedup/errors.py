@@ -8,6 +8,7 @@ from itertools import islice
 __all__ = [
     "ClusterError",
     "EmbeddingError",
+    "IdError",
     "InvalidArgumentError",
     "MissingColumnsError",
     "MissingDependencyError",
@@ -57,6 +58,10 @@ class EmbeddingError(SemDedupError, ValueError):
 
 class ClusterError(SemDedupError, ValueError):
     """Rows without a cluster, no cluster column, or a layout that keeps clusters apart badly."""
+
+
+class IdError(SemDedupError, ValueError):
+    """Ids that are null or repeat where they may not, or that lead to one another in a circle."""
 
 
 class InvalidArgumentError(SemDedupError, ValueError):

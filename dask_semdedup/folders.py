@@ -11,12 +11,17 @@ import fsspec
 
 from dask_semdedup.errors import InvalidArgumentError, some
 
-__all__ = ["staged_folder"]
+__all__ = ["refuse_overlap", "replaced_when_done", "staged_folder"]
 
 
 @contextmanager
 def staged_folder(
-    output_path: str, input_path: str | None = None, *, overwrite: bool, storage_options: Mapping[str, Any] | None
+    output_path: str,
+    input_path: str | None = None,
+    *,
+    overwrite: bool,
+    storage_options: Mapping[str, Any] | None,
+    suffixes: tuple[str, ...] = (".parquet",),
 ) -> Iterator[str]:
     """Yield the URL of a sibling of ``output_path`` that takes its place when the block succeeds.
 
@@ -29,9 +34,11 @@ def staged_folder(
     input_path : str, optional
         What is read meanwhile; it must not overlap.
     overwrite : bool
-        Whether to replace a folder of Parquet files.
+        Whether to replace a folder that holds nothing but files of these suffixes.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
+    suffixes : tuple of str
+        How the names of files end that may be replaced.
 
     Raises
     ------
@@ -52,8 +59,15 @@ def staged_folder(
     options = dict(storage_options or {})
     fs, final = fsspec.url_to_fs(output_path.rstrip("/"), **options)
     if input_path is not None:
-        _refuse_overlap(final, fsspec.url_to_fs(input_path.rstrip("/"), **options)[1])
-    _refuse_occupied(fs, final, overwrite=overwrite)
+        refuse_overlap(final, fsspec.url_to_fs(input_path.rstrip("/"), **options)[1])
+    _refuse_occupied(fs, final, overwrite=overwrite, suffixes=suffixes)
+    with replaced_when_done(fs, final) as staged:
+        yield staged
+
+
+@contextmanager
+def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[str]:
+    """Yield the URL of a sibling of a folder that takes its place when the block succeeds, whatever it holds."""
     staged = f"{final}.partial-{secrets.token_hex(4)}"
     try:
         # A URL of an absolute path: workers may have other working directories.
@@ -68,14 +82,14 @@ def staged_folder(
     fs.mv(staged, final, recursive=True)
 
 
-def _refuse_overlap(output: str, source: str) -> None:
+def refuse_overlap(output: str, source: str) -> None:
     """Keep overwriting from removing the input, and the input from swallowing the output."""
     if f"{output}/".startswith(f"{source}/") or f"{source}/".startswith(f"{output}/"):
         raise InvalidArgumentError(f"Output {output!r} and input {source!r} overlap. Name a folder apart.")
 
 
-def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, *, overwrite: bool) -> None:
-    """Refuse an output that is not free; with ``overwrite``, one that holds more than Parquet files."""
+def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, *, overwrite: bool, suffixes: tuple[str, ...]) -> None:
+    """Refuse an output that is not free; with ``overwrite``, one that holds files of other suffixes."""
     if fs.isfile(output):
         raise InvalidArgumentError(f"Output {output!r} is a file. Name a folder.")
     files = fs.find(output)
@@ -84,8 +98,9 @@ def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, *, overwrite: b
             f"Output {output!r} is not empty: {len(files):,} files. Pass overwrite=True, or --overwrite to the "
             "command, to replace it, or name another folder."
         )
-    others = [file.removeprefix(f"{output}/") for file in files if not file.endswith(".parquet")]
+    others = [file.removeprefix(f"{output}/") for file in files if not file.endswith(suffixes)]
     if others:
         raise InvalidArgumentError(
-            f"Output {output!r} holds files that are not Parquet and would be lost: {some(others)}. Remove it yourself."
+            f"Output {output!r} holds files that are not {' or '.join(suffixes)} and would be lost: {some(others)}. "
+            "Remove it yourself."
         )

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from dask_semdedup.embeddings import is_cudf
 
-__all__ = ["hash_ids"]
+__all__ = ["hash_ids", "ids_to_arrow", "plain_ids"]
 
 # What `pandas.api.types.infer_dtype` calls columns of objects that Arrow takes for integers, strings or bytes.
 OBJECTS_OF_ARROW = ("integer", "string", "bytes", "empty")
@@ -63,10 +63,10 @@ def _mix(values: Any) -> Any:
 
 def _fingerprints(ids: Any) -> Any:
     """A uint64 for each id: the bits of an integer, a hash of the characters of anything else."""
-    ids = ids.astype(ids.cat.categories.dtype) if ids.dtype == "category" else ids
+    ids = plain_ids(ids)
     if is_cudf(ids) and ids.dtype.kind in "iu":
         return ids.fillna(0).astype("int64").values.view(np.uint64)
-    array = _to_arrow(ids)
+    array = ids_to_arrow(ids)
     convert = _integers if pa.types.is_integer(array.type) else _hashed_strings
     hashes = np.concatenate([np.empty(0, np.uint64), *map(convert, array.chunks)])
     return _to_cupy(hashes) if is_cudf(ids) else hashes
@@ -78,15 +78,47 @@ def _to_cupy(array: np.ndarray) -> Any:
     return cupy.asarray(array)
 
 
-def _to_arrow(ids: Any) -> pa.ChunkedArray:
-    """Ids as Arrow integers, large strings or large binaries."""
+def plain_ids(ids: Any) -> Any:
+    """Give ids as their categories' own dtype where they are categorical, else as they are.
+
+    Examples
+    --------
+    >>> plain_ids(pd.Series([7, 8], dtype="category")).dtype
+    dtype('int64')
+    """
+    return ids.astype(ids.cat.categories.dtype) if ids.dtype == "category" else ids
+
+
+def ids_to_arrow(ids: Any) -> pa.ChunkedArray:
+    """Give ids as Arrow integers, large strings or large binaries; nulls stay null.
+
+    Parameters
+    ----------
+    ids : pandas.Series or cudf.Series
+
+    Returns
+    -------
+    pyarrow.ChunkedArray
+        Without a copy where the column is one of Arrow and of such a type.
+
+    Examples
+    --------
+    >>> ids_to_arrow(pd.Series(["a", None])).type
+    DataType(large_string)
+    """
+    ids = plain_ids(ids)
     if not is_cudf(ids) and ids.dtype == np.dtype(object) and pd.api.types.infer_dtype(ids) not in OBJECTS_OF_ARROW:
-        ids = ids.astype(str)
+        ids = ids.astype(str).where(ids.notna())
     array = ids.to_arrow() if is_cudf(ids) else pa.array(ids, from_pandas=True)
     array = pa.chunked_array([array]) if isinstance(array, pa.Array) else array
+    if isinstance(array.type, pa.BaseExtensionType):  # UUIDs
+        array = array.cast(array.type.storage_type)
+    if pa.types.is_dictionary(array.type):
+        array = array.cast(array.type.value_type)
     if pa.types.is_integer(array.type):
         return array
-    return array.cast(pa.large_binary() if pa.types.is_binary(array.type) else pa.large_string())
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return array.cast(pa.large_binary() if any(kind(array.type) for kind in kinds) else pa.large_string())
 
 
 def _integers(chunk: pa.Array) -> np.ndarray:

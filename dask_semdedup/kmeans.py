@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,8 @@ from dask_semdedup._validate import check_choice, check_positive
 from dask_semdedup.embeddings import array_like, is_cudf, shares_memory, to_embeddings, to_tensor
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, have, some
 from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.pairwise import _check_device, _cores, _search_device, _threads
+from dask_semdedup.pairwise import home_field
+from dask_semdedup.placement import check_device, choose_device, cores_for
 
 if TYPE_CHECKING:
     import torch
@@ -387,7 +387,7 @@ def _nearest(
         values, found = _largest(product, min(n_probe, len(block)))
         best = torch.cat([best, values], dim=1)
         numbers = torch.cat([numbers, found + start], dim=1)
-        if best.shape[1] > n_probe:
+        if start:
             # Stable, and lower numbers come first: they win among equals.
             order = best.argsort(dim=1, descending=True, stable=True)[:, :n_probe]
             best, numbers = best.gather(1, order), numbers.gather(1, order)
@@ -464,17 +464,6 @@ def _unit(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def home_field(cluster_field: str) -> str:
-    """Name of the column that holds a visit's own cluster.
-
-    Examples
-    --------
-    >>> home_field("centroid")
-    'home_centroid'
-    """
-    return f"home_{cluster_field}"
-
-
 def kmeans_partition(
     frame: Any,
     centroids: Centroids,
@@ -526,7 +515,7 @@ def kmeans_partition(
     0   7  [0.6 0.8]         1         0.632456                  0.2
     1   8    [1. 0.]         0         0.000000                  0.0
     """
-    _check_device(device)
+    check_device(device)
     if is_cudf(frame):
         share_memory_pool()
     if len(frame) == 0:
@@ -535,8 +524,8 @@ def kmeans_partition(
     home = "cuda" if is_cudf(frame) else "cpu"
     # As much work as searching one cluster of so many rows.
     work = np.array([0, math.isqrt(2 * len(frame) * len(centroids))])
-    device = _search_device(device, home, work)
-    with _cores().take(_threads(work)) if device == "cpu" else nullcontext():
+    device = choose_device(device, home, work)
+    with cores_for(device, work):
         rows = to_tensor(
             column,
             name=embedding_field,

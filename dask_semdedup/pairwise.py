@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from dask.system import CPU_COUNT
-from threadpoolctl import ThreadpoolController
 
-from dask_semdedup._validate import check_choice
 from dask_semdedup.embeddings import array_like, is_cudf, tensor_like, to_list, to_numpy, to_tensor
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.memory import share_memory_pool
+from dask_semdedup.placement import check_device, choose_device, cores_for
 from dask_semdedup.ranking import RankingStrategy
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICES", "SCORE_COLUMNS", "pairwise_meta", "pairwise_partition"]
+__all__ = [
+    "RANK_COLUMN",
+    "SCORE_COLUMNS",
+    "best_of_visits",
+    "check_clusters",
+    "home_field",
+    "pairwise_meta",
+    "pairwise_partition",
+    "score_frame",
+    "search_segments",
+    "segments_of",
+]
 
 SCORE_COLUMNS = ("id", "max_id", "cosine_sim_score")
-DEVICES = ("auto", "cpu", "cuda")
-# Pairs of rows from which on a GPU repays the way to it: 2,000 rows of 384 took an H200 half as long as 16 cores.
-PAIRS_WORTH_A_GPU = 2_000_000
-# Rows of a cluster from which on torch's threads, all at one product, waste less time on waiting for each other than a
-# search to each of Dask's threads saves.
-ROWS_WORTH_ALL_THREADS = 8192
+# What is kept of a row's place while the answers of its visits are on their way to it.
+RANK_COLUMN = "rank_in_partition"
+NO_CANDIDATE = -np.inf
+
+
+def home_field(cluster_field: str) -> str:
+    """Name of the column that holds a row's own cluster, in frames where rows visit others.
+
+    A row whose cluster is not its own is a visit: it is compared with the rows of that cluster, and none with it.
+
+    Examples
+    --------
+    >>> home_field("centroid")
+    'home_centroid'
+    """
+    return f"home_{cluster_field}"
 
 
 def pairwise_partition(
@@ -44,6 +60,7 @@ def pairwise_partition(
     batch_size: int | None = None,
     embedding_dim: int | None = None,
     device: str = "auto",
+    with_visits: bool = False,
 ) -> Any:
     """Find for every row its most similar row among those of its cluster that are preferred over it.
 
@@ -61,12 +78,15 @@ def pairwise_partition(
         The width that every embedding must have.
     device : {"auto", "cpu", "cuda"}
         Where to search. "auto" is where the frame is, or a GPU where there is one and enough work for it.
+    with_visits : bool, default False
+        Whether some rows are visits: see `home_field`.
 
     Returns
     -------
     DataFrame
         Of the same backend: ``id``, ``max_id`` (both of the ids' dtype), ``cosine_sim_score`` (float32) and the
         clusters, which ascend; the rows of each stand in rank order. The first of each has score 0 and its own id.
+        With visits, it is what `best_of_visits` puts together.
 
     Raises
     ------
@@ -94,18 +114,25 @@ def pairwise_partition(
     2   9       8               0.8         0
     """
     _check_columns(frame.columns, id_field, embedding_field, cluster_field, ranking)
-    _check_device(device)
+    check_device(device)
     if is_cudf(frame):
         share_memory_pool()
     ids, clusters = frame[id_field], frame[cluster_field]
     if len(frame) == 0:
-        return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field)
-    codes = _cluster_codes(clusters, ids)
+        return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field, with_visits=with_visits)
+    check_clusters(clusters, ids)
+    codes, _ = clusters.factorize()
     order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
-    segments = _segments(codes[order])
+    segments = segments_of(codes[order])
+    stops = None
+    if with_visits:
+        homes = frame[home_field(cluster_field)]
+        is_visit = (clusters != homes).to_numpy().astype(bool)[to_numpy(order)]
+        position, stops = _visits_last(is_visit, segments)
+        order = order[array_like(tensor_like(position), frame)]
     home = "cuda" if is_cudf(frame) else "cpu"
-    device = _search_device(device, home, segments)
-    with _cores().take(_threads(segments)) if device == "cpu" else nullcontext():
+    device = choose_device(device, home, segments)
+    with cores_for(device, segments):
         rows = to_tensor(
             frame[embedding_field],
             name=embedding_field,
@@ -115,11 +142,85 @@ def pairwise_partition(
             order=order,
             device=device if home == "cuda" else "cpu",
         )
-        scores, index = _search(rows, segments, device, compute_dtype, batch_size)
-    return _score_frame(ids, clusters, order, order[array_like(index, frame)], array_like(scores, frame))
+        scores, index = search_segments(rows, segments, stops, device, compute_dtype, batch_size)
+    nearest = ids.iloc[order[array_like(index, frame)]]
+    if not with_visits:
+        return score_frame(ids.iloc[order], nearest, array_like(scores, frame), clusters.iloc[order])
+    import torch
+
+    place = torch.arange(len(index), device=index.device)
+    scores = scores.masked_fill(index == place, NO_CANDIDATE)
+    own = homes.iloc[order].rename(cluster_field)
+    result = score_frame(ids.iloc[order], nearest, array_like(scores, frame), own)
+    result[RANK_COLUMN] = array_like(place.masked_fill(tensor_like(is_visit[position]).to(place.device), -1), frame)
+    return result
 
 
-def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str) -> Any:
+def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
+    """Put together what `pairwise_partition` found for rows in their own clusters and on their visits.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame or cudf.DataFrame
+        Its results, all that belong to the same own cluster.
+    cluster_field : str
+        The column of clusters, by now the rows' own.
+
+    Returns
+    -------
+    DataFrame
+        One row for each id of a cluster, in rank order: its best score, and where that was found. Among equals, what
+        was found in the row's own cluster comes first.
+
+    Raises
+    ------
+    ClusterError
+        If ids repeat within a cluster: the visits of a row are known by its id.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> found = pd.DataFrame({"id": [7, 8, 8], "max_id": [7, 7, 3], "cosine_sim_score": [-np.inf, 0.5, 0.9]})
+    >>> found["centroid"], found["rank_in_partition"] = 0, [0, 1, -1]
+    >>> best_of_visits(found, cluster_field="centroid")
+       id  max_id  cosine_sim_score  centroid
+    0   7       7               0.0         0
+    1   8       3               0.9         0
+    """
+    key = [cluster_field, "id"]
+    own = frame[frame[RANK_COLUMN] >= 0][[*key, RANK_COLUMN]]
+    _check_unique(own, key)
+    best = frame.sort_values(["cosine_sim_score", RANK_COLUMN], ascending=False).drop_duplicates(key)
+    best = best.drop(columns=RANK_COLUMN).merge(own, on=key).sort_values([cluster_field, RANK_COLUMN])
+    scores = best["cosine_sim_score"]
+    best["cosine_sim_score"] = scores.where(scores > NO_CANDIDATE, np.float32(0))
+    return best[[*SCORE_COLUMNS, cluster_field]].reset_index(drop=True)
+
+
+def _check_unique(own: Any, key: list[str]) -> None:
+    repeated = own["id"][own.duplicated(key)]
+    if len(repeated):
+        raise ClusterError(
+            f"{have(len(repeated), 'row')} an id that another row of the same cluster has (ids "
+            f"{some(to_list(repeated.drop_duplicates()))}). With n_probe, rows must have ids of their own."
+        )
+
+
+def _visits_last(is_visit: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions that bring the visits of each segment behind its members, and where the candidates of each row end.
+
+    Those of a visit are the members that were ranked before it.
+    """
+    n = len(is_visit)
+    starts = np.repeat(segments[:-1], np.diff(segments))
+    members = np.concatenate([[0], np.cumsum(~is_visit)])
+    earlier_members = members[:n] - members[starts]
+    position = np.lexsort([is_visit, starts])
+    stops = np.where(is_visit[position], (starts + earlier_members)[position], np.arange(n))
+    return position, stops
+
+
+def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str, with_visits: bool = False) -> Any:
     """Build the empty frame that has exactly the dtypes of `pairwise_partition`'s.
 
     Parameters
@@ -128,6 +229,8 @@ def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str) -> Any:
         A frame with the dtypes of the partitions.
     id_field, cluster_field : str
         Its columns of ids and clusters.
+    with_visits : bool, default False
+        Whether some rows are visits.
 
     Returns
     -------
@@ -144,15 +247,33 @@ def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str) -> Any:
     cluster               int64
     dtype: object
     """
-    nothing = np.empty(0, np.int64)
-    return _score_frame(meta[id_field], meta[cluster_field], nothing, nothing, np.empty(0, np.float32))
+    empty = meta.iloc[:0]
+    own = empty[home_field(cluster_field) if with_visits else cluster_field].rename(cluster_field)
+    result = score_frame(empty[id_field], empty[id_field], np.empty(0, np.float32), own)
+    return result.assign(**{RANK_COLUMN: np.empty(0, np.int64)}) if with_visits else result
 
 
-def _score_frame(ids: Any, clusters: Any, order: Any, nearest: Any, scores: Any) -> Any:
-    result = ids.iloc[order].reset_index(drop=True).to_frame("id")
-    result["max_id"] = ids.iloc[nearest].reset_index(drop=True)
+def score_frame(ids: Any, nearest: Any, scores: Any, clusters: Any) -> Any:
+    """Put a frame of scores together.
+
+    Parameters
+    ----------
+    ids, nearest, clusters : Series
+        Of the rows, of the rows nearest to them, and the rows' clusters; their indexes do not matter.
+    scores : array
+        Of NumPy or CuPy.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> score_frame(pd.Series([8]), pd.Series([7]), np.array([0.5]), pd.Series([0], name="centroid"))
+       id  max_id  cosine_sim_score  centroid
+    0   8       7               0.5         0
+    """
+    result = ids.reset_index(drop=True).to_frame("id")
+    result["max_id"] = nearest.reset_index(drop=True)
     result["cosine_sim_score"] = scores
-    result[clusters.name] = clusters.iloc[order].reset_index(drop=True)
+    result[clusters.name] = clusters.reset_index(drop=True)
     return result
 
 
@@ -168,105 +289,47 @@ def _check_columns(
     ranking.check_columns(present)
 
 
-def _check_device(device: str) -> None:
-    check_choice("device", device, DEVICES)
-    if device == "cuda" and not _has_cuda():
-        raise InvalidArgumentError(
-            "device is 'cuda', but torch sees no CUDA device. Use device='cpu' or 'auto', or install a torch with CUDA."
-        )
+def check_clusters(clusters: Any, ids: Any) -> None:
+    """Raise `ClusterError` for rows that have no cluster.
 
-
-def _search_device(device: str, home: str, segments: np.ndarray) -> str:
-    """Where to search: as told, else where the frame is, or on a GPU that is there if the work repays the way to it."""
-    if device != "auto":
-        return device
-    pairs = np.square(np.diff(segments), dtype=np.float64).sum() / 2
-    return "cuda" if pairs >= PAIRS_WORTH_A_GPU and _has_cuda() else home
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _cluster_codes(clusters: Any, ids: Any) -> Any:
-    """A number for each row's cluster; raise for rows that have none."""
-    codes, _ = clusters.factorize()
-    if (codes < 0).any():
-        lost = ids.iloc[(codes < 0).nonzero()[0]]
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_clusters(pd.Series([0, 0], name="centroid"), pd.Series([7, 8]))
+    """
+    null = clusters.isna()
+    if null.any():
+        lost = ids[null]
         raise ClusterError(
             f"Column {clusters.name!r}: {have(len(lost), 'row')} no cluster (ids {some(to_list(lost))}). "
             "Drop them, or assign them to clusters."
         )
-    return codes
 
 
-def _segments(codes: Any) -> np.ndarray:
-    """Offsets of the runs of equal codes, from 0 to their number."""
+def segments_of(codes: Any) -> np.ndarray:
+    """Offsets of the runs of equal codes, from 0 to their number.
+
+    Examples
+    --------
+    >>> segments_of(np.array([3, 3, 1]))
+    array([0, 2, 3])
+    """
     starts = (codes[1:] != codes[:-1]).nonzero()[0] + 1
     return np.concatenate([[0], to_numpy(starts), [len(codes)]])
 
 
-def _search(
-    rows: torch.Tensor, segments: np.ndarray, device: str, compute_dtype: str, batch_size: int | None
+def search_segments(
+    rows: torch.Tensor,
+    segments: np.ndarray,
+    stops: np.ndarray | None,
+    device: str,
+    compute_dtype: str,
+    batch_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Search where `rows` are, or send them to a GPU as its memory permits."""
     from dask_semdedup.search import nearest_earlier
     from dask_semdedup.search.streaming import nearest_earlier_from_host
 
     find = partial(nearest_earlier_from_host, device=device) if rows.device.type != device else nearest_earlier
-    return find(rows, tensor_like(segments), compute_dtype=compute_dtype, batch_size=batch_size)
-
-
-def _threads(segments: np.ndarray) -> int:
-    """Threads that a search on the CPU is worth: one beside other searches, unless a cluster's products fill them all.
-
-    Dask's threaded tasks never run in the main thread: what does has nothing beside it.
-    """
-    import torch
-
-    # To ask comes first: a thread that has not asked sets its number anew at its first product.
-    available = torch.get_num_threads()
-    is_alone = threading.current_thread() is threading.main_thread()
-    return available if is_alone or np.diff(segments).max() >= ROWS_WORTH_ALL_THREADS else 1
-
-
-class _Cores:
-    """Shares the process's cores out to the searches of its threads, so that Dask's and torch's do not multiply.
-
-    OpenMP's threads wait for each other by spinning: where there are more of them than cores, they wait for long.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = self._free = count
-        self._changed = threading.Condition()
-        self._pools = ThreadpoolController()
-
-    @contextmanager
-    def take(self, threads: int) -> Iterator[None]:
-        """Wait for so many cores, and let torch use no more in this thread."""
-        threads = min(threads, self._count)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= threads)
-            self._free -= threads
-        try:
-            # OpenMP's limit is the calling thread's alone, which that of `torch.set_num_threads` is not.
-            with self._pools.limit(limits=threads, user_api="openmp"):
-                yield
-        finally:
-            with self._changed:
-                self._free += threads
-                self._changed.notify_all()
-
-
-@cache
-def _cores() -> _Cores:
-    """Made at the first search, when torch and with it OpenMP are loaded."""
-    import torch  # noqa: F401
-
-    return _Cores(CPU_COUNT)
-
-
-# A forked process has none of the threads that hold cores.
-os.register_at_fork(after_in_child=_cores.cache_clear)
+    ends = None if stops is None else tensor_like(stops)
+    return find(rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size)

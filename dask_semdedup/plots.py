@@ -1,28 +1,43 @@
-"""Pictures of scores and duplicates, as Matplotlib figures.
+"""Pictures of scores and duplicates, as Matplotlib figures, and of pairs of texts, as HTML.
 
-Each function returns a :class:`matplotlib.figure.Figure` made without pyplot, so that nothing global changes and
-nothing needs a screen: a notebook shows what a function returns, a script calls ``savefig`` on it. Given ``figure=``,
-which may also be a subfigure, a function draws there instead, so that pictures can be put side by side.
+Each function that draws returns a :class:`matplotlib.figure.Figure` made without pyplot, so that nothing global changes
+and nothing needs a screen: a notebook shows what a function returns, a script calls ``savefig`` on it. Given
+``figure=``, which may also be a subfigure, a function draws there instead, so that pictures can be put side by side.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from dask_semdedup.duplicates import threshold as duplicate_threshold
+from dask_semdedup.errors import MissingColumnsError
+from dask_semdedup.gallery import pairs_around, text_gallery
+from dask_semdedup.tally import SCORE_FIELDS, compared_rows, take_tally, to_pandas
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
+
+__all__ = [
+    "cluster_sizes",
+    "compared_scores",
+    "duplicates_curve",
+    "pair_gallery",
+    "pairs_around",
+    "score_histogram",
+    "text_gallery",
+]
 
 AnyFigure: TypeAlias = Figure | SubFigure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, VERMILION, INK, PALE = "#0072B2", "#D55E00", "#333333", "#C8CDD2"
+# More steps than this cannot be told apart in a picture.
+MOST_STEPS = 1000
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
@@ -36,8 +51,9 @@ def score_histogram(
 
     Parameters
     ----------
-    scores : pandas, cuDF or Dask DataFrame
-        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``.
+    scores : pandas, cuDF or Dask DataFrame, or Tally
+        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
+        partition.
     eps : float, optional
         Rows with a score of at least ``1 - eps`` are drawn as duplicates; None marks none.
     bins : int
@@ -56,11 +72,10 @@ def score_histogram(
     >>> score_histogram(scores, eps=0.01).axes[0].get_title(loc="left")
     '1 duplicate among 2 compared rows'
     """
-    values = compared_scores(scores)
-    threshold = 1.0 if eps is None else float(_threshold(eps))
+    tally = take_tally(scores, eps)
+    threshold = 1.0 if eps is None else float(duplicate_threshold(eps))
     figure, axes = _axes(figure, "Cosine similarity to the most similar preferred row", "Rows")
-    edges = _bin_edges(values, threshold, bins)
-    counts, _ = np.histogram(values.astype(np.float64), edges)
+    edges, counts = tally.histogram(bins)
     colours = [VERMILION if left >= threshold else BLUE for left in edges[:-1]]
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours, edgecolor=colours, linewidth=0.4)
     if counts.any():
@@ -68,11 +83,11 @@ def score_histogram(
         axes.set_ylim(0.8, 3 * counts.max())
     axes.yaxis.set_major_formatter(THOUSANDS)
     if eps is None:
-        _title(axes, f"Scores of {len(values):,} compared rows")
+        _title(axes, f"Scores of {tally.compared:,} compared rows")
         return figure
-    duplicates = int(_duplicates_at(values, eps))
+    duplicates = int(tally.duplicates(eps))
     noun = "duplicate" if duplicates == 1 else "duplicates"
-    _title(axes, f"{duplicates:,} {noun} among {len(values):,} compared rows")
+    _title(axes, f"{duplicates:,} {noun} among {tally.compared:,} compared rows")
     _mark_threshold(axes, threshold, f"1 − eps = {1 - eps:.6g}")
     return figure
 
@@ -84,8 +99,9 @@ def duplicates_curve(
 
     Parameters
     ----------
-    scores : pandas, cuDF or Dask DataFrame
-        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``.
+    scores : pandas, cuDF or Dask DataFrame, or Tally
+        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
+        partition.
     eps : float, optional
         A choice to mark on the curve.
     largest_eps : float
@@ -104,21 +120,74 @@ def duplicates_curve(
     >>> duplicates_curve(scores, eps=0.01).axes[0].get_title(loc="left")
     'eps = 0.01 drops 1 of 3 rows (33.3%)'
     """
-    scores = _to_pandas(scores)
-    values, rows = compared_scores(scores), len(scores)
+    tally = take_tally(scores, eps, largest_eps=largest_eps)
+    rows = max(tally.rows, 1)
     figure, axes = _axes(figure, "eps: how far below 1 a duplicate's similarity may be", "Rows dropped")
-    grid = np.linspace(0, largest_eps, 401)
-    dropped = _duplicates_at(values, grid)
+    grid = tally.grid
+    dropped = tally.duplicates(grid)
     axes.fill_between(grid, dropped / rows, color=BLUE, alpha=0.12, linewidth=0)
     axes.plot(grid, dropped / rows, color=BLUE, linewidth=2)
-    axes.set_xlim(0, largest_eps)
+    axes.set_xlim(0, grid[-1])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _title(axes, f"What each eps drops of {rows:,} rows")
+    _title(axes, f"What each eps drops of {tally.rows:,} rows")
     if eps is not None:
-        count = int(_duplicates_at(values, eps))
+        count = int(tally.duplicates(eps))
         axes.plot([eps], [count / rows], "o", color=VERMILION, markersize=9, clip_on=False, zorder=3)
-        _title(axes, f"eps = {eps:g} drops {count:,} of {rows:,} rows ({count / rows:.1%})")
+        _title(axes, f"eps = {eps:g} drops {count:,} of {tally.rows:,} rows ({count / rows:.1%})")
+    return figure
+
+
+def cluster_sizes(
+    scores: Any, eps: float = 0.01, *, cluster_field: str = "centroid", figure: AnyFigure | None = None
+) -> AnyFigure:
+    """Rows and duplicates of each cluster, from the largest cluster to the smallest.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame, or Tally
+        What ``pairwise`` returns. Dask frames are read partition by partition.
+    eps : float
+        Rows with a score of at least ``1 - eps`` are duplicates.
+    cluster_field : str
+        Column of clusters.
+    figure : Figure or SubFigure, optional
+        Where to draw.
+
+    Returns
+    -------
+    Figure or SubFigure
+
+    Raises
+    ------
+    MissingColumnsError
+        If there is no column of clusters.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 3], "cosine_sim_score": [0.0, 0.995, 0.0]})
+    >>> cluster_sizes(scores.assign(centroid=[0, 0, 1])).axes[0].get_title(loc="left")
+    '2 clusters of 1 to 2 rows'
+    """
+    tally = take_tally(scores, eps, cluster_field=cluster_field)
+    if tally.clusters is None:
+        raise MissingColumnsError.build([cluster_field], scores.columns, "Name the clusters' column as cluster_field.")
+    counts = tally.clusters.sort_values(["rows", "duplicates"], ascending=False)
+    figure, axes = _axes(figure, "Clusters, from the largest to the smallest", "Rows")
+    shown = np.unique(np.linspace(0, max(len(counts) - 1, 0), MOST_STEPS).astype(int))[: len(counts)]
+    edges = np.append(shown, len(counts))
+    for name, colour, label in [("rows", BLUE, "all rows"), ("duplicates", VERMILION, "duplicates")]:
+        axes.stairs(counts[name].to_numpy()[shown], edges, fill=True, color=colour, label=label)
+    axes.set_xlim(0, max(len(counts), 1))
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(THOUSANDS)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(THOUSANDS)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=10, loc="upper right")
+    least, most = (counts["rows"].min(), counts["rows"].max()) if len(counts) else (0, 0)
+    noun = "cluster" if len(counts) == 1 else "clusters"
+    _title(axes, f"{len(counts):,} {noun} of {least:,} to {most:,} rows")
     return figure
 
 
@@ -209,37 +278,8 @@ def compared_scores(scores: Any) -> np.ndarray:
     >>> compared_scores(pd.DataFrame({"id": ["a", "b"], "max_id": ["a", "a"], "cosine_sim_score": [0.0, 0.5]}))
     array([0.5], dtype=float32)
     """
-    frame = _to_pandas(scores[["id", "max_id", "cosine_sim_score"]])
-    compared = frame.loc[frame["id"] != frame["max_id"], "cosine_sim_score"]
-    return compared.to_numpy(dtype=np.float32)
-
-
-def _to_pandas(frame: Any) -> pd.DataFrame:
-    """The frame in this process's memory, whichever backend holds it."""
-    if hasattr(frame, "compute"):
-        frame = frame.compute()
-    return frame.to_pandas() if hasattr(frame, "to_pandas") else frame
-
-
-def _duplicates_at(values: np.ndarray, eps: float | np.ndarray) -> np.ndarray:
-    """Number of scores of at least ``1 - eps``, for each eps."""
-    return len(values) - np.searchsorted(np.sort(values), _threshold(eps), side="left")
-
-
-def _threshold(eps: Any) -> Any:
-    """The score from which rows are duplicates, rounded as the scores are."""
-    return np.subtract(1, eps).astype(np.float32)
-
-
-def _bin_edges(values: np.ndarray, threshold: float, bins: int) -> np.ndarray:
-    """Edges of about equal width up to 1, one of them exactly at the threshold so that no bar has two colours."""
-    lowest = min(float(values.min(initial=1.0)), threshold)
-    width = max(1 - lowest, 1e-3) / bins
-    above = max(1, round((1 - threshold) / width)) if threshold < 1 else 0
-    below = max(0 if above else 1, math.ceil((threshold - lowest) / width))
-    edges = np.concatenate([threshold - width * np.arange(below, 0, -1), np.linspace(threshold, 1, above + 1)])
-    edges[0] = min(edges[0], lowest)
-    return edges
+    frame = compared_rows(to_pandas(scores[list(SCORE_FIELDS)]))
+    return frame["cosine_sim_score"].to_numpy(dtype=np.float32)
 
 
 def _axes(figure: AnyFigure | None, x_label: str, y_label: str) -> tuple[AnyFigure, Axes]:

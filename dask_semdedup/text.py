@@ -15,7 +15,7 @@ import numpy as np
 from dask_semdedup._validate import check_positive
 from dask_semdedup.embeddings import array_like, is_string, to_embeddings, to_list
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, MissingDependencyError, have, some
-from dask_semdedup.pairwise import _check_device, _cores, _has_cuda
+from dask_semdedup.placement import check_device, cores, has_cuda
 
 __all__ = ["DEFAULT_MODEL", "check_embed_arguments", "embed_meta", "embed_partition"]
 
@@ -93,13 +93,13 @@ def embed_partition(
     """
     import torch
 
-    _check_device(device)
+    check_device(device)
     if len(texts) == 0:
         return embed_meta(texts, embedding_field=embedding_field)
     sentences = _checked_texts(texts)
     target = None if device == "auto" else device
     if isinstance(model, str | os.PathLike):
-        model = _loaded(os.fspath(model), target or ("cuda" if _has_cuda() else "cpu"))
+        model = _loaded(os.fspath(model), target or ("cuda" if has_cuda() else "cpu"))
     with _turn(target or model.device.type):
         rows = model.encode(
             sentences, batch_size=batch_size, device=target, show_progress_bar=False, **(encode_kwargs or {})
@@ -185,8 +185,8 @@ def _turn(device: str) -> AbstractContextManager[Any]:
     """Wait until this thread may use the model."""
     import torch
 
-    # As in `pairwise`: to ask for the number of threads comes first.
-    return _cores().take(torch.get_num_threads()) if device == "cpu" else _gpu
+    # As in `placement`: to ask for the number of threads comes first.
+    return cores().take(torch.get_num_threads()) if device == "cpu" else _gpu
 
 
 def _loaded(name: str, device: str) -> Any:

@@ -18,39 +18,54 @@ def cosines(rows: np.ndarray) -> np.ndarray:
     return np.where(np.tri(len(rows), k=-1, dtype=bool), unit @ unit.T, -np.inf)
 
 
-def nearest_earlier(rows: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the largest similarity to an earlier row of its segment, and the first row that has it."""
+def nearest_earlier(
+    rows: np.ndarray, segments: np.ndarray, stops: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the largest similarity to a candidate of its segment, and the first row that has it.
+
+    The candidates of a row are those before it or, with `stops`, before the row that stands there.
+    """
     scores, index = np.zeros(len(rows)), np.arange(len(rows))
+    stops = index if stops is None else stops
     for start, stop in pairwise(segments):
-        if stop - start < 2:
-            continue
-        similarity = cosines(rows[start:stop])[1:]
-        scores[start + 1 : stop] = similarity.max(axis=1, initial=-np.inf)
-        index[start + 1 : stop] = start + (similarity >= scores[start + 1 : stop, None] - EQUAL).argmax(axis=1)
+        similarity = _to_candidates(rows, start, stop, stops)
+        found = start + np.flatnonzero(stops[start:stop] > start)
+        similarity = similarity[found - start]
+        scores[found] = similarity.max(axis=1, initial=-np.inf)
+        index[found] = start + (similarity >= scores[found, None] - EQUAL).argmax(axis=1) if len(found) else found
     return np.clip(scores, -1, 1), index
 
 
-def assert_nearest_earlier(rows: np.ndarray, segments: np.ndarray, scores: np.ndarray, index: np.ndarray) -> None:
+def _to_candidates(rows: np.ndarray, start: int, stop: int, stops: np.ndarray) -> np.ndarray:
+    """Cosine similarity of each row of a segment to each of its candidates, -inf elsewhere."""
+    is_candidate = np.arange(stop - start) < (stops[start:stop] - start)[:, None]
+    return np.where(is_candidate, cosines(rows[start:stop]), -np.inf)
+
+
+def assert_nearest_earlier(
+    rows: np.ndarray, segments: np.ndarray, scores: np.ndarray, index: np.ndarray, stops: np.ndarray | None = None
+) -> None:
     """Assert that an answer is exact.
 
     Scores must be within 2e-6 of float64. The chosen row must have the largest similarity to within 1e-12, and be the
     first of those that equal it bit for bit.
     """
     rows, segments, scores, index = (np.asarray(array) for array in (rows, segments, scores, index))
-    expected_scores, expected_index = nearest_earlier(rows, segments)
+    expected_scores, expected_index = nearest_earlier(rows, segments, stops)
     assert scores.dtype == np.float32
     assert index.dtype == np.int64
     np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=2e-6)
     assert scores.min(initial=0) >= -1
     assert scores.max(initial=0) <= 1
+    stops = np.arange(len(rows)) if stops is None else np.asarray(stops)
     for start, stop in pairwise(segments):
-        similarity = cosines(rows[start:stop])
+        similarity = _to_candidates(rows, start, stop, stops)
         for row in range(start, stop):
-            chosen, expected = int(index[row]), int(expected_index[row])
-            if row == start:
-                assert chosen == start, f"row {row} opens its segment, but has neighbour {chosen}"
+            chosen, expected, end = int(index[row]), int(expected_index[row]), int(stops[row])
+            if end == start:
+                assert chosen == row, f"row {row} has no candidates, but neighbour {chosen}"
                 continue
-            assert start <= chosen < row, f"row {row} of segment {start}:{stop} has neighbour {chosen}"
+            assert start <= chosen < end, f"row {row} of segment {start}:{stop} has neighbour {chosen}"
             loss = similarity[row - start].max() - similarity[row - start, chosen - start]
             assert loss <= EQUAL, f"row {row}: neighbour {chosen} is {loss} less similar than {expected}"
             is_copy = np.array_equal(rows[chosen], rows[expected])

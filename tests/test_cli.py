@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 import dask_semdedup
 from dask_semdedup import cli
+from dask_semdedup.cli import files, options, pairwise
 
 CLUSTERS, ROWS, DUPLICATES = 3, 20, 4
 
@@ -231,7 +232,7 @@ def test_failure_on_a_cluster_is_one_line_and_leaves_nothing(
 def test_progress_ends_at_the_number_of_tasks(clusters: str, tmp_path: Path) -> None:
     scores = dask_semdedup.read_clusters(clusters, partition_size="1kB").semdedup.pairwise()
     progress = Progress(disable=True)
-    cli.write_scores(scores, str(tmp_path / "scores"), {}, client=None, progress=progress)
+    files.write_frame(scores, str(tmp_path / "scores"), {}, client=None, progress=progress, title="Comparing")
     (task,) = progress.tasks
     assert task.finished
     assert task.total is not None
@@ -305,14 +306,14 @@ def test_failed_run_leaves_the_old_scores(
 def test_failed_run_waits_for_its_writers(
     poisoned: str, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, on_cluster: bool
 ) -> None:
-    write, late = cli.write_part, tmp_path / "late"
+    write, late = files.write_part, tmp_path / "late"
 
     def write_slowly(scores: pd.DataFrame, *arguments: Any, partition_info: Any = None) -> pd.DataFrame:
         time.sleep(1)
         late.touch()
         return write(scores, *arguments, partition_info=partition_info)
 
-    monkeypatch.setattr(cli, "write_part", write_slowly)
+    monkeypatch.setattr(files, "write_part", write_slowly)
     options = ["--partition-size", "1kB"]
     with dask.config.set(num_workers=CLUSTERS), ExitStack() as stack:
         if on_cluster:
@@ -326,7 +327,7 @@ def test_failed_run_waits_for_its_writers(
 
 def test_late_writers_do_not_make_the_folder_anew(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        cli.write_part(pd.DataFrame({"id": [1]}), str(tmp_path / "gone"), {})
+        files.write_part(pd.DataFrame({"id": [1]}), str(tmp_path / "gone"), {})
     assert not list(tmp_path.iterdir())
 
 
@@ -349,7 +350,7 @@ def test_interrupted_run_leaves_nothing(
         assert list(tmp_path.glob("scores.partial-*"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "summarise", interrupt)
+    monkeypatch.setattr(pairwise, "summarise", interrupt)
     assert invoke(clusters, tmp_path / "scores").exit_code == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
 
@@ -367,7 +368,7 @@ def test_unexpected_error_says_its_type(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("over\nnothing")
 
-    monkeypatch.setattr(cli, "summarise", fail)
+    monkeypatch.setattr(pairwise, "summarise", fail)
     result = invoke(clusters, tmp_path / "scores")
     assert_one_line(result.stderr, "ZeroDivisionError: over nothing", "--traceback")
 
@@ -403,13 +404,13 @@ def test_missing_input_is_named(tmp_path: Path, invoke: Callable[..., Result]) -
 def test_missing_input_starts_no_cluster(
     tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "connect", lambda *_: pytest.fail("connected"))
+    monkeypatch.setattr(pairwise, "connect", lambda *_: pytest.fail("connected"))
     result = invoke(tmp_path / "nowhere", tmp_path / "scores", "--workers", "1")
     assert_one_line(result.stderr, "nowhere")
 
 
 def test_storage_options_know_true_from_false() -> None:
-    parsed = cli._parse_storage_options(None, None, ("anon=False", "ssl=true", "key=a=b", "token="))
+    parsed = options._parse_storage_options(None, None, ("anon=False", "ssl=true", "key=a=b", "token="))
     assert parsed == {"anon": False, "ssl": True, "key": "a=b", "token": ""}
 
 

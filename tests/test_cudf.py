@@ -186,3 +186,13 @@ def test_stages(cudf, tmp_path, read_kwargs):
     check_hard(first.data[0])
     check_hard(second.data[0])
     assert pd.read_parquet(empty.data[0]).empty
+
+
+@pytest.mark.parametrize("strategy", [RankingStrategy(["score"]), RankingStrategy.random(7)], ids=["sort", "random"])
+def test_rows_of_equal_ids_stay_in_the_input_order(cudf, strategy):
+    """50,000 rows of 7 ids and one value: an unstable sort would not leave them alone."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"id": rng.integers(7, size=50_000), "score": 1.0, "centroid": rng.integers(3, size=50_000)})
+    arguments = {"cluster_field": "centroid", "id_field": "id"}
+    order = strategy.order(on_gpu(cudf, frame), **arguments)
+    np.testing.assert_array_equal(order.get(), strategy.order(frame, **arguments))

@@ -9,11 +9,15 @@ import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from distributed import Client, LocalCluster, wait
 
-from dask_semdedup import EmbeddingError, MissingColumnsError, read_clusters
+from dask_semdedup import EmbeddingError, IdError, MissingColumnsError, read_clusters
+from dask_semdedup.duplicates import find_duplicates
+from dask_semdedup.groups import resolve_groups
 from tests.test_accessor import expected_scores, make_frame, write_layout
+from tests.test_embeddings import arrow_lists
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,23 @@ def test_both_processes_work_and_agree_with_one(client: Client, tmp_path: Path) 
     assert len(scores.semdedup.duplicates()) == (expected_scores(frame).cosine_sim_score >= 0.99).sum()
 
 
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_from_scores_to_rows_left(client: Client, tmp_path: Path, broadcast: bool) -> None:
+    frame = make_frame(5)
+    ddf = read_clusters(write_layout(frame, tmp_path), partition_size=2000)
+    scores = ddf.semdedup.pairwise().persist()
+    expected = find_duplicates(expected_scores(frame), 0.05)
+    pd.testing.assert_frame_equal(scores.semdedup.groups(0.05).compute(), resolve_groups(expected))
+    curve = scores.semdedup.eps_curve([0.05, 0.01]).compute()
+    assert curve.duplicates.tolist()[0] == len(expected)
+    left = ddf.semdedup.remove(scores.semdedup.duplicates(0.05), broadcast=broadcast).compute()
+    assert sorted(left.id) == sorted(set(frame.id) - set(expected.id))
+    assert left.dtypes.to_dict() == ddf.dtypes.to_dict()
+    twice = dd.concat([ddf, ddf]).semdedup.remove(scores, eps=0.05, broadcast=broadcast)
+    with pytest.raises(IdError, match=r"Column 'id': \d+ ids of the duplicates stand in several rows"):
+        twice.compute()
+
+
 def test_errors_come_back_whole(client: Client) -> None:
     frame = make_frame(4)
     frame["embeddings"] = pd.Series([np.array(row, np.float32) for row in frame.embeddings], dtype=object)
@@ -80,3 +101,42 @@ def test_errors_come_back_whole(client: Client) -> None:
 
 def no_scores() -> None:
     dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1).semdedup.duplicates()
+
+
+def test_the_whole_way(client: Client) -> None:
+    """Visits, removal and a comparison with other data, all of them through a shuffle between processes."""
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((60, 8)).astype(np.float32)
+    rows[40:] = rows[:20]
+    frame = pd.DataFrame(
+        {"id": range(60), "embeddings": arrow_lists(rows, pa.float32()), "text": [*map(str, range(60))]}
+    )
+    ddf = dd.from_pandas(frame, npartitions=4)
+    kept = ddf.semdedup.deduplicate(eps=0.001, centroids=rows[:3], n_probe=2).compute()
+    assert len(kept) == 40
+    assert len(set(kept["id"] % 40)) == 40
+    assert list(kept.columns) == list(frame.columns)
+    copies = ddf.partitions[3].semdedup.against(ddf.partitions[:3], eps=0, centroids=rows[:3]).compute()
+    assert copies.sort_values("id")[["id", "max_id"]].to_numpy().tolist() == [[i, i - 40] for i in range(45, 60)]
+
+
+def test_raw_rows_to_cluster_files(client: Client, tmp_path: Path) -> None:
+    """The fit, the assignment with visits, the shuffle and the files are those of threads."""
+    frame = make_frame(5).drop(columns=["centroid", "cosine_dist_to_cent"])
+    ddf = dd.from_pandas(frame, npartitions=5, sort=False)
+    files = ddf.semdedup.kmeans(3, n_probe=2).semdedup.to_clusters(tmp_path / "clusters")
+    assert [len(names) for names in files.values()] == [1, 1, 1]
+    with dask.config.set(scheduler="threads"):
+        keys = ["id", "centroid", "home_centroid"]
+        expected = ddf.semdedup.kmeans(3, n_probe=2)[keys].compute().sort_values(keys, ignore_index=True)
+    written = read_clusters(tmp_path / "clusters")[keys].compute().sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(written, expected, check_dtype=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
+
+
+def test_bad_rows_leave_no_cluster_files(client: Client, tmp_path: Path) -> None:
+    frame = make_frame(6)
+    clustered = dd.from_pandas(frame, npartitions=4, sort=False).semdedup.kmeans(centroids=np.eye(7))
+    with pytest.raises(EmbeddingError, match=r"width 8.*centroids are of width 7"):
+        clustered.semdedup.to_clusters(tmp_path / "clusters")
+    assert list(tmp_path.iterdir()) == []

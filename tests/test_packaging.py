@@ -58,6 +58,11 @@ def test_import_starts_nothing() -> None:
     assert run_python(code) == "[]"
 
 
+def test_command_imports_only_what_its_help_needs() -> None:
+    heavy = ["matplotlib", "PIL", "pyarrow.json", "sentence_transformers", "sklearn", "torch"]
+    assert run_python(f"import sys, dask_semdedup.cli; print(sorted(set({heavy!r}) & set(sys.modules)))") == "[]"
+
+
 def test_version_is_the_distributions() -> None:
     assert dask_semdedup.__version__ == distribution("dask-semdedup").version
 
@@ -75,7 +80,7 @@ def test_package_is_marked_as_typed() -> None:
 def test_gpu_extras_have_lower_bounds(extra: str) -> None:
     """Without them pip may fall back to an old stub that does not build."""
     gpu = [r for r in map(Requirement, requires("dask-semdedup") or []) if f'extra == "{extra}"' in str(r.marker)]
-    assert len(gpu) == 4
+    assert len(gpu) == 5
     assert all(any(bound.operator == ">=" for bound in requirement.specifier) for requirement in gpu)
 
 
@@ -84,6 +89,6 @@ def test_constraints_pin_what_ci_installs() -> None:
     pins = {name.lower().replace("_", "-"): Version(version) for name, version in (line.split("==") for line in lines)}
     assert str(pins["torch"]) == "2.13.0"
     for requirement in map(Requirement, requires("dask-semdedup") or []):
-        extras = [{"extra": extra} for extra in ("", "test", "notebooks")]
+        extras = [{"extra": extra} for extra in ("", "test", "docs", "notebooks")]
         if requirement.marker is None or any(requirement.marker.evaluate(extra) for extra in extras):
             assert pins[requirement.name] in requirement.specifier

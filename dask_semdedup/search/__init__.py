@@ -10,6 +10,7 @@ import importlib.util
 import threading
 from functools import cache
 
+import numpy as np
 import torch
 
 from dask_semdedup.search import certify, torch_engine
@@ -24,6 +25,7 @@ def nearest_earlier(
     rows: torch.Tensor,
     segments: torch.Tensor,
     *,
+    stops: torch.Tensor | None = None,
     compute_dtype: str = "auto",
     batch_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,43 +39,47 @@ def nearest_earlier(
     segments : torch.Tensor
         (k + 1,) integer offsets, from 0 to n, not descending: segment ``s`` is
         ``rows[segments[s]:segments[s + 1]]``.
+    stops : torch.Tensor, optional
+        (n,) integers: row ``i`` of a segment that starts at ``s`` is compared with ``rows[s:stops[i]]``, where
+        ``s <= stops[i] <= i``. With ``stops[i] == s`` it is only a candidate of others; a query set against a candidate
+        set is a segment of candidates, followed by queries that stop where these do. By default ``stops[i] == i``.
     compute_dtype : {"auto", "float32", "float16", "bfloat16"}, default "auto"
         "auto" is exact: a coarse pass in half precision where the hardware has it, a certificate, and rescoring of
         the candidates that it leaves. The others are plain searches: the largest score as computed in that dtype.
     batch_size : int, optional
-        Queries multiplied at once by the torch engine: 512 when not given, at most 8,192. The candidates multiplied
-        with them are as many as memory allows. The Triton engine has tiles of its own.
+        Queries multiplied at once by the torch engine: 512, on a GPU 4,096, when not given; at most 8,192. The
+        candidates multiplied with them are as many as memory allows. The Triton engine has tiles of its own.
 
     Returns
     -------
     scores : torch.Tensor
-        (n,) float32 cosine similarities in [-1, 1], within 2e-6 of float64 in the exact search. The first row of a
-        segment gets 0.0.
+        (n,) float32 cosine similarities in [-1, 1], within 2e-6 of float64 in the exact search. A row without
+        candidates, as the first of a segment, gets 0.0.
     index : torch.Tensor
-        (n,) int64 positions in `rows`; among equally similar rows the first. The first row of a segment gets itself.
+        (n,) int64 positions in `rows`; among equally similar rows the first. A row without candidates gets itself.
 
     Raises
     ------
     ValueError
-        If `compute_dtype` or `batch_size` is not one of those allowed, or `segments` do not cover `rows`.
+        If `compute_dtype` or `batch_size` is not one of those allowed, `segments` do not cover `rows`, or one of
+        `stops` lies outside its segment or behind its row.
 
     Examples
     --------
     >>> rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [1.0, 1.0]])
     >>> nearest_earlier(rows, torch.tensor([0, 3, 4]))
     (tensor([0.0000, 0.0000, 0.8000, 0.0000]), tensor([0, 0, 1, 3]))
+
+    The last two rows as queries against the first two:
+
+    >>> nearest_earlier(rows, torch.tensor([0, 4]), stops=torch.tensor([0, 0, 2, 2]))
+    (tensor([0.0000, 0.0000, 0.8000, 0.7071]), tensor([0, 1, 1, 0]))
     """
-    segments = _check(rows, segments, compute_dtype, batch_size)
-    scores = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
-    index = torch.arange(len(rows), device=rows.device)
-    if len(rows):
-        rows = rows.float().contiguous()
-        if compute_dtype != "float32" and has_triton(rows.device):
-            _by_triton(rows, segments, compute_dtype, scores, index)
-        else:
-            strip_size = torch_engine.strip_size(batch_size, segments)
-            _by_torch(rows, segments, compute_dtype, strip_size, scores, index)
-    return scores.clamp_(-1.0, 1.0), index
+    segments, stops = _check(rows, segments, stops, compute_dtype, batch_size)
+    rows = rows.float().contiguous()
+    if compute_dtype != "float32" and len(rows) and has_triton(rows.device):
+        return _by_triton(rows, segments, stops, compute_dtype)
+    return _by_torch(rows, segments, stops, compute_dtype, batch_size)
 
 
 @cache
@@ -91,36 +97,51 @@ def has_triton(device: torch.device) -> bool:
 
 
 def _by_triton(
-    rows: torch.Tensor, segments: torch.Tensor, compute_dtype: str, scores: torch.Tensor, index: torch.Tensor
-) -> None:
+    rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, compute_dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Search with the fused kernels."""
     from dask_semdedup.search import triton_engine
 
     exact = compute_dtype == "auto"
     dtype = torch.float16 if exact else getattr(torch, compute_dtype)
     with torch.cuda.device(rows.device):
-        triton_engine.nearest(rows, segments, scores, index, dtype=dtype, exact=exact)
+        scores = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+        triton_engine.nearest(rows, segments, scores, index, stops=stops, dtype=dtype, exact=exact)
+    return scores, index
 
 
 def _by_torch(
     rows: torch.Tensor,
     segments: torch.Tensor,
+    stops: torch.Tensor | None,
     compute_dtype: str,
-    strip_size: int,
-    scores: torch.Tensor,
-    index: torch.Tensor,
-) -> None:
+    batch_size: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Search with matrix products."""
+    scores = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
+    index = torch.arange(len(rows), device=rows.device)
+    if not len(rows):
+        return scores, index
     unit = certify.measure(rows)
+    stops = None if stops is None else stops.to(rows.device)
+    strip_size = torch_engine.strip_size(batch_size, segments, rows.device)
     with ieee_products:
         if compute_dtype == "auto":
-            _exact(unit, segments, strip_size, scores, index)
+            _exact(unit, segments, stops, strip_size, scores, index)
         else:
-            _plain(unit, segments, getattr(torch, compute_dtype), strip_size, scores, index)
+            _plain(unit, segments, stops, getattr(torch, compute_dtype), strip_size, scores, index)
+    return scores.clamp_(-1.0, 1.0), index
 
 
-def _check(rows: torch.Tensor, segments: torch.Tensor, compute_dtype: str, batch_size: int | None) -> torch.Tensor:
-    """Validate the arguments of `nearest_earlier`; `segments` on the CPU."""
+def _check(
+    rows: torch.Tensor,
+    segments: torch.Tensor,
+    stops: torch.Tensor | None,
+    compute_dtype: str,
+    batch_size: int | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Validate the arguments of `nearest_earlier`; `segments` and `stops` on the CPU."""
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, not {compute_dtype!r}")
     if batch_size is not None and batch_size < 1:
@@ -132,28 +153,42 @@ def _check(rows: torch.Tensor, segments: torch.Tensor, compute_dtype: str, batch
     covers = offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(rows)
     if not covers or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"segments must be offsets that ascend from 0 to the number of rows, {len(rows)}")
-    return segments
+    if stops is None:
+        return segments, None
+    stops = stops.to("cpu", torch.int64)
+    ends, starts = stops.numpy(), np.repeat(offsets[:-1], np.diff(offsets))
+    if ends.shape != (len(rows),) or (ends < starts).any() or (ends > np.arange(len(rows))).any():
+        raise ValueError("stops must give each row a position between the first of its segment and its own")
+    return segments, stops
 
 
-def _exact(unit: UnitRows, segments: torch.Tensor, strip_size: int, scores: torch.Tensor, index: torch.Tensor) -> None:
+def _exact(
+    unit: UnitRows,
+    segments: torch.Tensor,
+    stops: torch.Tensor | None,
+    strip_size: int,
+    scores: torch.Tensor,
+    index: torch.Tensor,
+) -> None:
     """The exact search: a coarse pass, then more precise ones for the queries whose candidates crowd."""
-    small, queries = _by_size(unit, segments)
+    small, queries = _by_size(unit, segments, stops)
     pairs = torch_engine.Pairs(unit, scores, index)
     single = torch_engine.in_float32(unit)
-    crowded = torch_engine.certified_in_batches(single, unit.is_zero, segments, small, pairs)
+    crowded = torch_engine.certified_in_batches(single, unit.is_zero, segments, stops, small, pairs)
     half = half_dtype(unit.rows.device)
     if half is not None and len(queries):
-        queries = torch_engine.certified(torch_engine.in_half(unit, half), queries, segments, pairs, strip_size)
-    queries = torch_engine.certified(single, queries, segments, pairs, strip_size)
+        queries = torch_engine.certified(torch_engine.in_half(unit, half), queries, segments, stops, pairs, strip_size)
+    queries = torch_engine.certified(single, queries, segments, stops, pairs, strip_size)
     pairs.flush()
     crowded = torch.cat([crowded, queries]).sort().values
-    torch_engine.nearest(torch_engine.Double(unit.rows), crowded, segments, scores, index, strip_size)
-    _answer_zero_rows(unit, segments, index)
+    torch_engine.nearest(torch_engine.Double(unit.rows), crowded, segments, stops, scores, index, strip_size)
+    _answer_zero_rows(unit, segments, stops, index)
 
 
 def _plain(
     unit: UnitRows,
     segments: torch.Tensor,
+    stops: torch.Tensor | None,
     dtype: torch.dtype,
     strip_size: int,
     scores: torch.Tensor,
@@ -161,30 +196,33 @@ def _plain(
 ) -> None:
     """The search in one dtype, without a certificate."""
     coarse = torch_engine.in_float32(unit) if dtype == torch.float32 else torch_engine.in_half(unit, dtype)
-    small, queries = _by_size(unit, segments)
-    torch_engine.nearest_in_batches(coarse, segments, small, scores, index)
-    torch_engine.nearest(coarse, queries, segments, scores, index, strip_size)
-    _answer_zero_rows(unit, segments, index)
+    small, queries = _by_size(unit, segments, stops)
+    torch_engine.nearest_in_batches(coarse, segments, stops, small, scores, index)
+    torch_engine.nearest(coarse, queries, segments, stops, scores, index, strip_size)
+    _answer_zero_rows(unit, segments, stops, index)
 
 
-def _by_size(unit: UnitRows, segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_size(unit: UnitRows, segments: torch.Tensor, stops: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of the segments that are searched in batches, and the queries of the larger ones, ascending.
 
-    A query is a row that is not zero and has an earlier one.
+    A query is a row that is not zero and has a candidate.
     """
     lengths = segments.diff()
     is_small = lengths <= torch_engine.SMALL
     is_query = (~is_small).repeat_interleave(lengths)
     is_query[segments[:-1][~is_small]] = False
-    queries = (is_query.to(unit.rows.device) & ~unit.is_zero).nonzero().flatten()
-    return (is_small & (lengths > 1)).nonzero().flatten(), queries
+    is_query = is_query.to(unit.rows.device) & ~unit.is_zero
+    if stops is not None:
+        is_query &= stops > segments[:-1].repeat_interleave(lengths).to(stops.device)
+    return (is_small & (lengths > 1)).nonzero().flatten(), is_query.nonzero().flatten()
 
 
-def _answer_zero_rows(unit: UnitRows, segments: torch.Tensor, index: torch.Tensor) -> None:
-    """A zero row is equally similar to every row: the first row of its segment is its answer."""
+def _answer_zero_rows(unit: UnitRows, segments: torch.Tensor, stops: torch.Tensor | None, index: torch.Tensor) -> None:
+    """A zero row is equally similar to every row: the first of its candidates is its answer."""
     zero = unit.is_zero.nonzero().flatten()
     segment = torch.searchsorted(segments, zero.cpu(), right=True) - 1
-    index[zero] = segments[segment].to(index.device)
+    first = segments[segment].to(index.device)
+    index[zero] = first if stops is None else torch.where(stops[zero] > first, first, zero)
 
 
 def half_dtype(device: torch.device) -> torch.dtype | None:

@@ -5,10 +5,8 @@ way: through two pinned staging buffers, on a stream of their own, into the othe
 allocated once, and streams wait for each other by events: no allocator has to know who still uses what.
 
 A segment that is too large for the device is cut into chunks A1, ..., Am in rank order. The segments [Ai; Aj] of all
-i < j are searched, and a row of Aj keeps its best answer over i. That is exact, and multiplies the rows of each chunk
-with one another again and again: twice the products in the limit of many chunks, a third more for three. It is
-acceptable because the alternative is to fail, because the search itself stays the one that `nearest_earlier` is
-tested to be, and because a segment of that size is rather one to be split by a finer clustering.
+i < j are searched, the rows of Ai as candidates only, and a row of Aj keeps its best answer over i. No pair of rows is
+multiplied twice.
 """
 
 from __future__ import annotations
@@ -43,6 +41,7 @@ def nearest_earlier_from_host(
     segments: torch.Tensor,
     *,
     device: torch.device | str,
+    stops: torch.Tensor | None = None,
     compute_dtype: str = "auto",
     batch_size: int | None = None,
     memory_bytes: int | None = None,
@@ -58,7 +57,7 @@ def nearest_earlier_from_host(
     device : torch.device or str
         Where to search. In a process one search at a time has a GPU: it is told how much memory is free, and that
         must stay true.
-    compute_dtype, batch_size
+    stops, compute_dtype, batch_size
         Of the search: see `dask_semdedup.search.nearest_earlier`.
     memory_bytes : int, optional
         Bytes of the device's memory that the search may take. By default what is free.
@@ -69,8 +68,8 @@ def nearest_earlier_from_host(
         (n,) float32 on the CPU.
     index : torch.Tensor
         (n,) int64 on the CPU. Both as of `dask_semdedup.search.nearest_earlier`; exact also where a segment is larger
-        than the device's memory, for up to twice the products. There, answers whose scores are too near to each other
-        for float32 are decided in float64, on the host.
+        than the device's memory. There, answers whose scores are too near to each other for float32 are decided in
+        float64, on the host.
 
     Raises
     ------
@@ -83,7 +82,7 @@ def nearest_earlier_from_host(
     >>> nearest_earlier_from_host(rows, torch.tensor([0, 3, 4]), device="cpu")
     (tensor([0.0000, 0.0000, 0.8000, 0.0000]), tensor([0, 0, 1, 3]))
     """
-    segments = _check(rows, segments, compute_dtype, batch_size)
+    segments, stops = _check(rows, segments, stops, compute_dtype, batch_size)
     rows = rows.float().contiguous()
     # Two threads that come first at once must not get a way each.
     with _making:
@@ -94,7 +93,7 @@ def nearest_earlier_from_host(
     with link.lock:
         available = link.free_bytes() if memory_bytes is None else memory_bytes
         jobs = list(_jobs(segments, most_rows(rows.shape[1], available)))
-        with closing(_answers(link, rows, jobs, compute_dtype, batch_size)) as answers:
+        with closing(_answers(link, rows, stops, jobs, compute_dtype, batch_size)) as answers:
             for job, found, where in answers:
                 _keep_better(rows, job, found, where, scores, index, is_exact)
     return scores, index
@@ -137,14 +136,11 @@ class _Job:
         Offsets of the segments that these are.
     answers : slice
         Those of the host's rows that the job answers: its last ones.
-    is_first : bool
-        Whether no earlier job has answered them.
     """
 
     parts: tuple[slice, ...]
     segments: torch.Tensor
     answers: slice
-    is_first: bool = True
 
     @property
     def n_rows(self) -> int:
@@ -156,6 +152,16 @@ class _Job:
         first, last = self.parts[0], self.parts[-1]
         n_first = first.stop - first.start
         return torch.where(index < n_first, index + first.start, index - n_first + last.start)
+
+    def stops(self, stops: torch.Tensor | None) -> torch.Tensor | None:
+        """Where the candidates of the device's rows end, given where those of the host's do."""
+        if len(self.parts) == 1:
+            return None if stops is None else stops[self.parts[0]] - self.parts[0].start
+        earlier, chunk = self.parts
+        ends = torch.arange(chunk.start, chunk.stop) if stops is None else stops[chunk]
+        last = chunk.stop if earlier.stop == chunk.start else earlier.stop
+        no_queries = torch.zeros(earlier.stop - earlier.start, dtype=torch.int64)
+        return torch.cat([no_queries, ends.clamp(earlier.start, last) - earlier.start])
 
 
 def _jobs(segments: torch.Tensor, most: int) -> Iterator[_Job]:
@@ -183,12 +189,16 @@ def _pairs(start: int, stop: int, most: int) -> Iterator[_Job]:
     yield _Job((both,), torch.tensor([0, both.stop - both.start]), both)
     for number, chunk in enumerate(chunks[2:], start=2):
         for earlier in chunks[:number]:
-            length = chunk.stop - chunk.start + size
-            yield _Job((earlier, chunk), torch.tensor([0, length]), chunk, is_first=earlier.start == start)
+            yield _Job((earlier, chunk), torch.tensor([0, chunk.stop - chunk.start + size]), chunk)
 
 
 def _answers(
-    link: _Link, rows: torch.Tensor, jobs: list[_Job], compute_dtype: str, batch_size: int | None
+    link: _Link,
+    rows: torch.Tensor,
+    stops: torch.Tensor | None,
+    jobs: list[_Job],
+    compute_dtype: str,
+    batch_size: int | None,
 ) -> Generator[tuple[_Job, torch.Tensor, torch.Tensor]]:
     """Search job by job, uploading the rows of the next one meanwhile; yield scores and the host's rows."""
     largest = max((job.n_rows for job in jobs), default=0)
@@ -202,7 +212,11 @@ def _answers(
             link.wait_for_rows(ahead[number].result())
             buffer = buffers[number % 2]
             found = nearest_earlier(
-                buffer.rows[: job.n_rows], job.segments, compute_dtype=compute_dtype, batch_size=batch_size
+                buffer.rows[: job.n_rows],
+                job.segments,
+                stops=job.stops(stops),
+                compute_dtype=compute_dtype,
+                batch_size=batch_size,
             )
             link.release(buffer)
             if number + 2 < len(jobs):
@@ -229,16 +243,18 @@ def _keep_better(
     """Put the answers of a job; where others have been put before, those that are better, among equals the first."""
     first = job.n_rows - (job.answers.stop - job.answers.start)
     found, where = found[first:], job.host_rows(where[first:])
-    if not job.is_first:
-        held, held_where = scores[job.answers], index[job.answers]
-        is_better = (found > held) | ((found == held) & (where < held_where))
-        if is_exact:
-            close = (((found - held).abs() <= MARGIN) & (where != held_where)).nonzero().flatten()
-            query = close + job.answers.start
-            cosine, held_cosine = (_cosines(rows, query, candidate[close]) for candidate in (where, held_where))
-            is_better[close] = (cosine > held_cosine) | ((cosine == held_cosine) & (where[close] < held_where[close]))
-        found, where = torch.where(is_better, found, held), torch.where(is_better, where, held_where)
-    scores[job.answers], index[job.answers] = found, where
+    held, held_where = scores[job.answers], index[job.answers]
+    # A row that is its own answer has none yet.
+    own = torch.arange(job.answers.start, job.answers.stop)
+    is_new, is_contest = (where != own) & (held_where == own), (where != own) & (held_where != own)
+    is_better = is_new | (is_contest & ((found > held) | ((found == held) & (where < held_where))))
+    if is_exact:
+        close = (((found - held).abs() <= MARGIN) & is_contest).nonzero().flatten()
+        query = close + job.answers.start
+        cosine, held_cosine = (_cosines(rows, query, candidate[close]) for candidate in (where, held_where))
+        is_better[close] = (cosine > held_cosine) | ((cosine == held_cosine) & (where[close] < held_where[close]))
+    scores[job.answers] = torch.where(is_better, found, held)
+    index[job.answers] = torch.where(is_better, where, held_where)
 
 
 def _cosines(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,8 @@ SMALL = 256
 BLOCK = 64
 """Candidates whose maximum is taken at once."""
 
-STRIP = 512
-"""Queries multiplied at once, unless the caller says otherwise."""
+STRIP = {"cpu": 512, "cuda": 4096}
+"""Queries multiplied at once, unless the caller says otherwise: a GPU is not filled by fewer."""
 
 MOST_QUERIES = 8192
 """Queries multiplied at once whatever the caller says: more gain nothing, and the mask of a strip grows as a square."""
@@ -36,7 +36,8 @@ BATCH_BYTES = 4 << 20
 """Bytes of padded rows at once: a batch of small segments stays in the cache."""
 
 STEP = 256
-"""Candidates multiplied at once where the triangle's edge crosses a strip: each step leaves out earlier queries."""
+"""Candidates multiplied at once where the triangle's edge crosses a strip: each step leaves out earlier queries. In
+wide strips an eighth of these, so that there are few steps."""
 
 MOST_HITS = 32
 """A query with more candidates than this, and than one in `DENSE` rows, is multiplied again more precisely:
@@ -109,41 +110,59 @@ def in_half(unit: UnitRows, dtype: torch.dtype) -> Coarse:
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes that the scores of one panel may take: an eighth of what is free, at most 8 MiB (CPU) or 1 GiB (CUDA)."""
+    """Bytes that the scores of one panel may take: an eighth of what is free, at most 8 MiB (CPU) or 256 MiB (CUDA)."""
     if device.type == "cuda":
-        return min(1 << 30, torch.cuda.mem_get_info(device)[0] // 8)
+        return min(256 << 20, torch.cuda.mem_get_info(device)[0] // 8)
     import psutil
 
     return max(1 << 20, min(8 << 20, psutil.virtual_memory().available // 8))
 
 
-def strip_size(wanted: int | None, segments: torch.Tensor) -> int:
+def strip_size(wanted: int | None, segments: torch.Tensor, device: torch.device) -> int:
     """Queries to multiply at once: as `wanted`, but not more than the longest segment has.
 
     Examples
     --------
-    >>> strip_size(10**6, torch.tensor([0, 6, 8]))
+    >>> strip_size(10**6, torch.tensor([0, 6, 8]), torch.device("cpu"))
     6
     """
     longest = int(segments.diff().max()) if len(segments) > 1 else 1
-    return max(1, min(wanted or STRIP, longest, MOST_QUERIES))
+    return max(1, min(wanted or STRIP[device.type], longest, MOST_QUERIES))
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Queries of one segment, and the candidates that are ranked before the last of them."""
+    """Queries of one segment, and their candidates.
+
+    Attributes
+    ----------
+    start, stop : int
+        The candidates of any of them: rows from `start` to before `stop`.
+    queries : torch.Tensor
+        (m,) int64 rows, ascending.
+    stops : torch.Tensor
+        (m,) int64 where the candidates of each end. The very same tensor as `queries` where they end with the query.
+    """
 
     start: int
-    queries: torch.Tensor
     stop: int
+    queries: torch.Tensor
+    stops: torch.Tensor
 
     def run(self) -> slice | None:
-        """The queries as a slice, if they are consecutive rows."""
+        """The queries as a slice, if they are consecutive rows, each with all earlier ones as candidates."""
         first = int(self.queries[0])
-        return slice(first, self.stop + 1) if self.stop + 1 - first == len(self.queries) else None
+        is_run = self.stops is self.queries and self.stop + 1 - first == len(self.queries)
+        return slice(first, self.stop + 1) if is_run else None
+
+    def first_stop(self) -> int:
+        """Where the first candidate stands that is none of some query's."""
+        return int(self.queries[0] if self.stops is self.queries else self.stops.min())
 
 
-def strips(queries: torch.Tensor, segments: torch.Tensor, size: int) -> Iterator[Strip]:
+def strips(
+    queries: torch.Tensor, segments: torch.Tensor, size: int, stops: torch.Tensor | None = None
+) -> Iterator[Strip]:
     """Cut `queries` into strips of at most `size` queries of one segment.
 
     Parameters
@@ -154,6 +173,8 @@ def strips(queries: torch.Tensor, segments: torch.Tensor, size: int) -> Iterator
         (k + 1,) int64 offsets, on the CPU.
     size : int
         Queries in a strip.
+    stops : torch.Tensor, optional
+        (n,) int64 where the candidates of each row end, if not with the row itself.
 
     Examples
     --------
@@ -167,7 +188,8 @@ def strips(queries: torch.Tensor, segments: torch.Tensor, size: int) -> Iterator
     for start, first, last in zip(starts, cuts, cuts[1:], strict=False):
         for cut in range(first, last, size):
             part = queries[cut : min(cut + size, last)]
-            yield Strip(start, part, int(part[-1]))
+            ends = part if stops is None else stops[part]
+            yield Strip(start, int(ends[-1] if stops is None else ends.max()), part, ends)
 
 
 _INTEGERS = {
@@ -192,7 +214,7 @@ class Panel:
     first : int
         The first candidate.
     scores : torch.Tensor
-        (blocks, `BLOCK`, queries). Those of candidates not ranked before the query, and of the padding of the last
+        (blocks, `BLOCK`, queries). Those of rows that are no candidates of the query, and of the padding of the last
         block, are 0.
     last : torch.Tensor
         (m, queries) integers: 0 where one of the last m rows of scores is such a score, else -1.
@@ -223,6 +245,7 @@ class Panels:
     def __init__(self, product: Coarse | Double, strip_size: int) -> None:
         self.product = product
         self.strip_size = strip_size
+        self.step = max(STEP, strip_size // 8)
         device, width = product.rows.device, product.rows.shape[1]
         # Float64 panels are converted copies of the rows: those take room too.
         columns = max(strip_size, width) if isinstance(product, Double) else strip_size
@@ -230,7 +253,7 @@ class Panels:
         self.size = BLOCK * max(1, blocks)
         self.buffer = torch.empty(self.size * strip_size, dtype=product.dtype, device=device)
         place = torch.arange(strip_size + BLOCK, device=device)
-        self.diagonal = self._earlier(place, place[:strip_size])
+        self.diagonal = self._earlier(place, place[:strip_size])  # of strips that are runs
 
     def of(self, strip: Strip) -> Iterator[Panel]:
         """Yield the panels of `strip`; each is gone when the next one is asked for."""
@@ -244,10 +267,10 @@ class Panels:
             end = first + _padded(min(self.size, strip.stop - first))
             scores = self.buffer[: (end - first) * width].view(end - first, width)
             self._multiply(first, min(end, n_rows), strip.queries if run is None else run, scores)
-            # From this candidate on, some are not ranked before some query.
-            begin = min(max(int(strip.queries[0]), first), end)
+            # From this candidate on, some are none of some query's.
+            begin = min(max(strip.first_stop(), first), end)
             if run is None:
-                last = self._earlier(torch.arange(begin, end, device=scores.device), strip.queries)
+                last = self._earlier(torch.arange(begin, end, device=scores.device), strip.stops)
             else:
                 last = self.diagonal[max(begin - run.start, 0) : max(end - run.start, 0), :width]
             scores.view(last.dtype)[begin - first :].bitwise_and_(last)
@@ -258,28 +281,29 @@ class Panels:
         if not isinstance(queries, slice):
             self.product.multiply(slice(first, stop), queries, scores[: stop - first])
             return
-        cuts = [first, *range(max(first, queries.start) + STEP, min(stop, queries.stop), STEP), stop]
+        cuts = [first, *range(max(first, queries.start) + self.step, min(stop, queries.stop), self.step), stop]
         for begin, end in pairwise(cuts):
             column = max(0, begin - queries.start)
             out = scores[begin - first : end - first, column:]
             self.product.multiply(slice(begin, end), slice(queries.start + column, queries.stop), out)
 
-    def _earlier(self, candidates: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """All bits set where the candidate is ranked before the query, none elsewhere."""
-        return (candidates[:, None] < queries).to(_INTEGERS[self.product.dtype]).neg_()
+    def _earlier(self, candidates: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
+        """All bits set where the candidate stands before the query's stop, none elsewhere."""
+        return (candidates[:, None] < stops).to(_INTEGERS[self.product.dtype]).neg_()
 
 
 def nearest(
     product: Coarse | Double,
     queries: torch.Tensor,
     segments: torch.Tensor,
+    stops: torch.Tensor | None,
     scores: torch.Tensor,
     index: torch.Tensor,
-    strip_size: int = STRIP,
+    strip_size: int = STRIP["cpu"],
 ) -> None:
     """Put the best score of each query as computed, and the first candidate that has it."""
     panels = Panels(product, strip_size)
-    for strip in strips(queries, segments, strip_size):
+    for strip in strips(queries, segments, strip_size, stops):
         column = torch.arange(len(strip.queries), device=queries.device)
         best = torch.full(column.shape, -math.inf, dtype=product.dtype, device=queries.device)
         where = strip.queries.clone()
@@ -319,12 +343,17 @@ class Pairs:
 
 
 def certified(
-    coarse: Coarse, queries: torch.Tensor, segments: torch.Tensor, pairs: Pairs, strip_size: int = STRIP
+    coarse: Coarse,
+    queries: torch.Tensor,
+    segments: torch.Tensor,
+    stops: torch.Tensor | None,
+    pairs: Pairs,
+    strip_size: int = STRIP["cpu"],
 ) -> torch.Tensor:
     """Add the pairs that can be nearest to `pairs`, and return the queries that have too many of them."""
     panels = Panels(coarse, strip_size)
     crowded = [queries[:0]]
-    for strip in strips(queries, segments, strip_size):
+    for strip in strips(queries, segments, strip_size, stops):
         bound = coarse.bound[strip.queries]
         most = max(MOST_HITS, (strip.stop - strip.start) // DENSE)
         best = torch.full_like(bound, -math.inf)
@@ -445,8 +474,8 @@ def batches(segments: torch.Tensor, which: torch.Tensor, row_bytes: int, device:
         first = last
 
 
-def _batch_scores(coarse: Coarse, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-    """Scores of a batch, (g, candidates, queries): -inf unless the candidate is ranked before the query."""
+def _batch_scores(coarse: Coarse, batch: Batch, rows: torch.Tensor, stops: torch.Tensor | None) -> torch.Tensor:
+    """Scores of a batch, (g, candidates, queries): -inf unless the candidate stands before the query's stop."""
     if batch.is_contiguous:
         first = int(batch.starts[0])
         values = coarse.rows[first : first + rows.numel()]
@@ -458,23 +487,34 @@ def _batch_scores(coarse: Coarse, batch: Batch, rows: torch.Tensor) -> torch.Ten
         scale = coarse.scale[rows]
         scores.mul_(scale[:, :, None]).mul_(scale[:, None, :])
     place = torch.arange(batch.longest, device=scores.device)
-    return scores.masked_fill_(place[:, None] >= place, -math.inf)
+    ends = place if stops is None else (stops[rows] - batch.starts[:, None])[:, None]
+    return scores.masked_fill_(place[:, None] >= ends, -math.inf)
 
 
 def nearest_in_batches(
-    coarse: Coarse, segments: torch.Tensor, which: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
+    coarse: Coarse,
+    segments: torch.Tensor,
+    stops: torch.Tensor | None,
+    which: torch.Tensor,
+    scores: torch.Tensor,
+    index: torch.Tensor,
 ) -> None:
     """Put the best score of each row of the small segments in `which` as computed, and the first that has it."""
     for batch in batches(segments, which, coarse.rows[:1].nbytes, coarse.rows.device):
         rows = batch.rows()
-        best, candidate = _batch_scores(coarse, batch, rows).max(dim=1)
+        best, candidate = _batch_scores(coarse, batch, rows, stops).max(dim=1)
         found = (best > -math.inf) & (torch.arange(batch.longest, device=rows.device) < batch.lengths[:, None])
         scores[rows[found]] = best[found].float()
         index[rows[found]] = rows.gather(1, candidate)[found]
 
 
 def certified_in_batches(
-    coarse: Coarse, is_zero: torch.Tensor, segments: torch.Tensor, which: torch.Tensor, pairs: Pairs
+    coarse: Coarse,
+    is_zero: torch.Tensor,
+    segments: torch.Tensor,
+    stops: torch.Tensor | None,
+    which: torch.Tensor,
+    pairs: Pairs,
 ) -> torch.Tensor:
     """Add the pairs of the small segments in `which` that can be nearest to `pairs`; zero rows are no queries.
 
@@ -483,7 +523,7 @@ def certified_in_batches(
     crowded = [torch.empty(0, dtype=torch.int64, device=is_zero.device)]
     for batch in batches(segments, which, coarse.rows[:1].nbytes, coarse.rows.device):
         rows = batch.rows()
-        scores = _batch_scores(coarse, batch, rows)
+        scores = _batch_scores(coarse, batch, rows, stops)
         best = scores.amax(dim=1)
         threshold = best - certify.window(best, coarse.bound[rows], coarse.dtype)
         is_padding = torch.arange(batch.longest, device=rows.device) >= batch.lengths[:, None]

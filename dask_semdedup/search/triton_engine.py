@@ -3,7 +3,7 @@
 The kernels, in the order of their launch; the host waits for none:
 
 `_halve`
-    rounds the unit rows to half precision and measures what that lost.
+    rounds the unit rows to half precision, measures what that lost, and answers each row with itself to begin with.
 `_coarse`
     multiplies tiles of queries by tiles of the candidates ranked before them. Of each tile and query only the two or
     three best scores and their candidates leave the kernel; the rest never reach memory.
@@ -26,6 +26,7 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ from dask_semdedup.search import certify
 
 GROUP = tl.constexpr(8)
 """Query blocks in a group of tiles."""
+
+FIELDS = tl.constexpr(7)
+"""Fields of a group's record."""
 
 KEY_BYTES = 128 << 20
 """Device memory for the best and second best scores of the tiles; larger searches take several launches."""
@@ -77,8 +81,9 @@ class Tiling:
     Attributes
     ----------
     groups : numpy.ndarray
-        (g + 1, 6) int32: first tile, first row of the segment, rows of the segment, first query block within the
-        segment, query blocks in the group, first query block of all. The last record closes the list.
+        (g + 1, `FIELDS`) int32: first tile, first row of the segment, rows of the segment, first query block within the
+        segment, query blocks in the group, first query block of all, the most candidates of a query. The last record
+        closes the list.
     """
 
     groups: np.ndarray
@@ -93,17 +98,23 @@ class Tiling:
         """Query blocks in all."""
         return int(self.groups[-1, 5])
 
-    def launches(self, most_tiles: int) -> list[tuple[int, int]]:
-        """Cut the groups into runs of at most `most_tiles` tiles, or of one group."""
+    def launches(self, most_tiles: int) -> list[tuple[int, int, int, int]]:
+        """Cut the groups into runs of at most `most_tiles` tiles, or of one group.
+
+        Returns
+        -------
+        list of (first tile, last tile + 1, first query block, last query block + 1)
+        """
         first_tiles = self.groups[:, 0]
         cuts = [0]
         while cuts[-1] < len(first_tiles) - 1:
             stop = int(np.searchsorted(first_tiles, first_tiles[cuts[-1]] + most_tiles, side="right")) - 1
             cuts.append(max(stop, cuts[-1] + 1))
-        return list(pairwise(cuts))
+        bounds = self.groups[cuts][:, [0, 5]].tolist()
+        return [(first[0], stop[0], first[1], stop[1]) for first, stop in pairwise(bounds)]
 
 
-def tiling(segments: np.ndarray, config: Config) -> Tiling:
+def tiling(segments: np.ndarray, config: Config, stops: np.ndarray | None = None) -> Tiling:
     """Enumerate the tiles on and below the diagonal of every segment.
 
     Parameters
@@ -111,6 +122,9 @@ def tiling(segments: np.ndarray, config: Config) -> Tiling:
     segments : numpy.ndarray
         (k + 1,) int64 offsets.
     config : Config
+    stops : numpy.ndarray, optional
+        (n,) int64, where the candidates of each row end: see `dask_semdedup.search.nearest_earlier`. Query blocks
+        before a segment's first query, and candidate blocks behind its last candidate, have no tiles.
 
     Examples
     --------
@@ -119,58 +133,73 @@ def tiling(segments: np.ndarray, config: Config) -> Tiling:
     >>> tiling(np.array([0, 300]), Config(queries=128, candidates=256)).n_tiles
     4
     """
-    starts, lengths = segments[:-1], np.diff(segments)
-    starts, lengths = starts[lengths > 1], lengths[lengths > 1]
+    starts, lengths = segments[:-1], segments[1:] - segments[:-1]
+    if lengths.min(initial=2) < 2:
+        starts, lengths = starts[lengths > 1], lengths[lengths > 1]
     blocks = -(-lengths // config.queries)
-    groups = -(-blocks // GROUP.value)
-    first_block = np.zeros_like(blocks)
-    if groups.max(initial=0) > 1:
+    first_block, most = np.zeros_like(blocks), lengths - 1
+    if stops is not None and len(starts):
+        first_query, most = _queries_and_candidates(starts, stops - np.repeat(segments[:-1], np.diff(segments)))
+        first_block = np.where(most > 0, first_query // config.queries, blocks)
+    groups = -(-(blocks - first_block) // GROUP.value)
+    if (groups != 1).any():
         segment = np.repeat(np.arange(len(groups)), groups)
         before = np.cumsum(groups) - groups
-        first_block = (np.arange(len(segment)) - before[segment]) * GROUP.value
-        starts, lengths, blocks = starts[segment], lengths[segment], blocks[segment]
-    in_group = np.minimum(GROUP.value, blocks - first_block)
-    end = first_block + in_group
-    ratio = config.candidates // config.queries
-    tiles = _tiles_below(end, ratio) - _tiles_below(first_block, ratio)
-    # The last query block of a segment ends with the segment, not with the block.
-    is_last = end == blocks
-    tiles[is_last] -= (end[is_last] - 1) // ratio + 1 + -(lengths[is_last] - 1) // config.candidates
-    record = np.zeros((len(blocks) + 1, 6), dtype=np.int32)
+        first_block = first_block[segment] + (np.arange(len(segment)) - before[segment]) * GROUP.value
+        starts, lengths, blocks, most = starts[segment], lengths[segment], blocks[segment], most[segment]
+    end = np.minimum(first_block + GROUP.value, blocks)
+    ratio, most_blocks = config.candidates // config.queries, -(-most // config.candidates)
+    tiles = _tiles_below(end, ratio, most_blocks) - _tiles_below(first_block, ratio, most_blocks)
+    record = np.zeros((len(blocks) + 1, FIELDS.value), dtype=np.int32)
+    for field, values in enumerate((starts, lengths, first_block, end - first_block), start=1):
+        record[:-1, field] = values
+    record[:-1, 6] = most
     np.cumsum(tiles, out=record[1:, 0])
-    np.cumsum(in_group, out=record[1:, 5])
-    record[:-1, 1:5] = np.stack([starts, lengths, first_block, in_group], axis=1)
+    np.cumsum(record[:-1, 4], out=record[1:, 5])
     return Tiling(record)
 
 
-def _tiles_below(block: np.ndarray, ratio: int) -> np.ndarray:
-    """Tiles of the whole query blocks before `block` of a segment, where `ratio` of them make a candidate block."""
-    whole, rest = block // ratio, block % ratio
-    return block + ratio * whole * (whole - 1) // 2 + rest * whole
+def _queries_and_candidates(starts: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each segment, how many rows stand before the first that has candidates, and the most that one has."""
+    most = np.maximum.reduceat(candidates, starts)
+    queries = np.flatnonzero(candidates > 0)
+    where = np.searchsorted(queries, starts)
+    first = np.append(queries, len(candidates))[where] - starts
+    return first, most
+
+
+def _tiles_below(block: np.ndarray, ratio: int, most_blocks: np.ndarray) -> np.ndarray:
+    """Tiles of the query blocks before `block` of a segment, where `ratio` of them make a candidate block.
+
+    Block b meets ``b // ratio + 1`` candidate blocks, but none more than `most_blocks`.
+    """
+    below = np.minimum(block, ratio * most_blocks)
+    whole = below // ratio
+    return (whole + 1) * (2 * below - ratio * whole) // 2 + (block - below) * most_blocks
 
 
 @triton.jit
-def _candidate_blocks(block, length, QUERIES: tl.constexpr, CANDIDATES: tl.constexpr):
-    """Number of candidate blocks that hold a row ranked before the last query of query block `block`."""
-    return tl.cdiv(tl.minimum((block + 1) * QUERIES, length) - 1, CANDIDATES)
+def _candidate_blocks(block, length, most, QUERIES: tl.constexpr, CANDIDATES: tl.constexpr):
+    """Number of candidate blocks that hold one of the first `most` rows, ranked before the last query of `block`."""
+    return tl.cdiv(tl.minimum(tl.minimum((block + 1) * QUERIES, length) - 1, most), CANDIDATES)
 
 
 @triton.jit
 def _place_of_tile(
-    tile, length, first_block, n_blocks, QUERIES: tl.constexpr, CANDIDATES: tl.constexpr, GROUP: tl.constexpr
+    tile, length, most, first_block, n_blocks, QUERIES: tl.constexpr, CANDIDATES: tl.constexpr, GROUP: tl.constexpr
 ):
     """Query block within the group, and candidate block, of a group's tile number `tile`.
 
     First come the candidate blocks that all members of the group meet, then those of the later members only.
     """
-    common = _candidate_blocks(first_block, length, QUERIES, CANDIDATES)
+    common = _candidate_blocks(first_block, length, most, QUERIES, CANDIDATES)
     rest = tile - common * n_blocks
     is_common = rest < 0
     member = tl.where(is_common, tile % n_blocks, 0)
     candidate = tl.where(is_common, tile // n_blocks, 0)
     passed = common * 0
     for other in tl.static_range(1, GROUP):
-        blocks = _candidate_blocks(first_block + other, length, QUERIES, CANDIDATES) - common
+        blocks = _candidate_blocks(first_block + other, length, most, QUERIES, CANDIDATES) - common
         blocks = tl.where(other < n_blocks, blocks, 0)
         is_here = (rest >= passed) & (rest < passed + blocks)
         member = tl.where(is_here, other, member)
@@ -180,19 +209,38 @@ def _place_of_tile(
 
 
 @triton.jit
-def _tiles_before(member, length, first_block, QUERIES: tl.constexpr, CANDIDATES: tl.constexpr, GROUP: tl.constexpr):
+def _tiles_before(
+    member, length, most, first_block, QUERIES: tl.constexpr, CANDIDATES: tl.constexpr, GROUP: tl.constexpr
+):
     """Tiles of earlier members of the group beyond the candidate blocks that all of them meet."""
-    common = _candidate_blocks(first_block, length, QUERIES, CANDIDATES)
+    common = _candidate_blocks(first_block, length, most, QUERIES, CANDIDATES)
     passed = common * 0
     for other in tl.static_range(1, GROUP):
-        blocks = _candidate_blocks(first_block + other, length, QUERIES, CANDIDATES) - common
+        blocks = _candidate_blocks(first_block + other, length, most, QUERIES, CANDIDATES) - common
         passed += tl.where(other < member, blocks, 0)
     return passed
 
 
-@triton.jit
-def _halve(rows, half, residual, largest, n, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Round unit rows to half precision; the residual of an all-zero row is -1."""
+@triton.jit(do_not_specialize=["n"])
+def _halve(
+    rows,
+    half,
+    residual,
+    largest,
+    scores,
+    index,
+    count,
+    n,
+    width,
+    stride,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ANSWERS: tl.constexpr,
+):
+    """Round unit rows to half precision; the residual of an all-zero row is -1.
+
+    The first programs also answer `ANSWERS` rows each with themselves: more at a time than they round.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     is_row = (row < n)[:, None]
@@ -210,37 +258,56 @@ def _halve(rows, half, residual, largest, n, width, stride, ROWS: tl.constexpr, 
     to = half + row[:, None].to(tl.int64) * stride + column[None, :]
     tl.store(to, rounded, mask=is_row & (column < stride)[None, :])
     tl.store(residual + row, tl.where(size > 0, lost, -1.0), mask=row < n)
+    if tl.program_id(0) * ANSWERS < n:
+        answer = tl.program_id(0) * ANSWERS + tl.arange(0, ANSWERS)
+        tl.store(scores + answer, tl.zeros([ANSWERS], dtype=tl.float32), mask=answer < n)
+        tl.store(index + answer, answer.to(tl.int64), mask=answer < n)
+        tl.store(count + answer, tl.zeros([ANSWERS], dtype=tl.int32), mask=answer < n)
     # Bits of positive floats are ordered as integers are.
     tl.atomic_max(largest, tl.max(lost, axis=0).to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
+def _stop(stops, row, mask, HAS_STOPS: tl.constexpr):
+    """Where the candidates of a row end: with the row itself, unless it is told otherwise."""
+    stop = row
+    if HAS_STOPS:
+        stop = tl.load(stops + row, mask=mask, other=0)
+    return stop
+
+
+@triton.jit(do_not_specialize=["stride", "first_tile", "n_tiles", "n"])
 def _coarse(
     query_rows,
     candidate_rows,
     group_of_tile,
     groups,
+    stops,
     keys,
     stride,
     first_tile,
     n_tiles,
+    n,
     width,
     QUERIES: tl.constexpr,
     CANDIDATES: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    FIELDS: tl.constexpr,
     KEEP: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     """Best keys of each tile and query, the k-th of them `stride` behind the first; tile `first_tile` comes first."""
     column = tl.arange(0, CANDIDATES)
     # Flattened, the loads of a tile begin while the one before is reduced: for that its body may not branch.
     for number in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=True):
-        record = groups + tl.load(group_of_tile + number) * 6
+        record = groups + tl.load(group_of_tile + first_tile + number) * FIELDS
         start, length = tl.load(record + 1), tl.load(record + 2)
         first_block, n_blocks = tl.load(record + 3), tl.load(record + 4)
+        most = tl.load(record + 6) if HAS_STOPS else length
         tile = first_tile + number - tl.load(record)
-        member, candidate_block = _place_of_tile(tile, length, first_block, n_blocks, QUERIES, CANDIDATES, GROUP)
+        member, candidate_block = _place_of_tile(tile, length, most, first_block, n_blocks, QUERIES, CANDIDATES, GROUP)
         query = (first_block + member) * QUERIES
         candidate = candidate_block * CANDIDATES
 
@@ -252,7 +319,8 @@ def _coarse(
 
         key = (scores + 3.0).to(tl.int32, bitcast=True)
         key = (key & -CANDIDATES) | (CANDIDATES - 1 - column)[None, :]
-        is_earlier = (candidate + column)[None, :] < (query + tl.arange(0, QUERIES))[:, None]
+        row = start + query + tl.arange(0, QUERIES)
+        is_earlier = (start + candidate + column)[None, :] < _stop(stops, row, row < n, HAS_STOPS)[:, None]
         key = tl.where(is_earlier, key, 0)
         place = number * QUERIES + tl.arange(0, QUERIES)
         for k in tl.static_range(KEEP):
@@ -274,12 +342,13 @@ def _load_keys(keys, tile, lane, here, QUERIES: tl.constexpr):
     return tl.load(keys + tile[:, None] * QUERIES + lane[None, :], mask=here, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "most_pairs", "first_tile", "first_block_of_all"])
 def _select(
     residual,
     largest,
     group_of_block,
     groups,
+    stops,
     keys,
     stride,
     scores,
@@ -296,33 +365,36 @@ def _select(
     QUERIES: tl.constexpr,
     CANDIDATES: tl.constexpr,
     GROUP: tl.constexpr,
+    FIELDS: tl.constexpr,
     KEEP: tl.constexpr,
     PART: tl.constexpr,
     STEP: tl.constexpr,
     EXACT: tl.constexpr,
     RUN: tl.constexpr,
     MOST_PAIRS: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
 ):
     """List the candidates of `PART` queries that the certificate leaves.
 
     A query's pairs are ``count`` ones from ``offset`` on. The candidate ``-1 - row`` stands for the run of `RUN` rows
     from ``row`` on. Where pairs would be too many, ``count`` is -1 and ``offset`` the first row of the segment.
     """
-    block = tl.program_id(0) // (QUERIES // PART)
+    block = first_block_of_all + tl.program_id(0) // (QUERIES // PART)
     part = (tl.program_id(0) % (QUERIES // PART)) * PART
-    record = groups + tl.load(group_of_block + block) * 6
+    record = groups + tl.load(group_of_block + block) * FIELDS
     start, length = tl.load(record + 1), tl.load(record + 2)
     first_block, n_blocks = tl.load(record + 3), tl.load(record + 4)
-    member = first_block_of_all + block - tl.load(record + 5)
+    most = tl.load(record + 6) if HAS_STOPS else length
+    member = block - tl.load(record + 5)
     query_block = first_block + member
     if query_block * QUERIES + part >= length:
         return
     lane = tl.arange(0, PART)
     step = tl.arange(0, STEP)
     query = query_block * QUERIES + part + lane
-    n_candidate_blocks = _candidate_blocks(query_block, length, QUERIES, CANDIDATES)
-    common = _candidate_blocks(first_block, length, QUERIES, CANDIDATES)
-    passed = _tiles_before(member, length, first_block, QUERIES, CANDIDATES, GROUP)
+    n_candidate_blocks = _candidate_blocks(query_block, length, most, QUERIES, CANDIDATES)
+    common = _candidate_blocks(first_block, length, most, QUERIES, CANDIDATES)
+    passed = _tiles_before(member, length, most, first_block, QUERIES, CANDIDATES, GROUP)
     keys += (tl.load(record) - first_tile) * QUERIES + part
 
     top = tl.zeros([PART], dtype=tl.int32)
@@ -331,7 +403,8 @@ def _select(
         here = (i + step < n_candidate_blocks)[:, None] & (lane >= 0)[None, :]
         top = tl.maximum(top, tl.max(_load_keys(keys, tile, lane, here, QUERIES), axis=0))
 
-    is_row = (query > 0) & (query < length)
+    is_row = query < length
+    is_row &= _stop(stops, start + query, is_row, HAS_STOPS) > start
     lost = tl.load(residual + start + query, mask=is_row, other=0.0)
     # A zero row is equally similar to every row: the first of its segment is its answer.
     is_zero = lost < 0
@@ -397,7 +470,7 @@ def _select(
             key = _load_keys(keys, tile, lane, here, QUERIES)
             row = (start + (i + step) * CANDIDATES)[:, None] + CANDIDATES - 1 - (key & (CANDIDATES - 1))
             candidate = tl.minimum(candidate, tl.min(tl.where(here & (key == top[None, :]), row, 2147483647), axis=0))
-        tl.store(scores + start + query, best_score - 3.0, mask=is_query)
+        tl.store(scores + start + query, tl.clamp(best_score - 3.0, -1.0, 1.0), mask=is_query)
         tl.store(index + start + query, candidate.to(tl.int64), mask=is_query)
 
 
@@ -420,7 +493,7 @@ def _cosine64(rows, query, candidate, width, WIDTH: tl.constexpr):
     return tl.floor(cosine * 2.0**40 + 0.5) * 2.0**-40
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_pairs", "n"])
 def _score(
     rows,
     n_pairs,
@@ -428,10 +501,12 @@ def _score(
     pair_query,
     pair_candidate,
     pair_score,
+    stops,
     n,
     width,
     RUN: tl.constexpr,
     WIDTH: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
 ):
     """Score the pairs, one warp each; of a run of candidates, find the best."""
     total = tl.minimum(tl.load(n_pairs), most_pairs)
@@ -446,7 +521,7 @@ def _score(
         if is_pair & (candidate < 0):
             first = -1 - candidate
             winner = first
-            for i in range(0, tl.minimum(RUN, query - first)):
+            for i in range(0, tl.minimum(RUN, _stop(stops, query, True, HAS_STOPS) - first)):
                 cosine = _cosine64(rows, query, first + i, width, WIDTH)
                 winner = tl.where(cosine > top, first + i, winner)
                 top = tl.maximum(cosine, top)
@@ -454,13 +529,14 @@ def _score(
         tl.store(pair_score + pair, top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _finish(
     rows,
     offset,
     count,
     pair_candidate,
     pair_score,
+    stops,
     scores,
     index,
     n,
@@ -468,6 +544,7 @@ def _finish(
     QUERIES: tl.constexpr,
     CANDIDATES: tl.constexpr,
     DEPTH: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
 ):
     """Put the best pair of each query; among equals the first candidate.
 
@@ -488,7 +565,8 @@ def _finish(
     is_query = n_pairs < 0
     if tl.max(is_query.to(tl.int32), axis=0) > 0:
         start = tl.where(is_query, start, 2147483647)
-        stop = tl.max(tl.where(is_query, query, 0), axis=0)
+        stop_of_query = _stop(stops, query, is_query, HAS_STOPS)
+        stop = tl.max(tl.where(is_query, stop_of_query, 0), axis=0)
         for first in range(tl.min(start, axis=0), stop, CANDIDATES):
             row = first + tl.arange(0, CANDIDATES)
             xy = tl.zeros([QUERIES, CANDIDATES], dtype=tl.float64)
@@ -512,13 +590,13 @@ def _finish(
             norms = tl.sqrt(xx)[:, None] * tl.sqrt(yy)[None, :]
             cosine = tl.where(norms > 0, xy / tl.where(norms > 0, norms, 1.0), 0.0)
             cosine = tl.floor(cosine * 2.0**40 + 0.5) * 2.0**-40
-            is_earlier = is_query[:, None] & (row[None, :] < query[:, None]) & (row[None, :] >= start[:, None])
+            is_earlier = is_query[:, None] & (row[None, :] < stop_of_query[:, None]) & (row[None, :] >= start[:, None])
             cosine = tl.where(is_earlier, cosine, -4.0)
             most = tl.max(cosine, axis=1)
             nearest = tl.min(tl.where(cosine == most[:, None], row[None, :], 2147483647), axis=1)
             winner = tl.where(most > top, nearest, winner)
             top = tl.maximum(most, top)
-    tl.store(scores + query, top.to(tl.float32), mask=n_pairs != 0)
+    tl.store(scores + query, tl.clamp(top.to(tl.float32), -1.0, 1.0), mask=n_pairs != 0)
     tl.store(index + query, winner.to(tl.int64), mask=n_pairs != 0)
 
 
@@ -528,12 +606,13 @@ def nearest(
     scores: torch.Tensor,
     index: torch.Tensor,
     *,
+    stops: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float16,
     exact: bool = True,
     config: Config | None = None,
     key_bytes: int = KEY_BYTES,
 ) -> None:
-    """Put the answers of all rows that have an earlier one. The host does not wait for the device.
+    """Put the answers of all rows. The host does not wait for the device.
 
     Parameters
     ----------
@@ -543,6 +622,8 @@ def nearest(
         (k + 1,) int64 offsets, on the CPU.
     scores, index : torch.Tensor
         (n,) float32 and int64, where the answers are put.
+    stops : torch.Tensor, optional
+        (n,) int64, on the CPU: where the candidates of each row end, if not with the row itself.
     dtype : torch.dtype
         The half precision of the coarse pass.
     exact : bool
@@ -552,121 +633,137 @@ def nearest(
     key_bytes : int
         Device memory for the best and second best scores of the tiles.
     """
-    half, residual, largest = halve(rows, dtype)
     offsets = segments.numpy()
     config = config or choose_config(offsets, rows.device)
-    tiles = tiling(offsets, config)
-    if not tiles.n_tiles:
-        return
-    pairs = Pairs.empty(len(rows), rows.device)
-    table, group_of_tile, group_of_block = _upload(tiles, rows.device)
+    tiles = tiling(offsets, config, None if stops is None else stops.numpy())
     launches = tiles.launches(max(1, key_bytes // (4 * config.keep * config.queries)))
-    most = max(tiles.groups[stop, 0] - tiles.groups[first, 0] for first, stop in launches)
-    keys = torch.empty(config.keep, int(most) * config.queries, dtype=torch.int32, device=rows.device)
+    most_tiles = max((stop_tile - first_tile for first_tile, stop_tile, *_ in launches), default=0)
+    table = _upload(tiles, stops, rows.device)
+    work = Workspace.empty(len(rows), config.keep * most_tiles * config.queries, rows.device)
     part = min(config.queries, 8 if tiles.n_tiles > 16 * tiles.n_blocks else 32)
-    for first, stop in launches:
-        first_tile, first_block = (int(tiles.groups[first, field]) for field in (0, 5))
-        stop_tile, stop_block = (int(tiles.groups[stop, field]) for field in (0, 5))
-        multiply(half, config, table, group_of_tile[first_tile:], first_tile, stop_tile - first_tile, keys)
-        _select[((stop_block - first_block) * (config.queries // part),)](
-            residual,
-            largest,
-            group_of_block[first_block:],
-            table,
-            keys,
-            keys.stride(0),
+    is_aligned = rows.data_ptr() % 16 == 0
+    launch = _launcher(rows.device, rows.shape[1], is_aligned, dtype, config, part, exact, stops is not None)
+    half = halve(launch, rows, dtype, table, work, scores, index)
+    for first_tile, stop_tile, first_block, stop_block in launches:
+        multiply(launch, half, config, table, first_tile, stop_tile - first_tile, work, most_tiles)
+        launch(
+            _select,
+            (stop_block - first_block) * (config.queries // part),
+            work.residual,
+            table.largest,
+            table.group_of_block,
+            table.groups,
+            table.stops,
+            work.keys,
+            most_tiles * config.queries,
             scores,
             index,
-            pairs.offset,
-            pairs.count,
-            pairs.number,
-            pairs.query,
-            pairs.candidate,
-            len(pairs.query),
+            work.offset,
+            work.count,
+            table.n_pairs,
+            work.pair_query,
+            work.pair_candidate,
+            work.most_pairs,
             first_tile,
             first_block,
             2 * certify.accumulation_bound(rows.shape[1]) + 2 * certify.UNIT_TOLERANCE,
             QUERIES=config.queries,
             CANDIDATES=config.candidates,
             GROUP=GROUP.value,
+            FIELDS=FIELDS.value,
             KEEP=config.keep,
             PART=part,
             STEP=KEYS // part,
             EXACT=exact,
             RUN=RUN,
             MOST_PAIRS=MOST_PAIRS,
-            num_warps=4,
+            HAS_STOPS=table.has_stops,
         )
-    if exact:
-        rescore(rows, pairs, scores, index)
+    if exact and launches:
+        rescore(launch, rows, work, table, scores, index)
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The pairs that the certificate leaves, in device memory.
+class Workspace:
+    """What the kernels leave for each other in device memory: one allocation, as each takes the host microseconds.
 
     Attributes
     ----------
-    offset, count : torch.Tensor
-        (n + 1,) int32, the pairs of each query: `count` of them from `offset` on. `count` is -1 for a query that has
-        too many, and `offset` then the first row of its segment.
-    number : torch.Tensor
-        (1,) int32, pairs listed so far.
-    query, candidate : torch.Tensor
-        (p,) int32 rows.
-    score : torch.Tensor
+    most_pairs : int
+        p, the pairs that there is room for.
+    pair_score : torch.Tensor
         (p,) float64.
+    residual : torch.Tensor
+        (n,) float32 residual norms.
+    offset, count : torch.Tensor
+        (n,) int32, the pairs of each query that the certificate leaves: `count` of them from `offset` on. `count` is
+        -1 for a query that has too many, and `offset` then the first row of its segment.
+    pair_query, pair_candidate : torch.Tensor
+        (p,) int32 rows.
+    keys : torch.Tensor
+        Best keys of the tiles: see `_coarse`.
     """
 
+    most_pairs: int
+    pair_score: torch.Tensor
+    residual: torch.Tensor
     offset: torch.Tensor
     count: torch.Tensor
-    number: torch.Tensor
-    query: torch.Tensor
-    candidate: torch.Tensor
-    score: torch.Tensor
+    pair_query: torch.Tensor
+    pair_candidate: torch.Tensor
+    keys: torch.Tensor
 
     @classmethod
-    def empty(cls, n: int, device: torch.device) -> Pairs:
-        """Room for the pairs of `n` queries."""
+    def empty(cls, n: int, n_keys: int, device: torch.device) -> Workspace:
+        """Room for `n` queries."""
         room = PAIRS_PER_QUERY * n + PAIRS_AT_LEAST
-        count = torch.zeros(n + 1, dtype=torch.int32, device=device)
-        query, candidate = torch.empty((2, room), dtype=torch.int32, device=device)
-        score = torch.empty(room, dtype=torch.float64, device=device)
-        return cls(torch.empty_like(count), count, count[n:], query, candidate, score)
+        per_row = -(-n // 4) * 4  # Each part begins at a multiple of 16 bytes, as memory of its own would.
+        sizes = [2 * room, per_row, per_row, per_row, room, room, n_keys]
+        score, residual, *others = torch.empty(sum(sizes), dtype=torch.int32, device=device).split_with_sizes(sizes)
+        return cls(room, score.view(torch.float64), residual.view(torch.float32), *others)
 
 
 PAIRS_PER_QUERY = 4
 PAIRS_AT_LEAST = 1 << 18
 
-RUN = 16
+RUN = 8
 """Candidates that are scored one by one where more of a tile reach the threshold than its keys name."""
 
-MOST_PAIRS = 64
+MOST_PAIRS = 128
 """Past this many pairs and runs a query is left to the dense product."""
 
 
-def rescore(rows: torch.Tensor, pairs: Pairs, scores: torch.Tensor, index: torch.Tensor) -> None:
+def rescore(
+    launch: Launcher, rows: torch.Tensor, work: Workspace, table: Table, scores: torch.Tensor, index: torch.Tensor
+) -> None:
     """Score the pairs in float64 and put the best of each query; multiply the queries that have too many."""
     n, width = rows.shape
-    _score[(32 * _properties(rows.device)["multiprocessor_count"],)](
+    launch(
+        _score,
+        32 * _properties(rows.device)["multiprocessor_count"],
         rows,
-        pairs.number,
-        len(pairs.query),
-        pairs.query,
-        pairs.candidate,
-        pairs.score,
+        table.n_pairs,
+        work.most_pairs,
+        work.pair_query,
+        work.pair_candidate,
+        work.pair_score,
+        table.stops,
         n,
         width,
         RUN=RUN,
         WIDTH=min(512, triton.next_power_of_2(width)),
+        HAS_STOPS=table.has_stops,
         num_warps=1,
     )
-    _finish[(triton.cdiv(n, 128),)](
+    launch(
+        _finish,
+        triton.cdiv(n, 128),
         rows,
-        pairs.offset,
-        pairs.count,
-        pairs.candidate,
-        pairs.score,
+        work.offset,
+        work.count,
+        work.pair_candidate,
+        work.pair_score,
+        table.stops,
         scores,
         index,
         n,
@@ -674,7 +771,7 @@ def rescore(rows: torch.Tensor, pairs: Pairs, scores: torch.Tensor, index: torch
         QUERIES=128,
         CANDIDATES=32,
         DEPTH=16,
-        num_warps=4,
+        HAS_STOPS=table.has_stops,
     )
 
 
@@ -685,15 +782,16 @@ KEYS = 512
 def choose_config(segments: np.ndarray, device: torch.device) -> Config:
     """Large tiles where segments fill them and the device has shared memory for them, else smaller ones.
 
-    Measured on an H200: 128 by 256 is the faster from clusters of about 4,000 rows on.
+    Measured on an H200: 128 by 256 is the faster from clusters of about 4,000 rows on. A third key costs 7% of the
+    coarse pass and saves most of what is scored after it, which is the more up to clusters of about 32,000 rows.
     """
     if _properties(device)["max_shared_mem"] < 160_000:
         return Config(queries=128, candidates=128, depth=32, stages=3, warps=4, keep=3)
-    lengths = np.diff(segments).astype(np.float64)
+    lengths = (segments[1:] - segments[:-1]).astype(np.float64)
     typical = (lengths @ lengths) / max(1.0, lengths.sum())
     if typical < 4096:
         return Config(queries=128, candidates=128, depth=64, stages=3, warps=4, keep=3)
-    return Config()
+    return Config(keep=3 if typical < 32_768 else 2)
 
 
 @cache
@@ -705,52 +803,114 @@ def _properties(device: torch.device) -> dict[str, int]:
     return triton.runtime.driver.active.utils.get_device_properties(index)
 
 
-def halve(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Half-precision unit rows, their residual norms, and the bits of the largest of these."""
+def halve(
+    launch: Launcher,
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+    table: Table,
+    work: Workspace,
+    scores: torch.Tensor,
+    index: torch.Tensor,
+) -> torch.Tensor:
+    """Half-precision unit rows; their residuals and the largest of these are put into `work` and `table`.
+
+    The answers become those of rows without candidates.
+    """
     n, width = rows.shape
     stride = -(-width // 8) * 8  # The copy engine wants rows of whole 16 bytes.
     half = torch.empty(n, stride, dtype=dtype, device=rows.device)
-    residual = torch.empty(n, dtype=torch.float32, device=rows.device)
-    largest = torch.zeros(1, dtype=torch.int32, device=rows.device)
     padded = triton.next_power_of_2(stride)
     in_program = max(1, 4096 // padded)
-    _halve[(triton.cdiv(n, in_program),)](
-        rows, half, residual, largest, n, width, stride, ROWS=in_program, WIDTH=padded, num_warps=4
+    launch(
+        _halve,
+        triton.cdiv(n, in_program),
+        rows,
+        half,
+        work.residual,
+        table.largest,
+        scores,
+        index,
+        work.count,
+        n,
+        width,
+        stride,
+        ROWS=in_program,
+        WIDTH=padded,
+        ANSWERS=1024,
     )
-    return half, residual, largest
+    return half
 
 
 def multiply(
+    launch: Launcher,
     half: torch.Tensor,
     config: Config,
-    table: torch.Tensor,
-    group_of_tile: torch.Tensor,
+    table: Table,
     first_tile: int,
     n_tiles: int,
-    keys: torch.Tensor,
+    work: Workspace,
+    most_tiles: int,
 ) -> None:
-    """Launch the coarse pass over `n_tiles` tiles."""
-    # Programs of four warps run two at a time on a multiprocessor, those of eight alone.
-    programs = min(n_tiles, 8 // config.warps * _properties(half.device)["multiprocessor_count"])
-    _coarse[(programs,)](
+    """Launch the coarse pass over `n_tiles` tiles; `work` has room for the keys of `most_tiles`."""
+    # Programs of four warps run two at a time on a multiprocessor, those of eight alone. Their number is compiled in:
+    # so it does not depend on that of the tiles.
+    programs = 8 // config.warps * _properties(half.device)["multiprocessor_count"]
+    launch(
+        _coarse,
+        programs,
         TensorDescriptor.from_tensor(half, [config.queries, config.depth]),
         TensorDescriptor.from_tensor(half, [config.candidates, config.depth]),
-        group_of_tile,
-        table,
-        keys,
-        keys.stride(0),
+        table.group_of_tile,
+        table.groups,
+        table.stops,
+        work.keys,
+        most_tiles * config.queries,
         first_tile,
         n_tiles,
-        half.shape[1],
+        *half.shape,
         QUERIES=config.queries,
         CANDIDATES=config.candidates,
         DEPTH=config.depth,
         GROUP=GROUP.value,
-        PROGRAMS=programs,
+        FIELDS=FIELDS.value,
         KEEP=config.keep,
+        HAS_STOPS=table.has_stops,
+        PROGRAMS=programs,
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+class Launcher:
+    """Launches kernels: from the second time on past Triton's look at each argument, which takes longer than most run.
+
+    There is one for each way in which Triton would compile them: see `_launcher`. Apart from the rows, all tensors are
+    allocated here, and so aligned; apart from the width, all numbers are marked `do_not_specialize`.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self, kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+    ) -> None:
+        """Launch `kernel` on the current stream."""
+        compiled = self._compiled.get(kernel)
+        if compiled is None:
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            compiled = kernel[(programs,)](*arguments, **constants, **options)
+            if isinstance(kernel, triton.runtime.JITFunction):
+                self._compiled[kernel] = compiled
+            return
+        # Of a pointer as a number, Triton does not ask the driver whether it is one.
+        plain = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
+        compiled[(programs, 1, 1)](*plain, *constants.values())
+
+
+@cache
+def _launcher(*traits: Any) -> Launcher:
+    """The launcher for all that the compiled kernels depend on: device, width and alignment of the rows, constants."""
+    return Launcher()
 
 
 class _Staging(threading.local):
@@ -758,29 +918,66 @@ class _Staging(threading.local):
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.int32)
+        self.host = self.buffer.numpy()
         self.sent: torch.cuda.Event | None = None
 
     def send(self, parts: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
         """Copy int32 arrays to the device behind one another; the host waits only for the copy before this one."""
-        size = sum(part.size for part in parts)
+        # Each part begins at a multiple of 16 bytes, as memory of its own would.
+        sizes = [-(-part.size // 4) * 4 for part in parts]
         if self.sent is not None:
             self.sent.synchronize()
-        if self.buffer.numel() < size:
-            self.buffer = torch.empty(2 * size, dtype=torch.int32, pin_memory=device.type == "cuda")
-        np.concatenate(parts, out=self.buffer[:size].numpy())
-        sent = self.buffer[:size].to(device, non_blocking=True, copy=True)
+        if self.host.size < sum(sizes):
+            self.buffer = torch.empty(2 * sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+            self.host = self.buffer.numpy()
+        start = 0
+        for part, size in zip(parts, sizes, strict=True):
+            self.host[start : start + part.size] = part
+            start += size
+        sent = self.buffer[:start].to(device, non_blocking=True, copy=True)
         if device.type == "cuda":
-            self.sent = torch.cuda.Event()
+            self.sent = self.sent or torch.cuda.Event()
             self.sent.record()
-        return list(sent.split([part.size for part in parts]))
+        return list(sent.split_with_sizes(sizes))
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the kernels look up, in device memory.
+
+    Attributes
+    ----------
+    largest, n_pairs : torch.Tensor
+        (1,) int32 zeros, to be raised: the bits of the largest residual norm, and the pairs listed so far.
+    groups : torch.Tensor
+        (g + 1, `FIELDS`) int32, flat: see `Tiling`.
+    group_of_tile, group_of_block : torch.Tensor
+        (tiles,) and (query blocks,) int32.
+    stops : torch.Tensor
+        (n,) int32 where the candidates of each row end; empty where they end with the row itself.
+    """
+
+    largest: torch.Tensor
+    n_pairs: torch.Tensor
+    groups: torch.Tensor
+    group_of_tile: torch.Tensor
+    group_of_block: torch.Tensor
+    stops: torch.Tensor
+
+    @property
+    def has_stops(self) -> bool:
+        """Whether rows have ends of their own."""
+        return self.stops.numel() > 0
+
+
+def _upload(tiles: Tiling, stops: torch.Tensor | None, device: torch.device) -> Table:
+    """Send all of it in one copy."""
+    groups = tiles.groups
+    of_group = np.arange(len(groups) - 1, dtype=np.int32)
+    of_tile, of_block = (np.repeat(of_group, groups[1:, field] - groups[:-1, field]) for field in (0, 5))
+    zero = np.zeros(1, np.int32)
+    ends = zero[:0] if stops is None else stops.numpy().astype(np.int32)
+    return Table(*_staging.send([zero, zero, groups.ravel(), of_tile, of_block, ends], device))
 
 
 _staging = _Staging()
-
-
-def _upload(tiles: Tiling, device: torch.device) -> list[torch.Tensor]:
-    """The group records, the group of each tile and of each query block, in one copy to the device."""
-    groups = tiles.groups
-    of_group = np.arange(len(groups) - 1, dtype=np.int32)
-    of_tile, of_block = (np.repeat(of_group, np.diff(groups[:, field])) for field in (0, 5))
-    return _staging.send([groups.ravel(), of_tile, of_block], device)

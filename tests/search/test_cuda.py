@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from dask_semdedup import search
 from dask_semdedup.search import nearest_earlier
 from tests import oracle
-from tests.strategies import KINDS, rows_and_segments, seeds
+from tests.strategies import KINDS, rows_and_segments, seeds, stops_of
 
 pytestmark = pytest.mark.gpu
 
@@ -39,6 +39,26 @@ def on_gpu(rows: np.ndarray, segments: np.ndarray, **options) -> tuple[np.ndarra
 def test_exact_on_anything(name: str, data: tuple[np.ndarray, np.ndarray]) -> None:
     with engine(name):
         oracle.assert_nearest_earlier(*data, *on_gpu(*data))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@settings(max_examples=40)
+@given(data=rows_and_segments(max_rows=400, max_width=200), rng=seeds())
+def test_exact_with_stops(name: str, data: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) -> None:
+    rows, segments = data
+    stops = stops_of(rng, segments)
+    with engine(name):
+        answers = on_gpu(rows, segments, stops=torch.from_numpy(stops))
+    oracle.assert_nearest_earlier(rows, segments, *answers, stops)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_queries_against_candidates_where_large_tiles_are_chosen(name: str) -> None:
+    rows = np.random.default_rng(9).standard_normal((6000, 100)).astype(np.float32)
+    segments, stops = np.array([0, 6000]), np.concatenate([np.zeros(5000, np.int64), np.full(1000, 5000)])
+    with engine(name):
+        answers = on_gpu(rows, segments, stops=torch.from_numpy(stops))
+    oracle.assert_nearest_earlier(rows, segments, *answers, stops)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -128,3 +148,32 @@ def test_copies_score_exactly_one(name: str, scale: float) -> None:
         scores, index = on_gpu(rows, np.array([0, 1200]))
     assert (scores[600:] == 1).all()
     assert index[600:].tolist() == list(range(600))
+
+
+def test_rows_that_do_not_begin_at_a_multiple_of_16_bytes() -> None:
+    rng = np.random.default_rng(5)
+    flat = torch.from_numpy(rng.standard_normal(300 * 33 + 1).astype(np.float32)).cuda()
+    segments = np.array([0, 300])
+    for rows in (flat[1:].view(300, 33), flat[:-1].view(300, 33)):
+        scores, index = nearest_earlier(rows, torch.from_numpy(segments))
+        oracle.assert_nearest_earlier(rows.cpu().numpy(), segments, scores.cpu().numpy(), index.cpu().numpy())
+
+
+def test_a_new_number_of_rows_compiles_nothing() -> None:
+    """Sizes differ from partition to partition; a kernel takes a second to compile."""
+    from dask_semdedup.search import triton_engine
+
+    kernels = ["_halve", "_coarse", "_select", "_score", "_finish"]
+
+    def compiled() -> int:
+        return sum(len(getattr(triton_engine, name).device_caches[torch.cuda.current_device()][0]) for name in kernels)
+
+    def run(sizes: list[int]) -> None:
+        rows = torch.randn(sum(sizes), 64, device="cuda")
+        nearest_earlier(rows, torch.tensor([0, *sizes]).cumsum(0))
+
+    run([300, 16])
+    before = compiled()
+    for sizes in ([301, 16], [17, 2], [640, 1, 1], [1000, 333, 7]):
+        run(sizes)
+    assert compiled() == before

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from dask_semdedup import search
 from dask_semdedup.search import nearest_earlier, torch_engine
 from tests import oracle
-from tests.strategies import KINDS, rows_and_segments, seeds
+from tests.strategies import KINDS, rows_and_segments, seeds, stops_of
 
 GOLDEN_ROWS = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3], [1, 2, 3]], dtype=torch.float32)
 
@@ -51,6 +51,41 @@ def test_exact_on_anything(data: tuple[np.ndarray, np.ndarray], paths: ExitStack
     with paths:
         scores, index = nearest_earlier(torch.from_numpy(rows), torch.from_numpy(segments), batch_size=batch_size)
     oracle.assert_nearest_earlier(rows, segments, scores.numpy(), index.numpy())
+
+
+@settings(max_examples=60)
+@given(data=rows_and_segments(), paths=engines, rng=seeds(), batch_size=st.sampled_from([None, 1, 3, 16]))
+def test_exact_with_stops(
+    data: tuple[np.ndarray, np.ndarray], paths: ExitStack, rng: np.random.Generator, batch_size: int | None
+) -> None:
+    rows, segments = data
+    stops = stops_of(rng, segments)
+    with paths:
+        scores, index = nearest_earlier(
+            torch.from_numpy(rows), torch.from_numpy(segments), stops=torch.from_numpy(stops), batch_size=batch_size
+        )
+    oracle.assert_nearest_earlier(rows, segments, scores.numpy(), index.numpy(), stops)
+
+
+@pytest.mark.parametrize("small", [0, 256])
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_plain_searches_keep_to_stops(compute_dtype: str, small: int) -> None:
+    rng = np.random.default_rng(8)
+    rows, segments = rng.standard_normal((300, 96)).astype(np.float32), np.array([0, 90, 300])
+    stops = stops_of(rng, segments)
+    with patch.object(torch_engine, "SMALL", small):
+        scores, index = nearest_earlier(
+            torch.from_numpy(rows),
+            torch.from_numpy(segments),
+            stops=torch.from_numpy(stops),
+            compute_dtype=compute_dtype,
+        )
+    starts = np.repeat(segments[:-1], np.diff(segments))
+    has_none = stops == starts
+    assert (index.numpy()[has_none] == np.flatnonzero(has_none)).all()
+    assert (index.numpy()[~has_none] < stops[~has_none]).all()
+    expected, _ = oracle.nearest_earlier(rows, segments, stops)
+    np.testing.assert_allclose(scores, expected, atol=2e-2, rtol=0)
 
 
 @settings(max_examples=25)
@@ -150,6 +185,9 @@ def test_settings_of_the_process_neither_disturb_the_search_nor_are_changed_by_i
         (torch.ones(3, 2), [1, 3], {}, "ascend from 0"),
         (torch.ones(3, 2), [0, 2, 1, 3], {}, "ascend from 0"),
         (torch.ones(3, 2), [], {}, "ascend from 0"),
+        (torch.ones(3, 2), [0, 3], {"stops": torch.tensor([0, 0])}, "stops must give each row a position"),
+        (torch.ones(3, 2), [0, 3], {"stops": torch.tensor([0, 2, 2])}, "stops must give each row a position"),
+        (torch.ones(3, 2), [0, 2, 3], {"stops": torch.tensor([0, 0, 1])}, "stops must give each row a position"),
     ],
 )
 def test_bad_arguments(rows: torch.Tensor, segments: list[int], options: dict, message: str) -> None:

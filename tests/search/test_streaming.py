@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from unittest.mock import patch
 
 import hypothesis.strategies as st
@@ -11,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dask_semdedup import pairwise
+from dask_semdedup import placement
 from dask_semdedup.search import nearest_earlier, streaming
 from dask_semdedup.search.streaming import WORKSPACE, nearest_earlier_from_host, row_bytes
 from tests import oracle
-from tests.strategies import KINDS, rows_and_segments, seeds
+from tests.strategies import KINDS, rows_and_segments, seeds, stops_of
 from tests.test_pairwise import GOLDEN, run
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -62,6 +63,18 @@ def test_exact_on_a_segment_larger_than_memory(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=40)
+@given(data=rows_and_segments(), rng=seeds(), n_rows=st.integers(4, 60))
+def test_exact_with_stops(
+    device: str, data: tuple[np.ndarray, np.ndarray], rng: np.random.Generator, n_rows: int
+) -> None:
+    rows, segments = data
+    stops = stops_of(rng, segments)
+    answers = search(rows, segments, device, n_rows, stops=torch.from_numpy(stops))
+    oracle.assert_nearest_earlier(rows, segments, *answers, stops)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_of_copies_in_several_chunks_the_first_is_the_neighbour(device: str) -> None:
     rows = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)[np.arange(60) % 5]
     scores, index = search(rows, np.array([0, 60]), device, 10)
@@ -97,21 +110,22 @@ def test_plain_searches_are_within_their_precision(device: str, compute_dtype: s
     sizes=st.lists(st.integers(0, 30), max_size=12),
     most=st.integers(2, 20),
 )
-def test_jobs_fit_and_meet_every_pair_of_rows(sizes: list[int], most: int) -> None:
+def test_jobs_fit_and_meet_every_pair_of_rows_once(sizes: list[int], most: int) -> None:
     segments = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int64)
     n = int(segments[-1])
-    met, n_first = np.zeros((n, n), dtype=bool), np.zeros(n, dtype=int)
+    met = np.zeros((n, n), dtype=int)
     for job in streaming._jobs(segments, most):
         assert 0 < job.n_rows <= most
         assert job.segments[-1] == job.n_rows
         host = job.host_rows(torch.arange(job.n_rows)).numpy()
         np.testing.assert_array_equal(host[-len(range(n)[job.answers]) :], range(n)[job.answers])
-        n_first[job.answers] += job.is_first
-        for start, stop in zip(job.segments[:-1], job.segments[1:], strict=True):
-            met[np.ix_(host[start:stop], host[start:stop])] = True
+        stops = job.stops(None)
+        stops = np.arange(job.n_rows) if stops is None else stops.numpy()
+        for start, stop in pairwise(job.segments):
+            for query in range(start, stop):
+                met[host[query], host[start : stops[query]]] += 1
     segment = np.repeat(np.arange(len(sizes)), sizes)
-    np.testing.assert_array_equal(met, segment[:, None] == segment)
-    assert (n_first == 1).all()
+    np.testing.assert_array_equal(met, np.tril(segment[:, None] == segment, k=-1))
 
 
 def test_what_fits_is_one_job() -> None:
@@ -173,7 +187,7 @@ def test_frames_in_host_memory_are_streamed_to_a_gpu(monkeypatch: pytest.MonkeyP
         sent.append((rows.device.type, device))
         return nearest_earlier_from_host(rows, segments, device="cpu", **options)
 
-    monkeypatch.setattr(pairwise, "_has_cuda", lambda: True)
+    monkeypatch.setattr(placement, "has_cuda", lambda: True)
     monkeypatch.setattr(streaming, "nearest_earlier_from_host", on_cpu)
     scores = run(GOLDEN, device="cuda")
     assert sent == [("cpu", "cuda")]

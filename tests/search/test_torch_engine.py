@@ -60,7 +60,8 @@ def test_panels_mask_the_candidates_that_are_not_ranked_before_the_query(
     monkeypatch.setattr(torch_engine, "workspace_bytes", lambda device: panel_bytes)
     rows = torch.nn.functional.normalize(torch.randn(20, 6), dim=1)
     coarse = torch_engine.Coarse(rows.to(dtype), None, torch.zeros(20))
-    strip = torch_engine.Strip(start, torch.tensor(queries), queries[-1])
+    rows_of_strip = torch.tensor(queries)
+    strip = torch_engine.Strip(start, queries[-1], rows_of_strip, rows_of_strip)
     panels = torch_engine.Panels(coarse, len(queries) + 1)
     # What an earlier strip has left behind must not matter.
     panels.buffer.fill_(torch.nan)
@@ -86,7 +87,7 @@ def test_crowded_queries_are_named_and_add_no_pairs() -> None:
     scores, index = torch.zeros(300), torch.arange(300)
     pairs = torch_engine.Pairs(unit, scores, index)
     segments = torch.tensor([0, 300])
-    crowded = torch_engine.certified(torch_engine.in_float32(unit), torch.arange(1, 300), segments, pairs)
+    crowded = torch_engine.certified(torch_engine.in_float32(unit), torch.arange(1, 300), segments, None, pairs)
     pairs.flush()
     # What counts is the blocks that reach the window, here one, and the candidates in them.
     few = torch_engine.MOST_HITS

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from tests import oracle
-from tests.strategies import KINDS
+from tests.strategies import KINDS, seeds, stops_of
 
 triton = pytest.importorskip("triton")
 from dask_semdedup.search import certify, triton_engine  # noqa: E402
@@ -34,10 +34,10 @@ def blocks_of_tile(tiles: Tiling, config: Config) -> list[tuple[int, int, int]]:
     """(segment's first row, query block, candidate block) of each tile, from the kernels' own arithmetic in Python."""
     found = []
     for record, following in zip(tiles.groups[:-1].tolist(), tiles.groups[1:].tolist(), strict=True):
-        first_tile, start, length, first_block, n_blocks, _ = record
+        first_tile, start, length, first_block, n_blocks, _, most = record
 
-        def candidate_blocks(block: int, length: int = length) -> int:
-            return -(-(min((block + 1) * config.queries, length) - 1) // config.candidates)
+        def candidate_blocks(block: int, length: int = length, most: int = most) -> int:
+            return -(-min(min((block + 1) * config.queries, length) - 1, most) // config.candidates)
 
         common = candidate_blocks(first_block)
         shared = [(start, first_block + member, block) for block in range(common) for member in range(n_blocks)]
@@ -71,13 +71,47 @@ def test_tiles_cover_every_pair_once_and_none_wholly_above_the_diagonal(sizes: l
     assert covered == {start: size * (size - 1) // 2 for start, size in starts.items()}
 
 
+@given(
+    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=8),
+    config=st.sampled_from([TWO, THREE, Config(), Config(128, 128), Config(16, 64)]),
+    rng=seeds(),
+)
+def test_tiles_cover_every_pair_before_the_stops(sizes: list[int], config: Config, rng: np.random.Generator) -> None:
+    segments = np.cumsum([0, *sizes])
+    stops = stops_of(rng, segments)
+    tiles = tiling(segments, config, stops)
+    found = blocks_of_tile(tiles, config)
+    assert len(found) == tiles.n_tiles == len(set(found))
+    covered = dict.fromkeys(segments[:-1].tolist(), 0)
+    ends = dict(zip(segments[:-1].tolist(), segments[1:].tolist(), strict=True))
+    for start, query_block, block in found:
+        first_query = start + query_block * config.queries
+        of_queries = stops[first_query : min(first_query + config.queries, ends[start])]
+        assert block * config.candidates < stops[start : ends[start]].max() - start, "a tile without a candidate"
+        covered[start] += int(np.clip(of_queries - start - block * config.candidates, 0, config.candidates).sum())
+    pairs = stops - np.repeat(segments[:-1], sizes)
+    assert sum(covered.values()) == pairs.sum()
+
+
+def test_candidates_that_are_no_queries_have_no_tiles() -> None:
+    """1,000 rows against 64: no more tiles than those of the 64."""
+    stops = np.concatenate([np.zeros(1000, np.int64), np.full(64, 1000)])
+    tiles = tiling(np.array([0, 1064]), TWO, stops)
+    assert tiles.n_tiles <= (64 // TWO.queries + 1) * -(-1000 // TWO.candidates)
+
+
 @given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=8), most=st.integers(1, 500))
 def test_launches_hold_every_group_once_and_no_more_tiles_than_asked(sizes: list[int], most: int) -> None:
     tiles = tiling(np.cumsum([0, *sizes]), TWO)
     launches = tiles.launches(most)
-    assert [group for first, stop in launches for group in range(first, stop)] == list(range(len(tiles.groups) - 1))
-    for first, stop in launches:
-        assert stop - first == 1 or tiles.groups[stop, 0] - tiles.groups[first, 0] <= most
+    starts = [tuple(start) for start in tiles.groups[:, [0, 5]].tolist()]
+    reached = starts[0]
+    for first_tile, stop_tile, first_block, stop_block in launches:
+        assert (first_tile, first_block) == reached
+        reached = stop_tile, stop_block
+        n_groups = starts.index(reached) - starts.index((first_tile, first_block))
+        assert n_groups == 1 or stop_tile - first_tile <= most
+    assert reached == starts[-1]
 
 
 @interpreted
@@ -102,6 +136,23 @@ def test_kernels_are_exact(kind, config: Config) -> None:
 def test_kernels_are_exact_on_anything(sizes: list[int], d: int, kind, config: Config, seed: int) -> None:
     rows = kind(np.random.default_rng(seed), sum(sizes), d).astype(np.float32)
     check(rows, np.cumsum([0, *sizes]), config)
+
+
+@interpreted
+@pytest.mark.parametrize("config", [TWO, THREE])
+@pytest.mark.parametrize("exact", [True, False])
+def test_kernels_keep_to_stops(config: Config, exact: bool) -> None:
+    rng = np.random.default_rng(7)
+    segments = np.array([0, 1, 30, 30, 90])
+    rows = rng.standard_normal((90, 12)).astype(np.float32)
+    for _ in range(3):
+        stops = stops_of(rng, segments)
+        scores, index = search(rows, segments, config, stops=torch.from_numpy(stops), exact=exact)
+        if exact:
+            oracle.assert_nearest_earlier(rows, segments, scores, index, stops)
+        else:
+            expected, _ = oracle.nearest_earlier(rows, segments, stops)
+            np.testing.assert_allclose(scores, expected, atol=2e-3)
 
 
 @interpreted
@@ -152,7 +203,11 @@ def test_plain_search_finds_the_best_coarse_score() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_halving_loses_what_it_says(kind) -> None:
     rows = torch.from_numpy(kind(np.random.default_rng(6), 30, 37).astype(np.float32))
-    half, residual, largest = triton_engine.halve(rows, torch.float16)
+    scores, index = torch.full((30,), torch.nan), torch.full((30,), -1)
+    table = triton_engine._upload(tiling(np.array([0, 30]), TWO), None, torch.device("cpu"))
+    work = triton_engine.Workspace.empty(30, 0, torch.device("cpu"))
+    half = triton_engine.halve(triton_engine.Launcher(), rows, torch.float16, table, work, scores, index)
+    residual, largest = work.residual[:30], table.largest[:1]
     assert half.shape == (30, 40)
     assert not half[:, 37:].any()
     zero = (rows == 0).all(dim=1)
@@ -164,6 +219,9 @@ def test_halving_loses_what_it_says(kind) -> None:
     assert (lost <= residual[~zero] + certify.UNIT_TOLERANCE).all()
     assert (residual <= 2.0**-10).all()
     assert largest.view(torch.float32) == residual.clamp(min=0).max()
+    assert index.tolist() == list(range(30))
+    assert not work.count[:30].any()
+    assert not scores.any()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -174,9 +232,9 @@ def few_pairs() -> Iterator[None]:
 
 
 def search(rows: np.ndarray, segments: np.ndarray, config: Config, **options) -> tuple[np.ndarray, np.ndarray]:
-    scores, index = torch.zeros(len(rows)), torch.arange(len(rows))
+    scores, index = torch.full((len(rows),), torch.nan), torch.full((len(rows),), -1)
     triton_engine.nearest(torch.from_numpy(rows), torch.from_numpy(segments), scores, index, config=config, **options)
-    return scores.clamp_(-1, 1).numpy(), index.numpy()
+    return scores.numpy(), index.numpy()
 
 
 def check(rows: np.ndarray, segments: np.ndarray, config: Config, **options) -> None:

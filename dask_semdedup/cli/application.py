@@ -1,0 +1,105 @@
+"""What all commands share: errors that are one line, and help in sections."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from dask_semdedup.errors import SemDedupError
+
+EXIT_STATUS = 2
+INTERRUPTED = 130
+
+# The commands' parameters as their help groups them.
+SECTIONS = {
+    "Documents": ["data", "text_field", "image_field", "embed", "model"],
+    "Columns": ["id_field", "embedding_field", "cluster_field", "embedding_dim"],
+    "Clusters": ["n_clusters", "n_probe"],
+    "What to keep": ["which_to_keep", "sim_metric", "ranking_strategy", "random_seed", "eps"],
+    "Search": ["compute_dtype", "device", "pairwise_batch_size"],
+    "Where it runs": ["workers", "scheduler", "backend", "partition_size"],
+    "Files": ["storage_options", "overwrite", "redo_from"],
+    "Messages": ["quiet", "verbose", "traceback"],
+}
+
+# Parameters of which the second means nothing where the first is given.
+CONTRADICTIONS = [
+    ("ranking_strategy", "which_to_keep"),
+    ("ranking_strategy", "sim_metric"),
+    ("scheduler", "workers"),
+    ("quiet", "verbose"),
+    ("overwrite", "redo_from"),
+]
+
+
+class Application(click.Group):
+    """A group of commands whose errors, click's own included, are one line on stderr and exit status 2."""
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **extra)
+        try:
+            status = super().main(args, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as help_text:
+            help_text.show()
+            sys.exit(EXIT_STATUS)
+        except click.ClickException as error:
+            click.echo(f"{click.style('Error:', fg='red', bold=True)} {_one_line(error)}", err=True)
+            sys.exit(EXIT_STATUS)
+        except click.Abort:
+            click.echo("Stopped. Nothing unfinished was left under a final name.", err=True)
+            sys.exit(INTERRUPTED)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+class Command(click.Command):
+    """A command whose failures become one line, below their traceback where that is asked for."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if ctx.meta.get("traceback"):
+                traceback.print_exception(error)
+            raise click.ClickException(_describe(error)) from error
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in sections; what is in none of them comes last."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        records = {option.name: record for option in options if (record := option.get_help_record(ctx))}
+        for heading, names in SECTIONS.items():
+            if section := [records.pop(name) for name in names if name in records]:
+                with formatter.section(heading):
+                    formatter.write_dl(section)
+        with formatter.section("Help"):
+            formatter.write_dl(list(records.values()))
+
+
+def _describe(error: Exception) -> str:
+    """An error's message; its type too where the message was not written for the command's user."""
+    if isinstance(error, SemDedupError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (--traceback shows where)"
+
+
+def _one_line(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split())
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        message += f" See '{error.ctx.command_path} --help'."
+    return message
+
+
+def refuse_contradictions(ctx: click.Context) -> None:
+    """Refuse two options of which one would silently make the other void."""
+    flags = {param.name: param.opts[-1] for param in ctx.command.params}
+    given = {name for name in flags if name and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    for pair in CONTRADICTIONS:
+        if given.issuperset(pair):
+            raise click.UsageError(f"{flags[pair[0]]} and {flags[pair[1]]} exclude each other.", ctx)

@@ -1,0 +1,132 @@
+"""Where a command runs, and how far it is."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import dask
+from dask.callbacks import Callback
+from dask.system import CPU_COUNT
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    import dask.dataframe as dd
+    from distributed import Client, Future
+
+
+@contextmanager
+def connect(scheduler: str | None, workers: int | None) -> Iterator[Client | None]:
+    """Yield a client of the cluster that is asked for, or None for the threads of this process."""
+    if scheduler is None and workers is None:
+        import dask_semdedup.search  # noqa: F401  (torch takes seconds to load: now rather than in the first task)
+
+        # A pool of its own, since leaving it waits for its threads: what a failed run leaves is then final.
+        with (
+            ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool,
+            dask.config.set(scheduler="threads", pool=pool),
+        ):
+            yield None
+        return
+    from distributed import Client, LocalCluster
+
+    if scheduler is not None:
+        with Client(scheduler) as client:
+            yield client
+        return
+    # A worker's failure reaches the user through its future: its own log would only repeat it.
+    with (
+        LocalCluster(n_workers=workers, dashboard_address=":0", silence_logs=logging.CRITICAL) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def show_progress(*, enabled: bool) -> Progress:
+    """A progress bar on stderr, drawn only where someone can see it."""
+    console = Console(stderr=True)
+    return Progress(
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not (enabled and console.is_terminal),
+    )
+
+
+def log_to(console: Console) -> None:
+    """Show what the library logs, above the progress bar; workers in other processes keep their own logs."""
+    logger = logging.getLogger("dask_semdedup")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(RichHandler(console=console, show_path=False, show_level=False))
+
+
+@contextmanager
+def show_tasks(progress: Progress, title: str, *, client: Client | None) -> Iterator[None]:
+    """Show a bar that moves with the tasks that the block runs in this process; on a cluster it tells only the time."""
+    task = progress.add_task(title, total=None)
+    if client is None:
+        with TaskProgress(progress, task):
+            yield
+    else:
+        yield
+    progress.update(task, total=progress.tasks[task].completed)
+
+
+class TaskProgress(Callback):
+    """Moves a progress bar with the tasks of Dask's schedulers in this process."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        super().__init__()
+        self.progress, self.task = progress, task
+
+    def _start_state(self, _graph: Any, state: dict[str, Any]) -> None:
+        tasks = sum(len(state[name]) for name in ("ready", "waiting", "running"))
+        known = self.progress.tasks[self.task].total
+        self.progress.update(self.task, total=tasks + (known or 0))
+
+    def _posttask(self, *_: Any) -> None:
+        self.progress.advance(self.task)
+
+
+def follow_futures(client: Client, written: dd.DataFrame, progress: Progress, title: str) -> list[Any]:
+    """Move a progress bar with the partitions of a persisted frame, and return what they are.
+
+    At the first error all are stopped, and it is raised.
+    """
+    from distributed import as_completed, futures_of
+
+    futures = futures_of(written)
+    task = progress.add_task(title, total=len(futures))
+    results = []
+    try:
+        for future in as_completed(futures):
+            results.append(future.result())
+            progress.advance(task)
+    except BaseException:
+        # Where the cluster is gone, so are its writers.
+        with suppress(OSError):
+            _stop(client, futures)
+        raise
+    return results
+
+
+def _stop(client: Client, futures: list[Future]) -> None:
+    """Cancel tasks, and wait for those that run: no worker interrupts them."""
+    client.cancel(futures)
+    keys = {future.key for future in futures}
+    while any(client.run(_knows_any, keys, on_error="ignore").values()):
+        time.sleep(0.1)
+
+
+def _knows_any(keys: set[Any], dask_worker: Any) -> bool:
+    """Whether a worker has tasks of these keys; it forgets cancelled ones as soon as they do not run."""
+    return not keys.isdisjoint(dask_worker.state.tasks)

@@ -1,0 +1,178 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from dask_semdedup.ranking import RankingStrategy
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """One decorator that adds several options."""
+
+    def add(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def _parse_storage_options(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """Turn ``("anon=true", "key=x")`` into ``{"anon": True, "key": "x"}``."""
+    options: dict[str, Any] = {}
+    for value in values:
+        key, equals, setting = value.partition("=")
+        if not (key and equals):
+            raise click.BadParameter(f"{value!r} is not of the form KEY=VALUE.")
+        options[key] = {"true": True, "false": False}.get(setting.lower(), setting)
+    return options
+
+
+def _parse_rank_by(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> RankingStrategy | None:
+    """Turn ``("quality:desc", "length")`` into the ranking by those columns."""
+    if not values:
+        return None
+    from dask_semdedup.ranking import RankingStrategy
+
+    columns, ascending = [], []
+    for value in values:
+        column, colon, order = value.rpartition(":")
+        if not colon or order not in ("asc", "desc"):
+            column, order = value, "asc"
+        columns.append(column)
+        ascending.append(order == "asc")
+    return RankingStrategy.metadata_based(columns, ascending=ascending)
+
+
+def _remember_traceback(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    ctx.meta["traceback"] = value
+
+
+id_option = click.option("--id-field", metavar="COLUMN", default="id", show_default=True, help="Column of ids.")
+cluster_option = click.option(
+    "--cluster-field",
+    metavar="COLUMN",
+    default="centroid",
+    show_default=True,
+    help="Column, or folder key, of clusters.",
+)
+embedding_options = _together(
+    click.option(
+        "--embedding-field", metavar="COLUMN", default="embeddings", show_default=True, help="Column of embeddings."
+    ),
+    click.option(
+        "--embedding-dim", type=click.IntRange(min=1), metavar="N", help="Refuse embeddings of any other width."
+    ),
+)
+keep_options = _together(
+    click.option(
+        "--which-to-keep",
+        type=click.Choice(["hard", "easy", "random"]),
+        default="hard",
+        show_default=True,
+        help="Which rows to prefer over their duplicates: those far from their centroid, those near it, or any.",
+    ),
+    click.option(
+        "--sim-metric",
+        type=click.Choice(["cosine", "l2"]),
+        default="cosine",
+        show_default=True,
+        help="Which distance 'hard' and 'easy' mean: the column cosine_dist_to_cent or l2_dist_to_cent.",
+    ),
+    click.option(
+        "--rank-by",
+        "ranking_strategy",
+        metavar="COLUMN[:desc]",
+        multiple=True,
+        callback=_parse_rank_by,
+        help="Prefer rows by this column, smallest first or, with :desc, largest first; instead of --which-to-keep. "
+        "Repeat it to settle ties.",
+    ),
+    click.option(
+        "--random-seed", type=int, metavar="N", default=42, show_default=True, help="Seed of '--which-to-keep random'."
+    ),
+)
+search_options = _together(
+    click.option(
+        "--compute-dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="'auto' is exact and fast; the half-precision types alone are lossy.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where the search runs, whatever holds the frame.",
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(["pandas", "cudf"]),
+        help="What holds the frame.  [default: Dask's setting, which is pandas unless you changed it]",
+    ),
+    click.option(
+        "--pairwise-batch-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Queries searched at once; the candidates beside them are as many as memory allows.  [default: 512]",
+    ),
+    click.option(
+        "--partition-size",
+        metavar="SIZE",
+        default="128MiB",
+        show_default=True,
+        help="The most that a partition may take in memory, unless a single cluster takes more.",
+    ),
+)
+execution_options = _together(
+    click.option(
+        "--storage-option",
+        "storage_options",
+        metavar="KEY=VALUE",
+        multiple=True,
+        callback=_parse_storage_options,
+        help="An fsspec option for INPUT and OUTPUT, such as anon=true. Repeatable.",
+    ),
+    click.option("--scheduler", metavar="ADDRESS", help="Run on this Dask cluster, such as tcp://10.0.0.1:8786."),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Run on this many processes of this machine.  [default: threads of one process]",
+    ),
+)
+message_options = _together(
+    click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary."),
+    click.option("-v", "--verbose", is_flag=True, help="Tell more of what is done."),
+    click.option(
+        "--traceback",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember_traceback,
+        help="Show an error's whole traceback.",
+    ),
+)
+document_options = _together(
+    click.option("--text-field", metavar="COLUMN", help="Column of texts to show in the report."),
+    click.option(
+        "--image-field",
+        metavar="COLUMN",
+        help="Column of images to show in the report: encoded bytes, such as PNG or JPEG, or paths of files.",
+    ),
+)
+
+
+def eps_option(help_text: str) -> Callable[[Function], Function]:
+    """The option ``--eps``, which means something else to each command."""
+    return click.option(
+        "--eps", type=click.FloatRange(0, 2), metavar="EPS", default=0.01, show_default=True, help=help_text
+    )

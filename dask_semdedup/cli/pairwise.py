@@ -1,0 +1,153 @@
+"""``dask-semdedup pairwise``: scores of clustered embeddings, and a summary."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+import dask
+from rich.console import Console
+from rich.table import Table
+
+from dask_semdedup.cli.application import Command, refuse_contradictions
+from dask_semdedup.cli.execution import connect, log_to, show_progress
+from dask_semdedup.cli.files import write_frame
+from dask_semdedup.cli.options import (
+    cluster_option,
+    embedding_options,
+    eps_option,
+    execution_options,
+    id_option,
+    keep_options,
+    message_options,
+    search_options,
+)
+from dask_semdedup.folders import staged_folder
+
+if TYPE_CHECKING:
+    from dask_semdedup.ranking import RankingStrategy
+
+EXAMPLES = """
+Examples:
+
+\b
+  # The k-means output layout, clusters/centroid=<k>/*.parquet, on this machine
+  dask-semdedup pairwise clusters/ scores/
+
+\b
+  # Keep the rows of the best quality; call 0.95 and above a duplicate
+  dask-semdedup pairwise clusters/ scores/ --rank-by quality:desc --eps 0.05
+
+\b
+  # On a Dask cluster, from a bucket and to a bucket
+  dask-semdedup pairwise s3://bucket/clusters s3://bucket/scores --scheduler tcp://10.0.0.1:8786
+"""
+
+
+@click.command("pairwise", cls=Command, epilog=EXAMPLES, short_help="Score rows by their most similar preferred row.")
+@click.argument("input_path", metavar="INPUT")
+@click.argument("output_path", metavar="OUTPUT")
+@id_option
+@cluster_option
+@embedding_options
+@keep_options
+@eps_option("Count a row as a duplicate from a similarity of 1 - EPS on. Only the summary depends on it.")
+@search_options
+@execution_options
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds scores already.")
+@message_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    input_path: str,
+    output_path: str,
+    cluster_field: str,
+    ranking_strategy: RankingStrategy | None,
+    eps: float,
+    backend: str | None,
+    partition_size: str,
+    storage_options: dict[str, Any],
+    scheduler: str | None,
+    workers: int | None,
+    overwrite: bool,
+    quiet: bool,
+    verbose: bool,
+    **search_options: Any,
+) -> None:
+    """Score each row by its most similar preferred row of the same cluster.
+
+    INPUT is a folder of clustered embeddings: INPUT/centroid=<k>/*.parquet, or Parquet files with a cluster column.
+    OUTPUT becomes a folder of Parquet files with the columns id, max_id (the most similar row preferred over this one),
+    cosine_sim_score and the cluster. It appears when all of it is written; a run that fails leaves nothing.
+
+    Both may be local paths or URLs that fsspec knows.
+    """
+    import dask_semdedup
+
+    refuse_contradictions(ctx)
+    with (
+        staged_folder(output_path, input_path, overwrite=overwrite, storage_options=storage_options) as folder,
+        show_progress(enabled=not quiet) as progress,
+    ):
+        start = time.perf_counter()
+        # Before a cluster is started, which takes longer than to see that INPUT is not there.
+        embeddings = dask_semdedup.read_clusters(
+            input_path,
+            cluster_field=cluster_field,
+            backend=backend,
+            storage_options=storage_options or None,
+            partition_size=partition_size,
+        )
+        scores = embeddings.semdedup.pairwise(
+            cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
+        )
+        listed = time.perf_counter() - start
+        with connect(scheduler, workers) as client:
+            start = time.perf_counter() - listed
+            if verbose:
+                log_to(progress.console)
+                progress.console.print(f"{scores.npartitions:,} partitions, on {client or 'threads of this process'}")
+            write_frame(scores, folder, storage_options, client=client, progress=progress, title="Comparing")
+            seconds = time.perf_counter() - start
+            summary = summarise(folder, storage_options, cluster_field=cluster_field, eps=eps)
+    if not quiet:
+        Console().print(summary_table(summary, seconds=seconds))
+        click.echo(f"  Scores in {output_path}")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers that the command ends with."""
+
+    clusters: int
+    rows: int
+    duplicates: int
+    eps: float
+
+
+def summarise(folder: str, storage_options: dict[str, Any], *, cluster_field: str, eps: float) -> Summary:
+    """Count what was written, from the scores alone."""
+    import dask.dataframe as dd
+
+    with dask.config.set({"dataframe.backend": "pandas"}):
+        scores = dd.read_parquet(folder, storage_options=storage_options or None)
+        duplicates = scores.semdedup.duplicates(eps=eps)
+    clusters, rows, dropped = dask.compute(scores[cluster_field].nunique(), scores["id"].size, duplicates["id"].size)
+    return Summary(clusters=int(clusters), rows=int(rows), duplicates=int(dropped), eps=eps)
+
+
+def summary_table(summary: Summary, *, seconds: float) -> Table:
+    """The summary as a table of names, numbers and remarks."""
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    share = summary.duplicates / summary.rows if summary.rows else 0.0
+    table.add_row("Clusters", f"{summary.clusters:,}")
+    table.add_row("Rows", f"{summary.rows:,}")
+    table.add_row("Duplicates", f"{summary.duplicates:,}", f"{share:.2%} at eps = {summary.eps:g}")
+    table.add_row("Time", f"{seconds:,.1f} s", f"{summary.rows / seconds:,.0f} rows per second")
+    return table

@@ -1,0 +1,116 @@
+"""``dask-semdedup report``: a page on scores, to look at before choosing eps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from dask_semdedup.cli.application import Command, refuse_contradictions
+from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
+from dask_semdedup.cli.options import (
+    cluster_option,
+    document_options,
+    eps_option,
+    execution_options,
+    id_option,
+    message_options,
+)
+from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.folders import staged_folder
+
+SUFFIXES = (".html", ".png")
+
+EXAMPLES = """
+Examples:
+
+\b
+  # report/index.html, beside scores/
+  dask-semdedup report scores/ --eps 0.02
+
+\b
+  # With the texts of the pairs on both sides of the threshold
+  dask-semdedup report scores/ --data documents.parquet --text-field text
+"""
+
+
+@click.command("report", cls=Command, epilog=EXAMPLES, short_help="Make a page of pictures and pairs, to choose eps.")
+@click.argument("scores_path", metavar="SCORES")
+@click.argument("output_path", metavar="[OUTPUT]", required=False)
+@eps_option("Mark this choice, and show pairs from both sides of its threshold first.")
+@click.option(
+    "--data", metavar="DATA", help="Where the documents are: Parquet or JSON lines with ids and texts or images."
+)
+@document_options
+@id_option
+@cluster_option
+@execution_options
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds a report already.")
+@message_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    scores_path: str,
+    output_path: str | None,
+    eps: float,
+    data: str | None,
+    text_field: str | None,
+    image_field: str | None,
+    id_field: str,
+    cluster_field: str,
+    storage_options: dict[str, Any],
+    scheduler: str | None,
+    workers: int | None,
+    overwrite: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Make a page that shows scores, so that a person can look at pairs and choose eps.
+
+    SCORES is a folder of Parquet files: what 'pairwise' writes, or the stages' cluster_<k>.parquet. OUTPUT becomes a
+    folder of index.html and PNG files; by default it is 'report' beside SCORES. The page needs no network.
+
+    With --data and --text-field or --image-field it shows the documents themselves. Only those of its pairs are kept
+    of DATA.
+    """
+    from dask_semdedup.report import PAGE, Documents, write_report
+    from dask_semdedup.tables import read_scores
+
+    refuse_contradictions(ctx)
+    output = output_path or _beside(scores_path)
+    documents = None
+    if data is not None:
+        documents = Documents(data, text_field, image_field, id_field, storage_options)
+    elif text_field or image_field:
+        raise InvalidArgumentError("--text-field and --image-field are columns of --data: name it too.")
+    with (
+        staged_folder(
+            output, scores_path, overwrite=overwrite, storage_options=storage_options, suffixes=SUFFIXES
+        ) as folder,
+        show_progress(enabled=not quiet) as progress,
+    ):
+        if verbose:
+            log_to(progress.console)
+        scores = read_scores(scores_path, cluster_field=cluster_field, storage_options=storage_options)
+        with connect(scheduler, workers) as client, show_tasks(progress, "Reading", client=client):
+            tally = write_report(
+                scores,
+                folder,
+                eps,
+                documents=documents,
+                cluster_field=cluster_field,
+                source=scores_path,
+                storage_options=storage_options,
+            )
+    if not quiet:
+        count = int(tally.duplicates(eps))
+        share = count / max(tally.rows, 1)
+        click.echo(f"  {count:,} of {tally.rows:,} rows are duplicates at eps = {eps:g} ({share:.2%})")
+        click.echo(f"  Look at them: {output.rstrip('/')}/{PAGE}")
+
+
+def _beside(scores_path: str) -> str:
+    """The folder ``report`` beside the scores."""
+    parent, slash, _ = scores_path.rstrip("/").rpartition("/")
+    return f"{parent}{slash}report"

@@ -1,0 +1,369 @@
+"""``dask-semdedup run``: from raw embeddings to a deduplicated dataset, in steps that can be used again."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+import fsspec
+from rich.console import Console
+from rich.table import Table
+
+from dask_semdedup.cli.application import Command, refuse_contradictions
+from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
+from dask_semdedup.cli.files import write_frame
+from dask_semdedup.cli.options import (
+    cluster_option,
+    document_options,
+    embedding_options,
+    eps_option,
+    execution_options,
+    id_option,
+    keep_options,
+    message_options,
+    search_options,
+)
+from dask_semdedup.cli.steps import Outcome, Step, make_step, plan_steps
+from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.folders import refuse_overlap
+
+if TYPE_CHECKING:
+    import dask.dataframe as dd
+    from distributed import Client
+    from rich.progress import Progress
+
+    from dask_semdedup.ranking import RankingStrategy
+
+STEPS = ["embeddings", "clusters", "scores", "duplicates", "deduplicated", "report"]
+
+EXAMPLES = """
+Examples:
+
+\b
+  # Embeddings in, kept rows out: out/deduplicated, and out/report/index.html to look at
+  dask-semdedup run embeddings.parquet out/ --eps 0.02
+
+\b
+  # Another eps: clusters and scores are used again
+  dask-semdedup run embeddings.parquet out/ --eps 0.05
+
+\b
+  # Texts in: they are embedded first, and shown in the report
+  dask-semdedup run texts.jsonl out/ --embed --text-field text
+"""
+
+
+@click.command(
+    "run", cls=Command, epilog=EXAMPLES, short_help="Deduplicate raw embeddings: cluster, score, remove, report."
+)
+@click.argument("input_path", metavar="INPUT")
+@click.argument("output_path", metavar="OUTPUT")
+@document_options
+@click.option("--embed", is_flag=True, help="Embed --text-field first: INPUT has no embeddings.")
+@click.option(
+    "--model",
+    metavar="NAME",
+    default="sentence-transformers/all-MiniLM-L6-v2",
+    show_default=True,
+    help="The sentence-transformers model of --embed, or its path.",
+)
+@id_option
+@cluster_option
+@embedding_options
+@click.option(
+    "--n-clusters",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Clusters of k-means.  [default: by the number of rows]",
+)
+@click.option(
+    "--n-probe",
+    type=click.IntRange(min=1),
+    metavar="P",
+    default=1,
+    show_default=True,
+    help="Compare each row in its P nearest clusters: more duplicates are found, and it takes longer.",
+)
+@keep_options
+@eps_option("Drop a row from a similarity of 1 - EPS to a preferred row on.")
+@search_options
+@execution_options
+@click.option(
+    "--from", "redo_from", type=click.Choice(STEPS), metavar="STEP", help="Make this step and all after it anew."
+)
+@click.option("--overwrite", is_flag=True, help="Make all steps anew.")
+@message_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    output_path: str,
+    scheduler: str | None,
+    workers: int | None,
+    redo_from: str | None,
+    overwrite: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Deduplicate raw embeddings: cluster them, score them, find the duplicates, remove them, and report.
+
+    INPUT is Parquet or JSON lines with ids and embeddings, or with texts (--embed). In OUTPUT each step has a folder:
+    clusters, scores, duplicates (the rows to drop), deduplicated (all columns of the rows that are kept) and report.
+
+    A folder appears when all of it is written, and keeps its parameters. The next run uses it again if they are the
+    same. Where they are others, duplicates, deduplicated and report are made anew; embeddings, clusters and scores,
+    which take longer, only with --from or --overwrite.
+    """
+    refuse_contradictions(ctx)
+    storage_options = options["storage_options"]
+    fs, output = fsspec.url_to_fs(output_path.rstrip("/"), **storage_options)
+    refuse_overlap(output, fsspec.url_to_fs(options["input_path"].rstrip("/"), **storage_options)[1])
+    with show_progress(enabled=not quiet) as progress:
+        run = Run(output=fs.unstrip_protocol(output), progress=progress, verbose=verbose, **options)
+        steps = run.steps()
+        first = steps[0].name if overwrite else redo_from
+        reasons = plan_steps(steps, run.output, redo_from=first, storage_options=storage_options)
+        outcomes: dict[str, Outcome] = {}
+        start = time.perf_counter()
+        with connect(scheduler, workers) if any(reasons.values()) else nullcontext() as run.client:
+            if verbose:
+                log_to(progress.console)
+            for step in steps:
+                outcome = make_step(
+                    step,
+                    run.output,
+                    reasons[step.name],
+                    storage_options=storage_options,
+                    needs={name: outcomes[name].manifest for name in step.needs},
+                )
+                outcomes[step.name] = outcome
+                run.counts[step.name] = outcome.manifest.counts
+        seconds = time.perf_counter() - start
+    if not quiet:
+        Console().print(outcome_table(outcomes, run.eps, seconds))
+        click.echo(f"  Kept rows in {output_path.rstrip('/')}/deduplicated")
+        click.echo(f"  Look at pairs in {output_path.rstrip('/')}/report/index.html")
+
+
+@dataclass
+class Run:
+    """What the steps are made with."""
+
+    input_path: str
+    output: str
+    text_field: str | None
+    image_field: str | None
+    embed: bool
+    model: str
+    id_field: str
+    cluster_field: str
+    embedding_field: str
+    embedding_dim: int | None
+    n_clusters: int | None
+    n_probe: int
+    which_to_keep: str
+    sim_metric: str
+    ranking_strategy: RankingStrategy | None
+    random_seed: int
+    eps: float
+    compute_dtype: str
+    device: str
+    backend: str | None
+    pairwise_batch_size: int | None
+    partition_size: str
+    storage_options: dict[str, Any]
+    verbose: bool
+    progress: Progress
+    client: Client | None = None
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def steps(self) -> list[Step]:
+        """All steps in their order, once INPUT is seen to have what they need."""
+        from dask_semdedup.tables import table_token
+
+        self._check_input()
+        source = {"INPUT": self.input_path, "files": table_token(self.input_path, self.storage_options)}
+        columns = self._parameters("id_field", "embedding_field")
+        embedding = self._parameters("text_field", "model", "embedding_field")
+        clustering = self._parameters("embedding_field", "cluster_field", "embedding_dim", "n_clusters", "n_probe")
+        ranking = self._parameters("which_to_keep", "sim_metric", "random_seed", "compute_dtype", "cluster_field")
+        ranking["rank_by"] = None if self.ranking_strategy is None else repr(self.ranking_strategy)
+        shown = self._parameters("eps", "text_field", "image_field")
+        first = [Step("embeddings", source | embedding, self._embed, costly=True)] if self.embed else []
+        before = tuple(step.name for step in first)
+        return [
+            *first,
+            Step("clusters", source | clustering, self._cluster, before, costly=True),
+            Step("scores", columns | ranking, self._score, ("clusters",), costly=True),
+            Step("duplicates", {"eps": self.eps}, self._find_duplicates, ("scores",)),
+            Step("deduplicated", source | self._parameters("id_field"), self._deduplicate, ("duplicates",)),
+            Step("report", source | shown, self._report, ("scores",)),
+        ]
+
+    def _parameters(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def _check_input(self) -> None:
+        """Miss columns now rather than after hours."""
+        columns = list(self._read_input().columns)
+        shown = [name for name in (self.text_field, self.image_field) if name is not None]
+        needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field])]
+        if not set(needed) <= set(columns):
+            advice = "Name the columns of INPUT, or pass --embed to embed the texts of --text-field."
+            raise MissingColumnsError.build(needed, columns, advice)
+        if self.embed and self.text_field is None:
+            raise InvalidArgumentError("--embed needs --text-field, the column to embed.")
+        if self.embed and self.embedding_field in columns:
+            raise InvalidArgumentError(
+                f"INPUT has a column {self.embedding_field!r} already. Leave --embed out, or name another as "
+                "--embedding-field."
+            )
+
+    def _folder(self, name: str) -> str:
+        return f"{self.output}/{name}"
+
+    def _read_input(self) -> dd.DataFrame:
+        return self._read_table(self.input_path)
+
+    def _read_table(self, path: str) -> dd.DataFrame:
+        from dask_semdedup.tables import read_table
+
+        return read_table(
+            path,
+            id_field=self.id_field,
+            embedding_field=self.embedding_field,
+            storage_options=self.storage_options,
+            partition_size=self.partition_size,
+        )
+
+    def _read_scores(self) -> dd.DataFrame:
+        from dask_semdedup.tables import read_scores
+
+        return read_scores(
+            self._folder("scores"), cluster_field=self.cluster_field, storage_options=self.storage_options
+        )
+
+    def _write(self, frame: dd.DataFrame, folder: str, title: str) -> int:
+        return write_frame(frame, folder, self.storage_options, client=self.client, progress=self.progress, title=title)
+
+    # --- The steps: each writes its files to a folder, and counts ---
+
+    def _embed(self, folder: str) -> dict[str, int]:
+        frame = self._read_input().semdedup.embed(
+            self.text_field, model=self.model, embedding_field=self.embedding_field, device=self.device
+        )
+        return {"rows": self._write(frame, folder, "Embedding")}
+
+    def _cluster(self, folder: str) -> dict[str, int]:
+        from dask_semdedup.clusters import cluster_files
+
+        source = self._folder("embeddings") if self.embed else self.input_path
+        with show_tasks(self.progress, "Clustering", client=self.client):
+            clustered = self._read_table(source).semdedup.kmeans(
+                self.n_clusters,
+                embedding_field=self.embedding_field,
+                cluster_field=self.cluster_field,
+                embedding_dim=self.embedding_dim,
+                random_state=self.random_seed,
+                n_probe=self.n_probe,
+                device=self.device,
+            )
+            clustered.semdedup.to_clusters(
+                folder, cluster_field=self.cluster_field, storage_options=self.storage_options
+            )
+        files = cluster_files(folder, self.storage_options, cluster_field=self.cluster_field)
+        return {"clusters": len(files)}
+
+    def _score(self, folder: str) -> dict[str, int]:
+        import dask_semdedup
+
+        embeddings = dask_semdedup.read_clusters(
+            self._folder("clusters"),
+            cluster_field=self.cluster_field,
+            backend=self.backend,
+            storage_options=self.storage_options or None,
+            partition_size=self.partition_size,
+        )
+        scores = embeddings.semdedup.pairwise(
+            which_to_keep=self.which_to_keep,
+            sim_metric=self.sim_metric,
+            ranking_strategy=self.ranking_strategy,
+            id_field=self.id_field,
+            embedding_field=self.embedding_field,
+            cluster_field=self.cluster_field,
+            embedding_dim=self.embedding_dim,
+            pairwise_batch_size=self.pairwise_batch_size,
+            random_seed=self.random_seed,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            verbose=self.verbose,
+        )
+        return {"rows": self._write(scores, folder, "Comparing")}
+
+    def _find_duplicates(self, folder: str) -> dict[str, int]:
+        duplicates = self._read_scores().semdedup.duplicates(self.eps)
+        # From eps = 1 on, the first rows of clusters are among them, which are kept.
+        duplicates = duplicates[duplicates["id"] != duplicates["max_id"]]
+        return {"duplicates": self._write(duplicates, folder, "Finding duplicates")}
+
+    def _deduplicate(self, folder: str) -> dict[str, int]:
+        from dask_semdedup.tables import read_table
+
+        duplicates = read_table(self._folder("duplicates"), storage_options=self.storage_options)
+        kept = self._read_input().semdedup.remove(duplicates, self.id_field)
+        rows = self._write(kept, folder, "Removing")
+        scored, dropped = self.counts["scores"]["rows"], self.counts["duplicates"]["duplicates"]
+        if rows + dropped != scored:
+            raise InvalidArgumentError(
+                f"{self.input_path} has {rows + dropped:,} rows, of which {dropped:,} are duplicates, but {scored:,} "
+                "were scored. Pass '--from clusters' to make all of it from what INPUT holds now."
+            )
+        return {"rows": rows}
+
+    def _report(self, folder: str) -> dict[str, int]:
+        from dask_semdedup.report import Documents, write_report
+
+        documents = None
+        if self.text_field or self.image_field:
+            documents = Documents(
+                self.input_path, self.text_field, self.image_field, self.id_field, self.storage_options
+            )
+        with show_tasks(self.progress, "Reporting", client=self.client):
+            tally = write_report(
+                self._read_scores(),
+                folder,
+                self.eps,
+                documents=documents,
+                cluster_field=self.cluster_field,
+                source=self._folder("scores"),
+                storage_options=self.storage_options,
+            )
+        return {"duplicates": int(tally.duplicates(self.eps))}
+
+
+def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> Table:
+    """What came out of each step, and how long it took."""
+    counts = {name: outcome.manifest.counts for name, outcome in outcomes.items()}
+    rows, dropped, kept = counts["scores"]["rows"], counts["duplicates"]["duplicates"], counts["deduplicated"]["rows"]
+    results = {
+        "embeddings": f"{rows:,} rows",
+        "clusters": f"{counts['clusters']['clusters']:,} clusters",
+        "scores": f"{rows:,} rows",
+        "duplicates": f"{dropped:,} at eps = {eps:g}, {dropped / max(rows, 1):.2%}",
+        "deduplicated": f"{kept:,} rows kept",
+        "report": "index.html",
+    }
+    table = Table(box=None, header_style="dim", padding=(0, 2))
+    table.add_column("Step", style="bold", no_wrap=True)
+    table.add_column("Result", justify="right", no_wrap=True)
+    table.add_column("Time", justify="right", no_wrap=True)
+    table.add_column("Why", style="dim")
+    for name, outcome in outcomes.items():
+        taken = "reused" if outcome.reused else f"{outcome.manifest.seconds:,.1f} s"
+        table.add_row(name, results[name], taken, "" if outcome.reason == "new" else outcome.reason)
+    table.add_row("All", "", f"{seconds:,.1f} s", "")
+    return table

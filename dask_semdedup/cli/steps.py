@@ -1,0 +1,182 @@
+"""Steps whose files can be used again: each keeps its parameters beside them, and is redone when those are others."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import fsspec
+
+from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.folders import replaced_when_done
+
+MANIFEST = "_manifest.json"
+
+NO_REASON = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One folder of files, and how it is made.
+
+    Parameters
+    ----------
+    name
+        Of the step, and of its folder.
+    parameters
+        What its files depend on, as JSON has it.
+    make
+        Writes the files to the folder that it is given, and returns counts.
+    needs
+        The steps whose files it reads.
+    costly
+        Whether it is redone for other parameters only where that is asked for.
+    """
+
+    name: str
+    parameters: dict[str, Any]
+    make: Callable[[str], dict[str, int]]
+    needs: tuple[str, ...] = ()
+    costly: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is kept of a step: what it was made of and with, what came out, and how long it took.
+
+    `token` is another each time that the step is made.
+    """
+
+    step: str
+    token: str
+    parameters: dict[str, Any]
+    needs: dict[str, str]
+    counts: dict[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step's manifest, and why it was made now; no reason if its files were there."""
+
+    manifest: Manifest
+    reason: str
+
+    @property
+    def reused(self) -> bool:
+        return self.reason == NO_REASON
+
+
+def plan_steps(
+    steps: Sequence[Step], output: str, *, redo_from: str | None, storage_options: Mapping[str, Any]
+) -> dict[str, str]:
+    """Decide which steps to make, and why; of the others the files are used again.
+
+    Parameters
+    ----------
+    steps
+        In the order in which they are made.
+    output
+        The folder of their folders.
+    redo_from
+        The first step to make again in any case.
+    storage_options
+        Arguments of the fsspec file system.
+
+    Returns
+    -------
+    dict
+        From each step's name to the reason why it is made, which is empty where it is not.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a folder was made by something else, or a costly step would have to be made anew, and nobody said so.
+    """
+    fs, root = fsspec.url_to_fs(output, **storage_options)
+    if fs.isfile(root):
+        raise InvalidArgumentError(f"OUTPUT {root!r} is a file. Name a folder.")
+    names = [step.name for step in steps]
+    if redo_from is not None and redo_from not in names:
+        raise InvalidArgumentError(f"There is no step {redo_from!r} in this run, only {', '.join(names)}.")
+    redone = names[names.index(redo_from) :] if redo_from is not None else []
+    manifests = {step.name: _read_manifest(fs, f"{root}/{step.name}") for step in steps}
+    reasons: dict[str, str] = {}
+    for step in steps:
+        asked = step.name in redone
+        reasons[step.name] = _reason(step, manifests, [name for name in step.needs if reasons.get(name)], asked)
+    return reasons
+
+
+def _reason(step: Step, manifests: Mapping[str, Manifest | None], made: Collection[str], asked: bool) -> str:
+    manifest = manifests[step.name]
+    if manifest is None:
+        return "new"
+    if asked:
+        return "asked for"
+    changes = _changes(manifest.parameters, step.parameters)
+    if changes and step.costly:
+        raise InvalidArgumentError(
+            f"{step.name}/ was made with other parameters ({changes}). Pass '--from {step.name}' to make it and all "
+            "that follows anew, or name another OUTPUT."
+        )
+    if made:
+        return f"after {', '.join(made)}"
+    anew = [name for name in step.needs if (other := manifests[name]) and manifest.needs.get(name) != other.token]
+    if anew:
+        return f"after {', '.join(anew)}"
+    return changes or NO_REASON
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The parameters that differ, with both values where these are short."""
+    changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    return ", ".join(
+        "the files of INPUT have changed" if name == "files" else f"{name} {before.get(name)} → {now.get(name)}"
+        for name in changed
+    )
+
+
+def make_step(
+    step: Step,
+    output: str,
+    reason: str,
+    *,
+    storage_options: Mapping[str, Any],
+    needs: Mapping[str, Manifest],
+) -> Outcome:
+    """Make a step's folder, or read what is kept of it where there is no reason to."""
+    fs, root = fsspec.url_to_fs(output, **storage_options)
+    folder = f"{root}/{step.name}"
+    if reason == NO_REASON:
+        kept = _read_manifest(fs, folder)
+        if kept is None:
+            raise InvalidArgumentError(f"{folder} is gone since the run began.")
+        return Outcome(kept, reason)
+    start = time.perf_counter()
+    fs.makedirs(root, exist_ok=True)
+    with replaced_when_done(fs, folder) as staged:
+        counts = step.make(staged)
+        tokens = {name: needs[name].token for name in step.needs}
+        seconds = time.perf_counter() - start
+        manifest = Manifest(step.name, secrets.token_hex(8), step.parameters, tokens, counts, seconds)
+        _, path = fsspec.url_to_fs(staged, **storage_options)
+        fs.pipe_file(f"{path}/{MANIFEST}", json.dumps(asdict(manifest), indent=2).encode())
+    return Outcome(manifest, reason)
+
+
+def _read_manifest(fs: fsspec.AbstractFileSystem, folder: str) -> Manifest | None:
+    """What is kept of a step; None where there are no files."""
+    if not fs.exists(folder) or not (fs.isfile(folder) or fs.find(folder)):
+        return None
+    try:
+        return Manifest(**json.loads(fs.cat_file(f"{folder}/{MANIFEST}")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"{folder!r} was not made by 'run', or not by this version: its {MANIFEST} cannot be read. "
+            "Remove it yourself, or name another OUTPUT."
+        ) from error

@@ -1,0 +1,211 @@
+"""The lazy frames that are this package's own: each a task a partition, with what Dask's optimiser may know of it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from typing import Any
+
+from dask import _expr as core
+from dask.dataframe.dask_expr._expr import Blockwise, Expr, Projection, determine_column_projection
+
+from dask_semdedup.against import against_meta, against_partition, best_of_probes
+from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
+from dask_semdedup.pairwise import best_of_visits, home_field, pairwise_meta, pairwise_partition
+
+__all__ = ["AgainstScores", "BestOfProbes", "BestOfVisits", "KMeansClusters", "PairwiseScores"]
+
+logger = logging.getLogger("dask_semdedup")
+
+
+def score_partition(frame: Any, *, verbose: bool, **arguments: Any) -> Any:
+    """Run `pairwise_partition`, and log how long it took."""
+    start = time.perf_counter()
+    scores = pairwise_partition(frame, **arguments)
+    if verbose:
+        clusters = scores[arguments["cluster_field"]].nunique()
+        seconds = time.perf_counter() - start
+        logger.info("pairwise: %d rows in %d clusters took %.3f s", len(scores), clusters, seconds)
+    return scores
+
+
+class KMeansClusters(Blockwise):
+    """Rows assigned to centroids, which are in the graph once. Nothing is known of how they are partitioned."""
+
+    _parameters = [  # noqa: RUF012
+        "frame",
+        "centroids",
+        "embedding_field",
+        "cluster_field",
+        "id_field",
+        "embedding_dim",
+        "n_probe",
+        "device",
+    ]
+    _keyword_only = _parameters[2:]
+
+    operation = staticmethod(kmeans_partition)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"kmeans-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return kmeans_meta(
+            self.frame._meta,
+            embedding_field=self.embedding_field,
+            cluster_field=self.cluster_field,
+            n_probe=self.n_probe,
+        )
+
+    def _divisions(self) -> tuple[Any, ...]:
+        # With visits, an index value stands in one partition still, but not in order.
+        return self.frame.divisions if self.n_probe == 1 else (None,) * (self.frame.npartitions + 1)
+
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+        """Read only the columns that are asked for, and those that the work needs."""
+        if not isinstance(parent, Projection):
+            return None
+        asked: Any = determine_column_projection(self, parent, dependents, [self.embedding_field, self.id_field])
+        columns = [name for name in self.frame.columns if name in asked]
+        if columns == list(self.frame.columns):
+            return None
+        return type(parent)(type(self)(self.frame[columns], *self.operands[1:]), *parent.operands[1:])
+
+
+class _ByCluster(Blockwise):
+    """Scores of whole clusters. They are partitioned as the frame is, and say so."""
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"{self._prefix}-{self.deterministic_token}"
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        by_cluster = {self.cluster_field, (self.cluster_field,)}
+        return by_cluster & self.frame.unique_partition_mapping_columns_from_shuffle
+
+    def _divisions(self) -> tuple[None, ...]:
+        return (None,) * (self.frame.npartitions + 1)
+
+
+class PairwiseScores(_ByCluster):
+    """Scores of aligned partitions; with visits, what `BestOfVisits` puts together."""
+
+    _parameters = [  # noqa: RUF012
+        "frame",
+        "id_field",
+        "embedding_field",
+        "cluster_field",
+        "ranking",
+        "compute_dtype",
+        "batch_size",
+        "embedding_dim",
+        "device",
+        "with_visits",
+        "verbose",
+    ]
+    _keyword_only = _parameters[1:]
+    _prefix = "pairwise"
+
+    operation = staticmethod(score_partition)
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return pairwise_meta(
+            self.frame._meta, id_field=self.id_field, cluster_field=self.cluster_field, with_visits=self.with_visits
+        )
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        # With visits the cluster column is the rows' own, and these stand wherever they visit.
+        return set() if self.with_visits else super().unique_partition_mapping_columns_from_shuffle
+
+
+class BestOfVisits(_ByCluster):
+    """Scores of rows, from what was found in their own clusters and on their visits."""
+
+    _parameters = ["frame", "cluster_field"]  # noqa: RUF012
+    _keyword_only = ["cluster_field"]  # noqa: RUF012
+    _prefix = "best-of-visits"
+
+    operation = staticmethod(best_of_visits)
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return best_of_visits(self.frame._meta, cluster_field=self.cluster_field)
+
+
+class _AgainstPartitions(_ByCluster):
+    """What `AgainstScores` becomes: a task a pair of partitions."""
+
+    _parameters = [  # noqa: RUF012
+        "frame",
+        "reference",
+        "id_field",
+        "reference_id_field",
+        "embedding_field",
+        "cluster_field",
+        "compute_dtype",
+        "embedding_dim",
+        "device",
+    ]
+    _keyword_only = _parameters[2:]
+    _prefix = "against"
+
+    operation = staticmethod(against_partition)
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return against_meta(
+            self.frame._meta,
+            self.reference._meta,
+            id_field=self.id_field,
+            reference_id_field=self.reference_id_field,
+            cluster_field=self.cluster_field,
+        )
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        with_visits = home_field(self.cluster_field) in self.frame.columns
+        return set() if with_visits else super().unique_partition_mapping_columns_from_shuffle
+
+
+class AgainstScores(Expr):
+    """Scores of the rows of one frame against those of another, partitioned alike by cluster.
+
+    Blockwise only once it is lowered: what is blockwise in two frames, Dask takes for no longer aligned with itself,
+    and ``scores[scores.x > 0]`` would shuffle by the index.
+    """
+
+    _parameters = _AgainstPartitions._parameters
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self._lower()._meta
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        return self._lower().unique_partition_mapping_columns_from_shuffle
+
+    def _divisions(self) -> tuple[None, ...]:
+        return (None,) * (self.frame.npartitions + 1)
+
+    def _lower(self) -> _AgainstPartitions:
+        return _AgainstPartitions(*self.operands)
+
+
+class BestOfProbes(_ByCluster):
+    """The best of the scores that rows have against the reference rows of several clusters."""
+
+    _parameters = ["frame", "cluster_field"]  # noqa: RUF012
+    _keyword_only = ["cluster_field"]  # noqa: RUF012
+    _prefix = "best-of-probes"
+
+    operation = staticmethod(best_of_probes)
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self.frame._meta

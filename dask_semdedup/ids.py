@@ -1,0 +1,167 @@
+"""Ids of any dtype: whether two columns can be compared, and which ids are among others.
+
+The same id may be an int32 here and an Arrow int64 there, or a string of any of pandas' kinds. Before ids are compared
+they are brought to one dtype for each kind: of Arrow on pandas, and of cuDF's own on cuDF.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from dask.dataframe.dispatch import concat
+from dask.dataframe.utils import has_known_categories
+
+from dask_semdedup.embeddings import is_cudf, is_string
+from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.hashing import ids_to_arrow, plain_ids
+
+__all__ = ["are_equal", "check_same_kind", "factorize", "is_in", "repeats"]
+
+# Of the width that holds both int64 and uint64, which no integer has.
+EVERY_INTEGER = 20
+
+
+def check_same_kind(left: Any, right: Any) -> None:
+    """Raise `InvalidArgumentError` if the dtypes of two columns of ids say that none of the one can equal the other's.
+
+    Parameters
+    ----------
+    left, right : pandas.Series or cudf.Series
+        They may be empty. What columns of objects hold shows only when `is_in` looks at them.
+
+    Examples
+    --------
+    >>> check_same_kind(pd.Series([1], dtype="int32"), pd.Series([1], dtype="Int64"))
+    >>> check_same_kind(pd.Series([1], name="doc"), pd.Series(["1"], name="id"))
+    Traceback (most recent call last):
+        ...
+    dask_semdedup.errors.InvalidArgumentError: Ids of different types cannot be compared: column 'doc' has ...
+    """
+    kinds = {kind for kind in (_kind(left), _kind(right)) if kind is not None}
+    if len(kinds) > 1:
+        raise _different_kinds(left, right)
+
+
+def is_in(ids: Any, others: Any) -> Any:
+    """Tell which ids are among others; null ids are not.
+
+    Parameters
+    ----------
+    ids, others : pandas.Series or cudf.Series
+
+    Returns
+    -------
+    Series of bool
+        With the index of `ids`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If columns of objects turn out to hold ids of different types.
+
+    Examples
+    --------
+    >>> is_in(pd.Series([1, None, 3], dtype="Int32"), pd.Series([3, 4], dtype="int64")).to_list()
+    [False, False, True]
+    """
+    left, right = _comparable(ids), _comparable(others).dropna()
+    if left.count() == 0:
+        # Nothing to find, whatever type a column of objects without any objects is taken for.
+        right = right.iloc[:0].astype(left.dtype)
+    if len(right) and left.dtype != right.dtype:
+        if not _is_integer(left) or not _is_integer(right):
+            raise _different_kinds(ids, others)
+        left, right = _widened(left), _widened(right)
+    return left.isin(right)
+
+
+def are_equal(left: Any, right: Any) -> Any:
+    """Tell which ids equal those beside them; null ids do not.
+
+    Examples
+    --------
+    >>> are_equal(pd.Series(["a", "b"]), pd.Series(["a", "c"], dtype="category")).to_list()
+    [True, False]
+    """
+    return (_comparable(left) == _comparable(right)).fillna(False).astype("bool")
+
+
+def repeats(ids: Any) -> Any:
+    """Tell which ids have stood in an earlier row.
+
+    Examples
+    --------
+    >>> repeats(pd.Series([7, 8, 7])).to_list()
+    [False, False, True]
+    """
+    return _comparable(ids).duplicated()
+
+
+def factorize(*columns: Any) -> Any:
+    """Number the different ids of several columns from 0.
+
+    Returns
+    -------
+    int64 array
+        Of NumPy or CuPy: the numbers of the first column's rows, then those of the next. Nulls have -1.
+
+    Examples
+    --------
+    >>> factorize(pd.Series(["b", "a"]), pd.Series(["a", None]))
+    array([ 0,  1,  1, -1])
+    """
+    codes, _ = _comparable(concat(list(columns), ignore_index=True)).factorize()
+    return codes.astype(np.int64, copy=False)
+
+
+def _kind(ids: Any) -> str | None:
+    """What equal ids have in common; None for objects and for categories that Dask has not seen."""
+    if ids.dtype == "category" and not has_known_categories(ids):
+        return None
+    ids = plain_ids(ids)
+    if isinstance(ids.dtype, pd.ArrowDtype):
+        ids = _comparable(ids) if _is_encoded(ids.dtype.pyarrow_dtype) else ids
+    if not is_cudf(ids) and ids.dtype == np.dtype(object):
+        return None
+    if is_string(ids):
+        return "string"
+    return "integer" if _is_integer(ids) else str(ids.dtype)
+
+
+def _is_encoded(arrow_type: pa.DataType) -> bool:
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_dictionary)
+    return isinstance(arrow_type, pa.BaseExtensionType) or any(kind(arrow_type) for kind in binary)
+
+
+def _is_integer(ids: Any) -> bool:
+    return getattr(ids.dtype, "kind", "") in ("i", "u")
+
+
+def _comparable(ids: Any) -> Any:
+    """Ids in the one dtype of their kind: int64 or uint64, large strings, large binaries."""
+    if is_cudf(ids):
+        ids = plain_ids(ids)
+        return ids.astype("int64") if _is_integer(ids) and ids.dtype != np.uint64 else ids
+    array = ids_to_arrow(ids)
+    if pa.types.is_integer(array.type) and array.type != pa.uint64():
+        array = array.cast(pa.int64())
+    return pd.Series(pd.arrays.ArrowExtensionArray(array), index=ids.index, name=ids.name)
+
+
+def _widened(ids: Any) -> Any:
+    """Integers as decimals, in which int64 and uint64 can be compared."""
+    if is_cudf(ids):
+        import cudf
+
+        return ids.astype(cudf.Decimal128Dtype(EVERY_INTEGER, 0))
+    return ids.astype(pd.ArrowDtype(pa.decimal128(EVERY_INTEGER, 0)))
+
+
+def _different_kinds(left: Any, right: Any) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"Ids of different types cannot be compared: column {left.name!r} has dtype {left.dtype}, "
+        f"column {right.name!r} of the duplicates has dtype {right.dtype}. Convert one of them with astype first."
+    )

@@ -1,0 +1,137 @@
+"""Where work runs, and on how many cores: what searches, assignments and models on one machine agree on."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+
+import numpy as np
+from dask.system import CPU_COUNT
+from threadpoolctl import ThreadpoolController
+
+from dask_semdedup._validate import check_choice
+from dask_semdedup.errors import InvalidArgumentError
+
+__all__ = ["DEVICES", "check_device", "choose_device", "cores", "cores_for", "has_cuda"]
+
+DEVICES = ("auto", "cpu", "cuda")
+# Pairs of rows from which on a GPU repays the way to it: 2,000 rows of 384 took an H200 half as long as 16 cores.
+PAIRS_WORTH_A_GPU = 2_000_000
+# Rows of a cluster from which on torch's threads, all at one product, waste less time on waiting for each other than a
+# search to each of Dask's threads saves.
+ROWS_WORTH_ALL_THREADS = 8192
+
+
+def check_device(device: str) -> None:
+    """Raise `InvalidArgumentError` unless a device is one of `DEVICES`, and there.
+
+    Examples
+    --------
+    >>> check_device("cpu")
+    """
+    check_choice("device", device, DEVICES)
+    if device == "cuda" and not has_cuda():
+        raise InvalidArgumentError(
+            "device is 'cuda', but torch sees no CUDA device. Use device='cpu' or 'auto', or install a torch with CUDA."
+        )
+
+
+def choose_device(device: str, home: str, segments: np.ndarray) -> str:
+    """Where to search: as told, else where the frame is, or on a GPU that is there if the work repays the way to it.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda"}
+    home : {"cpu", "cuda"}
+        Where the frame is.
+    segments : numpy.ndarray
+        (k + 1,) offsets of the clusters: every pair of rows of one is work.
+
+    Examples
+    --------
+    >>> choose_device("auto", "cpu", np.array([0, 100]))
+    'cpu'
+    """
+    if device != "auto":
+        return device
+    pairs = np.square(np.diff(segments), dtype=np.float64).sum() / 2
+    return "cuda" if pairs >= PAIRS_WORTH_A_GPU and has_cuda() else home
+
+
+def has_cuda() -> bool:
+    """Whether torch sees a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def cores_for(device: str, segments: np.ndarray) -> AbstractContextManager[None]:
+    """Wait for the cores that a search is worth, and keep torch to them; on a GPU there is nothing to wait for.
+
+    On a CPU that is one core beside other searches, or all of them where a cluster's products fill them. Dask's
+    threaded tasks never run in the main thread: what does has nothing beside it.
+
+    Parameters
+    ----------
+    device : {"cpu", "cuda"}
+    segments : numpy.ndarray
+        (k + 1,) offsets of the clusters.
+
+    Examples
+    --------
+    >>> with cores_for("cpu", np.array([0, 100])):
+    ...     pass
+    """
+    return cores().take(_threads(segments)) if device == "cpu" else nullcontext()
+
+
+def _threads(segments: np.ndarray) -> int:
+    import torch
+
+    # To ask comes first: a thread that has not asked sets its number anew at its first product.
+    available = torch.get_num_threads()
+    is_alone = threading.current_thread() is threading.main_thread()
+    return available if is_alone or np.diff(segments).max() >= ROWS_WORTH_ALL_THREADS else 1
+
+
+class Cores:
+    """Shares the process's cores out to its threads, so that Dask's and torch's do not multiply.
+
+    OpenMP's threads wait for each other by spinning: where there are more of them than cores, they wait for long.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = self._free = count
+        self._changed = threading.Condition()
+        self._pools = ThreadpoolController()
+
+    @contextmanager
+    def take(self, threads: int) -> Iterator[None]:
+        """Wait for so many cores, and let torch use no more in this thread."""
+        threads = min(threads, self._count)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= threads)
+            self._free -= threads
+        try:
+            # OpenMP's limit is the calling thread's alone, which that of `torch.set_num_threads` is not.
+            with self._pools.limit(limits=threads, user_api="openmp"):
+                yield
+        finally:
+            with self._changed:
+                self._free += threads
+                self._changed.notify_all()
+
+
+@cache
+def cores() -> Cores:
+    """The cores of this process. Made at the first search, when torch and with it OpenMP are loaded."""
+    import torch  # noqa: F401
+
+    return Cores(CPU_COUNT)
+
+
+# A forked process has none of the threads that hold cores.
+os.register_at_fork(after_in_child=cores.cache_clear)

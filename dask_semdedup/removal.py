@@ -1,0 +1,248 @@
+"""Removal of duplicates from the data that they were found in: an anti-join on ids that keeps everything else.
+
+The ids to remove are brought to every partition of the data, or both are shuffled by id. Beside that, one pass over the
+ids alone makes sure that none of those to remove stands in two rows; no partition is given out before it is through.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+from dask import _expr as core
+from dask._task_spec import Task, TaskRef
+from dask.dataframe.dask_expr._collection import new_collection
+from dask.dataframe.dask_expr._expr import Blockwise, Expr, Index, Projection, determine_column_projection
+from dask.dataframe.dispatch import concat
+from dask.typing import Key
+
+from dask_semdedup.clusters import ShuffleByCluster
+from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, eps_column, find_duplicates
+from dask_semdedup.embeddings import check_plain_dtype, frame_like, is_cudf, to_list
+from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.hashing import hash_ids
+from dask_semdedup.ids import are_equal, check_same_kind, is_in, repeats
+
+__all__ = ["remove_duplicates"]
+
+HASH_COLUMN = "_semdedup_id_hash"
+
+
+def remove_duplicates(
+    ddf: dd.DataFrame,
+    duplicates: Any,
+    id_field: str = "id",
+    *,
+    duplicates_id_field: str = "id",
+    eps: float | None = None,
+    broadcast: bool = True,
+) -> dd.DataFrame:
+    """Remove the rows whose ids are those of duplicates, lazily: see `SemDedupAccessor.remove`.
+
+    Examples
+    --------
+    >>> ddf = dd.from_pandas(pd.DataFrame({"id": ["a", "b", "c"], "text": ["x", "y", "x"]}), npartitions=2)
+    >>> remove_duplicates(ddf, pd.DataFrame({"id": ["c"]})).compute()
+      id text
+    0  a    x
+    1  b    y
+    """
+    _check_id_column(ddf, id_field, "id_field", "the data")
+    duplicates = _select(_to_dask(duplicates), duplicates_id_field, eps)
+    if is_cudf(duplicates._meta) != is_cudf(ddf._meta):
+        duplicates = duplicates.to_backend("cudf" if is_cudf(ddf._meta) else "pandas")
+    check_same_kind(ddf._meta[id_field], duplicates._meta[duplicates_id_field])
+    ids = _by_itself(ddf[[id_field]])
+    if broadcast:
+        duplicates = duplicates.repartition(npartitions=1)
+    else:
+        duplicates = _shuffle_by_id(duplicates, duplicates_id_field, ddf.npartitions)
+        ids, ddf = (_shuffle_by_id(frame, id_field, ddf.npartitions) for frame in (ids, ddf))
+    found = ids.map_partitions(
+        find_ids, duplicates, id_field, duplicates_id_field, meta=ids._meta, align_dataframes=False
+    )
+    if broadcast:
+        found = found.repartition(npartitions=1)
+    repeated = found.map_partitions(repeated_ids, meta=ids._meta).repartition(npartitions=1)
+    checked = CheckedIds(duplicates.expr, repeated.expr)
+    return new_collection(RowsKept(ddf.expr, checked, id_field=id_field, duplicates_id_field=duplicates_id_field))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_id_column(frame: Any, name: str, parameter: str, what: str) -> None:
+    if name not in frame.columns:
+        raise MissingColumnsError.build([name], frame.columns, f"Name the column of ids of {what} as {parameter}.")
+    check_plain_dtype(frame._meta[name], parameter)
+
+
+def _to_dask(duplicates: Any) -> dd.DataFrame:
+    if isinstance(duplicates, dd.DataFrame):
+        return duplicates
+    if not isinstance(duplicates, pd.DataFrame) and not (is_cudf(duplicates) and hasattr(duplicates, "columns")):
+        kind = type(duplicates).__name__
+        raise InvalidArgumentError(f"duplicates must be a DataFrame of Dask, pandas or cuDF, not a {kind}.")
+    # Dask would make strings of objects, which may be integers or UUIDs.
+    with dask.config.set({"dataframe.convert-string": False}):
+        return dd.from_pandas(duplicates, npartitions=1, sort=False)
+
+
+def _select(duplicates: dd.DataFrame, id_field: str, eps: float | None) -> dd.DataFrame:
+    """The ids to remove, from a frame of duplicates at one eps, at several, or of scores."""
+    _check_id_column(duplicates, id_field, "duplicates_id_field", "the duplicates")
+    flags = [name for name in duplicates.columns if str(name).startswith("eps=")]
+    if eps is None and flags:
+        raise InvalidArgumentError(
+            f"duplicates hold all rows and what is a duplicate at {', '.join(flags)}: choose one, as remove(..., "
+            f"{flags[0]})."
+        )
+    flag = None
+    if eps is not None:
+        check_eps(eps)
+        flag = eps_column(eps) if flags else None
+        if flags and flag not in flags:
+            raise InvalidArgumentError(f"duplicates were found at {', '.join(flags)}, not at {flag}.")
+        duplicates = duplicates if flags else find_duplicates(duplicates, eps)
+    preferred = "max_id" if {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and id_field == "id" else None
+    needed = [name for name in (id_field, preferred, flag) if name is not None]
+    return duplicates[needed].map_partitions(
+        ids_to_remove,
+        id_field,
+        preferred,
+        flag,
+        meta=ids_to_remove(duplicates._meta[needed], id_field, preferred, flag),
+        clear_divisions=True,
+    )
+
+
+def _by_itself(ids: dd.DataFrame) -> dd.DataFrame:
+    """The frame with its projection pushed down now.
+
+    Otherwise Dask finds later that the rest of the graph needs the other columns of the same file, reads them all once
+    for both, and holds them in memory until all ids are checked.
+    """
+    return new_collection(ids.expr.simplify())
+
+
+def _shuffle_by_id(frame: dd.DataFrame, id_field: str, npartitions: int) -> dd.DataFrame:
+    """Bring equal ids of whatever dtypes into partitions of equal number, which Dask's own hash of them may not."""
+    ids = frame[id_field]
+    hashes = ids.map_partitions(hash_column, meta=hash_column(ids._meta))
+    hashed = frame.assign(**{HASH_COLUMN: hashes})
+    return new_collection(ShuffleByCluster(hashed.expr, [HASH_COLUMN], npartitions))[list(frame.columns)]
+
+
+class CheckedIds(Expr):
+    """The ids to remove, partition by partition, once it is known that none of them repeats in the data.
+
+    It is no `Blockwise`, which Dask would fuse into the tasks of all partitions, to be done again in each.
+    """
+
+    _parameters = ["duplicates", "repeated"]  # noqa: RUF012
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"checked-ids-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self.duplicates._meta
+
+    @property
+    def ndim(self) -> int:
+        """As of a scalar: like one, ids to remove do not keep Dask from seeing that rows come from one frame."""
+        return 0
+
+    def _divisions(self) -> tuple[Any, ...]:
+        return self.duplicates.divisions
+
+    def _layer(self) -> dict[Key, Task]:
+        repeated = TaskRef((self.repeated._name, 0))
+        keys = [(self._name, index) for index in range(self.npartitions)]
+        return {key: Task(key, checked_ids, TaskRef((self.duplicates._name, key[1])), repeated) for key in keys}
+
+
+class RowsKept(Blockwise):
+    """The rows of a frame whose ids are not those of duplicates."""
+
+    _parameters = ["frame", "duplicates", "id_field", "duplicates_id_field"]  # noqa: RUF012
+    _keyword_only = ["id_field", "duplicates_id_field"]  # noqa: RUF012
+    _preserves_partitioning_information = True
+
+    @staticmethod
+    def operation(frame: Any, duplicates: Any, *, id_field: str, duplicates_id_field: str) -> Any:
+        return frame[~is_in(frame[id_field], duplicates[duplicates_id_field])]
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"remove-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self.frame._meta
+
+    def _broadcast_dep(self, dep: Expr) -> bool:
+        return dep.npartitions == 1
+
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+        """Read no other columns than those asked for and the ids."""
+        if not isinstance(parent, (Projection, Index)):
+            return None
+        names: Any = determine_column_projection(self, parent, dependents, additional_columns=[self.id_field])
+        names = names if isinstance(names, list) else [names]
+        columns = [name for name in self.frame.columns if name in names]
+        if columns == self.frame.columns:
+            return None
+        return type(parent)(type(self)(self.frame[columns], *self.operands[1:]), *parent.operands[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its tasks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ids_to_remove(frame: Any, id_field: str, preferred: str | None, flag: str | None) -> Any:
+    """The ids of one partition's duplicates; not those of rows that are preferred to all of their cluster."""
+    if flag is not None:
+        frame = frame[frame[flag].astype("bool")]
+    if preferred is not None:
+        frame = frame[~are_equal(frame[id_field], frame[preferred])]
+    return frame[[id_field]].dropna().reset_index(drop=True)
+
+
+def hash_column(ids: Any) -> Any:
+    """A column of int64, equal for equal ids."""
+    hashes = frame_like({HASH_COLUMN: hash_ids(ids, 0).view(np.int64)}, ids)[HASH_COLUMN]
+    hashes.index = ids.index
+    return hashes
+
+
+def find_ids(frame: Any, duplicates: Any, id_field: str, duplicates_id_field: str) -> Any:
+    """The ids of one partition that are those of duplicates: each once, or twice where it repeats."""
+    found = frame[is_in(frame[id_field], duplicates[duplicates_id_field])]
+    return concat([found[~repeats(found[id_field])], repeated_ids(found)])
+
+
+def repeated_ids(frame: Any) -> Any:
+    """The ids that stand in several rows, each once."""
+    again = frame[repeats(frame[frame.columns[0]])]
+    return again[~repeats(again[again.columns[0]])]
+
+
+def checked_ids(duplicates: Any, repeated: Any) -> Any:
+    """The ids to remove; raise `IdError` if any of them repeats in the data."""
+    if count := len(repeated):
+        name = repeated.columns[0]
+        ids = "1 id of the duplicates stands" if count == 1 else f"{count} ids of the duplicates stand"
+        raise IdError(
+            f"Column {name!r}: {ids} in several rows of the data (ids {some(to_list(repeated[name]))}). To remove "
+            "them would remove rows that are no duplicates: give every row an id of its own, or drop the repeats first."
+        )
+    return duplicates

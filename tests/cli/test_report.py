@@ -1,0 +1,137 @@
+"""``dask-semdedup report``: a folder of a page and its pictures, or one line on why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+from distributed import LocalCluster
+
+from dask_semdedup import cli
+from tests.test_cli import assert_one_line
+
+FILES = ["clusters.png", "duplicates.png", "histogram.png", "index.html"]
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    """Two files of 20 rows each: what the command writes."""
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    for part in range(2):
+        rows = np.arange(20) + 100 * part
+        values = np.linspace(0.905, 1, 20, dtype=np.float32)
+        values[0] = 0
+        frame = pd.DataFrame({"id": rows, "max_id": 100 * part, "cosine_sim_score": values, "centroid": part})
+        frame.to_parquet(folder / f"part.{part}.parquet", index=False)
+    return folder
+
+
+@pytest.fixture
+def invoke() -> Callable[..., Result]:
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(cli.main, ["report", *map(str, arguments)])
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_report_is_written_beside_the_scores(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke(scores, "--eps", "0.02")
+    assert result.exit_code == 0, result.stderr
+    assert "10 of 40 rows are duplicates at eps = 0.02 (25.00%)" in result.stdout
+    assert "report/index.html" in result.stdout
+    assert names(tmp_path / "report") == FILES
+    assert names(tmp_path) == ["report", "scores"]
+
+
+def test_files_of_the_stages_need_no_cluster_column(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "scores").mkdir()
+    for cluster in (3, 12):
+        frame = pd.DataFrame({"id": ["a", "b"], "max_id": ["a", "a"], "cosine_sim_score": np.float32([0, 1])})
+        frame.to_parquet(tmp_path / "scores" / f"cluster_{cluster}.parquet")
+    result = invoke(tmp_path / "scores", tmp_path / "out", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert '<th scope="row">12</th>' in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_documents_are_shown(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    rows = [*range(20), *range(100, 120)]
+    pd.DataFrame({"key": rows, "words": [f"text {row}" for row in rows]}).to_parquet(tmp_path / "texts.parquet")
+    options = ["--data", tmp_path / "texts.parquet", "--text-field", "words", "--id-field", "key"]
+    result = invoke(scores, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "text <mark>119</mark>" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_report_runs_on_a_cluster(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    with LocalCluster(n_workers=1, processes=False, protocol="tcp://", dashboard_address=":0") as cluster:
+        result = invoke(scores, tmp_path / "one", "--scheduler", cluster.scheduler_address)
+    assert result.exit_code == 0, result.stderr
+    invoke(scores, tmp_path / "other")
+    assert (tmp_path / "one" / "index.html").read_text() == (tmp_path / "other" / "index.html").read_text()
+
+
+def test_occupied_output_is_replaced_on_request_only(
+    scores: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    invoke(scores, tmp_path / "out")
+    before = (tmp_path / "out" / "index.html").read_text()
+    assert_one_line(invoke(scores, tmp_path / "out", "--eps", "0.05").stderr, "not empty", "--overwrite")
+    assert (tmp_path / "out" / "index.html").read_text() == before
+    assert invoke(scores, tmp_path / "out", "--eps", "0.05", "--overwrite").exit_code == 0
+    assert (tmp_path / "out" / "index.html").read_text() != before
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert_one_line(invoke(scores, tmp_path / "out", "--overwrite").stderr, "notes.txt")
+    assert (tmp_path / "out" / "notes.txt").exists()
+
+
+def test_output_stays_apart_from_the_scores(scores: Path, invoke: Callable[..., Result]) -> None:
+    assert_one_line(invoke(scores, scores / "report").stderr, "overlap")
+    assert_one_line(invoke(scores, scores, "--overwrite").stderr, "overlap")
+    assert len(names(scores)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--text-field", "text"], ["--text-field", "--data"]),
+        (["--data", "nowhere.parquet"], ["text_field or image_field"]),
+        (["--data", "nowhere.parquet", "--text-field", "text"], ["nowhere.parquet"]),
+        (["--eps", "3"], ["--eps"]),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_nothing(
+    scores: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[str], words: list[str]
+) -> None:
+    result = invoke(scores, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, *words)
+    assert names(tmp_path) == ["scores"]
+
+
+def test_truncated_files_are_named(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    bad = scores / "part.1.parquet"
+    bad.write_bytes(bad.read_bytes()[:-50])
+    result = invoke(scores, tmp_path / "out")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "part.1.parquet", "truncated")
+    assert names(tmp_path) == ["scores"]
+
+
+def test_files_without_scores_are_named(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    first = scores / "part.0.parquet"
+    pd.read_parquet(first).drop(columns="max_id").to_parquet(first)
+    assert_one_line(invoke(scores, tmp_path / "out").stderr, "max_id", "part.0.parquet")
+    assert names(tmp_path) == ["scores"]
+
+
+def test_no_scores_are_one_line(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    assert_one_line(invoke(tmp_path / "nowhere").stderr, "nowhere")

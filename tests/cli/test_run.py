@@ -1,0 +1,313 @@
+"""``dask-semdedup run``: from raw files to kept rows, and again with what is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+import dask_semdedup
+from dask_semdedup import cli
+from dask_semdedup.accessor import SemDedupAccessor
+from dask_semdedup.cli.steps import MANIFEST
+from tests.test_cli import assert_one_line
+
+ROWS, COPIES = 200, 20
+STEPS = ["clusters", "deduplicated", "duplicates", "report", "scores"]
+OPTIONS = ["--n-clusters", 4, "--eps", 0.001]
+
+
+def table(ids: str = "doc-{}") -> pa.Table:
+    """Random rows of which the last twenty repeat the first twenty, but for a little noise."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(ROWS, 8)).astype(np.float32)
+    embeddings[-COPIES:] = embeddings[:COPIES] + 1e-4
+    return pa.table(
+        {
+            "id": [ids.format(number) for number in range(ROWS)],
+            "text": [f"text {number % (ROWS - COPIES)}" for number in range(ROWS)],
+            "embeddings": pa.array(list(embeddings)),
+            "quality": np.arange(ROWS),
+        }
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "raw.parquet"
+    pq.write_table(table(), path, row_group_size=50)
+    return path
+
+
+@pytest.fixture
+def invoke(tmp_path: Path) -> Callable[..., Result]:
+    def run(source: Path, *options: object) -> Result:
+        arguments = ["run", source, tmp_path / "out", *OPTIONS, *options]
+        return CliRunner().invoke(cli.main, list(map(str, arguments)))
+
+    return run
+
+
+def kept(tmp_path: Path) -> pd.DataFrame:
+    return pd.read_parquet(tmp_path / "out" / "deduplicated")
+
+
+def tokens(tmp_path: Path) -> dict[str, str]:
+    """What tells one making of a step from another."""
+    folders = (tmp_path / "out").iterdir()
+    return {folder.name: json.loads((folder / MANIFEST).read_text())["token"] for folder in folders}
+
+
+def redone(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    return sorted(name for name in after if before.get(name) != after[name])
+
+
+# --- From raw to kept ------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_dropped_and_the_rest_is_kept_whole(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    result = invoke(source, "--text-field", "text")
+    assert result.exit_code == 0, result.stderr
+    raw, rows = table().to_pandas(), kept(tmp_path)
+    assert len(rows) == ROWS - COPIES
+    assert list(rows.columns) == list(raw.columns)
+    assert rows["text"].nunique() == ROWS - COPIES
+    dropped = pd.read_parquet(tmp_path / "out" / "duplicates")
+    assert sorted([*rows["id"], *dropped["id"]]) == sorted(raw["id"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == STEPS
+    words = result.stdout.split()
+    for expected in ["4", "200", "20", "0.001,", "10.00%", "180"]:
+        assert expected in words
+    assert "text" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_scores_are_those_of_the_library(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    assert invoke(source, "--which-to-keep", "easy").exit_code == 0
+    expected = dask_semdedup.read_clusters(str(tmp_path / "out" / "clusters")).semdedup.pairwise(which_to_keep="easy")
+    scores = pd.read_parquet(tmp_path / "out" / "scores")
+    pd.testing.assert_frame_equal(
+        scores.sort_values("id", ignore_index=True),
+        expected.compute().sort_values("id", ignore_index=True),
+        check_dtype=False,
+        rtol=1e-6,
+    )
+
+
+def test_rank_by_decides_which_copies_stay(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    assert invoke(source, "--rank-by", "quality:desc").exit_code == 0
+    assert kept(tmp_path)["quality"].min() == COPIES
+
+
+@pytest.mark.parametrize("name", ["raw.jsonl", "raw.jsonl.gz"])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_json_lines_are_read_as_parquet_is(
+    tmp_path: Path, invoke: Callable[..., Result], name: str, numbers: bool
+) -> None:
+    rows = table().to_pandas()
+    if numbers:
+        rows["id"] = range(ROWS)
+    rows.to_json(tmp_path / name, orient="records", lines=True)
+    result = invoke(tmp_path / name)
+    assert result.exit_code == 0, result.stderr
+    assert len(kept(tmp_path)) == ROWS - COPIES
+    assert kept(tmp_path)["id"].dtype == (np.int64 if numbers else kept(tmp_path)["text"].dtype)
+
+
+def test_every_row_but_the_first_of_each_cluster_may_be_a_duplicate(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    assert invoke(source, "--eps", 2).exit_code == 0
+    assert len(kept(tmp_path)) == 4
+
+
+def test_run_uses_processes(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke(source, "--workers", 1, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert result.output == ""
+    assert len(kept(tmp_path)) == ROWS - COPIES
+
+
+def test_texts_are_embedded_first(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def embed(accessor: SemDedupAccessor, text_field: str, *, embedding_field: str, **options: Any) -> dd.DataFrame:
+        asked.update(options, text_field=text_field)
+        frame = accessor._ddf
+        return frame.rename(columns={"vector": embedding_field})
+
+    monkeypatch.setattr(SemDedupAccessor, "embed", embed, raising=False)
+    raw = pq.read_table(source).rename_columns(["id", "text", "vector", "quality"])
+    pq.write_table(raw, source)
+    assert_one_line(invoke(source).stderr, "embeddings", "--embed")
+    assert_one_line(invoke(source, "--embed").stderr, "--text-field")
+    result = invoke(source, "--embed", "--text-field", "text", "--model", "a/model")
+    assert result.exit_code == 0, result.stderr
+    assert asked == {"text_field": "text", "model": "a/model", "device": "auto"}
+    assert list(kept(tmp_path).columns) == raw.column_names
+    assert len(kept(tmp_path)) == ROWS - COPIES
+    assert "embeddings" in tokens(tmp_path)
+
+
+# --- Steps that are used again ---------------------------------------------------------------------------------------
+
+
+def test_the_same_run_makes_nothing(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(source)
+    before = tokens(tmp_path)
+    result = invoke(source)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("reused") == len(STEPS)
+    assert tokens(tmp_path) == before
+
+
+def test_another_eps_uses_clusters_and_scores_again(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    invoke(source)
+    before = tokens(tmp_path)
+    result = invoke(source, "--eps", "0.9")
+    assert result.exit_code == 0, result.stderr
+    assert redone(before, tokens(tmp_path)) == ["deduplicated", "duplicates", "report"]
+    assert result.stdout.count("reused") == 2
+    assert "eps 0.001 → 0.9" in result.stdout
+    assert len(kept(tmp_path)) < ROWS - COPIES
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "words"),
+    [
+        (["--n-clusters", 5], "clusters", ["n_clusters 4 → 5", "--from clusters"]),
+        (["--which-to-keep", "easy"], "scores", ["which_to_keep hard → easy", "--from scores"]),
+        (["--rank-by", "quality"], "scores", ["rank_by", "--from scores"]),
+    ],
+)
+def test_costly_steps_are_redone_on_request_only(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object], step: str, words: list[str]
+) -> None:
+    invoke(source)
+    before = tokens(tmp_path)
+    result = invoke(source, *options)
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, f"{step}/", *words)
+    assert tokens(tmp_path) == before
+    result = invoke(source, *options, "--from", step)
+    assert result.exit_code == 0, result.stderr
+    following = [name for name in STEPS if name != "clusters" or step == "clusters"]
+    assert redone(before, tokens(tmp_path)) == following
+
+
+def test_overwrite_makes_all_anew(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(source)
+    before = tokens(tmp_path)
+    assert invoke(source, "--overwrite").exit_code == 0
+    assert redone(before, tokens(tmp_path)) == STEPS
+
+
+def test_changed_input_is_noticed(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(source)
+    pq.write_table(table("other-{}"), source)
+    assert_one_line(invoke(source).stderr, "INPUT have changed", "--from clusters")
+    assert invoke(source, "--from", "clusters").exit_code == 0
+    assert kept(tmp_path)["id"].str.startswith("other").all()
+
+
+def test_a_failed_step_leaves_those_before_it(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SemDedupAccessor, "remove", fail)
+        assert_one_line(invoke(source).stderr, "the disk is full")
+    assert sorted(tokens(tmp_path)) == ["clusters", "duplicates", "scores"]
+    result = invoke(source)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("reused") == 3
+
+
+def test_what_follows_a_step_made_anew_is_made_anew_later(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invoke(source)
+    before = tokens(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SemDedupAccessor, "pairwise", fail)
+        assert_one_line(invoke(source, "--from", "clusters").stderr, "the disk is full")
+    assert redone(before, tokens(tmp_path)) == ["clusters"]
+    assert invoke(source).exit_code == 0
+    assert redone(before, tokens(tmp_path)) == STEPS
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    mine = tmp_path / "out" / "scores" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("the only copy")
+    for option in ([], ["--overwrite"]):
+        assert_one_line(invoke(source, *option).stderr, "scores", "was not made by 'run'")
+    assert mine.read_text() == "the only copy"
+    assert not (tmp_path / "out" / "clusters").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--embedding-field", "vectors"], ["vectors", "--embed"]),
+        (["--id-field", "key"], ["key"]),
+        (["--text-field", "body"], ["body"]),
+        (["--embed", "--text-field", "text"], ["embeddings", "already"]),
+        (["--n-clusters", 1000], ["1000"]),
+        (["--from", "embeddings"], ["embeddings", "clusters"]),
+        (["--from", "scores", "--overwrite"], ["--from", "--overwrite"]),
+        (["--eps", 3], ["--eps"]),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_nothing(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object], words: list[str]
+) -> None:
+    result = invoke(source, *options)
+    assert result.exit_code == 2
+    assert_one_line(result.stderr.replace(",", ""), *words)
+    assert not (tmp_path / "out" / "clusters").exists()
+
+
+def test_truncated_input_is_named(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    source.write_bytes(source.read_bytes()[:-100])
+    assert_one_line(invoke(source).stderr, "raw.parquet", "truncated")
+    assert not (tmp_path / "out").exists()
+
+
+def test_input_inside_the_output_is_refused(source: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.main, ["run", str(source), str(tmp_path)])
+    assert_one_line(result.stderr, "overlap")
+
+
+def test_repeated_ids_are_counted(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    rows = table().to_pandas()
+    # Of the copies 5 and 185 the second is dropped, but which of two rows is it?
+    rows.loc[100, "id"] = rows.loc[185, "id"]
+    rows.to_parquet(source)
+    result = invoke(source, "--rank-by", "quality")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "doc-185")
+    assert not (tmp_path / "out" / "deduplicated").exists()

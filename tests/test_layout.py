@@ -1,0 +1,200 @@
+"""``ddf.semdedup.to_clusters``: a folder a cluster, few files, all of it or nothing, and read back as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dask
+import dask.dataframe as dd
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dask_semdedup import ClusterError, InvalidArgumentError, layout, read_clusters
+from tests.test_accessor import arrow_lists
+from tests.test_kmeans import blobs, in_partitions
+
+
+@pytest.fixture
+def frame() -> pd.DataFrame:
+    rows, labels = blobs(400)
+    return pd.DataFrame(
+        {
+            "id": np.random.default_rng(0).permutation(400),
+            "text": [f"text {number}" for number in range(400)],
+            "embeddings": arrow_lists(rows),
+            "centroid": labels.astype(np.int32) * 10,
+            "cosine_dist_to_cent": np.linspace(0, 1, 400, dtype=np.float32),
+        }
+    )
+
+
+def sorted_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(embeddings=frame["embeddings"].map(list)).sort_values("id", ignore_index=True)
+
+
+def test_clusters_come_back(frame: pd.DataFrame, tmp_path: Path) -> None:
+    ddf = in_partitions(frame, 7)
+    files = ddf.semdedup.to_clusters(tmp_path / "clusters")
+    assert files == {k: [str(tmp_path / f"clusters/centroid={k}/part.0.parquet")] for k in (0, 10, 20, 30)}
+    again = read_clusters(tmp_path / "clusters")
+    assert again.dtypes["centroid"] == np.int64
+    names = [name for name in frame if name != "centroid"]
+    kept = ["id", "text", "cosine_dist_to_cent"]
+    assert again.dtypes[kept].to_dict() == ddf.dtypes[kept].to_dict()
+    assert again.dtypes["embeddings"].pyarrow_dtype.value_type == pa.float32()
+    result, expected = (sorted_rows(part.compute()) for part in (again, ddf))
+    pd.testing.assert_frame_equal(result[names], expected[names])
+    assert result["centroid"].tolist() == expected["centroid"].tolist()
+
+
+def test_others_read_the_files(frame: pd.DataFrame, tmp_path: Path) -> None:
+    in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters")
+    file = tmp_path / "clusters/centroid=0/part.0.parquet"
+    assert pq.read_schema(file).names == ["id", "text", "embeddings", "cosine_dist_to_cent"]
+    assert len(pd.read_parquet(tmp_path / "clusters")) == 400
+    assert len(dd.read_parquet(tmp_path / "clusters")) == 400
+
+
+def test_clustered_rows_are_scored_alike_from_files(frame: pd.DataFrame, tmp_path: Path) -> None:
+    clustered = in_partitions(frame).semdedup.kmeans(4, n_probe=2)
+    clustered.semdedup.to_clusters(tmp_path / "clusters")
+    again = read_clusters(tmp_path / "clusters")
+    assert list(again) == [name for name in clustered if name != "centroid"] + ["centroid"]
+    keys = ["id", "centroid", "home_centroid", "l2_dist_to_cent"]
+    both = [part[keys].compute().sort_values(keys, ignore_index=True) for part in (again, clustered)]
+    pd.testing.assert_frame_equal(*both, check_dtype=False)
+
+
+def test_a_large_cluster_has_more_files(frame: pd.DataFrame, tmp_path: Path) -> None:
+    files = in_partitions(frame.assign(centroid=5)).semdedup.to_clusters(tmp_path / "clusters", max_file_size="4 kB")
+    assert len(files[5]) > 3
+    rows = [pq.read_metadata(file).num_rows for file in files[5]]
+    assert sum(rows) == 400
+    assert len(set(rows[:-1])) == 1
+
+
+def test_row_groups_are_bounded(frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "ROW_GROUP_BYTES", 2000)
+    files = in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters")
+    assert all(pq.read_metadata(file).num_row_groups > 2 for names in files.values() for file in names)
+
+
+def test_aligned_frames_are_not_shuffled(frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_partitions(frame).semdedup.to_clusters(tmp_path / "first")
+    aligned = read_clusters(tmp_path / "first", partition_size=1)
+    assert aligned.npartitions == 4
+    with dask.config.set({"dataframe.shuffle.method": "no such"}):
+        files = aligned.semdedup.to_clusters(tmp_path / "second")
+    assert sorted(files) == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("dtype", [None, "category", object])
+def test_clusters_of_strings(frame: pd.DataFrame, tmp_path: Path, dtype: object) -> None:
+    names = {0: "a/b", 10: "c=d", 20: "e f", 30: "ü%"}
+    label = frame.pop("centroid").map(names)
+    frame["label"] = label if dtype is None else label.astype(dtype)  # type: ignore[arg-type]
+    with dask.config.set({"dataframe.convert-string": dtype is None}):
+        in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters", cluster_field="label")
+    again = read_clusters(tmp_path / "clusters", cluster_field="label").compute()
+    assert dict(zip(again["id"], again["label"], strict=True)) == dict(zip(frame["id"], label, strict=True))
+
+
+def test_other_file_systems(frame: pd.DataFrame) -> None:
+    in_partitions(frame).semdedup.to_clusters("memory://layout-test/clusters")
+    assert len(read_clusters("memory://layout-test/clusters")) == 400
+    assert fsspec.filesystem("memory").ls("/layout-test", detail=False) == ["/layout-test/clusters"]
+
+
+def test_a_task_may_run_twice(frame: pd.DataFrame, tmp_path: Path) -> None:
+    for _ in range(2):
+        layout.write_partition(frame, str(tmp_path), "centroid", 1 << 20, {})
+    assert len(read_clusters(tmp_path)) == 400
+
+
+def test_a_late_writer_does_not_make_the_folder_anew(frame: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        layout.write_partition(frame, str(tmp_path / "gone"), "centroid", 1 << 20, {})
+    assert not (tmp_path / "gone").exists()
+
+
+# --- Folders that are there, and failures ----------------------------------------------------------------------------
+
+
+def test_an_occupied_folder_is_refused_or_replaced(frame: pd.DataFrame, tmp_path: Path) -> None:
+    first, second = in_partitions(frame), in_partitions(frame[frame["centroid"] == 10])
+    first.semdedup.to_clusters(tmp_path / "clusters")
+    with pytest.raises(InvalidArgumentError, match=r"not empty: 4 files.*overwrite=True"):
+        second.semdedup.to_clusters(tmp_path / "clusters")
+    assert len(read_clusters(tmp_path / "clusters")) == 400
+    assert list(second.semdedup.to_clusters(tmp_path / "clusters", overwrite=True)) == [10]
+    (tmp_path / "clusters" / "thesis.tex").write_text("the only copy")
+    with pytest.raises(InvalidArgumentError, match=r"thesis\.tex"):
+        first.semdedup.to_clusters(tmp_path / "clusters", overwrite=True)
+
+
+def test_a_folder_may_be_written_over_what_is_read(frame: pd.DataFrame, tmp_path: Path) -> None:
+    in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters")
+    half = read_clusters(tmp_path / "clusters")
+    half[half["id"] < 200].semdedup.to_clusters(tmp_path / "clusters", overwrite=True)
+    assert len(read_clusters(tmp_path / "clusters")) == 200
+
+
+def fail_late(part: pd.DataFrame, partition_info: dict[str, int] | None = None) -> pd.DataFrame:
+    if partition_info and partition_info["number"] == 3:
+        raise RuntimeError("lost")
+    return part
+
+
+def test_a_failure_leaves_nothing(frame: pd.DataFrame, tmp_path: Path) -> None:
+    in_partitions(frame).semdedup.to_clusters(tmp_path / "first")
+    broken = read_clusters(tmp_path / "first", partition_size=1).map_partitions(fail_late)
+    with pytest.raises(RuntimeError, match="lost"):
+        broken.semdedup.to_clusters(tmp_path / "second")
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def no_rows(frame: pd.DataFrame) -> dd.DataFrame:
+    ddf = in_partitions(frame)
+    return ddf[ddf["id"] < 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (no_rows, ClusterError, "no rows"),
+        (lambda frame: in_partitions(frame.drop(columns="centroid")), ClusterError, "No cluster column 'centroid'"),
+        (lambda frame: in_partitions(frame[["centroid"]]), InvalidArgumentError, "no columns to write"),
+        (
+            lambda frame: in_partitions(frame.assign(centroid=frame["centroid"].astype("float64"))),
+            InvalidArgumentError,
+            "'centroid' has dtype float64.*integers or strings",
+        ),
+        (
+            lambda frame: in_partitions(frame.assign(centroid=frame["centroid"].astype("Int32").replace(10, pd.NA))),
+            ClusterError,
+            "rows have no cluster",
+        ),
+    ],
+    ids=["no rows", "no clusters", "nothing else", "floats", "nulls"],
+)
+def test_bad_frames(frame: pd.DataFrame, tmp_path: Path, make, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(frame).semdedup.to_clusters(tmp_path / "clusters")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_partitions_of_two_schemas(tmp_path: Path) -> None:
+    with dask.config.set({"dataframe.convert-string": False}):
+        odd = pd.DataFrame({"centroid": [0, 1], "mixed": pd.Series([1, "one"], dtype=object)})
+        with pytest.raises(ClusterError, match=r"mixed: int64 and string.*one dtype"):
+            layout.write_layout(in_partitions(odd, 2), str(tmp_path / "clusters"), "centroid", 1 << 20)
+
+
+@pytest.mark.parametrize("size", ["much", 0])
+def test_bad_file_sizes(frame: pd.DataFrame, tmp_path: Path, size: object) -> None:
+    with pytest.raises(InvalidArgumentError, match="max_file_size must be"):
+        in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters", max_file_size=size)

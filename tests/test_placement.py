@@ -1,0 +1,127 @@
+"""Where work runs, and on how many cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from dask_semdedup import placement, search
+from tests.test_pairwise import GOLDEN, run
+
+
+@pytest.mark.parametrize(
+    ("rows", "has_cuda", "expected"), [(1000, True, "cpu"), (9000, True, "cuda"), (9000, False, "cpu")]
+)
+def test_auto_searches_on_a_gpu_where_that_pays(monkeypatch, rows, has_cuda, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    assert placement.choose_device("auto", "cpu", np.array([0, rows])) == expected
+    assert placement.choose_device("cpu", "cuda", np.array([0, rows])) == "cpu"
+
+
+@pytest.fixture
+def watched_searches(monkeypatch):
+    """How many searches ran at once at most, and the numbers of threads that torch had in them."""
+    seen = {"running": 0, "most": 0, "threads": set()}
+    lock = threading.Lock()
+    nearest_earlier = search.nearest_earlier
+
+    def watched(*arguments, **options):
+        with lock:
+            seen["running"] += 1
+            seen["most"] = max(seen["most"], seen["running"])
+            seen["threads"].add(torch.get_num_threads())
+        time.sleep(0.01)
+        result = nearest_earlier(*arguments, **options)
+        with lock:
+            seen["running"] -= 1
+        return result
+
+    monkeypatch.setattr(search, "nearest_earlier", watched)
+    cores = placement.Cores(2)
+    monkeypatch.setattr(placement, "cores", lambda: cores)
+    return seen
+
+
+@pytest.fixture
+def two_threads():
+    """Torch with two threads, on any machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("rows_worth_all", "most", "threads"), [(7, 2, {1}), (6, 1, {2})], ids=["small", "large"])
+def test_searches_share_the_cores(monkeypatch, watched_searches, two_threads, rows_worth_all, most, threads):
+    """Small clusters are searched side by side with a thread each, large ones in turn with all threads."""
+    monkeypatch.setattr(placement, "ROWS_WORTH_ALL_THREADS", rows_worth_all)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(run, [GOLDEN] * 16))
+        left = set(pool.map(lambda _: torch.get_num_threads(), range(16)))
+    assert watched_searches == {"running": 0, "most": most, "threads": threads}
+    assert left == {2}
+    assert torch.get_num_threads() == 2
+    assert all(result.equals(results[0]) for result in results)
+
+
+def test_a_search_in_the_main_thread_has_all_cores(watched_searches, two_threads):
+    run(GOLDEN)
+    assert watched_searches["threads"] == {2}
+
+
+def test_one_thread_means_one():
+    """Products, sums and copies of a limited thread keep to it: no time is spent in any other."""
+    script = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np, torch
+from dask_semdedup import placement
+
+def in_one_thread():
+    rows = torch.ones(1000, 400)
+    with placement.cores_for("cpu", np.array([0, 1000])):
+        own, all_threads = time.thread_time(), time.process_time()
+        for _ in range(20):
+            half = rows.bfloat16()
+            half @ half.T, rows @ rows.T, torch.bmm(rows[None], rows.T[None]), rows.mul(2).sum(dim=1)
+        return (time.process_time() - all_threads) / (time.thread_time() - own)
+
+with ThreadPoolExecutor(1) as pool:
+    assert (ratio := pool.submit(in_one_thread).result()) < 1.2, ratio
+assert torch.get_num_threads() == 2
+"""
+    # Distributed leaves MKL_NUM_THREADS=1 in the environment of a process that has started workers.
+    environment = {k: v for k, v in os.environ.items() if k != "MKL_NUM_THREADS"} | {"OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=environment)
+
+
+def test_a_failed_search_gives_its_cores_back():
+    cores = placement.Cores(2)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="lost"), cores.take(5):
+            raise RuntimeError("lost")
+    with cores.take(1), cores.take(1):
+        pass
+
+
+def test_a_forked_process_has_all_cores():
+    script = """
+import os
+from dask_semdedup import placement
+
+with placement.cores().take(10**6):
+    child = os.fork()
+    if child == 0:
+        with placement.cores().take(10**6):
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -1,0 +1,148 @@
+"""Parquet and JSON lines are read into the same frames, lazily."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dask_semdedup import tables
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.tables import find_rows, read_scores, read_table, table_token
+
+ROWS = [{"id": f"d{number}", "text": f"text {number}\nwith lines", "embeddings": [number, 0.5]} for number in range(50)]
+
+
+def write_json(path: Path, rows: list[dict], compress: bool = False) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if compress else text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("partition_size", ["1MiB", "300B", "7B"])
+def test_json_lines_are_read_once_each(tmp_path: Path, name: str, partition_size: str) -> None:
+    write_json(tmp_path / name, ROWS, compress=name.endswith(".gz"))
+    frame = read_table(tmp_path, partition_size=partition_size).compute()
+    assert frame["id"].tolist() == [row["id"] for row in ROWS]
+    assert frame["text"].tolist() == [row["text"] for row in ROWS]
+    assert frame["embeddings"].dtype == pd.ArrowDtype(pa.list_(pa.float32()))
+    assert np.stack(frame["embeddings"].tolist()).tolist() == [row["embeddings"] for row in ROWS]
+
+
+def test_meta_is_what_partitions_are(tmp_path: Path) -> None:
+    write_json(
+        tmp_path / "a.jsonl", [{"id": 1, "n": None, "x": 1.5, "t": None}, {"id": 2, "n": 3, "x": None, "t": "s"}]
+    )
+    frame = read_table(tmp_path)
+    assert frame.dtypes.to_dict() == frame.compute().dtypes.to_dict()
+    assert frame["id"].dtype == np.int64
+
+
+def test_only_wanted_columns_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    frame = read_table(tmp_path)[["id"]].optimize()
+    assert frame.expr.columns == ["id"]
+    assert "'text'" not in repr(frame.expr.operands)
+    assert frame.compute()["id"].tolist() == [row["id"] for row in ROWS]
+
+
+def test_parquet_is_parted_by_row_groups(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10)
+    assert read_table(tmp_path).npartitions == 1
+    assert read_table(tmp_path, partition_size="100B").npartitions == 5
+    assert len(read_table(tmp_path, partition_size="100B").compute()) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"id": 1}\n{"id": ', '{"id": 1}\n{"id": "two"}', '{"id": 1}\n{"id": 2, "more": 3}', "[1, 2]", "plain"]
+)
+def test_lines_that_are_not_of_a_kind_name_the_file(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "INFERRED_BYTES", 5)
+    (tmp_path / "bad.jsonl").write_text(text)
+    with pytest.raises(ClusterError, match=r"bad\.jsonl"):
+        read_table(tmp_path, partition_size="10B").compute()
+
+
+def test_truncated_gzip_names_the_file(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "bad.jsonl.gz", ROWS, compress=True)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ClusterError, match=r"bad\.jsonl\.gz"):
+        read_table(tmp_path)
+
+
+def test_truncated_parquet_names_the_file(tmp_path: Path) -> None:
+    for name in ("a", "bad"):
+        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / f"{name}.parquet")
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(bad.read_bytes()[:-100])
+    with pytest.raises(ClusterError, match=r"bad\.parquet"):
+        read_table(tmp_path)
+
+
+def test_null_ids_are_counted(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.jsonl", [{"id": 1}, {"id": None}, {"id": None}])
+    with pytest.raises(InvalidArgumentError, match=r"2 rows have no 'id' in .*a\.jsonl"):
+        read_table(tmp_path).compute()
+
+
+def test_mixed_folders_and_missing_columns_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(MissingColumnsError, match="'text'"):
+        read_table(tmp_path, ["id", "text"])
+    (tmp_path / "dataset_info.json").write_text('{"rows": 1}')
+    assert len(read_table(tmp_path)) == 1
+    write_json(tmp_path / "b.jsonl", ROWS)
+    with pytest.raises(ClusterError, match="both Parquet"):
+        read_table(tmp_path)
+
+
+def test_rows_are_found_by_id(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10)
+    found = find_rows(tmp_path / "a.parquet", ["d31", "d4", "nowhere"], ["text"])
+    assert found["text"].to_dict() == {"d4": ROWS[4]["text"], "d31": ROWS[31]["text"]}
+
+
+def test_token_follows_the_files(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.jsonl", ROWS)
+    token = table_token(tmp_path)
+    assert table_token(tmp_path) == token
+    write_json(tmp_path / "a.jsonl", ROWS[:-1])
+    assert table_token(tmp_path) != token
+
+
+# --- Scores ----------------------------------------------------------------------------------------------------------
+
+SCORES = pd.DataFrame({"id": [1, 2], "max_id": [1, 1], "cosine_sim_score": np.array([0, 0.5], np.float32)})
+
+
+def test_clusters_come_from_the_names_of_the_stages_files(tmp_path: Path) -> None:
+    for cluster in ("3", "10"):
+        SCORES.to_parquet(tmp_path / f"cluster_{cluster}.parquet")
+    assert sorted(read_scores(tmp_path).compute()["centroid"]) == [3, 3, 10, 10]
+    SCORES.to_parquet(tmp_path / "cluster_a%2Fb.parquet")
+    assert sorted(read_scores(tmp_path, cluster_field="topic").compute()["topic"]) == [
+        "10",
+        "10",
+        "3",
+        "3",
+        "a/b",
+        "a/b",
+    ]
+
+
+def test_clusters_may_be_unknown(tmp_path: Path) -> None:
+    SCORES.to_parquet(tmp_path / "part.parquet")
+    assert list(read_scores(tmp_path).columns) == ["id", "max_id", "cosine_sim_score"]
+
+
+def test_files_that_are_no_scores_are_named(tmp_path: Path) -> None:
+    SCORES.drop(columns="max_id").to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(MissingColumnsError, match=r"max_id.*other\.parquet"):
+        read_scores(tmp_path)

@@ -105,7 +105,7 @@ def main(path: Path, limit: int | None, names: str, characters: int, model: str 
     if limit is not None:
         if limit > len(texts):
             raise click.ClickException(f"There are only {len(texts):,} distinct texts.")
-        texts = texts.sample(limit, random_state=0)
+        texts = texts.sample(limit, random_state=0).sort_values("id")
     texts = texts.reset_index(drop=True)
     write(texts if texts_only else embed(texts, model), path)
     Console().print(f"{len(texts):,} texts of {texts['text'].str.len().mean():.0f} characters on average: {path}")

@@ -43,7 +43,8 @@ class Result:
 
 def clustered_scores(path: Path, n_clusters: int, n_probe: int) -> pd.DataFrame:
     """From the file to the scores of all rows."""
-    clustered = dd.read_parquet(path, columns=["id", "embeddings"]).semdedup.kmeans(n_clusters, n_probe=n_probe)
+    embeddings = dd.read_parquet(path, columns=["id", "embeddings"], dtype_backend="pyarrow")
+    clustered = embeddings.semdedup.kmeans(n_clusters, n_probe=n_probe)
     with dask.config.set(scheduler="threads"):
         return clustered.semdedup.pairwise(ranking_strategy=RankingStrategy(["id"])).compute()
 

@@ -20,6 +20,8 @@ import click
 import dask
 import dask.dataframe as dd
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from dask.diagnostics import ProgressBar
 from rich.console import Console
 
@@ -88,7 +90,9 @@ def write(frame: pd.DataFrame, path: Path) -> None:
     """Write one Parquet file; it has its name only once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.part")
-    frame.to_parquet(partial, index=False, compression="zstd")
+    # Without pandas' own metadata, whose name of a list type its reader does not know.
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata()
+    pq.write_table(table, partial, compression="zstd")
     partial.replace(path)
 
 
@@ -105,7 +109,7 @@ def main(path: Path, limit: int | None, names: str, characters: int, model: str 
     if limit is not None:
         if limit > len(texts):
             raise click.ClickException(f"There are only {len(texts):,} distinct texts.")
-        texts = texts.sample(limit, random_state=0)
+        texts = texts.sample(limit, random_state=0).sort_values("id")
     texts = texts.reset_index(drop=True)
     write(texts if texts_only else embed(texts, model), path)
     Console().print(f"{len(texts):,} texts of {texts['text'].str.len().mean():.0f} characters on average: {path}")

@@ -14,6 +14,9 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+# Models come from packages: nothing may ask the Hugging Face hub for one.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Without a GPU, kernels run in Triton's interpreter: it wants to know before they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -574,8 +574,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Notes
         -----
         All duplicates come together in one task, with their two columns of ids and no others: chains may cross
-        clusters where rows were also compared in a second one. 100 million duplicates with ids of int64 need about
-        10 GB there; the number of rows that are no duplicates does not matter.
+        clusters where rows were also compared in a second one. Measured on 5 million duplicates with ids of int64, that
+        task takes 250 bytes for each of them; the number of rows that are no duplicates does not matter.
 
         Examples
         --------

@@ -18,7 +18,7 @@ from dask_semdedup.embeddings import is_cudf, is_string
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.hashing import ids_to_arrow, plain_ids
 
-__all__ = ["are_equal", "check_same_kind", "factorize", "is_in"]
+__all__ = ["are_equal", "check_same_kind", "factorize", "is_in", "repeats"]
 
 # Of the width that holds both int64 and uint64, which no integer has.
 EVERY_INTEGER = 20
@@ -87,6 +87,17 @@ def are_equal(left: Any, right: Any) -> Any:
     [True, False]
     """
     return (_comparable(left) == _comparable(right)).fillna(False).astype("bool")
+
+
+def repeats(ids: Any) -> Any:
+    """Tell which ids have stood in an earlier row.
+
+    Examples
+    --------
+    >>> repeats(pd.Series([7, 8, 7])).to_list()
+    [False, False, True]
+    """
+    return _comparable(ids).duplicated()
 
 
 def factorize(*columns: Any) -> Any:

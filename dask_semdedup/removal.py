@@ -25,7 +25,7 @@ from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, eps_column, find_d
 from dask_semdedup.embeddings import check_plain_dtype, frame_like, is_cudf, to_list
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.hashing import hash_ids
-from dask_semdedup.ids import are_equal, check_same_kind, is_in
+from dask_semdedup.ids import are_equal, check_same_kind, is_in, repeats
 
 __all__ = ["remove_duplicates"]
 
@@ -227,12 +227,13 @@ def hash_column(ids: Any) -> Any:
 def find_ids(frame: Any, duplicates: Any, id_field: str, duplicates_id_field: str) -> Any:
     """The ids of one partition that are those of duplicates: each once, or twice where it repeats."""
     found = frame[is_in(frame[id_field], duplicates[duplicates_id_field])]
-    return concat([found.drop_duplicates(), repeated_ids(found)])
+    return concat([found[~repeats(found[id_field])], repeated_ids(found)])
 
 
 def repeated_ids(frame: Any) -> Any:
     """The ids that stand in several rows, each once."""
-    return frame[frame.duplicated()].drop_duplicates()
+    again = frame[repeats(frame[frame.columns[0]])]
+    return again[~repeats(again[again.columns[0]])]
 
 
 def checked_ids(duplicates: Any, repeated: Any) -> Any:

@@ -1,9 +1,11 @@
-"""What hypothesis draws: rows in segments, of the kinds that break a search."""
+"""What hypothesis draws: rows in segments, of the kinds that break a search; scores; ids of any dtype."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -105,3 +107,24 @@ def stops_of(rng: np.random.Generator, segments: np.ndarray) -> np.ndarray:
         if rng.random() < 0.3:
             stops[start:members] = start
     return stops
+
+
+def score_lists() -> st.SearchStrategy[list[float]]:
+    """Scores of float32, some of them alike, at which comparisons in float32 and in float64 part ways."""
+    rounded = st.integers(-100, 100).map(lambda percent: float(np.float32(percent / 100)))
+    return st.lists(rounded | st.floats(-1, 1, width=32))
+
+
+@st.composite
+def id_columns(draw: st.DrawFn, count: int) -> tuple[list[Any], str]:
+    """Different ids, as many as asked for, and a dtype that a column of them can have."""
+    numbers = draw(st.lists(st.integers(0, 2**31 - 1), min_size=count, max_size=count, unique=True))
+    integers = ["int32", "int64", "uint64", "Int64", "int32[pyarrow]"]
+    strings = ["str", "object", "string[python]", "category", "string[pyarrow]", "large_string[pyarrow]"]
+    dtype = draw(st.sampled_from([*integers, *strings]))
+    if dtype in integers:
+        return numbers, dtype
+    as_string = draw(
+        st.sampled_from([str, lambda number: str(uuid.UUID(int=number)), lambda number: "ä" * 3 + f"/{number}"])
+    )
+    return [as_string(number) for number in numbers], dtype

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pytest
 from distributed import Client, LocalCluster, wait
 
-from dask_semdedup import EmbeddingError, MissingColumnsError, read_clusters
+from dask_semdedup import EmbeddingError, IdError, MissingColumnsError, read_clusters
+from dask_semdedup.duplicates import find_duplicates
+from dask_semdedup.groups import resolve_groups
 from tests.test_accessor import expected_scores, make_frame, write_layout
 from tests.test_embeddings import arrow_lists
 
@@ -66,6 +68,23 @@ def test_both_processes_work_and_agree_with_one(client: Client, tmp_path: Path) 
     assert all(client.has_what().values())
     pd.testing.assert_frame_equal(computed(scores), expected_scores(frame), atol=2e-6)
     assert len(scores.semdedup.duplicates()) == (expected_scores(frame).cosine_sim_score >= 0.99).sum()
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_from_scores_to_rows_left(client: Client, tmp_path: Path, broadcast: bool) -> None:
+    frame = make_frame(5)
+    ddf = read_clusters(write_layout(frame, tmp_path), partition_size=2000)
+    scores = ddf.semdedup.pairwise().persist()
+    expected = find_duplicates(expected_scores(frame), 0.05)
+    pd.testing.assert_frame_equal(scores.semdedup.groups(0.05).compute(), resolve_groups(expected))
+    curve = scores.semdedup.eps_curve([0.05, 0.01]).compute()
+    assert curve.duplicates.tolist()[0] == len(expected)
+    left = ddf.semdedup.remove(scores.semdedup.duplicates(0.05), broadcast=broadcast).compute()
+    assert sorted(left.id) == sorted(set(frame.id) - set(expected.id))
+    assert left.dtypes.to_dict() == ddf.dtypes.to_dict()
+    twice = dd.concat([ddf, ddf]).semdedup.remove(scores, eps=0.05, broadcast=broadcast)
+    with pytest.raises(IdError, match=r"Column 'id': \d+ ids of the duplicates stand in several rows"):
+        twice.compute()
 
 
 def test_errors_come_back_whole(client: Client) -> None:

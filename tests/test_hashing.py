@@ -102,3 +102,12 @@ def test_hashes_do_not_collide_and_have_all_bits_in_use():
         assert len(np.unique(values)) == len(values)
         shares = (values[:, None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)).mean(axis=0)
         np.testing.assert_allclose(shares, 0.5, atol=0.02)
+
+
+@pytest.mark.parametrize("type_", [pa.uuid(), pa.binary(16), pa.binary()], ids=str)
+def test_uuids_hash_as_their_bytes_do(type_):
+    raw = [uuid.UUID(int=number).bytes for number in range(5)]
+    array = pa.array(raw, pa.binary(16)).cast(type_)
+    ids = pd.Series(pd.arrays.ArrowExtensionArray(pa.chunked_array([array])))
+    assert hashes(ids, 1) == hashes(pd.Series(raw, dtype=object), 1)
+    assert len(set(hashes(ids, 1))) == 5

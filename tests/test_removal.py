@@ -339,12 +339,14 @@ class TestPlan:
 
     @pytest.mark.parametrize("filesystem", ["fsspec", "arrow"])
     def test_rows_left_can_be_worked_on_without_a_shuffle(self, on_disk: Path, filesystem: str) -> None:
-        left = dd.read_parquet(on_disk, filesystem=filesystem).semdedup.remove(lazily(ids(3, 4), 2))
+        ddf = dd.read_parquet(on_disk, filesystem=filesystem)
+        left = ddf.semdedup.remove(lazily(ids(3, 4), 2))
         some = left[left["size"] == 1]
         some = some.assign(double=some.id * 2)
         assert not list(some.optimize(fuse=False).expr.find_operations(ShuffleBase))
-        assert some.double.compute().tolist() == [0, 4, 12, 16, 20]
-        assert left.partitions[1].id.compute().tolist() == [5]
+        assert sorted(some.double.compute()) == [0, 4, 12, 16, 20]
+        of_one = ddf.partitions[1].id.compute()
+        assert left.partitions[1].id.compute().tolist() == of_one[~of_one.isin([3, 4])].tolist()
 
     def test_duplicates_are_collapsed_and_checked_once(self, documents: pd.DataFrame) -> None:
         left = lazily(documents, 6).semdedup.remove(lazily(ids(3, 4, 5), 3))

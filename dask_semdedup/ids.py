@@ -71,7 +71,8 @@ def is_in(ids: Any, others: Any) -> Any:
     if left.count() == 0:
         # Nothing to find, whatever type a column of objects without any objects is taken for.
         right = right.iloc[:0].astype(left.dtype)
-    if len(right) and left.dtype != right.dtype:
+    # cuDF has several dtypes for strings, which are one to it.
+    if len(right) and left.dtype != right.dtype and not (is_string(left) and is_string(right)):
         if not _is_integer(left) or not _is_integer(right):
             raise _different_kinds(ids, others)
         left, right = _widened(left), _widened(right)

@@ -89,7 +89,9 @@ def test_names_of_columns_and_arguments_of_the_model(frame: pd.DataFrame, model:
 
 
 def test_frames_without_rows_have_embeddings_too(frame: pd.DataFrame) -> None:
-    result = dd.from_pandas(frame, npartitions=1).semdedup.embed(model=MODEL).query("id < 0").compute(scheduler="threads")
+    result = (
+        dd.from_pandas(frame, npartitions=1).semdedup.embed(model=MODEL).query("id < 0").compute(scheduler="threads")
+    )
     assert len(result) == 0
     assert text.embed_partition(frame["text"].iloc[:0], MODEL, embedding_field="vector").dtype == EMBEDDINGS
 

@@ -39,6 +39,9 @@ from dask_semdedup.search import certify
 GROUP = tl.constexpr(8)
 """Query blocks in a group of tiles."""
 
+FEW_SEGMENTS = 16
+"""Up to this many offsets, tiles are planned in Python rather than in NumPy."""
+
 FIELDS = tl.constexpr(7)
 """Fields of a group's record."""
 
@@ -105,6 +108,8 @@ class Tiling:
         -------
         list of (first tile, last tile + 1, first query block, last query block + 1)
         """
+        if self.n_tiles <= most_tiles:
+            return [(0, self.n_tiles, 0, self.n_blocks)] if self.n_tiles else []
         first_tiles = self.groups[:, 0]
         cuts = [0]
         while cuts[-1] < len(first_tiles) - 1:
@@ -133,6 +138,8 @@ def tiling(segments: np.ndarray, config: Config, stops: np.ndarray | None = None
     >>> tiling(np.array([0, 300]), Config(queries=128, candidates=256)).n_tiles
     4
     """
+    if len(segments) <= FEW_SEGMENTS and stops is None:
+        return Tiling(_groups_of_few(segments.tolist(), config))
     starts, lengths = segments[:-1], segments[1:] - segments[:-1]
     if lengths.min(initial=2) < 2:
         starts, lengths = starts[lengths > 1], lengths[lengths > 1]
@@ -159,6 +166,21 @@ def tiling(segments: np.ndarray, config: Config, stops: np.ndarray | None = None
     return Tiling(record)
 
 
+def _groups_of_few(segments: list[int], config: Config) -> np.ndarray:
+    """The groups of a few segments, one after another: a call of NumPy takes as long as one of these groups."""
+    records, tile, block = [], 0, 0
+    ratio = config.candidates // config.queries
+    for start, stop in pairwise(segments):
+        length = stop - start
+        blocks, most_blocks = -(-length // config.queries), -(-(length - 1) // config.candidates)
+        for first in range(0, blocks if length > 1 else 0, GROUP.value):
+            end = min(first + GROUP.value, blocks)
+            records.append((tile, start, length, first, end - first, block, length - 1))
+            tile += _tiles_below(end, ratio, most_blocks) - _tiles_below(first, ratio, most_blocks)
+            block += end - first
+    return np.array([*records, (tile, 0, 0, 0, 0, block, 0)], dtype=np.int32)
+
+
 def _queries_and_candidates(starts: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each segment, how many rows stand before the first that has candidates, and the most that one has."""
     most = np.maximum.reduceat(candidates, starts)
@@ -168,12 +190,12 @@ def _queries_and_candidates(starts: np.ndarray, candidates: np.ndarray) -> tuple
     return first, most
 
 
-def _tiles_below(block: np.ndarray, ratio: int, most_blocks: np.ndarray) -> np.ndarray:
+def _tiles_below(block: Any, ratio: int, most_blocks: Any) -> Any:
     """Tiles of the query blocks before `block` of a segment, where `ratio` of them make a candidate block.
 
-    Block b meets ``b // ratio + 1`` candidate blocks, but none more than `most_blocks`.
+    Block b meets ``b // ratio + 1`` candidate blocks, but none more than `most_blocks`. Of integers, or arrays of them.
     """
-    below = np.minimum(block, ratio * most_blocks)
+    below = block - (block - ratio * most_blocks) * (block > ratio * most_blocks)
     whole = below // ratio
     return (whole + 1) * (2 * below - ratio * whole) // 2 + (block - below) * most_blocks
 
@@ -787,8 +809,13 @@ def choose_config(segments: np.ndarray, device: torch.device) -> Config:
     """
     if _properties(device)["max_shared_mem"] < 160_000:
         return Config(queries=128, candidates=128, depth=32, stages=3, warps=4, keep=3)
-    lengths = (segments[1:] - segments[:-1]).astype(np.float64)
-    typical = (lengths @ lengths) / max(1.0, lengths.sum())
+    # Of the cluster that a row is in.
+    if len(segments) <= FEW_SEGMENTS:
+        squares: float = sum((stop - start) ** 2 for start, stop in pairwise(segments.tolist()))
+    else:
+        lengths = (segments[1:] - segments[:-1]).astype(np.float64)
+        squares = lengths @ lengths
+    typical = squares / max(1, segments[-1])
     if typical < 4096:
         return Config(queries=128, candidates=128, depth=64, stages=3, warps=4, keep=3)
     return Config(keep=3 if typical < 32_768 else 2)
@@ -970,14 +997,17 @@ class Table:
         return self.stops.numel() > 0
 
 
+ZERO = np.zeros(1, np.int32)
+NO_STOPS = np.zeros(0, np.int32)
+
+
 def _upload(tiles: Tiling, stops: torch.Tensor | None, device: torch.device) -> Table:
     """Send all of it in one copy."""
     groups = tiles.groups
     of_group = np.arange(len(groups) - 1, dtype=np.int32)
     of_tile, of_block = (np.repeat(of_group, groups[1:, field] - groups[:-1, field]) for field in (0, 5))
-    zero = np.zeros(1, np.int32)
-    ends = zero[:0] if stops is None else stops.numpy().astype(np.int32)
-    return Table(*_staging.send([zero, zero, groups.ravel(), of_tile, of_block, ends], device))
+    ends = NO_STOPS if stops is None else stops.numpy().astype(np.int32)
+    return Table(*_staging.send([ZERO, ZERO, groups.ravel(), of_tile, of_block, ends], device))
 
 
 _staging = _Staging()

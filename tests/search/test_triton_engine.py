@@ -93,6 +93,19 @@ def test_tiles_cover_every_pair_before_the_stops(sizes: list[int], config: Confi
     assert sum(covered.values()) == pairs.sum()
 
 
+@given(
+    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=12),
+    config=st.sampled_from([TWO, THREE, Config(), Config(128, 128), Config(16, 64)]),
+)
+def test_few_segments_are_tiled_as_many_are(sizes: list[int], config: Config) -> None:
+    segments = np.cumsum([0, *sizes])
+    with patch.object(triton_engine, "FEW_SEGMENTS", 0):
+        many, chosen = tiling(segments, config), triton_engine.choose_config(segments, torch.device("cpu"))
+    np.testing.assert_array_equal(tiling(segments, config).groups[:-1], many.groups[:-1])
+    assert (tiling(segments, config).n_tiles, tiling(segments, config).n_blocks) == (many.n_tiles, many.n_blocks)
+    assert triton_engine.choose_config(segments, torch.device("cpu")) == chosen
+
+
 def test_candidates_that_are_no_queries_have_no_tiles() -> None:
     """1,000 rows against 64: no more tiles than those of the 64."""
     stops = np.concatenate([np.zeros(1000, np.int64), np.full(64, 1000)])

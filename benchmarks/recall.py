@@ -28,7 +28,7 @@ from dask_semdedup import RankingStrategy
 from dask_semdedup.kmeans import default_n_clusters
 
 EPS = (0.05, 0.1, 0.2)
-N_CLUSTERS = (10, 20, 50, 100, 200, 500, 1000)
+N_CLUSTERS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 @dataclass
@@ -89,7 +89,12 @@ def main(data: Path, numbers: tuple[int, ...], probes: tuple[int, ...], json_pat
     console.print(f"exact search without clusters: {time.perf_counter() - start:.2f} s")
     numbers = numbers or tuple(np.unique([*N_CLUSTERS, default_n_clusters(len(ids))]).tolist())
     clustered_scores(data, numbers[0], 1)  # What a first run loads is not the clustering's.
-    results = [measure(data, n_clusters, n_probe, truth) for n_probe in probes for n_clusters in numbers]
+    results = [
+        measure(data, n_clusters, n_probe, truth)
+        for n_probe in probes
+        for n_clusters in numbers
+        if n_probe <= n_clusters
+    ]
     console.print(as_table(results, truth, rows.shape[1]))
     if json_path:
         json_path.write_text(json.dumps([asdict(result) for result in results], indent=2))

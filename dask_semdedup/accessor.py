@@ -45,6 +45,7 @@ __all__ = ["SemDedupAccessor"]
 COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Rows of a sample for each cluster: the default, and what is too few to fit on.
 ROWS_PER_CLUSTER = 256
+LEAST_SAMPLE = 16_384
 FEW_ROWS_PER_CLUSTER = 40
 
 
@@ -96,7 +97,8 @@ class SemDedupAccessor:
         embedding_dim : int, optional
             Length of the embeddings, to be checked.
         fit_data_fraction : float, optional
-            The share of the rows to fit on, above 0 and up to 1. By default 256 rows a cluster, or all there are.
+            The share of the rows to fit on, above 0 and up to 1. By default 256 rows a cluster, but at least 16,384, or
+            all there are.
         max_iter : int, default 300
             The most iterations of the fit.
         tol : float, default 1e-4
@@ -177,8 +179,9 @@ class SemDedupAccessor:
         check_choice("device", device, DEVICES)
         check_positive("n_clusters", n_clusters)
         check_positive("n_probe", n_probe)
+        fitted = None
         if centroids is None:
-            centroids = self.fit_centroids(
+            fitted = self.fit_centroids(
                 n_clusters,
                 embedding_field=embedding_field,
                 id_field=id_field,
@@ -193,12 +196,14 @@ class SemDedupAccessor:
                 max_samples_per_batch=max_samples_per_batch,
                 device=device,
             )
-        known = check_centroids(centroids)
+        known = check_centroids(centroids if fitted is None else fitted)
         if n_clusters not in (None, len(known)):
             raise InvalidArgumentError(
                 f"n_clusters is {n_clusters}, but there are {len(known)} centroids. Give either."
             )
         self._check_embeddings(embedding_field, known.width if embedding_dim is None else embedding_dim)
+        if n_clusters is None and centroids is None:
+            n_probe = min(n_probe, len(known.distinct))
         if n_probe > len(known.distinct):
             raise InvalidArgumentError(
                 f"n_probe is {n_probe}, but there are only {len(known.distinct)} distinct centroids."
@@ -1031,7 +1036,8 @@ def _sample_size(n_clusters: int | None, n_rows: int, fraction: float | None) ->
         n_clusters = default_n_clusters(n_rows)
     if n_clusters > n_rows:
         raise too_many_clusters(n_clusters, n_rows, "rows")
-    size = min(n_rows, ROWS_PER_CLUSTER * n_clusters) if fraction is None else math.ceil(fraction * n_rows)
+    enough = max(ROWS_PER_CLUSTER * n_clusters, LEAST_SAMPLE)
+    size = min(n_rows, enough) if fraction is None else math.ceil(fraction * n_rows)
     if n_clusters > size:
         raise too_many_clusters(n_clusters, size, f"rows in the sample, {fraction:.2g} of all")
     if size < FEW_ROWS_PER_CLUSTER * n_clusters:

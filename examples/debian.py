@@ -3,10 +3,10 @@
     python examples/debian.py debian.parquet --limit 40000
     python examples/debian.py texts.parquet --names '^linux-' --texts-only
 
-Reads what apt knows on a machine with Debian or Ubuntu, keeps one package of those with the same text, and writes a
-Parquet file: ``id`` (the package's name), ``section``, ``text`` (the synopsis, and below it the long description) and
-``embeddings``. Where apt has never been told to fetch long descriptions, as in Debian's container images, the synopsis
-is all there is; ``apt-get update -o Acquire::Languages=en`` gets them.
+Reads what apt knows on a machine with Debian or Ubuntu, and writes a Parquet file: ``id`` (the package's name),
+``section``, ``text`` (the synopsis, and below it the long description) and ``embeddings``. Of packages with the same
+text it keeps one, unless it is asked to keep all of them. Where apt has never been told to fetch long descriptions, as
+in Debian's container images, the synopsis is all there is; ``apt-get update -o Acquire::Languages=en`` gets them.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def as_text(description: str, characters: int) -> str:
     return f"{synopsis}\n{joined[:characters]}".strip()
 
 
-def read_packages(names: str, characters: int) -> pd.DataFrame:
-    """A row for each distinct text of the packages whose names match."""
-    descriptions = long_descriptions()
+def read_packages(names: str, characters: int, *, keep_same: bool = False) -> pd.DataFrame:
+    """A row for each package whose name matches or, unless `keep_same`, for each distinct text of these."""
+    descriptions = long_descriptions() if characters else {}
     rows = {}
     for package in stanzas(output_of("apt-cache", "dumpavail")):
         name, synopsis = package.get("Package", ""), package.get("Description", "")
         if synopsis and re.search(names, name):
             text = as_text(descriptions.get(package.get("Description-md5", ""), synopsis), characters)
-            rows.setdefault(text, (name, package.get("Section", ""), text))
+            rows.setdefault(name if keep_same else text, (name, package.get("Section", ""), text))
     return pd.DataFrame(rows.values(), columns=["id", "section", "text"]).drop_duplicates("id").sort_values("id")
 
 
@@ -101,14 +101,17 @@ def write(frame: pd.DataFrame, path: Path) -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="Draw so many texts, always the same ones. By default all.")
 @click.option("--names", default="", help="A regular expression that the names of the packages must match.")
 @click.option("--characters", default=200, show_default=True, help="Of the long description, so many.")
+@click.option("--keep-same", is_flag=True, help="Keep all packages, also those with the text of another.")
 @click.option("--model", default=default_model, help="Name or folder of a sentence-transformers model.")
 @click.option("--texts-only", is_flag=True, help="Do not embed them.")
-def main(path: Path, limit: int | None, names: str, characters: int, model: str | Path, texts_only: bool) -> None:
+def main(
+    path: Path, limit: int | None, names: str, characters: int, keep_same: bool, model: str | Path, texts_only: bool
+) -> None:
     """Write the descriptions of Debian's packages, and their embeddings, to the Parquet file PATH."""
-    texts = read_packages(names, characters)
+    texts = read_packages(names, characters, keep_same=keep_same)
     if limit is not None:
         if limit > len(texts):
-            raise click.ClickException(f"There are only {len(texts):,} distinct texts.")
+            raise click.ClickException(f"There are only {len(texts):,} texts.")
         texts = texts.sample(limit, random_state=0).sort_values("id")
     texts = texts.reset_index(drop=True)
     write(texts if texts_only else embed(texts, model), path)

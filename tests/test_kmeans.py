@@ -271,10 +271,20 @@ def test_on_a_gpu_cuml_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_default_n_clusters_leaves_40_rows_a_cluster() -> None:
-    numbers = [default_n_clusters(n) for n in range(1, 20_000)]
+def test_default_n_clusters_parts_no_rows_that_can_be_searched_at_once() -> None:
+    rows = range(1, 10**8, 99_991)
+    numbers = [default_n_clusters(n) for n in rows]
     assert numbers == sorted(numbers)
-    assert all(k == 1 or n / k >= 40 for n, k in enumerate(numbers, start=1))
+    assert all(k == 1 or n / k >= 50_000 for n, k in zip(rows, numbers, strict=True))
+    assert default_n_clusters(99_999) == 1
+
+
+@pytest.mark.filterwarnings("ignore:k-means is fitted to 9 rows")
+def test_the_default_clusters_may_be_fewer_than_the_probes() -> None:
+    frame = dd.from_pandas(pd.DataFrame({"id": range(9), "embeddings": arrow_lists(np.eye(9))}), 2)
+    clustered = frame.semdedup.kmeans(n_probe=3)
+    assert clustered["centroid"].compute().tolist() == [0] * 9
+    assert "home_centroid" not in clustered.columns
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from dask_semdedup.errors import (
     SemDedupError,
 )
 from dask_semdedup.ranking import RankingStrategy
+from dask_semdedup.tables import read_table
 
 try:
     __version__ = version("dask-semdedup")
@@ -36,4 +37,5 @@ __all__ = [
     "SemDedupError",
     "__version__",
     "read_clusters",
+    "read_table",
 ]

@@ -8,11 +8,13 @@ frame whose dtypes are those of `Reader.meta`, because both come from the same c
 from __future__ import annotations
 
 import os
+import resource
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import fsspec
@@ -417,35 +419,64 @@ def read_fragment(fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.
         raise _unreadable(fragment.path, error) from error
 
 
+@cache
 def _cudf() -> Any:
+    # KvikIO, which reads files for cuDF, looks at it once, at its first use; by itself it takes 4 threads.
+    os.environ.setdefault("KVIKIO_NTHREADS", str(CPU_COUNT))
     import cudf
 
     return cudf
 
 
+# Calls of cuDF's reader at once in a process: one keeps the files' threads busy, another the GPU meanwhile.
+_readers = threading.BoundedSemaphore(2)
+
+
+def files_at_once() -> int:
+    """How many files a call of cuDF's reader may have open: each takes two descriptors, and there are two calls.
+
+    Examples
+    --------
+    >>> 64 <= files_at_once() <= 1024
+    True
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1024 if soft == resource.RLIM_INFINITY else max(64, min(1024, soft // 8))
+
+
 def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
-    """Read the columns of all fragments into one cuDF frame, in a single call: many small reads leave a GPU idle."""
+    """Read the columns of all fragments into one cuDF frame, in few calls: many small reads leave a GPU idle."""
     share_memory_pool()
     cudf = _cudf()
     rows = sum(fragment.rows for fragment in fragments)
     if not columns:
         return cudf.DataFrame(index=cudf.RangeIndex(rows))
-    paths = [fragment.path for fragment in fragments]
-    files = f"{paths[0]} (the first of {len(paths)} files)"
+    most = files_at_once()
+    parts = [fragments[start : start + most] for start in range(0, len(fragments), most)]
+    frames = [_read_with_cudf(fs, part, columns) for part in parts]
+    frame = frames[0] if len(frames) == 1 else cudf.concat(frames, ignore_index=True)
+    if len(frame) != rows:
+        raise ClusterError(f"{_first_of(fragments)} changed since the footers were read.")
+    return frame
+
+
+def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
     groups = [list(fragment.row_groups) for fragment in fragments if fragment.row_groups is not None]
     try:
-        frame = cudf.read_parquet(
-            paths,
-            columns=list(columns),
-            row_groups=groups or None,
-            filesystem=None if is_local(fs) else fs,
-            use_pandas_metadata=False,
-            # Folders named key=value would otherwise be read one by one.
-            dataset_kwargs={"partitioning": None},
-            allow_mismatched_pq_schemas=True,
-        )
+        with _readers:
+            return _cudf().read_parquet(
+                [fragment.path for fragment in fragments],
+                columns=list(columns),
+                row_groups=groups or None,
+                filesystem=None if is_local(fs) else fs,
+                use_pandas_metadata=False,
+                # Folders named key=value would otherwise be read one by one.
+                dataset_kwargs={"partitioning": None},
+                allow_mismatched_pq_schemas=True,
+            )
     except (RuntimeError, OSError) as error:
-        raise _unreadable(files, error) from error
-    if len(frame) != rows:
-        raise ClusterError(f"{files} changed since the footers were read.")
-    return frame
+        raise _unreadable(_first_of(fragments), error) from error
+
+
+def _first_of(fragments: Sequence[Fragment]) -> str:
+    return f"{fragments[0].path} (the first of {len(fragments)} files)"

@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 import dask
 import dask.dataframe as dd
 import fsspec
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from dask import _expr as core
@@ -50,6 +51,7 @@ from dask_semdedup._parquet import (
 )
 from dask_semdedup._validate import check_bytes
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
+from dask_semdedup.memory import device_bytes
 
 __all__ = ["align", "align_both", "cluster_files", "is_aligned", "plan", "read_clusters", "write_cluster"]
 
@@ -57,6 +59,9 @@ BACKENDS = ("pandas", "cudf")
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 # Reading a row costs about as much as comparing it with this many others, so that small clusters are not free.
 READING_COST = 1024
+# Bytes of a partition of pandas, and the least and the most of one of cuDF.
+PARTITION = 2**27
+GPU_PARTITIONS = (2**27, 2**30)
 # Where there is little to read, partitions of pandas get as small as this to keep all cores busy.
 SMALL_PARTITION = 2**24
 # The longest list column that cuDF can hold, in elements; the bytes are those of its narrowest elements.
@@ -71,7 +76,7 @@ def read_clusters(
     backend: str | None = None,
     columns: Sequence[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
-    partition_size: str | int = "128MiB",
+    partition_size: str | int | None = None,
 ) -> dd.DataFrame:
     """Read clustered embeddings into a Dask DataFrame in which no cluster spans two partitions.
 
@@ -92,9 +97,11 @@ def read_clusters(
         The columns to read, in this order. By default all.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
-    partition_size : str or int, default "128MiB"
-        The most bytes that the columns of a partition take in memory, unless a single cluster takes more. Partitions
-        of pandas are made smaller, down to 16 MiB, where there would else be too few to keep all cores busy.
+    partition_size : str or int, optional
+        The most bytes that the columns of a partition take in memory, unless a single cluster takes more. By default
+        "128MiB" for pandas and, as many files in one call are what a GPU reads fast, up to "1GiB" for cuDF: less where
+        that times the threads would fill a sixth of the GPU. Partitions of pandas are made smaller, down to 16 MiB,
+        where there would else be too few to keep all cores busy.
 
     Returns
     -------
@@ -133,8 +140,8 @@ def read_clusters(
     1   2         0
     2   3         1
     """
-    size = check_bytes("partition_size", partition_size)
     backend = _check_backend(backend)
+    size = _default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
     folders = _clusters_of_folders(files, cluster_field)
     reader = _reader(fs, files, folders, cluster_field, backend)
@@ -152,6 +159,14 @@ def _check_backend(backend: str | None) -> str:
     if backend not in BACKENDS:
         raise InvalidArgumentError(f"backend must be one of {list(BACKENDS)} or None, not {backend!r}.")
     return backend
+
+
+def _default_size(backend: str) -> int:
+    """Bytes of a partition: on a GPU so few that each thread can hold six times as many."""
+    if backend == "pandas":
+        return PARTITION
+    memory = device_bytes()
+    return GPU_PARTITIONS[1] if memory is None else int(np.clip(memory // (6 * CPU_COUNT), *GPU_PARTITIONS))
 
 
 def no_cluster_column(cluster_field: str, where: str, columns: Iterable[object]) -> ClusterError:

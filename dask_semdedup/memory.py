@@ -15,7 +15,7 @@ from typing import Any
 
 import dask
 
-__all__ = ["share_memory_pool"]
+__all__ = ["device_bytes", "share_memory_pool"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,24 @@ def _share() -> bool:
         cupy.cuda.set_allocator(rmm_cupy_allocator)
         _torch_shares = _give_to_torch(torch, rmm_torch_allocator)
     return _torch_shares
+
+
+def device_bytes() -> int | None:
+    """Memory of the current GPU, or None where RMM sees none.
+
+    Examples
+    --------
+    >>> size = device_bytes()
+    >>> size is None or size > 0
+    True
+    """
+    try:
+        import rmm
+
+        return int(rmm.mr.available_device_memory()[1])
+    except (ImportError, RuntimeError) as error:
+        logger.debug("The memory of a GPU is not known: %s", error)
+        return None
 
 
 def _install_pool(rmm: Any) -> bool:

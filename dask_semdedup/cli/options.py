@@ -128,9 +128,8 @@ search_options = _together(
     click.option(
         "--partition-size",
         metavar="SIZE",
-        default="128MiB",
-        show_default=True,
-        help="The most that a partition may take in memory, unless a single cluster takes more.",
+        help="The most that a partition may take in memory, unless a single cluster takes more.  [default: 128MiB, "
+        "or up to 1GiB on a GPU]",
     ),
 )
 execution_options = _together(

@@ -68,7 +68,7 @@ def command(
     ranking_strategy: RankingStrategy | None,
     eps: float,
     backend: str | None,
-    partition_size: str,
+    partition_size: str | None,
     storage_options: dict[str, Any],
     scheduler: str | None,
     workers: int | None,

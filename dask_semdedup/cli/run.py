@@ -174,7 +174,7 @@ class Run:
     device: str
     backend: str | None
     pairwise_batch_size: int | None
-    partition_size: str
+    partition_size: str | None
     storage_options: dict[str, Any]
     verbose: bool
     progress: Progress
@@ -237,7 +237,7 @@ class Run:
             id_field=self.id_field,
             embedding_field=self.embedding_field,
             storage_options=self.storage_options,
-            partition_size=self.partition_size,
+            partition_size=self.partition_size or "128MiB",
         )
 
     def _read_scores(self) -> dd.DataFrame:

@@ -18,7 +18,6 @@ import dask.dataframe as dd
 import fsspec
 import pandas as pd
 import pyarrow as pa
-import pyarrow.json
 from dask.tokenize import tokenize
 from fsspec.utils import read_block
 
@@ -409,15 +408,17 @@ def _infer(fs: fsspec.AbstractFileSystem, block: Block, embedding_field: str) ->
 
 def _parse(fs: fsspec.AbstractFileSystem, block: Block, schema: pa.Schema | None) -> pa.Table:
     """The lines of a block, all of them of a schema."""
+    from pyarrow import json
+
     try:
         with fs.open(block.path, "rb", compression="infer") as file:
             text = file.read() if block.length is None else read_block(file, block.start, block.length, b"\n")
         if not text.strip():
             return (schema or pa.schema([])).empty_table()
-        options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error" if schema else "infer")
+        options = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error" if schema else "infer")
         # A line is in one block of the parser: it may be as long as the text.
-        reading = pa.json.ReadOptions(use_threads=False, block_size=min(max(len(text), 1), 2**31 - 1))
-        return pa.json.read_json(io.BytesIO(text), read_options=reading, parse_options=options)
+        reading = json.ReadOptions(use_threads=False, block_size=min(max(len(text), 1), 2**31 - 1))
+        return json.read_json(io.BytesIO(text), read_options=reading, parse_options=options)
     except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         raise ClusterError(
             f"Cannot read {block.path} as JSON lines ({error}). Each line must be an object, with the columns and "

@@ -32,6 +32,7 @@ from real_data import DEFAULT_DATA, Truth, ensure_data, read_rows
 from rich.console import Console
 from rich.table import Table
 from semhash import SemHash
+from threadpoolctl import threadpool_info
 
 from dask_semdedup import RankingStrategy
 
@@ -153,6 +154,9 @@ def main(data: Path, eps: float, repeats: int, json_path: Path | None) -> None:
         f"(bar {BAR_RECALL[1]}), with n_probe=2 {twice.recall:.4f} (bar {BAR_RECALL[2]}); "
         f"{faiss.omp_get_max_threads()} threads"
     )
+    # The OpenBLAS that comes with faiss may not know the processor: then OPENBLAS_CORETYPE should name a kernel for it.
+    kernels = {info["architecture"] for info in threadpool_info() if info["internal_api"] == "openblas"}
+    console.print(f"kernels of OpenBLAS: {', '.join(sorted(kernels))}")
     if json_path:
         json_path.write_text(json.dumps([asdict(result) for result in results], indent=2))
 

@@ -638,7 +638,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
             eps and none of them is chosen, or `eps` is not a number from 0 to 2.
         IdError
             When computed, if an id to remove stands in several rows of this frame, of which at most one is a
-            duplicate, or scores say that a row duplicates one of its own id. No partition is given out before that is known.
+            duplicate, or if scores say that a row duplicates one of its own id. No partition is given out before that
+            is known.
 
         Notes
         -----

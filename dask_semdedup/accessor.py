@@ -32,7 +32,7 @@ from dask_semdedup.kmeans import (
     too_many_clusters,
 )
 from dask_semdedup.layout import check_cluster_dtype, write_layout
-from dask_semdedup.pairwise import SCORE_COLUMNS, home_field
+from dask_semdedup.pairwise import SCORE_COLUMNS, has_visits, home_field
 from dask_semdedup.placement import DEVICES
 from dask_semdedup.ranking import RankingStrategy, choose_strategy
 from dask_semdedup.removal import remove_duplicates
@@ -116,7 +116,8 @@ class SemDedupAccessor:
             Centroids to use instead of a fit: what `fit_centroids` returned, or a ``.npy`` file of it; local, or a URL
             that fsspec understands.
         n_probe : int, default 1
-            The clusters that each row stands in: its own and, as a visit, its next nearest ones.
+            The clusters that each row stands in: its own and, as a visit, its next nearest ones. Where the number of
+            clusters is chosen by default, and is smaller, all of them.
         device : {"auto", "cpu", "cuda"}, default "auto"
             Where rows are assigned, whatever holds the frame, and where the centroids are fitted.
 
@@ -430,7 +431,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If there is no column of ids, of embeddings, or to rank by.
         ClusterError
-            If there is no cluster column; when computed, if rows have a null cluster.
+            If there is no cluster column; when computed, if rows have a null cluster, or visit others but do not stand
+            in their own.
         EmbeddingError
             If the embedding column cannot hold embeddings; when computed, if rows are null, not finite, or of
             different lengths.
@@ -457,8 +459,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         check_positive("pairwise_batch_size", pairwise_batch_size)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
         self._check_schema(id_field, embedding_field, cluster_field, ranking, embedding_dim)
-        home = home_field(cluster_field)
-        needed = {id_field, embedding_field, cluster_field, home, *ranking.required_columns}
+        with_visits = has_visits(self._ddf._meta, cluster_field)
+        home = [home_field(cluster_field)] if with_visits else []
+        needed = {id_field, embedding_field, cluster_field, *home, *ranking.required_columns}
         frame = align(self._ddf[[name for name in self._ddf.columns if name in needed]], cluster_field)
         scores = PairwiseScores(
             frame,
@@ -470,10 +473,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
             batch_size=pairwise_batch_size,
             embedding_dim=embedding_dim,
             device=device,
-            with_visits=home in frame.columns,
+            with_visits=with_visits,
             verbose=bool(verbose),
         )
-        if not scores.with_visits:
+        if not with_visits:
             return new_collection(scores)
         return new_collection(BestOfVisits(align(new_collection(scores), cluster_field), cluster_field=cluster_field))
 
@@ -574,7 +577,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         InvalidArgumentError
             If `eps` is not a number from 0 to 2.
         IdError
-            When computed, if ids of duplicates are null or repeat, or if their ``max_id`` lead in a circle.
+            When computed, if ids of duplicates are null or repeat, also those of rows that are preferred to them, or if
+            their ``max_id`` lead in a circle.
 
         Notes
         -----
@@ -634,7 +638,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
             eps and none of them is chosen, or `eps` is not a number from 0 to 2.
         IdError
             When computed, if an id to remove stands in several rows of this frame, of which at most one is a
-            duplicate. No partition is given out before that is known.
+            duplicate, or if scores say that a row duplicates one of its own id. No partition is given out before that
+            is known.
 
         Notes
         -----
@@ -826,9 +831,13 @@ n_init, oversampling_factor, max_samples_per_batch, device
         """
         check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
         check_choice("device", device, DEVICES)
+        check_positive("n_probe", n_probe)
         if eps is not None:
             check_eps(eps)
         reference_id_field = id_field if reference_id_field is None else reference_id_field
+        # Before a fit, which takes longer than to see that a column is not there.
+        self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
+        reference.semdedup._check_ids_and_embeddings(reference_id_field, embedding_field, embedding_dim)
         queries, candidates = self._in_same_clusters(
             reference,
             id_field=id_field,
@@ -840,13 +849,20 @@ n_init, oversampling_factor, max_samples_per_batch, device
             n_probe=n_probe,
             embedding_dim=embedding_dim,
             device=device,
-            **kmeans_options,
+            kmeans_options=kmeans_options,
         )
         by_id = RankingStrategy.random()  # needs no other column
         queries.semdedup._check_schema(id_field, embedding_field, cluster_field, by_id, embedding_dim)
         candidates.semdedup._check_schema(reference_id_field, embedding_field, cluster_field, by_id, embedding_dim)
         home = home_field(cluster_field)
-        wanted = [id_field, embedding_field, cluster_field, *([home] if home in queries.columns else [])]
+        wanted = [
+            id_field,
+            embedding_field,
+            cluster_field,
+            *([home] if has_visits(queries._meta, cluster_field) else []),
+        ]
+        if has_visits(candidates._meta, cluster_field):
+            candidates = candidates[candidates[cluster_field] == candidates[home]]
         scores = new_collection(
             AgainstScores(
                 *align_both(
@@ -866,29 +882,42 @@ n_init, oversampling_factor, max_samples_per_batch, device
         return scores if eps is None else find_duplicates(scores, eps)
 
     def _in_same_clusters(
-        self, reference: dd.DataFrame, *, cluster_field: str, reference_id_field: str, **options: Any
+        self,
+        reference: dd.DataFrame,
+        *,
+        id_field: str,
+        reference_id_field: str,
+        cluster_field: str,
+        n_probe: int,
+        kmeans_options: dict[str, Any],
+        **options: Any,
     ) -> tuple[dd.DataFrame, dd.DataFrame]:
         """The frame and the reference as they are where both have clusters, else assigned to the same centroids."""
         has_clusters = [cluster_field in frame.columns for frame in (self._ddf, reference)]
         kmeans_is_asked_for = options["n_clusters"] is not None or options["centroids"] is not None
         if all(has_clusters) and not kmeans_is_asked_for:
-            if options["n_probe"] != 1:
-                raise InvalidArgumentError("n_probe is of k-means: pass the centroids too, or cluster with n_probe.")
+            unused = [*(["n_probe"] if n_probe != 1 else []), *kmeans_options]
+            if unused:
+                raise InvalidArgumentError(
+                    f"Both frames have clusters, which k-means would replace: {', '.join(unused)} would mean nothing. "
+                    "Pass the centroids too, or cluster with these arguments."
+                )
             return self._ddf, reference
         if any(has_clusters) and not kmeans_is_asked_for:
             raise ClusterError(
                 f"Only one of the two frames has a cluster column {cluster_field!r}. Pass the centroids of its "
                 "clusters as `centroids`, or n_clusters to cluster both anew."
             )
-        id_field, n_probe = options.pop("id_field"), options.pop("n_probe")
+        options |= kmeans_options
         if options["centroids"] is None:
             fit = {name: value for name, value in options.items() if name != "centroids"}
             options["centroids"] = reference.semdedup.fit_centroids(id_field=reference_id_field, **fit)
-        assign = {name: options[name] for name in ("centroids", "embedding_field", "embedding_dim", "device")}
-        assign["cluster_field"] = cluster_field
+            if options["n_clusters"] is None:
+                n_probe = min(n_probe, len(check_centroids(options["centroids"]).distinct))
+        options["cluster_field"] = cluster_field
         return (
-            self._ddf.semdedup.kmeans(id_field=id_field, n_probe=n_probe, **assign),
-            reference.semdedup.kmeans(id_field=reference_id_field, **assign),
+            self._ddf.semdedup.kmeans(id_field=id_field, n_probe=n_probe, **options),
+            reference.semdedup.kmeans(id_field=reference_id_field, **options),
         )
 
     def deduplicate(
@@ -898,6 +927,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         *,
         id_field: str = "id",
         embedding_field: str = "embeddings",
+        cluster_field: str = "centroid",
         which_to_keep: str = "hard",
         sim_metric: str = "cosine",
         ranking_strategy: RankingStrategy | None = None,
@@ -924,6 +954,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
             Column of ids, which must be unique.
         embedding_field : str, default "embeddings"
             Column of embeddings.
+        cluster_field : str, default "centroid"
+            Name of the column of clusters on the way, which is not in the result: no column that is needed may have it.
         which_to_keep, sim_metric, ranking_strategy, random_seed
             The rows that are preferred: see `pairwise`.
         centroids, n_probe, **kmeans_options
@@ -954,9 +986,15 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1   2    y
         """
         check_eps(eps)
+        # Before a fit, which takes longer than to see what is wrong.
+        check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
+        ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
+        self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
+        ranking.check_columns(dict.fromkeys([*self._ddf.columns, cluster_field, *DISTANCE_COLUMNS]))
         clustered = self.kmeans(
             n_clusters,
             embedding_field=embedding_field,
+            cluster_field=cluster_field,
             id_field=id_field,
             embedding_dim=embedding_dim,
             centroids=centroids,
@@ -965,13 +1003,11 @@ n_init, oversampling_factor, max_samples_per_batch, device
             **kmeans_options,
         )
         scores = clustered.semdedup.pairwise(
-            which_to_keep=which_to_keep,
-            sim_metric=sim_metric,
-            ranking_strategy=ranking_strategy,
+            ranking_strategy=ranking,
             id_field=id_field,
             embedding_field=embedding_field,
+            cluster_field=cluster_field,
             embedding_dim=embedding_dim,
-            random_seed=random_seed,
             compute_dtype=compute_dtype,
             device=device,
         )
@@ -985,10 +1021,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         ranking: RankingStrategy,
         embedding_dim: int | None,
     ) -> None:
+        self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
         columns = list(self._ddf.columns)
-        if not {id_field, embedding_field} <= set(columns):
-            advice = "Name the columns of ids and embeddings as id_field and embedding_field."
-            raise MissingColumnsError.build([id_field, embedding_field], columns, advice)
         if cluster_field not in columns:
             raise no_cluster_column(cluster_field, "the frame", columns)
         if cluster_field in SCORE_COLUMNS:
@@ -996,9 +1030,15 @@ n_init, oversampling_factor, max_samples_per_batch, device
                 f"cluster_field may not be {cluster_field!r}: scores have a column of that name."
             )
         ranking.check_columns(columns)
+        check_plain_dtype(self._ddf._meta[cluster_field], "cluster_field")
+
+    def _check_ids_and_embeddings(self, id_field: str, embedding_field: str, embedding_dim: int | None) -> None:
+        columns = list(self._ddf.columns)
+        if not {id_field, embedding_field} <= set(columns):
+            advice = "Name the columns of ids and embeddings as id_field and embedding_field."
+            raise MissingColumnsError.build([id_field, embedding_field], columns, advice)
         meta = self._ddf._meta
         check_plain_dtype(meta[id_field], "id_field")
-        check_plain_dtype(meta[cluster_field], "cluster_field")
         check_embedding_dtype(meta[embedding_field], embedding_field, embedding_dim)
 
     def _check_embeddings(self, embedding_field: str, embedding_dim: int | None) -> None:

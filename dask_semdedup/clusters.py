@@ -646,10 +646,12 @@ def align_both(left: dd.DataFrame, right: dd.DataFrame, cluster_field: str) -> t
         if not (pd.api.types.is_integer_dtype(ours) and pd.api.types.is_integer_dtype(theirs)):
             raise InvalidArgumentError(
                 f"Column {cluster_field!r} is {ours} in one frame and {theirs} in the other: clusters must be of one "
-                "clustering."
+                "clustering. If they are, convert one of the columns with astype."
             )
-        # Numbers of different widths may be sent to different partitions.
-        left, right = (frame.assign(**{cluster_field: frame[cluster_field].astype("int64")}) for frame in (left, right))
+        # Numbers of different widths may be sent to different partitions. Nulls are left to be named by their ids.
+        may_be_null = any(pd.api.types.is_extension_array_dtype(dtype) for dtype in (ours, theirs))
+        to = "Int64" if may_be_null else "int64"
+        left, right = (frame.assign(**{cluster_field: frame[cluster_field].astype(to)}) for frame in (left, right))
     n = max(left.npartitions, right.npartitions)
     if n == 1:
         return left, right

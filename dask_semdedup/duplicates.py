@@ -9,8 +9,9 @@ from typing import Any
 import dask.dataframe as dd
 import numpy as np
 
-from dask_semdedup.embeddings import frame_like
-from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.embeddings import frame_like, to_list
+from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.ids import are_equal
 
 __all__ = [
     "EPS_GRID",
@@ -21,6 +22,7 @@ __all__ = [
     "find_duplicates",
     "is_duplicate",
     "threshold",
+    "without_first_rows",
 ]
 
 SCORE_COLUMN = "cosine_sim_score"
@@ -135,6 +137,36 @@ def find_duplicates(scores: Any, eps: float | Sequence[float]) -> Any:
     grid = _check_several(eps)  # type: ignore[arg-type]
     check_score_columns(scores, [SCORE_COLUMN])
     return scores.assign(**{eps_column(value): is_duplicate(scores[SCORE_COLUMN], value) for value in grid})
+
+
+def without_first_rows(duplicates: Any) -> Any:
+    """Drop the first rows of clusters, which are their own ``max_id``, with score 0, and are kept whatever eps is.
+
+    Parameters
+    ----------
+    duplicates : pandas.DataFrame or cudf.DataFrame
+        With the columns ``id``, ``max_id`` and ``cosine_sim_score``.
+
+    Raises
+    ------
+    IdError
+        If rows that are not the first of their cluster are their own ``max_id``: two rows have one id.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> without_first_rows(pd.DataFrame({"id": [1, 2], "max_id": [1, 1], "cosine_sim_score": [0.0, 0.5]}))
+       id  max_id  cosine_sim_score
+    1   2       1               0.5
+    """
+    is_own = are_equal(duplicates["id"], duplicates["max_id"])
+    repeated = duplicates["id"][is_own & (duplicates[SCORE_COLUMN] != 0)]
+    if len(repeated):
+        raise IdError(
+            f"{have(len(repeated), 'duplicate')} the id of the preferred row (ids {some(to_list(repeated))}): "
+            "ids repeat, and which row is meant cannot be told. Give every row an id of its own, and score again."
+        )
+    return duplicates[~is_own]
 
 
 def eps_column(eps: float) -> str:

@@ -12,7 +12,13 @@ from typing import Any
 import dask.dataframe as dd
 import numpy as np
 
-from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, check_score_columns, find_duplicates
+from dask_semdedup.duplicates import (
+    SCORE_COLUMN,
+    check_eps,
+    check_score_columns,
+    find_duplicates,
+    without_first_rows,
+)
 from dask_semdedup.embeddings import to_list
 from dask_semdedup.errors import IdError, have, some
 from dask_semdedup.ids import factorize
@@ -34,7 +40,9 @@ def find_groups(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
     """
     check_eps(eps)
     check_score_columns(scores, ["id", "max_id", SCORE_COLUMN])
-    duplicates = find_duplicates(scores, eps)[["id", "max_id"]].repartition(npartitions=1)
+    duplicates = find_duplicates(scores, eps)[["id", "max_id", SCORE_COLUMN]]
+    others = duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
+    duplicates = others[["id", "max_id"]].repartition(npartitions=1)
     return duplicates.map_partitions(resolve_groups, meta=resolve_groups(duplicates._meta), clear_divisions=True)
 
 

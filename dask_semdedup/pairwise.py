@@ -22,6 +22,7 @@ __all__ = [
     "SCORE_COLUMNS",
     "best_of_visits",
     "check_clusters",
+    "has_visits",
     "home_field",
     "pairwise_meta",
     "pairwise_partition",
@@ -47,6 +48,27 @@ def home_field(cluster_field: str) -> str:
     'home_centroid'
     """
     return f"home_{cluster_field}"
+
+
+def has_visits(frame: Any, cluster_field: str) -> bool:
+    """Whether rows of a frame may visit other clusters, as the column of their own ones, of integers, tells.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame or cudf.DataFrame
+        It may be empty.
+    cluster_field : str
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> has_visits(pd.DataFrame({"page": [0, 0], "home_page": [0, 1]}), "page")
+    True
+    >>> has_visits(pd.DataFrame({"page": [0], "home_page": ["https://dask.org"]}), "page")
+    False
+    """
+    home = home_field(cluster_field)
+    return home in frame.columns and getattr(frame[home].dtype, "kind", "") in ("i", "u")
 
 
 def pairwise_partition(
@@ -191,7 +213,10 @@ def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
     own = frame[frame[RANK_COLUMN] >= 0][[*key, RANK_COLUMN]]
     _check_unique(own, key)
     best = frame.sort_values(["cosine_sim_score", RANK_COLUMN], ascending=False).drop_duplicates(key)
-    best = best.drop(columns=RANK_COLUMN).merge(own, on=key).sort_values([cluster_field, RANK_COLUMN])
+    best = best.drop(columns=RANK_COLUMN)
+    if len(best) > len(own):
+        raise _strays(best.merge(own, on=key, how="left"), cluster_field)
+    best = best.merge(own, on=key).sort_values([cluster_field, RANK_COLUMN])
     scores = best["cosine_sim_score"]
     best["cosine_sim_score"] = scores.where(scores > NO_CANDIDATE, np.float32(0))
     return best[[*SCORE_COLUMNS, cluster_field]].reset_index(drop=True)
@@ -204,6 +229,16 @@ def _check_unique(own: Any, key: list[str]) -> None:
             f"{have(len(repeated), 'row')} an id that another row of the same cluster has (ids "
             f"{some(to_list(repeated.drop_duplicates()))}). With n_probe, rows must have ids of their own."
         )
+
+
+def _strays(best: Any, cluster_field: str) -> ClusterError:
+    """The error for visits of rows that do not stand in their own clusters."""
+    strays = best["id"][best[RANK_COLUMN].isna()]
+    home = home_field(cluster_field)
+    return ClusterError(
+        f"{have(len(strays), 'row')} visits only: none where {cluster_field!r} is the row's own cluster, {home!r} (ids "
+        f"{some(to_list(strays))}). Select rows by {home!r}, or rename it if it means something else."
+    )
 
 
 def _visits_last(is_visit: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,11 +21,11 @@ from dask.dataframe.dispatch import concat
 from dask.typing import Key
 
 from dask_semdedup.clusters import ShuffleByCluster
-from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, eps_column, find_duplicates
+from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, eps_column, find_duplicates, without_first_rows
 from dask_semdedup.embeddings import check_plain_dtype, frame_like, is_cudf, to_list
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.hashing import hash_ids
-from dask_semdedup.ids import are_equal, check_same_kind, is_in, repeats
+from dask_semdedup.ids import check_same_kind, is_in, repeats
 
 __all__ = ["remove_duplicates"]
 
@@ -110,14 +110,14 @@ def _select(duplicates: dd.DataFrame, id_field: str, eps: float | None) -> dd.Da
         if flags and flag not in flags:
             raise InvalidArgumentError(f"duplicates were found at {', '.join(flags)}, not at {flag}.")
         duplicates = duplicates if flags else find_duplicates(duplicates, eps)
-    preferred = "max_id" if {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and id_field == "id" else None
-    needed = [name for name in (id_field, preferred, flag) if name is not None]
+    are_scores = {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and id_field == "id"
+    needed = [id_field, *(["max_id", SCORE_COLUMN] if are_scores else []), *([] if flag is None else [flag])]
     return duplicates[needed].map_partitions(
         ids_to_remove,
         id_field,
-        preferred,
+        are_scores,
         flag,
-        meta=ids_to_remove(duplicates._meta[needed], id_field, preferred, flag),
+        meta=ids_to_remove(duplicates._meta[needed], id_field, are_scores, flag),
         clear_divisions=True,
     )
 
@@ -208,12 +208,12 @@ class RowsKept(Blockwise):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ids_to_remove(frame: Any, id_field: str, preferred: str | None, flag: str | None) -> Any:
+def ids_to_remove(frame: Any, id_field: str, are_scores: bool, flag: str | None) -> Any:
     """The ids of one partition's duplicates; not those of rows that are preferred to all of their cluster."""
     if flag is not None:
         frame = frame[frame[flag].astype("bool")]
-    if preferred is not None:
-        frame = frame[~are_equal(frame[id_field], frame[preferred])]
+    if are_scores:
+        frame = without_first_rows(frame)
     return frame[[id_field]].dropna().reset_index(drop=True)
 
 

@@ -26,8 +26,8 @@ from dask_semdedup._parquet import FileStats, Fragment, Reader, read_footers, re
 from dask_semdedup._validate import check_positive
 from dask_semdedup.clusters import CUDF_ELEMENTS, cluster_files, plan, write_cluster
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf, rows_not_finite
-from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, MissingColumnsError, some
-from dask_semdedup.pairwise import SCORE_COLUMNS, pairwise_partition
+from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.pairwise import SCORE_COLUMNS, home_field, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ __all__ = [
 
 # The column that tells clusters apart while several are one frame; it is in no file.
 CLUSTER_FIELD = "__cluster__"
+# Of the layout whose folders are named centroid=<k>, the only one that is read.
+HOME_FIELD = home_field("centroid")
 # Small clusters share a task of Dask, up to so many bytes.
 BATCH_BYTES = 128 * 2**20
 
@@ -393,6 +395,11 @@ class PairwiseCosineSimilarityStage:
         if not {self.id_field, self.embedding_field} <= set(schema.names):
             advice = f"Name the columns of ids and embeddings in {path} as id_field and embedding_field."
             raise MissingColumnsError.build([self.id_field, self.embedding_field], schema.names, advice)
+        if HOME_FIELD in schema.names:
+            raise ClusterError(
+                f"{path} has a column {HOME_FIELD!r}: its rows visit other clusters (k-means with n_probe), of which a "
+                "stage knows nothing. Use read_clusters(...).semdedup.pairwise(), or cluster with n_probe=1."
+            )
         self.ranking_strategy.check_columns(schema.names)
         empty = Reader(None, schema).meta(list({self.id_field, self.embedding_field}))
         check_plain_dtype(empty[self.id_field], "id_field")

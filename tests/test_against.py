@@ -123,6 +123,33 @@ def test_fitted_to_the_reference() -> None:
     assert (found["cosine_sim_score"] == 1).all()
 
 
+def test_the_default_clusters_may_be_fewer_than_the_probes() -> None:
+    rng = np.random.default_rng(7)
+    lazy = [dd.from_pandas(side(rng, n, 1).drop(columns="centroid"), npartitions=2) for n in (20, 40)]
+    one, two = (lazy[0].semdedup.against(lazy[1], eps=None, n_probe=p).compute() for p in (1, 2))
+    pd.testing.assert_frame_equal(one, two)
+
+
+def test_visits_of_the_reference_are_not_found() -> None:
+    """The row's one like stands in another cluster, and only visits this one."""
+    rows = np.array([[0.6, 0.8], [1.0, 0.0]])
+    reference = pd.DataFrame({"id": [0, 1], "embeddings": arrow_lists(rows, pa.float32())})
+    reference = pd.concat([reference.assign(centroid=[0, 0]), reference.assign(centroid=[1, 1])])
+    reference["home_centroid"] = [1, 0, 1, 0]
+    frame = reference.iloc[:1].drop(columns="home_centroid")
+    lazy = [dd.from_pandas(part, npartitions=1, sort=False) for part in (frame, reference)]
+    assert lazy[0].semdedup.against(lazy[1], eps=None).compute()["max_id"].tolist() == [1]
+
+
+@pytest.mark.parametrize("npartitions", [1, 3])
+def test_rows_without_a_cluster_are_named_whatever_the_other_frame_has(npartitions: int) -> None:
+    frame = side(np.random.default_rng(8), 10, 2)
+    lost = frame.assign(centroid=pd.array([None, *frame["centroid"][1:]], "Int64"))
+    lazy = [dd.from_pandas(part, npartitions=npartitions) for part in (lost, frame)]
+    with pytest.raises(ClusterError, match="1 row has no cluster"):
+        lazy[0].semdedup.against(lazy[1]).compute()
+
+
 @pytest.mark.filterwarnings("error")
 def test_columns_of_the_scores_stay_aligned_with_each_other() -> None:
     rng = np.random.default_rng(6)
@@ -148,7 +175,11 @@ def fail(_: pd.DataFrame) -> pd.DataFrame:
     [
         ({}, {"eps": 3}, InvalidArgumentError, "eps must be a number from 0 to 2"),
         ({}, {"device": "tpu"}, InvalidArgumentError, "device must be one of"),
-        ({}, {"n_probe": 2}, InvalidArgumentError, "n_probe is of k-means"),
+        ({}, {"n_probe": 2}, InvalidArgumentError, "n_probe would mean nothing"),
+        ({}, {"max_iter": 2}, InvalidArgumentError, "max_iter would mean nothing"),
+        ({}, {"n_probe": 0}, InvalidArgumentError, "n_probe must be"),
+        ({}, {"centroids": np.eye(6), "n_clusters": 2}, InvalidArgumentError, "n_clusters is 2, but there are 6"),
+        ({}, {"centroids": np.eye(6), "n_prob": 2}, TypeError, "n_prob"),
         ({"drop": "centroid"}, {}, ClusterError, "Only one of the two frames has a cluster column 'centroid'"),
         ({"drop": "embeddings"}, {}, MissingColumnsError, "embeddings"),
         ({"drop": "id"}, {}, MissingColumnsError, "'id'"),

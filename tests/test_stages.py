@@ -430,3 +430,12 @@ def test_run_on_a_client(golden, tmp_path):
     ):
         results = stage.run(client)
     check_hard(results[0].data[0])
+
+
+def test_rows_that_visit_other_clusters_are_refused(tmp_path):
+    visits = pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]], "centroid": 3, "home_centroid": 9})
+    source = write_layout(tmp_path / "input", {3: [visits]})
+    stage = similarity(tmp_path / "out", RankingStrategy.random())
+    with pytest.raises(ClusterError, match=r"home_centroid.*n_probe"):
+        stage.process(task(3, [f"{source}/centroid=3/part.0.parquet"]))
+    assert not (tmp_path / "out").exists()

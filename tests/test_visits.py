@@ -130,3 +130,22 @@ def test_a_partition_without_rows() -> None:
     )
     assert found.dtypes.equals(pairwise_meta(frame, **options).dtypes)
     assert len(best_of_visits(found, cluster_field="centroid")) == 0
+
+
+@pytest.mark.parametrize("page", ["int", "str"])
+def test_a_column_of_such_a_name_but_not_of_integers_means_nothing(page: str) -> None:
+    frame = with_visits(np.random.default_rng(3), np.ones((6, 2), np.float32), 2, 1).drop(columns="home_centroid")
+    frame = frame.rename(columns={"centroid": "page"}).astype({"page": page}).assign(home_page="https://dask.org")
+    ddf = dd.from_pandas(frame, npartitions=2)
+    scores, plain = (
+        part.semdedup.pairwise(cluster_field="page").compute() for part in (ddf, ddf.drop(columns="home_page"))
+    )
+    assert len(scores) == 6
+    pd.testing.assert_frame_equal(scores, plain)
+
+
+def test_visits_of_rows_that_are_nowhere_at_home_are_an_error() -> None:
+    frame = with_visits(np.random.default_rng(4), np.ones((8, 2), np.float32), 4, 2)
+    homeless = dd.from_pandas(frame[frame["centroid"] < 2], npartitions=2)
+    with pytest.raises(ClusterError, match=r"visits only: none where 'centroid' is the row's own cluster"):
+        homeless.semdedup.pairwise().compute()

@@ -267,6 +267,7 @@ class Run:
                 self.n_clusters,
                 embedding_field=self.embedding_field,
                 cluster_field=self.cluster_field,
+                id_field=self.id_field,
                 embedding_dim=self.embedding_dim,
                 random_state=self.random_seed,
                 n_probe=self.n_probe,
@@ -305,9 +306,11 @@ class Run:
         return {"rows": self._write(scores, folder, "Comparing")}
 
     def _find_duplicates(self, folder: str) -> dict[str, int]:
+        from dask_semdedup.duplicates import without_first_rows
+
         duplicates = self._read_scores().semdedup.duplicates(self.eps)
         # From eps = 1 on, the first rows of clusters are among them, which are kept.
-        duplicates = duplicates[duplicates["id"] != duplicates["max_id"]]
+        duplicates = duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
         return {"duplicates": self._write(duplicates, folder, "Finding duplicates")}
 
     def _deduplicate(self, folder: str) -> dict[str, int]:

@@ -79,9 +79,9 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
     dtype = meta_column.dtype
     if is_string(meta_column):
         raise EmbeddingError(
-            f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Dask turns object columns into "
-            'strings when it reads or builds a frame; set dask.config.set({"dataframe.convert-string": False}) before '
-            "that, or keep the embeddings in an Arrow list column."
+            f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Name the column of the "
+            "embeddings. If it was an object column, Dask has made it one of strings when it built the frame: set "
+            'dask.config.set({"dataframe.convert-string": False}) before, or make it an Arrow list column.'
         )
     if _element_type(dtype) not in NUMERIC:
         raise EmbeddingError(f"Column {name!r} has dtype {dtype}, not embeddings: it must hold {ACCEPTED}.")

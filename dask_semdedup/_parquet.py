@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from dask.dataframe.utils import pyarrow_strings_enabled
 from dask.system import CPU_COUNT
@@ -34,6 +35,10 @@ PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 # Bytes fetched from the end of a remote file: enough for nearly every footer, in one request.
 FOOTER_GUESS = 2**16
 REMOTE_THREADS = 32
+# Local footers that a task of a thread reads: one takes no longer than handing a task over. Half of it is Python's, so
+# that more threads would only wait for each other.
+FOOTERS_A_TASK = 64
+LOCAL_THREADS = 4
 # What identifies the state of a file, under the names that fsspec's file systems give it.
 STATE_KEYS = ("size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash")
 LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8}
@@ -97,7 +102,7 @@ def list_files(
     )
     files: dict[str, dict[str, Any]] = {}
     for root in roots:
-        found = fs.find(root, detail=True)
+        found = _find_locally(root) if is_local(fs) else fs.find(root, detail=True)
         if set(found) == {root}:
             files[root] = found[root] or fs.info(root)
         else:
@@ -105,6 +110,17 @@ def list_files(
     if not files:
         raise ClusterError(f"No Parquet files found at {', '.join(map(str, paths[:5]))}.")
     return fs, dict(sorted(files.items()))
+
+
+def _find_locally(root: str) -> dict[str, dict[str, Any]]:
+    """What `fs.find` tells of local files, from Arrow, which lists them three times as fast."""
+    fs = pafs.LocalFileSystem()
+    found = fs.get_file_info(root)
+    if found.type == pafs.FileType.Directory:
+        infos = fs.get_file_info(pafs.FileSelector(root, recursive=True))
+    else:
+        infos = [found]
+    return {info.path: {"size": info.size, "mtime": info.mtime_ns} for info in infos if info.is_file}
 
 
 def _is_data_file(path: str) -> bool:
@@ -157,17 +173,22 @@ def read_footers(
     """
     first, info = next(iter(files.items()))
     expected = _Leaves(_read_footer(fs, first, info["size"], pq.read_metadata), columns, cluster_column)
-    read = partial(_read_stats, fs, first=first, expected=expected)
-    threads = CPU_COUNT if is_local(fs) else REMOTE_THREADS
+    sizes = [(path, info["size"]) for path, info in files.items()]
+    threads, step = (LOCAL_THREADS, FOOTERS_A_TASK) if is_local(fs) else (REMOTE_THREADS, 1)
+
+    def read(start: int) -> list[FileStats]:
+        return [_read_stats(fs, *entry, first=first, expected=expected) for entry in sizes[start : start + step]]
+
     with ThreadPoolExecutor(min(threads, len(files)), thread_name_prefix="footers") as pool:
-        return list(pool.map(read, files, (info["size"] for info in files.values())))
+        return [stats for part in pool.map(read, range(0, len(sizes), step)) for stats in part]
 
 
 def _read_footer(fs: fsspec.AbstractFileSystem, path: str, size: int, read: Callable[..., Any]) -> Any:
     """Apply `pq.read_metadata` or `pq.read_schema` to a file."""
     try:
         if is_local(fs):
-            return read(path, memory_map=True)
+            with pa.OSFile(path) as file:
+                return read(file)
         return read(pa.BufferReader(_fetch_footer(fs, path, size)))
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error

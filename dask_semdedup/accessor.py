@@ -406,7 +406,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         cluster_field : str, default "centroid"
             Column of clusters.
         embedding_dim : int, optional
-            Length of the embeddings, to be checked. By default that of each partition's first row.
+            Length of the embeddings, to be checked. By default that of most rows of each partition.
         pairwise_batch_size : int, optional
             Queries that are searched at once: by default 512. The candidates beside them are as many as memory allows.
         random_seed : int, default 42

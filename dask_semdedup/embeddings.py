@@ -79,9 +79,9 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
     dtype = meta_column.dtype
     if is_string(meta_column):
         raise EmbeddingError(
-            f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Dask turns object columns into "
-            'strings when it reads or builds a frame; set dask.config.set({"dataframe.convert-string": False}) before '
-            "that, or keep the embeddings in an Arrow list column."
+            f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Name the column of the "
+            "embeddings. If it was an object column, Dask has made it one of strings when it built the frame: set "
+            'dask.config.set({"dataframe.convert-string": False}) before, or make it an Arrow list column.'
         )
     if _element_type(dtype) not in NUMERIC:
         raise EmbeddingError(f"Column {name!r} has dtype {dtype}, not embeddings: it must hold {ACCEPTED}.")
@@ -143,7 +143,7 @@ def to_tensor(
     ids, clusters : Series, optional
         The rows' ids and clusters, for messages.
     embedding_dim : int, optional
-        The width that every row must have. By default that of the first row.
+        The width that every row must have. By default that of most rows.
     order : (n,) int64 array, optional
         A permutation, of NumPy or CuPy: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy
         that gathering afterwards would take.
@@ -425,18 +425,27 @@ class _Source(ABC):
             raise self.report.error(np.flatnonzero(null), what, "Drop or fill them first.")
 
     def _check_widths(self, widths: np.ndarray, embedding_dim: int | None) -> int:
-        expected = int(widths[0]) if embedding_dim is None else embedding_dim
+        expected = _most_common(widths) if embedding_dim is None else embedding_dim
         if (widths == 0).any():
             raise self.report.error(np.flatnonzero(widths == 0), "with an empty embedding", "Drop them first.")
         if (other := widths != expected).any():
             found = some(np.unique(widths[other]), limit=3)
-            origin = "the first row has" if embedding_dim is None else "embedding_dim is"
+            origin = "the others have" if embedding_dim is None else "embedding_dim is"
             raise self.report.error(
                 np.flatnonzero(other),
                 f"with width {found}, where {origin} {expected}",
                 "All embeddings must come from one model.",
             )
         return expected
+
+
+def _most_common(widths: np.ndarray) -> int:
+    """The width that most rows have; of several that of the first row, if it is one of them."""
+    first = widths[0]
+    if (widths == first).all():
+        return int(first)
+    values, counts = np.unique(widths, return_counts=True)
+    return int(first if counts[values == first] == counts.max() else values[counts.argmax()])
 
 
 class _PandasSource(_Source):

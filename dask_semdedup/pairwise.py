@@ -192,7 +192,7 @@ def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
     -------
     DataFrame
         One row for each id of a cluster, in rank order: its best score, and where that was found. Among equals, what
-        was found in the row's own cluster comes first.
+        was found in the row's own cluster comes first, and of visits the smallest ``max_id``.
 
     Raises
     ------
@@ -212,7 +212,8 @@ def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
     key = [cluster_field, "id"]
     own = frame[frame[RANK_COLUMN] >= 0][[*key, RANK_COLUMN]]
     _check_unique(own, key)
-    best = frame.sort_values(["cosine_sim_score", RANK_COLUMN], ascending=False).drop_duplicates(key)
+    by = ["cosine_sim_score", RANK_COLUMN, "max_id"]
+    best = frame.sort_values(by, ascending=[False, False, True]).drop_duplicates(key)
     best = best.drop(columns=RANK_COLUMN)
     if len(best) > len(own):
         raise _strays(best.merge(own, on=key, how="left"), cluster_field)

@@ -309,8 +309,14 @@ class TestExpression:
     def test_files_are_listed_once_and_footers_read_once(
         self, layout: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        read, calls = pq.read_metadata, []
-        monkeypatch.setattr(pq, "read_metadata", lambda path, **kwargs: calls.append(path) or read(path, **kwargs))
+        read, calls = _parquet._read_footer, []
+
+        def counted(fs, path, size, reader):
+            if reader is pq.read_metadata:
+                calls.append(path)
+            return read(fs, path, size, reader)
+
+        monkeypatch.setattr(_parquet, "_read_footer", counted)
         ddf = read_clusters(layout[0], partition_size=1)
         planned = len(calls)
         assert len(set(calls)) == 8

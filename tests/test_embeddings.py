@@ -140,7 +140,7 @@ BAD_ROWS = {
     "infinite": ([[1.0, 2.0], [3.0, 4.0], [1.0, -np.inf]], "1 row with NaN or infinite values", "12"),
     "width": (
         [[1.0, 2.0], [1.0], [1.0, 2.0, 3.0], [3.0, 4.0]],
-        "2 rows with width 1, 3, where the first row has 2",
+        "2 rows with width 1, 3, where the others have 2",
         "11, 12",
     ),
     "empty": ([[1.0, 2.0], [3.0, 4.0], []], "1 row with an empty embedding", "12"),

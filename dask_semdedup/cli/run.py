@@ -189,7 +189,9 @@ class Run:
         source = {"INPUT": self.input_path, "files": table_token(self.input_path, self.storage_options)}
         columns = self._parameters("id_field", "embedding_field")
         embedding = self._parameters("text_field", "model", "embedding_field")
-        clustering = self._parameters("embedding_field", "cluster_field", "embedding_dim", "n_clusters", "n_probe")
+        clustering = self._parameters(
+            "embedding_field", "cluster_field", "embedding_dim", "n_clusters", "n_probe", "random_seed"
+        )
         ranking = self._parameters("which_to_keep", "sim_metric", "random_seed", "compute_dtype", "cluster_field")
         ranking["rank_by"] = None if self.ranking_strategy is None else repr(self.ranking_strategy)
         shown = self._parameters("eps", "text_field", "image_field")
@@ -213,8 +215,7 @@ class Run:
         shown = [name for name in (self.text_field, self.image_field) if name is not None]
         needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field])]
         if not set(needed) <= set(columns):
-            advice = "Name the columns of INPUT, or pass --embed to embed the texts of --text-field."
-            raise MissingColumnsError.build(needed, columns, advice)
+            raise MissingColumnsError.build(needed, columns, self._column_advice(columns))
         if self.embed and self.text_field is None:
             raise InvalidArgumentError("--embed needs --text-field, the column to embed.")
         if self.embed and self.embedding_field in columns:
@@ -222,6 +223,15 @@ class Run:
                 f"INPUT has a column {self.embedding_field!r} already. Leave --embed out, or name another as "
                 "--embedding-field."
             )
+
+    def _column_advice(self, columns: list[str]) -> str:
+        """Name the options whose columns INPUT lacks."""
+        fields = ["id_field", "text_field", "image_field", *([] if self.embed else ["embedding_field"])]
+        missing = [name for name in fields if getattr(self, name) not in (None, *columns)]
+        advice = f"Name columns of INPUT as {' and '.join('--' + name.replace('_', '-') for name in missing)}"
+        if "embedding_field" in missing:
+            advice += "; or, if it holds texts and no embeddings, pass --embed and --text-field"
+        return f"{advice}."
 
     def _folder(self, name: str) -> str:
         return f"{self.output}/{name}"
@@ -352,9 +362,10 @@ def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> T
     """What came out of each step, and how long it took."""
     counts = {name: outcome.manifest.counts for name, outcome in outcomes.items()}
     rows, dropped, kept = counts["scores"]["rows"], counts["duplicates"]["duplicates"], counts["deduplicated"]["rows"]
+    clusters = counts["clusters"]["clusters"]
     results = {
         "embeddings": f"{rows:,} rows",
-        "clusters": f"{counts['clusters']['clusters']:,} clusters",
+        "clusters": "1 cluster" if clusters == 1 else f"{clusters:,} clusters",
         "scores": f"{rows:,} rows",
         "duplicates": f"{dropped:,} at eps = {eps:g}, {dropped / max(rows, 1):.2%}",
         "deduplicated": f"{kept:,} rows kept",

@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py
     python benchmarks/end_to_end.py --clusters 1000 --breakdown
+    python benchmarks/end_to_end.py --device cuda
 
 200,000 rows of 384 numbers in 200 clusters of two files each, in the k-means layout, are made once; other numbers are
 options. All methods are timed in turns in one process, from a warm page cache, so that a noisy machine disturbs them
@@ -285,6 +286,13 @@ def as_rich_table(shape: Shape, medians: Mapping[str, float], reading: float) ->
     show_default=True,
     help="Folder for the files, which are made once.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="On cuda, cases of its own: see end_to_end_cuda.py. Of the other options --data, --repeats and --json count.",
+)
 @click.option("--clusters", default=200, show_default=True)
 @click.option("--files", default=2, show_default=True, help="Files in each cluster.")
 @click.option("--rows", default=500, show_default=True, help="Rows in each file.")
@@ -298,6 +306,7 @@ def as_rich_table(shape: Shape, medians: Mapping[str, float], reading: float) ->
 @click.option("--only-peak", is_flag=True, hidden=True, help="Run ours once and print its peak memory.")
 def main(
     data: Path,
+    device: str,
     clusters: int,
     files: int,
     rows: int,
@@ -310,6 +319,13 @@ def main(
 ) -> None:
     """Compare files to scores with only reading the files."""
     console = Console(width=120)
+    if device == "cuda":
+        import end_to_end_cuda
+
+        everything = end_to_end_cuda.run(data, repeats, console.print)
+        if json_path:
+            json_path.write_text(json.dumps(everything, indent=2))
+        return
     if only_overhead:
         overhead(console, clusters=50_000, partitions=1_000, repeats=repeats)
         return

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -158,8 +159,7 @@ def make_step(
             raise InvalidArgumentError(f"{folder} is gone since the run began.")
         return Outcome(kept, reason)
     start = time.perf_counter()
-    fs.makedirs(root, exist_ok=True)
-    with replaced_when_done(fs, folder) as staged:
+    with _made_if_used(fs, root), replaced_when_done(fs, folder) as staged:
         counts = step.make(staged)
         tokens = {name: needs[name].token for name in step.needs}
         seconds = time.perf_counter() - start
@@ -167,6 +167,18 @@ def make_step(
         _, path = fsspec.url_to_fs(staged, **storage_options)
         fs.pipe_file(f"{path}/{MANIFEST}", json.dumps(asdict(manifest), indent=2).encode())
     return Outcome(manifest, reason)
+
+
+@contextmanager
+def _made_if_used(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[None]:
+    """Make the folder of all steps, and remove it again if its first step fails."""
+    fs.makedirs(root, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not fs.ls(root, detail=False):
+            fs.rmdir(root)
+        raise
 
 
 def _read_manifest(fs: fsspec.AbstractFileSystem, folder: str) -> Manifest | None:

@@ -297,6 +297,17 @@ def test_truncated_input_is_named(source: Path, tmp_path: Path, invoke: Callable
     assert not (tmp_path / "out").exists()
 
 
+def test_a_failed_first_step_leaves_no_folder(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(SemDedupAccessor, "kmeans", fail)
+    assert_one_line(invoke(source).stderr, "the disk is full")
+    assert not (tmp_path / "out").exists()
+
+
 def test_input_inside_the_output_is_refused(source: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.main, ["run", str(source), str(tmp_path)])
     assert_one_line(result.stderr, "overlap")

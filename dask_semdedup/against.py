@@ -9,7 +9,15 @@ from dask.dataframe.dispatch import concat
 
 from dask_semdedup.embeddings import array_like, is_cudf, tensor_like, to_numpy, to_tensor
 from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.pairwise import check_clusters, home_field, score_frame, search_segments, segments_of
+from dask_semdedup.pairwise import (
+    check_clusters,
+    check_unique,
+    has_visits,
+    home_field,
+    score_frame,
+    search_segments,
+    segments_of,
+)
 from dask_semdedup.placement import check_device, choose_device, cores_for
 from dask_semdedup.ranking import RankingStrategy
 
@@ -55,7 +63,7 @@ def against_partition(
     Raises
     ------
     ClusterError
-        If rows have no cluster.
+        If rows have no cluster or, where they visit others, ids repeat.
     EmbeddingError
         If embeddings cannot be compared.
 
@@ -79,6 +87,8 @@ def against_partition(
     sides = [(reference, reference_id_field), (frame, id_field)]
     for side, ids in sides:
         check_clusters(side[cluster_field], side[ids])
+    if has_visits(frame, cluster_field):
+        check_unique(frame, [cluster_field, home_field(cluster_field), id_field], id_field)
     orders = [_by_cluster_and_id(side, cluster_field, ids) for side, ids in sides]
     clusters = [side[cluster_field].iloc[order] for (side, _), order in zip(sides, orders, strict=True)]
     codes = to_numpy(concat(clusters).factorize()[0])
@@ -107,7 +117,7 @@ def against_partition(
     found = np.flatnonzero(is_query[position] & (stops > np.repeat(segments[:-1], np.diff(segments))))
     nearest = position[index.cpu().numpy()[found]]
     query = _like(position[found] - len(reference), frame)
-    own = home_field(cluster_field) if home_field(cluster_field) in frame.columns else cluster_field
+    own = home_field(cluster_field) if has_visits(frame, cluster_field) else cluster_field
     return score_frame(
         frame[id_field].iloc[orders[1][query]],
         reference[reference_id_field].iloc[orders[0][_like(nearest, frame)]],
@@ -130,7 +140,7 @@ def against_meta(meta: Any, reference: Any, *, id_field: str, reference_id_field
     centroid              int64
     dtype: object
     """
-    own = home_field(cluster_field) if home_field(cluster_field) in meta.columns else cluster_field
+    own = home_field(cluster_field) if has_visits(meta, cluster_field) else cluster_field
     empty, other = meta.iloc[:0], reference.iloc[:0]
     clusters = empty[own].rename(cluster_field)
     return score_frame(empty[id_field], other[reference_id_field], np.empty(0, np.float32), clusters)

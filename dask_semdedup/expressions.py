@@ -12,7 +12,7 @@ from dask.dataframe.dask_expr._expr import Blockwise, Expr, Projection, determin
 
 from dask_semdedup.against import against_meta, against_partition, best_of_probes
 from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
-from dask_semdedup.pairwise import best_of_visits, home_field, pairwise_meta, pairwise_partition
+from dask_semdedup.pairwise import best_of_visits, has_visits, pairwise_meta, pairwise_partition
 
 __all__ = ["AgainstScores", "BestOfProbes", "BestOfVisits", "KMeansClusters", "PairwiseScores"]
 
@@ -169,7 +169,7 @@ class _AgainstPartitions(_ByCluster):
 
     @functools.cached_property
     def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        with_visits = home_field(self.cluster_field) in self.frame.columns
+        with_visits = has_visits(self.frame._meta, self.cluster_field)
         return set() if with_visits else super().unique_partition_mapping_columns_from_shuffle
 
 

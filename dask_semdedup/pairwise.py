@@ -22,6 +22,7 @@ __all__ = [
     "SCORE_COLUMNS",
     "best_of_visits",
     "check_clusters",
+    "check_unique",
     "has_visits",
     "home_field",
     "pairwise_meta",
@@ -211,7 +212,7 @@ def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
     """
     key = [cluster_field, "id"]
     own = frame[frame[RANK_COLUMN] >= 0][[*key, RANK_COLUMN]]
-    _check_unique(own, key)
+    check_unique(own, key, "id")
     by = ["cosine_sim_score", RANK_COLUMN, "max_id"]
     best = frame.sort_values(by, ascending=[False, False, True]).drop_duplicates(key)
     best = best.drop(columns=RANK_COLUMN)
@@ -223,8 +224,15 @@ def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
     return best[[*SCORE_COLUMNS, cluster_field]].reset_index(drop=True)
 
 
-def _check_unique(own: Any, key: list[str]) -> None:
-    repeated = own["id"][own.duplicated(key)]
+def check_unique(frame: Any, key: list[str], id_field: str) -> None:
+    """Raise `ClusterError` for rows that cannot be told from another by their ids and clusters.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_unique(pd.DataFrame({"id": [7, 7], "centroid": [0, 1]}), ["centroid", "id"], "id")
+    """
+    repeated = frame[id_field][frame.duplicated(key)]
     if len(repeated):
         raise ClusterError(
             f"{have(len(repeated), 'row')} an id that another row of the same cluster has (ids "

@@ -113,6 +113,16 @@ def test_both_are_assigned_to_the_same_centroids(n_probe: int) -> None:
     np.testing.assert_array_equal(scores["centroid"], own[scores["id"]])
 
 
+def test_ids_that_repeat_are_an_error_with_probes() -> None:
+    rng = np.random.default_rng(8)
+    frame, reference = (side(rng, n, 1).drop(columns="centroid") for n in (20, 40))
+    frame = frame.iloc[[0, *range(19)]].assign(id=[5, 5, *range(6, 24)])  # the first row twice, in one cluster
+    lazy = [dd.from_pandas(part, npartitions=1) for part in (frame, reference)]
+    centroids = rng.standard_normal((3, 6)).astype(np.float32)
+    with pytest.raises(ClusterError, match=r"an id that another row of the same cluster has \(ids 5\)"):
+        lazy[0].semdedup.against(lazy[1], eps=None, centroids=centroids, n_probe=2).compute()
+
+
 def test_fitted_to_the_reference() -> None:
     rng = np.random.default_rng(2)
     reference = side(rng, 300, 1).drop(columns="centroid")

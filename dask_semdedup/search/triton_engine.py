@@ -947,6 +947,7 @@ class _Staging(threading.local):
         self.buffer = torch.empty(0, dtype=torch.int32)
         self.host = self.buffer.numpy()
         self.sent: torch.cuda.Event | None = None
+        self.device: torch.device | None = None
 
     def send(self, parts: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
         """Copy int32 arrays to the device behind one another; the host waits only for the copy before this one."""
@@ -963,7 +964,8 @@ class _Staging(threading.local):
             start += size
         sent = self.buffer[:start].to(device, non_blocking=True, copy=True)
         if device.type == "cuda":
-            self.sent = self.sent or torch.cuda.Event()
+            if self.sent is None or self.device != device:  # An event is of one device.
+                self.sent, self.device = torch.cuda.Event(), device
             self.sent.record()
         return list(sent.split_with_sizes(sizes))
 

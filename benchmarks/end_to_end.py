@@ -42,8 +42,8 @@ from rich.console import Console
 from rich.table import Table
 
 import dask_semdedup
+import dask_semdedup._parquet
 import dask_semdedup.pairwise
-from dask_semdedup._parquet import Reader
 from dask_semdedup.ranking import RankingStrategy
 from dask_semdedup.stages import PairwiseStage
 
@@ -55,7 +55,7 @@ BATCHED, LOOP = "PairwiseStage.run", "a loop of one cluster at a time"
 BAR_RATIO, BAR_GB = 2.0, 1.5
 # Where the time of one partition goes: the functions that do it.
 STEPS: dict[str, tuple[Any, str]] = {
-    "read": (Reader, "read"),
+    "read": (dask_semdedup._parquet, "read_fragment"),
     "rank": (RankingStrategy, "order"),
     "convert and gather": (dask_semdedup.pairwise, "to_tensor"),
     "search": (dask_semdedup.pairwise, "search_segments"),

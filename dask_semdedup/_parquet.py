@@ -7,10 +7,11 @@ frame whose dtypes are those of `Reader.meta`, because both come from the same c
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -350,11 +351,25 @@ class Reader:
         schema = self._decoded_schema(columns)
         if not schema.names:
             return self._to_pandas(schema.empty_table(), fragments, columns)
-        tables = [read_fragment(self.fs, fragment, schema) for fragment in fragments]
-        read = [fragment._replace(rows=table.num_rows) for fragment, table in zip(fragments, tables, strict=True)]
-        table = pa.concat_tables(tables) if tables else schema.empty_table()
-        del tables
-        return self._to_pandas(table, read, columns)
+        (frame,) = self.read_runs(fragments, columns, math.inf)
+        return frame
+
+    def read_runs(self, fragments: Sequence[Fragment], columns: Sequence[str], nbytes: float) -> Iterator[pd.DataFrame]:
+        """The same rows for pandas in several frames of whole clusters, of as many as reach so many bytes.
+
+        Where it is not the folders that tell clusters apart, all rows come at once.
+        """
+        schema = self._decoded_schema(columns)
+        tables, held = [schema.empty_table()], 0
+        read: list[Fragment] = []
+        for fragment in fragments:
+            if held >= nbytes and fragment.cluster != read[-1].cluster:
+                yield self._to_pandas(pa.concat_tables(tables), read, columns)
+                tables, read, held = tables[:1], [], 0
+            tables.append(read_fragment(self.fs, fragment, schema))
+            read.append(fragment._replace(rows=tables[-1].num_rows))
+            held += tables[-1].nbytes
+        yield self._to_pandas(pa.concat_tables(tables), read, columns)
 
     def to_pandas(self, table: pa.Table) -> pd.DataFrame:
         """The frame of an Arrow table of the schema, or of some of its columns."""

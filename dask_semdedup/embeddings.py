@@ -8,7 +8,7 @@ shared. On a CPU it is NumPy that converts and gathers: torch's threads would co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ __all__ = [
     "array_like",
     "check_embedding_dtype",
     "check_plain_dtype",
+    "first_width",
     "frame_like",
     "is_cudf",
     "is_string",
@@ -118,6 +119,18 @@ def check_plain_dtype(meta_column: Any, parameter: str) -> None:
         raise InvalidArgumentError(
             f"{parameter} may not be {meta_column.name!r}, a column of dtype {dtype}. Name one of integers or strings."
         )
+
+
+def first_width(column: pd.Series) -> int | None:
+    """Width of a column's first row, or None where it is null.
+
+    Examples
+    --------
+    >>> first_width(pd.Series([[3.0, 4.0], [6.0]]))
+    2
+    """
+    first = column.iloc[0]
+    return len(first) if isinstance(first, Sized) else None
 
 
 def to_tensor(

@@ -4,25 +4,68 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from dask import _expr as core
-from dask.dataframe.dask_expr._expr import Blockwise, Expr, Projection, determine_column_projection
+from dask._task_spec import Task
+from dask.dataframe.dask_expr._expr import (
+    Blockwise,
+    Expr,
+    PartitionsFiltered,
+    Projection,
+    determine_column_projection,
+)
+from dask.dataframe.dask_expr.io.io import BlockwiseIO
+from dask.typing import Key
 
+from dask_semdedup._parquet import Fragment, Reader
 from dask_semdedup.against import against_meta, against_partition, best_of_probes
+from dask_semdedup.clusters import ReadClusters
+from dask_semdedup.errors import EmbeddingError
 from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
-from dask_semdedup.pairwise import best_of_visits, has_visits, pairwise_meta, pairwise_partition
+from dask_semdedup.pairwise import best_of_visits, has_visits, pairwise_frames, pairwise_meta, pairwise_partition
 
-__all__ = ["AgainstScores", "BestOfProbes", "BestOfVisits", "KMeansClusters", "PairwiseScores"]
+__all__ = ["AgainstScores", "BestOfProbes", "BestOfVisits", "KMeansClusters", "PairwiseScores", "ScoresOfFiles"]
 
 logger = logging.getLogger("dask_semdedup")
+
+# Bytes of the clusters of files that are scored at once, unless one has more: their rows are gathered while they are
+# still in the cache, and the memory is used again.
+RUN = 2**25
 
 
 def score_partition(frame: Any, *, verbose: bool, **arguments: Any) -> Any:
     """Run `pairwise_partition`, and log how long it took."""
+    return _logged(pairwise_partition, frame, verbose=verbose, **arguments)
+
+
+def score_files(
+    reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], *, verbose: bool, **arguments: Any
+) -> Any:
+    """Read a partition and score it, and log how long it took: the task that `ScoresOfFiles` puts into the graph."""
+    score = _score_cudf_files if reader.backend == "cudf" else _score_pandas_files
+    return _logged(score, reader, fragments, columns, verbose=verbose, **arguments)
+
+
+def _score_cudf_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
+    return pairwise_partition(reader.read(fragments, columns), **arguments)
+
+
+def _score_pandas_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
+    """Score some clusters after the others; if rows are bad, all at once, for an error that names all of them."""
+    run = RUN if reader.cluster_field == arguments["cluster_field"] else math.inf
+    with suppress(EmbeddingError):
+        return pairwise_frames(reader.read_runs(fragments, columns, run), **arguments)
+    return pairwise_partition(reader.read(fragments, columns), **arguments)
+
+
+def _logged(score: Callable[..., Any], *args: Any, verbose: bool, **arguments: Any) -> Any:
     start = time.perf_counter()
-    scores = pairwise_partition(frame, **arguments)
+    scores = score(*args, **arguments)
     if verbose:
         clusters = scores[arguments["cluster_field"]].nunique()
         seconds = time.perf_counter() - start
@@ -122,6 +165,43 @@ class PairwiseScores(_ByCluster):
     def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
         # With visits the cluster column is the rows' own, and these stand wherever they visit.
         return set() if self.with_visits else super().unique_partition_mapping_columns_from_shuffle
+
+    def _lower(self) -> ScoresOfFiles | None:
+        """Read and score in one task what is read from files: its columns and partitions are chosen by now."""
+        files = self.frame
+        if not isinstance(files, ReadClusters):
+            return None
+        claims = self.unique_partition_mapping_columns_from_shuffle
+        return ScoresOfFiles(files.source, files.columns, self._kwargs, claims, files.operand("_partitions"))
+
+
+class ScoresOfFiles(PartitionsFiltered, BlockwiseIO):
+    """What `PairwiseScores` of `ReadClusters` becomes: its tasks need not hold all rows of a partition at once."""
+
+    _parameters = ["source", "reading", "arguments", "claims", "_partitions"]  # noqa: RUF012
+    _defaults = {"_partitions": None}  # noqa: RUF012
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"pairwise-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        names = ("id_field", "cluster_field", "with_visits")
+        return pairwise_meta(self.source.reader.meta(self.reading), **{name: self.arguments[name] for name in names})
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        return self.claims
+
+    def _divisions(self) -> tuple[None, ...]:
+        return (None,) * (len(self.source.partitions) + 1)
+
+    def _filtered_task(self, name: Key, index: int) -> Task:
+        fragments = self.source.partitions[index]
+        return Task(
+            name, score_files, self.source.reader, fragments, self.reading, _data_producer=True, **self.arguments
+        )
 
 
 class BestOfVisits(_ByCluster):

@@ -7,8 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from dask_semdedup.embeddings import array_like, is_cudf, tensor_like, to_list, to_numpy, to_tensor
+from dask_semdedup.embeddings import array_like, first_width, is_cudf, tensor_like, to_list, to_numpy, to_tensor
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.placement import check_device, choose_device, cores_for
@@ -25,6 +26,7 @@ __all__ = [
     "check_unique",
     "has_visits",
     "home_field",
+    "pairwise_frames",
     "pairwise_meta",
     "pairwise_partition",
     "score_frame",
@@ -177,6 +179,51 @@ def pairwise_partition(
     result = score_frame(ids.iloc[order], nearest, array_like(scores, frame), own)
     result[RANK_COLUMN] = array_like(place.masked_fill(tensor_like(is_visit[position]).to(place.device), -1), frame)
     return result
+
+
+def pairwise_frames(
+    frames: Iterable[pd.DataFrame], *, embedding_field: str, embedding_dim: int | None = None, **arguments: Any
+) -> pd.DataFrame:
+    """Score frames of whole clusters one after the other, of which only one needs to be in memory.
+
+    Parameters
+    ----------
+    frames : iterable of pandas.DataFrame
+        At least one, of the same dtypes. No cluster is in two of them.
+    embedding_field, embedding_dim, **arguments
+        As in `pairwise_partition`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        That of `pairwise_partition` for each frame, one below the other.
+
+    Raises
+    ------
+    EmbeddingError
+        As `pairwise_partition` does, naming rows of one frame only; and if widths differ from one frame to another.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> first = pd.DataFrame({"id": [1, 2], "centroid": 0, "embeddings": [[1.0, 0.0], [3.0, 4.0]]})
+    >>> fields = {"id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
+    >>> pairwise_frames([first, first.assign(centroid=1)], ranking=RankingStrategy(["id"]), **fields)
+       id  max_id  cosine_sim_score  centroid
+    0   1       1               0.0         0
+    1   2       1               0.6         0
+    2   1       1               0.0         1
+    3   2       1               0.6         1
+    """
+    scores = []
+    for frame in frames:
+        if embedding_dim is None and len(frame):
+            embedding_dim = first_width(frame[embedding_field])
+        scores.append(
+            pairwise_partition(frame, embedding_field=embedding_field, embedding_dim=embedding_dim, **arguments)
+        )
+        del frame  # The next is read only now.
+    return scores[0] if len(scores) == 1 else pd.concat(scores, ignore_index=True)
 
 
 def best_of_visits(frame: Any, *, cluster_field: str) -> Any:

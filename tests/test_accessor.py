@@ -29,7 +29,8 @@ from dask_semdedup import (
     read_clusters,
     search,
 )
-from dask_semdedup.clusters import ReadClusters, is_aligned
+from dask_semdedup.clusters import is_aligned
+from dask_semdedup.expressions import ScoresOfFiles
 from tests import oracle
 
 WIDTH = 8
@@ -262,8 +263,8 @@ class TestLaziness:
             ),
             (ddf.semdedup.pairwise().semdedup.duplicates()[["id"]], needed),
         ]:
-            (reader,) = query.optimize(fuse=False).expr.find_operations(ReadClusters)
-            assert reader.columns == columns
+            (scores,) = query.optimize(fuse=False).expr.find_operations(ScoresOfFiles)
+            assert scores.reading == columns
 
     def test_aligned_frames_are_not_shuffled_and_others_are(self, tmp_path: Path) -> None:
         frame = make_frame(7)

@@ -303,7 +303,7 @@ def run_cases(options: Options, show: Callable[[Any], None]) -> int:
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="On cuda, cases of its own, as on the CPU with --case: see end_to_end_cuda.py.",
+    help="On cuda, cases of its own, as on the CPU with --case or --gpus: see end_to_end_cuda.py.",
 )
 @click.option("--clusters", default=200, show_default=True)
 @click.option("--files", default=2, show_default=True, help="Files in each cluster.")
@@ -333,7 +333,7 @@ def main(
 ) -> None:
     """Compare files to scores with only reading the files."""
     console = Console(width=120)
-    if device == "cuda" or of_cases["cases"]:
+    if device == "cuda" or of_cases["cases"] or of_cases["gpus"]:
         sys.exit(run_cases(Options(device, data, repeats, with_breakdown, json_path, **of_cases), console.print))
     if only_overhead:
         overhead(console, clusters=50_000, partitions=1_000, repeats=repeats)

@@ -10,7 +10,7 @@ import faulthandler
 import functools
 import os
 import shutil
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +32,8 @@ SOURCES = "sources"
 STEP = 8192
 # Seconds after which a stage is taken to be stuck: what all threads are doing is printed then, and again.
 STUCK = 60
+# Seconds that a process has to end once it has been told to.
+ENDING = 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ CASES = {
     for case in (
         Case("large", 24, 66_000, 1536, 1, 28, ((4, 1), (4, 2), (2, 4), (1, 4))),
         Case("medium", 3000, 2000, 384, 8, 0.45, ((400, 4), (400, 2), (200, 4), (100, 8))),
-        Case("small", 20_000, 200, 384, 8, 0.15, ((400, 4), (1000, 4), (1000, 2), (400, 8))),
+        Case("small", 20_000, 200, 384, 8, 0.15, ((400, 4), (400, 2), (1000, 4), (200, 8))),
     )
 }
 
@@ -108,7 +110,8 @@ class Options:
     cases: Sequence[str]
     limit_clusters: int | None
     limit_rows: int | None
-    gpus: int | None
+    partition_size: str | None
+    gpus: int
     threads_per_gpu: int
     scheduler: str
     trace: Path | None
@@ -131,7 +134,8 @@ def case_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--limit-clusters", type=int, help="Most clusters of a case."),
         click.option("--limit-rows", type=int, help="Most rows of a cluster of a case."),
-        click.option("--gpus", type=int, help="Compare so many workers, of a GPU each, with one: end_to_end_gpus.py."),
+        click.option("--partition-size", help="Of ours, in place of the default: see read_clusters."),
+        click.option("--gpus", default=0, help="Compare so many workers, of a GPU each, with one: end_to_end_gpus.py."),
         click.option("--threads-per-gpu", default=4, show_default=True, help="Threads of each of these workers."),
         click.option(
             "--scheduler",
@@ -176,7 +180,9 @@ def limited_to(seconds: float) -> Iterator[None]:
     def end() -> None:
         print(f"\nover the limit of {seconds:g} s: giving up", flush=True)
         faulthandler.dump_traceback(all_threads=True)
-        sys.stderr.flush()
+        # The main thread may still have processes to end, but not for long.
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ENDING)
         os._exit(3)
 
     timer = threading.Timer(seconds, end)

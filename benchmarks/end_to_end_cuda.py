@@ -100,11 +100,12 @@ def _read_with_pylibcudf(files: Sequence[str]) -> None:
     plc.io.parquet.read_parquet(options)
 
 
-def ours(layout: Path, device: str, workers: int | None = None) -> None:
-    """Files to scores in files, with the defaults."""
+def ours(layout: Path, device: str, partition_size: str | None, workers: int | None = None) -> None:
+    """Files to scores in files, by Dask's threads."""
     settings: dict[str, Any] = {"scheduler": "threads", **({} if workers is None else {"num_workers": workers})}
     with tempfile.TemporaryDirectory() as output, dask.config.set(settings):
-        dask_semdedup.read_clusters(layout, backend=BACKENDS[device]).semdedup.pairwise().to_parquet(output)
+        ddf = dask_semdedup.read_clusters(layout, backend=BACKENDS[device], partition_size=partition_size)
+        ddf.semdedup.pairwise().to_parquet(output)
 
 
 def one_by_one(files: Sequence[str], device: str) -> None:
@@ -156,64 +157,54 @@ def in_turns(
     return seconds
 
 
-def timelines(case: Case, layout: Path, device: str, log: Log) -> tuple[Timeline, Timeline]:
+def timelines(case: Case, layout: Path, options: Options, log: Log) -> dict[str, Timeline]:
     """A run as it really is, and one in a single thread that waits for the device around each part."""
+    device, size = options.device, options.partition_size
     with log.stage(f"{case.name}: timeline of one run"), recorded(PARTS_OF[device]) as real:
-        ours(layout, device)
+        ours(layout, device, size)
         finish(device)
     with (
         log.stage(f"{case.name}: one thread, part by part"),
         recorded(PARTS_OF[device], partial(finish, device)) as single,
     ):
-        ours(layout, device, workers=1)
+        ours(layout, device, size, workers=1)
         finish(device)
     if real.missing:
         log.say(f"not found, so not measured: {', '.join(real.missing)}")
-    return real, single
+    return {"timeline": real, "one_thread": single}
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most device memory that RMM had handed out at any time of a call."""
+def memory(case: Case, layout: Path, options: Options, log: Log) -> dict[str, int]:
+    """The most device memory that RMM had handed out at any time of a run."""
     import rmm.statistics
 
-    with rmm.statistics.statistics():
-        call()
-        return int(rmm.statistics.get_statistics().peak_bytes)
+    with log.stage(f"{case.name}: memory of one run"), rmm.statistics.statistics():
+        ours(layout, options.device, options.partition_size)
+        return {"peak_bytes": int(rmm.statistics.get_statistics().peak_bytes)}
 
 
-def measure(case: Case, options: Options, log: Log) -> dict[str, Any]:
-    """All that is measured of one case."""
+def measure(case: Case, layout: Path, options: Options, log: Log) -> dict[str, Any]:
+    """Time all methods on one case."""
     device = options.device
-    layout = make_case(case, options.data, log)
     files = sorted(map(str, layout.glob("*/*.parquet")))
     few = files[:ONE_BY_ONE]
     setting, tried = choose_setting(case, files, device, log)
     loop = f"one cluster at a time ({len(few)} of them)"
     methods = {
         READING: partial(read_only, files, device, *setting),
-        OURS: partial(ours, layout, device),
+        OURS: partial(ours, layout, device, options.partition_size),
         loop: partial(one_by_one, few, device),
     }
     counts = {READING: len(files), OURS: len(files), loop: len(few)}
     seconds = in_turns(case, methods, device, options.repeats, log)
     milliseconds = {name: 1e3 * statistics.median(times) / counts[name] for name, times in seconds.items()}
-    result: dict[str, Any] = {
-        "case": case.name,
-        "title": str(case),
-        "clusters": case.clusters,
-        "bar": case.bar,
+    return {
         "reading": tried,
         "setting": setting,
         "seconds": seconds,
         "milliseconds": milliseconds,
         "ratios": {name: value / milliseconds[READING] for name, value in milliseconds.items()},
     }
-    if device == "cuda":
-        with log.stage(f"{case.name}: memory of one run"):
-            result["peak_bytes"] = peak_bytes(methods[OURS])
-    if options.breakdown:
-        result["timeline"], result["one_thread"] = timelines(case, layout, device, log)
-    return result
 
 
 def as_table(results: Iterable[Mapping[str, Any]]) -> Table:
@@ -226,7 +217,7 @@ def as_table(results: Iterable[Mapping[str, Any]]) -> Table:
     for result in results:
         table.add_section()
         title = result["title"]
-        for name, value in result["milliseconds"].items():
+        for name, value in result.get("milliseconds", {}).items():
             times = result["seconds"][name]
             scale = value / statistics.median(times)
             bar = f"{result['bar']:g}" if name == OURS and result["bar"] else ""
@@ -269,10 +260,11 @@ def machine(device: str) -> str:
     return f"{torch.cuda.get_device_name()}, {CPU_COUNT} cores, {versions}, one memory pool: {shared}"
 
 
-def save(results: Sequence[Mapping[str, Any]], options: Options) -> None:
+def save(title: str, results: Sequence[Mapping[str, Any]], options: Options) -> None:
     """Write what is known so far."""
     if options.json_path:
-        options.json_path.write_text(json.dumps(results, indent=1, default=Timeline.as_json))
+        everything = {"machine": title, "cases": results}
+        options.json_path.write_text(json.dumps(everything, indent=1, default=Timeline.as_json))
     if options.trace:
         runs = {
             f"{result['case']}: {result['title']}": result["timeline"].intervals
@@ -285,21 +277,28 @@ def save(results: Sequence[Mapping[str, Any]], options: Options) -> None:
 def run(options: Options, show: Callable[[Any], None]) -> int:
     """Run the cases and print them; the number of those that failed."""
     os.environ.setdefault("KVIKIO_NTHREADS", str(CPU_COUNT))
-    log, results, failed = Log(), [], 0
+    log = Log()
+    results: list[dict[str, Any]] = []
+    failed = 0
+    steps = [measure, *([timelines] if options.breakdown else []), *([memory] if options.device == "cuda" else [])]
     with limited_to(options.time_limit):
         with log.stage("importing and starting"):
             title = machine(options.device)
+        log.say(title)
         for name in options.names(CASES):
             case = CASES[name].limited(options.limit_clusters, options.limit_rows)
+            results.append({"case": name, "title": str(case), "clusters": case.clusters, "bar": case.bar})
             try:
-                results.append(measure(case, options, log))
+                layout = make_case(case, options.data, log)
+                for step in steps:
+                    results[-1].update(step(case, layout, options, log))
+                    save(title, results, options)
             except Exception:
                 traceback.print_exc()
                 failed += 1
-            save(results, options)
     show(title)
     for result in results:
-        if options.breakdown:
+        if "timeline" in result:
             show(as_breakdown_table(result))
     show(as_table(results))
     return failed

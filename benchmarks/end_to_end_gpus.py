@@ -11,9 +11,8 @@ worker` process for each GPU. On the CPU the workers are plain ones.
   partitions, in the same cluster, and what they wrote is compared: ids, neighbours and scores, bit for bit. The table
   says for how much of the time the workers were busy, and how much earlier than the last one the first had nothing more
   to do.
-- `skew` is a giant cluster among many small ones, against the giant cluster alone on the same workers. A giant cluster
-  takes one worker as long as it takes, so that the total cannot be less than that, nor than the work of one worker
-  shared out to all.
+- `skew` is a giant cluster among many small ones, against the giant cluster alone on the same workers. The total can be
+  less neither than that, nor than the time of one worker divided by their number.
 
 Times begin before `read_clusters` and end when all scores are written. By default the cases are `large` and `skew`.
 """
@@ -21,8 +20,8 @@ Times begin before `read_clusters` and end when all scores are written. By defau
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +137,11 @@ def wait_for_file(path: Path, processes: Sequence[subprocess.Popen[bytes]]) -> N
         time.sleep(0.05)
 
 
-def score(client: Client, source: Path, output: Path, device: str, workers: Sequence[str] | None = None) -> float:
+def score(client: Client, source: Path, output: Path, options: Options, workers: Sequence[str] | None) -> float:
     """Files to scores in files, on all workers or some; the seconds it takes."""
     start = time.perf_counter()
-    scores = dask_semdedup.read_clusters(source, backend=BACKENDS[device]).semdedup.pairwise()
+    backend, size = BACKENDS[options.device], options.partition_size
+    scores = dask_semdedup.read_clusters(source, backend=backend, partition_size=size).semdedup.pairwise()
     future = client.compute(scores.to_parquet(output, compute=False), workers=workers)
     try:
         future.result(timeout=RUNNING)
@@ -160,9 +161,11 @@ def in_turns(
             output = folder / f"{number}-{turn}"
             began = time.time()
             with log.stage(f"{name}, {f'repeat {turn}' if turn else 'warm-up'}"), get_task_stream(client) as stream:
-                taken = score(client, source, output, options.device, workers)
+                taken = score(client, source, output, options, workers)
             if turn:
                 seconds[name].append(taken)
+            if turn < options.repeats:
+                shutil.rmtree(output)
             tasks[name] = by_worker(stream.data, began)
     return seconds, tasks
 
@@ -171,9 +174,10 @@ def by_worker(stream: Sequence[Mapping[str, Any]], began: float) -> dict[str, li
     """What the threads of each worker computed, from Dask's task stream."""
     done: dict[str, list[Interval]] = {}
     for task in stream:
+        name, thread = key_split(task["key"]), str(task["thread"])
         for step in task["startstops"]:
-            if step["action"] == "compute":
-                name, thread = key_split(task["key"]), str(task["thread"])
+            # The barrier only waits for all partitions to be written.
+            if step["action"] == "compute" and name != "toparquetbarrier":
                 interval = Interval(name, thread, step["start"] - began, step["stop"] - began)
                 done.setdefault(task["worker"], []).append(interval)
     return done
@@ -198,21 +202,23 @@ def differences(one: Path, other: Path) -> dict[str, int]:
     return {name: int((bits(left, name) != bits(right, name)).sum()) for name in left.column_names}
 
 
+def addresses(client: Client) -> list[str]:
+    """The workers."""
+    return list(client.scheduler_info(n_workers=-1)["workers"])
+
+
 def measure_scaling(name: str, client: Client, options: Options, log: Log) -> dict[str, Any]:
-    """Four times a case, by one worker and by all."""
+    """Four times a case, by all workers and by one."""
     case = CASES[name]
     case = replace(case, clusters=TIMES * case.clusters).limited(options.limit_clusters, options.limit_rows)
     layout = make_case(case, options.data, log)
-    first = [next(iter(client.scheduler_info(n_workers=-1)["workers"]))]
-    one, every = f"{name}: one worker", f"{name}: all {options.gpus} workers"
+    every, one = f"{name}: all workers", f"{name}: one worker"
+    runs = {every: (layout, None), one: (layout, addresses(client)[:1])}
     with tempfile.TemporaryDirectory() as folder:
-        # All come first: that warms every worker up.
-        runs = {every: (layout, None), **({one: (layout, first)} if options.gpus > 1 else {})}
         seconds, tasks = in_turns(client, runs, Path(folder), options, log)
-        differing = None
-        if options.gpus > 1:
-            with log.stage(f"{name}: comparing the scores"):
-                differing = differences(Path(folder, f"0-{options.repeats}"), Path(folder, f"1-{options.repeats}"))
+        with log.stage(f"{name}: comparing the scores"):
+            outputs = [Path(folder, f"{number}-{options.repeats}") for number in range(len(runs))]
+            differing = differences(*outputs)
     medians = {run: statistics.median(times) for run, times in seconds.items()}
     return {
         "case": name,
@@ -220,7 +226,7 @@ def measure_scaling(name: str, client: Client, options: Options, log: Log) -> di
         "clusters": case.clusters,
         "seconds": seconds,
         "medians": medians,
-        "speedup": medians[one] / medians[every] if one in medians else None,
+        "speedup": medians[one] / medians[every],
         "bar": SPEEDUP_BARS.get(options.gpus),
         "differing": differing,
         "tasks": tasks[every],
@@ -231,20 +237,25 @@ def measure_skew(client: Client, options: Options, log: Log) -> dict[str, Any]:
     """A giant cluster among small ones, against itself alone."""
     case = Skew().limited(options.limit_clusters, options.limit_rows)
     layout, giant = make_skew(case, options.data, log)
-    first = [next(iter(client.scheduler_info(n_workers=-1)["workers"]))]
+    workers = addresses(client)
     total, alone, one = "skew: all workers", "skew: the giant cluster alone", "skew: one worker"
+    runs = {total: (layout, None), alone: (giant, None), one: (layout, workers[:1])}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {total: (layout, None), alone: (giant, None), one: (layout, first)}
+        for number, worker in enumerate(workers):
+            # Whichever gets the giant later has met one.
+            with log.stage(f"skew: the giant cluster alone, warm-up of worker {number}"):
+                score(client, giant, Path(folder, f"warm-{number}"), options, [worker])
         seconds, tasks = in_turns(client, runs, Path(folder), options, log)
     medians = {run: statistics.median(times) for run, times in seconds.items()}
     return {
         "case": SKEW,
         "title": str(case),
+        "clusters": case.clusters + 1,
         "seconds": seconds,
         "medians": medians,
         "ratio": medians[total] / medians[alone],
         "bar": SKEW_BAR if options.gpus == 4 else None,
-        "lower_bound": max(medians[alone], medians[one] / options.gpus),
+        "shared_out": medians[one] / options.gpus,
         "tasks": tasks[total],
     }
 
@@ -262,37 +273,37 @@ def as_table(results: Sequence[Mapping[str, Any]], options: Options) -> Table:
         table.add_column(column)
     for column in ("s", "min", "max", "ms a cluster"):
         table.add_column(column, justify="right")
-    table.add_column("what it says")
     for result in results:
         table.add_section()
-        for number, (run, median) in enumerate(result["medians"].items()):
-            times, clusters = result["seconds"][run], result.get("clusters", math.inf)
+        title = result["title"]
+        for run, median in result["medians"].items():
+            times = result["seconds"][run]
             numbers = [f"{value:.3f}" for value in (median, min(times), max(times))]
-            cells = [*numbers, "" if math.isinf(clusters) else f"{1e3 * median / clusters:.3f}"]
-            title, words = ("", "") if number else (result["title"], verdict(result))
-            table.add_row(title, run, *cells, words)
+            each = "" if run.endswith("alone") else f"{1e3 * median / result['clusters']:.3f}"
+            table.add_row(title, run, *numbers, each)
+            title = ""
     return table
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """What a case says, in a few words."""
+    """What a case says, in two lines."""
     bar = f" (bar {result['bar']})" if result["bar"] else ""
     busy, early = spread(result["tasks"])
-    words = [f"busy {' '.join(f'{seconds:.2f}' for seconds in busy)} s, first to end {early:.2f} s before the last"]
+    seconds = ", ".join(f"{value:.2f}" for value in busy)
     if result["case"] == SKEW:
-        words.insert(
-            0, f"{result['ratio']:.2f} times the giant alone{bar}, least possible {result['lower_bound']:.2f} s"
-        )
-    elif result["speedup"]:
-        same = "equal" if not any(result["differing"].values()) else f"rows differ: {result['differing']}"
-        words.insert(0, f"{result['speedup']:.2f} times as fast as one{bar}, results {same}")
-    return "; ".join(words)
+        least = f"the work of one worker shared out to all: {result['shared_out']:.2f} s"
+        words = f"{result['ratio']:.2f} times the giant cluster alone{bar}; {least}"
+    else:
+        wrong = {name: count for name, count in result["differing"].items() if count}
+        same = f"differ in so many rows: {wrong}" if wrong else "are the same"
+        words = f"{result['speedup']:.2f} times as fast as one worker{bar}; scores {same}"
+    return f"{result['case']}: {words}\n  workers busy {seconds} s; the first was done {early:.2f} s before the last"
 
 
-def save(results: Sequence[Mapping[str, Any]], options: Options) -> None:
+def save(title: str, results: Sequence[Mapping[str, Any]], options: Options) -> None:
     """Write what is known so far."""
     if options.json_path:
-        options.json_path.write_text(json.dumps(results, indent=1))
+        options.json_path.write_text(json.dumps({"machine": title, "cases": results}, indent=1))
     if options.trace:
         runs = {f"{result['case']}: {worker}": done for result in results for worker, done in result["tasks"].items()}
         options.trace.write_text(json.dumps(as_trace(runs)))
@@ -317,7 +328,12 @@ def run(options: Options, show: Callable[[Any], None]) -> int:
     os.environ.setdefault("KVIKIO_NTHREADS", str(CPU_COUNT))
     names = options.names([*CASES, SKEW]) if options.cases else ["large", SKEW]
     log, results, failed = Log(), [], 0
-    with limited_to(options.time_limit), tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with (
+        limited_to(options.time_limit),
+        # Workers that are ending may still write to it.
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        ExitStack() as stack,
+    ):
         with log.stage(f"starting {options.gpus} workers, {options.scheduler}"):
             start = {"local": local_workers, "separate": separate_workers}[options.scheduler]
             workers: AbstractContextManager[Client] = start(options, Path(folder))
@@ -327,13 +343,15 @@ def run(options: Options, show: Callable[[Any], None]) -> int:
         log.say(title)
         for name in names:
             try:
-                measure = measure_skew if name == SKEW else lambda *rest, name=name: measure_scaling(name, *rest)
+                measure = measure_skew if name == SKEW else partial(measure_scaling, name)
                 results.append(measure(client, options, log))
             except Exception:
                 traceback.print_exc()
                 failed += 1
-            save(results, options)
+            save(title, results, options)
+        show(title)
+        show(as_table(results, options))
+        for result in results:
+            show(verdict(result))
         log.say("ending the workers")
-    show(title)
-    show(as_table(results, options))
     return failed

@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from dask.system import CPU_COUNT
+from end_to_end_cases import Options, case_options
 from rich.console import Console
 from rich.table import Table
 
@@ -278,6 +279,17 @@ def as_rich_table(shape: Shape, medians: Mapping[str, float], reading: float) ->
     return table
 
 
+def run_cases(options: Options, show: Callable[[Any], None]) -> int:
+    """Run cases of GPUs in one process, or on workers; the number of those that failed."""
+    if options.gpus:
+        import end_to_end_gpus
+
+        return end_to_end_gpus.run(options, show)
+    import end_to_end_cuda
+
+    return end_to_end_cuda.run(options, show)
+
+
 @click.command()
 @click.option(
     "--data",
@@ -291,7 +303,7 @@ def as_rich_table(shape: Shape, medians: Mapping[str, float], reading: float) ->
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="On cuda, cases of its own: see end_to_end_cuda.py. Of the other options --data, --repeats and --json count.",
+    help="On cuda, cases of its own, as on the CPU with --case or --gpus: see end_to_end_cuda.py.",
 )
 @click.option("--clusters", default=200, show_default=True)
 @click.option("--files", default=2, show_default=True, help="Files in each cluster.")
@@ -304,6 +316,7 @@ def as_rich_table(shape: Shape, medians: Mapping[str, float], reading: float) ->
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here too."
 )
 @click.option("--only-peak", is_flag=True, hidden=True, help="Run ours once and print its peak memory.")
+@case_options
 def main(
     data: Path,
     device: str,
@@ -316,16 +329,12 @@ def main(
     only_overhead: bool,
     json_path: Path | None,
     only_peak: bool,
+    **of_cases: Any,
 ) -> None:
     """Compare files to scores with only reading the files."""
     console = Console(width=120)
-    if device == "cuda":
-        import end_to_end_cuda
-
-        everything = end_to_end_cuda.run(data, repeats, console.print)
-        if json_path:
-            json_path.write_text(json.dumps(everything, indent=2))
-        return
+    if device == "cuda" or of_cases["cases"] or of_cases["gpus"]:
+        sys.exit(run_cases(Options(device, data, repeats, with_breakdown, json_path, **of_cases), console.print))
     if only_overhead:
         overhead(console, clusters=50_000, partitions=1_000, repeats=repeats)
         return

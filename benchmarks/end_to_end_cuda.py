@@ -1,221 +1,304 @@
-"""From files to scores on one GPU: what `end_to_end.py --device cuda` runs.
+"""From files to scores on one GPU, or several: what `end_to_end.py --device cuda` runs.
 
-A few distinct files stand in for all clusters, under hard links, so that they are made quickly and stay in the page
-cache. All methods take turns in one process; the table gives medians in milliseconds a cluster:
+    python benchmarks/end_to_end.py --device cuda --breakdown --json results.json --trace trace.json
+    python benchmarks/end_to_end.py --device cuda --case large --limit-clusters 6 --repeats 1
+    python benchmarks/end_to_end.py --device cuda --gpus 2                              # see end_to_end_gpus.py
+    python benchmarks/end_to_end.py --device cpu --case small --limit-clusters 100      # the same code without a GPU
 
-- only reading the same files, with pylibcudf, many files in a call and several calls at once;
-- ours: `read_clusters(backend="cudf")`, `pairwise`, `to_parquet`, by Dask's threads, with the defaults;
+All methods take turns in one process, from a warm page cache; the table gives medians in milliseconds a cluster:
+
+- only reading the same files, with pylibcudf (on a CPU: pyarrow), many files in a call and several calls at once: of a
+  few settings the one that was fastest while warming up;
+- ours: `read_clusters`, `pairwise`, `to_parquet`, by Dask's threads, with the defaults;
 - one cluster at a time, as the reference system's stage does it, in the same library's functions: read, score, write.
 
-The breakdown is that of a run in one thread, which waits for the GPU after each part.
+`--breakdown` says where the time of a run goes, twice. As it really runs, with all threads and nothing waited for: the
+time that threads spend in each part together, and the time in which at least one of them is in it. A thread that waits
+for the GPU, or for another to read, is in its part; idle is the time in which no thread is in any part. And in one
+thread that waits for the GPU before and after each part, which gives the work of each. `--trace` writes the first of
+these as a timeline for https://ui.perfetto.dev. The peak of device memory is what RMM handed out in one more run.
+
+Each stage is announced before it begins, with the seconds since the start. One that hangs prints where all threads
+are; the run gives up after `--time-limit`, and what was measured by then is in the file of `--json`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
-import shutil
+import resource
 import statistics
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import dask
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
+from dask.system import CPU_COUNT
+from end_to_end_cases import BACKENDS, CASES, Case, Log, Options, limited_to, make_case
 from rich.table import Table
+from timeline import Timeline, as_trace, recorded
 
 import dask_semdedup
-from dask_semdedup import _parquet, pairwise
+from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.ranking import make_strategy
 from dask_semdedup.stages import FileGroupTask, PairwiseCosineSimilarityStage
 
-FILES_A_CALL, READERS = 400, 4
 ONE_BY_ONE = 20
+# A method that has taken so many seconds gets no further turn.
+LONGEST = 30
+READING, OURS = "only reading", "ours, files to scores"
+# The functions that do the parts. "In cuDF" is within "read", which also waits for its turn.
 PARTS = {
-    "read": (_parquet, "read_fragments_cudf"),
-    "gather": (pairwise, "to_tensor"),
-    "search": (pairwise, "search_segments"),
-    "assemble": (pairwise, "score_frame"),
+    "plan": "dask_semdedup:read_clusters",
+    "read": "dask_semdedup._parquet:Reader.read",
+    "rank": "dask_semdedup.ranking:RankingStrategy.order",
+    "gather": "dask_semdedup.pairwise:to_tensor",
+    "search": "dask_semdedup.pairwise:search_segments",
+    "assemble": "dask_semdedup.pairwise:score_frame",
+}
+PARTS_OF = {
+    "cpu": {**PARTS, "write": "dask.dataframe.io.parquet.arrow:ArrowDatasetEngine.write_partition"},
+    "cuda": {
+        **PARTS,
+        "in cuDF": "cudf:read_parquet",
+        "write": "dask_cudf.io.parquet:CudfEngine.write_partition",
+    },
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """Clusters of one size, a file each, and the bar for ours in milliseconds a cluster."""
+def finish(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        import torch
 
-    clusters: int
-    rows: int
-    width: int
-    distinct: int
-    bar: float
-
-    def __str__(self) -> str:
-        return f"{self.clusters:,} clusters of {self.rows:,} x {self.width}"
+        torch.cuda.synchronize()
 
 
-CASES = [Case(24, 66_000, 1536, 1, 28), Case(3000, 2000, 384, 8, 0.45), Case(20_000, 200, 384, 8, 0.15)]
-
-
-@dataclass
-class Result:
-    """One line of the table: milliseconds a cluster."""
-
-    case: str
-    method: str
-    milliseconds: float
-    bar: float | None = None
-
-
-def make_files(case: Case, root: Path) -> Path:
-    """Write the distinct files and link them into the layout of k-means, unless an earlier run has."""
-    layout = root / f"{case.clusters}x{case.rows}x{case.width}"
-    if layout.exists():
-        return layout
-    unfinished = root / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    source = root / f"{layout.name}-source"
-    source.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for number in range(case.distinct):
-        rows = rng.standard_normal((case.rows, case.width), dtype=np.float32)
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        offsets = np.arange(case.rows + 1, dtype=np.int32) * case.width
-        table = pa.table(
-            {
-                "id": np.arange(case.rows),
-                "embeddings": pa.ListArray.from_arrays(offsets, rows.ravel()),
-                "cosine_dist_to_cent": rng.random(case.rows),
-            }
-        )
-        pq.write_table(table, source / f"{number}.parquet", use_dictionary=False)
-    for cluster in range(case.clusters):
-        folder = unfinished / f"centroid={cluster}"
-        folder.mkdir(parents=True)
-        os.link(source / f"{cluster % case.distinct}.parquet", folder / "part.0.parquet")
-    unfinished.rename(layout)
-    return layout
-
-
-def read_only(layout: Path) -> None:
-    """Read all files, many in a call and several calls at once."""
-    import pylibcudf as plc
-
-    files = sorted(map(str, layout.glob("*/*.parquet")))
-    step = max(1, min(FILES_A_CALL, len(files) // (2 * READERS)))
-
-    def read(names: list[str]) -> None:
-        source = plc.io.SourceInfo(names)
-        plc.io.parquet.read_parquet(plc.io.parquet.ParquetReaderOptions.builder(source).build())
-
-    with ThreadPoolExecutor(READERS) as pool:
+def read_only(files: Sequence[str], device: str, files_a_call: int, calls: int) -> None:
+    """Read all files, some in each call and several calls at once."""
+    read = {"cpu": _read_with_arrow, "cuda": _read_with_pylibcudf}[device]
+    step = max(1, min(files_a_call, math.ceil(len(files) / calls)))
+    with ThreadPoolExecutor(calls) as pool:
         list(pool.map(read, [files[start : start + step] for start in range(0, len(files), step)]))
 
 
-def ours(layout: Path, workers: int | None = None) -> None:
-    """Files to scores in files, with the defaults."""
+def _read_with_arrow(files: Sequence[str]) -> None:
+    ds.dataset(files, format="parquet").to_table()
+
+
+def _read_with_pylibcudf(files: Sequence[str]) -> None:
+    import pylibcudf as plc
+
+    options = plc.io.parquet.ParquetReaderOptions.builder(plc.io.SourceInfo(list(files))).build()
+    plc.io.parquet.read_parquet(options)
+
+
+def ours(layout: Path, device: str, partition_size: str | None, workers: int | None = None) -> None:
+    """Files to scores in files, by Dask's threads."""
     settings: dict[str, Any] = {"scheduler": "threads", **({} if workers is None else {"num_workers": workers})}
     with tempfile.TemporaryDirectory() as output, dask.config.set(settings):
-        dask_semdedup.read_clusters(layout, backend="cudf").semdedup.pairwise().to_parquet(output)
+        ddf = dask_semdedup.read_clusters(layout, backend=BACKENDS[device], partition_size=partition_size)
+        ddf.semdedup.pairwise().to_parquet(output)
 
 
-def one_by_one(layout: Path) -> None:
-    """Some of the clusters, one at a time."""
-    files = sorted(layout.glob("*/*.parquet"))[:ONE_BY_ONE]
-    with tempfile.TemporaryDirectory() as output, dask.config.set({"dataframe.backend": "cudf"}):
+def one_by_one(files: Sequence[str], device: str) -> None:
+    """The clusters of a file each, one at a time."""
+    with tempfile.TemporaryDirectory() as output, dask.config.set({"dataframe.backend": BACKENDS[device]}):
         stage = PairwiseCosineSimilarityStage("id", "embeddings", output, make_strategy("hard"))
         for number, file in enumerate(files):
             metadata = {"centroid_id": number, "filetype": "parquet"}
-            stage.process(FileGroupTask("benchmark", [str(file)], _metadata=metadata))
+            stage.process(FileGroupTask("benchmark", [file], _metadata=metadata))
 
 
-@contextmanager
-def timed_parts() -> Iterator[Counter[str]]:
-    """Seconds of each part of the way, the GPU's work included."""
-    import torch
-
-    seconds: Counter[str] = Counter()
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **options: Any) -> Any:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            result = function(*arguments, **options)
-            torch.cuda.synchronize()
-            seconds[name] += time.perf_counter() - start
-            return result
-
-        return wrapper
-
-    with ExitStack() as stack:
-        for name, (module, attribute) in PARTS.items():
-            stack.enter_context(patch.object(module, attribute, timed(name, getattr(module, attribute))))
-        yield seconds
-
-
-def breakdown(layout: Path) -> dict[str, float]:
-    """Seconds of the parts of one run in one thread; what is left is listing, planning, ranking, writing and Dask."""
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, the device's work included."""
+    finish(device)
     start = time.perf_counter()
-    dask_semdedup.read_clusters(layout, backend="cudf")
-    listed = time.perf_counter() - start
-    with timed_parts() as seconds:
-        start = time.perf_counter()
-        ours(layout, workers=1)
-        total = time.perf_counter() - start
-    parts = {"list and plan": listed, **{name: seconds[name] for name in PARTS}}
-    return {**parts, "rank, write and the rest": total - sum(parts.values()), "all": total}
+    call()
+    finish(device)
+    return time.perf_counter() - start
 
 
-def compare(case: Case, root: Path, repeats: int) -> tuple[list[Result], dict[str, float]]:
-    """Time all methods on one case, in turns, and one run's parts."""
-    layout = make_files(case, root)
-    counts = {"only reading, pylibcudf": case.clusters, "ours, files to scores": case.clusters}
-    methods = dict(zip(counts, (read_only, ours), strict=True))
-    slow = f"one cluster at a time ({min(ONE_BY_ONE, case.clusters)} of them)"
-    counts[slow], methods[slow] = min(ONE_BY_ONE, case.clusters), one_by_one
+def choose_setting(case: Case, files: Sequence[str], device: str, log: Log) -> tuple[tuple[int, int], dict[str, float]]:
+    """The fastest setting of only reading, of those that the limit of open files allows, and seconds of each."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A file takes two descriptors while it is read.
+    possible = [(each, calls) for each, calls in case.settings if 2 * min(each * calls, len(files)) < 0.8 * soft]
+    with log.stage(f"{case.name}: first read of a few files"):
+        read_only(files[: 2 * case.distinct], device, 1, 1)
+    seconds = {}
+    for each, calls in possible or [(64, 1)]:
+        with log.stage(f"{case.name}: reading {each} files a call, {calls} calls at once"):
+            seconds[each, calls] = seconds_of(partial(read_only, files, device, each, calls), device)
+    best = min(seconds, key=seconds.__getitem__)
+    return best, {f"{each} files a call, {calls} at once": taken for (each, calls), taken in seconds.items()}
+
+
+def in_turns(
+    case: Case, methods: Mapping[str, Callable[[], object]], device: str, repeats: int, log: Log
+) -> dict[str, list[float]]:
+    """Seconds of each method's runs, the methods taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeats + 1):
         for name, method in methods.items():
-            start = time.perf_counter()
-            method(layout)
-            if turn:  # The first turn warms up.
-                seconds[name].append(time.perf_counter() - start)
-    results = [
-        Result(str(case), name, 1e3 * statistics.median(times) / counts[name], case.bar if method is ours else None)
-        for (name, times), method in zip(seconds.items(), methods.values(), strict=True)
-    ]
-    return results, {name: 1e3 * value / case.clusters for name, value in breakdown(layout).items()}
+            if sum(seconds[name]) > LONGEST:
+                continue
+            with log.stage(f"{case.name}: {name}, {f'repeat {turn}' if turn else 'warm-up'}"):
+                taken = seconds_of(method, device)
+            if turn:
+                seconds[name].append(taken)
+    return seconds
 
 
-def as_table(results: list[Result], parts: dict[str, float]) -> Table:
-    """The results of one case."""
-    table = Table(title=f"{results[0].case}, milliseconds a cluster", title_justify="left")
-    table.add_column("")
-    for column in ("ms", "bar"):
+def timelines(case: Case, layout: Path, options: Options, log: Log) -> dict[str, Timeline]:
+    """A run as it really is, and one in a single thread that waits for the device around each part."""
+    device, size = options.device, options.partition_size
+    with log.stage(f"{case.name}: timeline of one run"), recorded(PARTS_OF[device]) as real:
+        ours(layout, device, size)
+        finish(device)
+    with (
+        log.stage(f"{case.name}: one thread, part by part"),
+        recorded(PARTS_OF[device], partial(finish, device)) as single,
+    ):
+        ours(layout, device, size, workers=1)
+        finish(device)
+    if real.missing:
+        log.say(f"not found, so not measured: {', '.join(real.missing)}")
+    return {"timeline": real, "one_thread": single}
+
+
+def memory(case: Case, layout: Path, options: Options, log: Log) -> dict[str, int]:
+    """The most device memory that RMM had handed out at any time of a run."""
+    import rmm.statistics
+
+    with log.stage(f"{case.name}: memory of one run"), rmm.statistics.statistics():
+        ours(layout, options.device, options.partition_size)
+        return {"peak_bytes": int(rmm.statistics.get_statistics().peak_bytes)}
+
+
+def measure(case: Case, layout: Path, options: Options, log: Log) -> dict[str, Any]:
+    """Time all methods on one case."""
+    device = options.device
+    files = sorted(map(str, layout.glob("*/*.parquet")))
+    few = files[:ONE_BY_ONE]
+    setting, tried = choose_setting(case, files, device, log)
+    loop = f"one cluster at a time ({len(few)} of them)"
+    methods = {
+        READING: partial(read_only, files, device, *setting),
+        OURS: partial(ours, layout, device, options.partition_size),
+        loop: partial(one_by_one, few, device),
+    }
+    counts = {READING: len(files), OURS: len(files), loop: len(few)}
+    seconds = in_turns(case, methods, device, options.repeats, log)
+    milliseconds = {name: 1e3 * statistics.median(times) / counts[name] for name, times in seconds.items()}
+    return {
+        "reading": tried,
+        "setting": setting,
+        "seconds": seconds,
+        "milliseconds": milliseconds,
+        "ratios": {name: value / milliseconds[READING] for name, value in milliseconds.items()},
+    }
+
+
+def as_table(results: Iterable[Mapping[str, Any]]) -> Table:
+    """All cases, a few lines each."""
+    table = Table(title="milliseconds a cluster, medians", title_justify="left")
+    for column in ("case", "method"):
+        table.add_column(column)
+    for column in ("ms", "min", "max", "times reading", "bar"):
         table.add_column(column, justify="right")
     for result in results:
-        table.add_row(result.method, f"{result.milliseconds:.3f}", "" if result.bar is None else f"{result.bar:g}")
-    table.add_section()
-    for name, value in parts.items():
-        table.add_row(f"in one thread: {name}", f"{value:.3f}", "")
+        table.add_section()
+        title = result["title"]
+        for name, value in result.get("milliseconds", {}).items():
+            times = result["seconds"][name]
+            scale = value / statistics.median(times)
+            bar = f"{result['bar']:g}" if name == OURS and result["bar"] else ""
+            label = f"{name}, {result['setting'][0]} x {result['setting'][1]}" if name == READING else name
+            numbers = [f"{number:.3f}" for number in (value, scale * min(times), scale * max(times))]
+            table.add_row(title, label, *numbers, f"{result['ratios'][name]:.2f}", bar)
+            title = ""
+        if "peak_bytes" in result:
+            table.add_row("", f"peak device memory of ours {result['peak_bytes'] / 1e9:.2f} GB", "", "", "", "", "")
     return table
 
 
-def run(root: Path, repeats: int, show: Callable[[Any], None]) -> list[dict[str, Any]]:
-    """All cases; what is to be written as JSON."""
+def as_breakdown_table(result: Mapping[str, Any]) -> Table:
+    """Where the time of a run goes, in milliseconds a cluster."""
+    real, single, scale = result["timeline"], result["one_thread"], 1e3 / result["clusters"]
+    table = Table(title=f"{result['title']}: one run, milliseconds a cluster", title_justify="left")
+    table.add_column("part")
+    for column in ("calls", "all threads", "at least one thread", "of the time", "one thread, waiting for the device"):
+        table.add_column(column, justify="right")
+    for part, alone in zip(real.summary(), single.summary(), strict=True):
+        numbers = [f"{scale * part.total:.3f}", f"{scale * part.union:.3f}", f"{part.union / real.seconds:.0%}"]
+        table.add_row(part.name, str(part.calls), *numbers, f"{scale * alone.total:.3f}")
+    table.add_section()
+    idle = [f"{scale * real.idle:.3f}", f"{real.idle / real.seconds:.0%}", f"{scale * single.idle:.3f}"]
+    table.add_row("idle, in no part", "", "", *idle)
+    table.add_row("the whole run", "", "", f"{scale * real.seconds:.3f}", "", f"{scale * single.seconds:.3f}")
+    return table
+
+
+def machine(device: str) -> str:
+    """What the numbers are measured with. It asks for the pool first: torch can share it only before it uses CUDA."""
     import torch
 
-    show(f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, torch {torch.__version__}")
-    everything = []
-    for results, parts in map(partial(compare, root=root, repeats=repeats), CASES):
-        show(as_table(results, parts))
-        everything.append({"results": [asdict(result) for result in results], "parts": parts})
-    return everything
+    if device == "cpu":
+        return f"CPU, {CPU_COUNT} cores, torch {torch.__version__}"
+    shared = share_memory_pool()
+    import cudf
+
+    versions = f"torch {torch.__version__}, cuDF {cudf.__version__}, KvikIO threads {os.environ['KVIKIO_NTHREADS']}"
+    return f"{torch.cuda.get_device_name()}, {CPU_COUNT} cores, {versions}, one memory pool: {shared}"
+
+
+def save(title: str, results: Sequence[Mapping[str, Any]], options: Options) -> None:
+    """Write what is known so far."""
+    if options.json_path:
+        everything = {"machine": title, "cases": results}
+        options.json_path.write_text(json.dumps(everything, indent=1, default=Timeline.as_json))
+    if options.trace:
+        runs = {
+            f"{result['case']}: {result['title']}": result["timeline"].intervals
+            for result in results
+            if "timeline" in result
+        }
+        options.trace.write_text(json.dumps(as_trace(runs)))
+
+
+def run(options: Options, show: Callable[[Any], None]) -> int:
+    """Run the cases and print them; the number of those that failed."""
+    os.environ.setdefault("KVIKIO_NTHREADS", str(CPU_COUNT))
+    log = Log()
+    results: list[dict[str, Any]] = []
+    failed = 0
+    steps = [measure, *([timelines] if options.breakdown else []), *([memory] if options.device == "cuda" else [])]
+    with limited_to(options.time_limit):
+        with log.stage("importing and starting"):
+            title = machine(options.device)
+        log.say(title)
+        for name in options.names(CASES):
+            case = CASES[name].limited(options.limit_clusters, options.limit_rows)
+            results.append({"case": name, "title": str(case), "clusters": case.clusters, "bar": case.bar})
+            try:
+                layout = make_case(case, options.data, log)
+                for step in steps:
+                    results[-1].update(step(case, layout, options, log))
+                    save(title, results, options)
+            except Exception:
+                traceback.print_exc()
+                failed += 1
+    show(title)
+    for result in results:
+        if "timeline" in result:
+            show(as_breakdown_table(result))
+    show(as_table(results))
+    return failed

@@ -29,8 +29,10 @@ from dask.system import CPU_COUNT
 from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
+from dask_semdedup.embeddings import take
 from dask_semdedup.errors import ClusterError, MissingColumnsError
 from dask_semdedup.memory import share_memory_pool
+from dask_semdedup.streams import catch_up
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 # Bytes fetched from the end of a remote file: enough for nearly every footer, in one request.
@@ -344,10 +346,13 @@ class Reader:
             return _cudf().DataFrame.from_arrow(table)[list(columns)]
         return self._to_pandas(table, (), columns)
 
-    def read(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
-        """Rows of the fragments in their order, with a new `RangeIndex`."""
+    def read(self, fragments: Sequence[Fragment], columns: Sequence[str], stream: Any = None) -> Any:
+        """Rows of the fragments in their order, with a new `RangeIndex`.
+
+        Columns from the files are read into cuDF in a CUDA stream, if one is given, and belong to it.
+        """
         if self.backend == "cudf":
-            return self._read_cudf(fragments, columns)
+            return self._read_cudf(fragments, columns, stream)
         schema = self._decoded_schema(columns)
         if not schema.names:
             return self._to_pandas(schema.empty_table(), fragments, columns)
@@ -375,15 +380,15 @@ class Reader:
         """The frame of an Arrow table of the schema, or of some of its columns."""
         return self._to_pandas(table, (), table.column_names)
 
-    def _read_cudf(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+    def _read_cudf(self, fragments: Sequence[Fragment], columns: Sequence[str], stream: Any) -> Any:
         if not fragments:
             return self.meta(columns)
-        frame = read_fragments_cudf(self.fs, fragments, [name for name in columns if name != self.cluster_field])
+        in_files = [name for name in columns if name != self.cluster_field]
+        frame = read_fragments_cudf(self.fs, fragments, in_files, stream)
         if self.cluster_field in columns:
             clusters = _cudf().Series(pa.array([fragment.cluster for fragment in fragments], self.cluster_type))
-            frame[self.cluster_field] = clusters.repeat([fragment.rows for fragment in fragments]).reset_index(
-                drop=True
-            )
+            rows = np.array([fragment.rows for fragment in fragments])
+            frame[self.cluster_field] = take(clusters, _cupy_repeat(rows))
         return frame[list(columns)]
 
     def _decoded_schema(self, columns: Sequence[str]) -> pa.Schema:
@@ -457,19 +462,22 @@ def read_fragment(fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.
 
 @cache
 def _cudf() -> Any:
-    # KvikIO, which reads files for cuDF, looks at it once, at its first use; by itself it takes 4 threads.
+    # Both are looked at once, at the first use. KvikIO, which reads files for cuDF, takes 4 threads by itself; and few
+    # pages to compress, as of scores, keep one GPU busy for 25 ms that the host's threads do in 2.
     os.environ.setdefault("KVIKIO_NTHREADS", str(CPU_COUNT))
+    os.environ.setdefault("LIBCUDF_HOST_COMPRESSION", "AUTO")
     import cudf
 
     return cudf
 
 
-# Calls of cuDF's reader at once in a process: one keeps the files' threads busy, another the GPU meanwhile.
-_readers = threading.BoundedSemaphore(2)
+# Calls of cuDF's reader at once in a process: some keep the files' threads busy, another the GPU meanwhile.
+READERS = 3
+_readers = threading.BoundedSemaphore(READERS)
 
 
 def files_at_once() -> int:
-    """How many files a call of cuDF's reader may have open: each takes two descriptors, and there are two calls.
+    """How many files a call of cuDF's reader may have open: each takes two descriptors, and there are `READERS` calls.
 
     Examples
     --------
@@ -477,10 +485,12 @@ def files_at_once() -> int:
     True
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1024 if soft == resource.RLIM_INFINITY else max(64, min(1024, soft // 8))
+    return 1024 if soft == resource.RLIM_INFINITY else max(64, min(1024, soft // (4 * READERS)))
 
 
-def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+def read_fragments_cudf(
+    fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str], stream: Any = None
+) -> Any:
     """Read the columns of all fragments into one cuDF frame, in few calls: many small reads leave a GPU idle."""
     share_memory_pool()
     cudf = _cudf()
@@ -489,22 +499,29 @@ def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragm
         return cudf.DataFrame(index=cudf.RangeIndex(rows))
     most = files_at_once()
     parts = [fragments[start : start + most] for start in range(0, len(fragments), most)]
-    frames = [_read_with_cudf(fs, part, columns) for part in parts]
+    frames = [_read_with_cudf(fs, part, columns, stream) for part in parts]
     frame = frames[0] if len(frames) == 1 else cudf.concat(frames, ignore_index=True)
+    if stream is not None:
+        catch_up()
     if len(frame) != rows:
         raise ClusterError(f"{_first_of(fragments)} changed since the footers were read.")
     return frame
 
 
-def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+def _read_with_cudf(
+    fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str], stream: Any
+) -> Any:
+    paths = [fragment.path for fragment in fragments]
     groups = [list(fragment.row_groups) for fragment in fragments if fragment.row_groups is not None]
     try:
         with _readers:
+            if is_local(fs):
+                return _read_with_libcudf(paths, columns, groups, stream)
             return _cudf().read_parquet(
-                [fragment.path for fragment in fragments],
+                paths,
                 columns=list(columns),
                 row_groups=groups or None,
-                filesystem=None if is_local(fs) else fs,
+                filesystem=fs,
                 use_pandas_metadata=False,
                 # Folders named key=value would otherwise be read one by one.
                 dataset_kwargs={"partitioning": None},
@@ -512,6 +529,28 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
             )
     except (RuntimeError, OSError) as error:
         raise _unreadable(_first_of(fragments), error) from error
+
+
+def _read_with_libcudf(paths: list[str], columns: Sequence[str], groups: list[list[int]], stream: Any) -> Any:
+    """What `cudf.read_parquet` does, in a stream."""
+    from pylibcudf.io import SourceInfo, parquet
+
+    options = parquet.ParquetReaderOptions.builder(SourceInfo(paths)).allow_mismatched_pq_schemas(True).build()
+    options.set_column_names(list(columns))
+    if groups:
+        options.set_row_groups(groups)
+    table = parquet.read_parquet(options, stream)
+    if stream is not None:
+        stream.synchronize()
+    return _cudf().DataFrame.from_pylibcudf(table)
+
+
+def _cupy_repeat(counts: np.ndarray) -> Any:
+    """Positions 0, 1, ... on the GPU, each as often as its count says."""
+    import cupy
+
+    ends = cupy.asarray(np.cumsum(counts))
+    return cupy.searchsorted(ends, cupy.arange(int(counts.sum())), side="right")
 
 
 def _first_of(fragments: Sequence[Fragment]) -> str:

@@ -52,6 +52,7 @@ from dask_semdedup._parquet import (
 from dask_semdedup._validate import check_bytes
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.memory import device_bytes
+from dask_semdedup.placement import PARTITIONS_ON_GPU
 
 __all__ = ["align", "align_both", "cluster_files", "is_aligned", "plan", "read_clusters", "write_cluster"]
 
@@ -62,6 +63,8 @@ READING_COST = 1024
 # Bytes of a partition of pandas, and the least and the most of one of cuDF.
 PARTITION = 2**27
 GPU_PARTITIONS = (2**27, 2**30)
+# What a partition takes on a GPU while it is read, in its own size: as in the file, decompressed, and as columns.
+GPU_COPIES = 3
 # Where there is little to read, partitions of pandas get as small as this to keep all cores busy.
 SMALL_PARTITION = 2**24
 # The longest list column that cuDF can hold, in elements; the bytes are those of its narrowest elements.
@@ -100,8 +103,8 @@ def read_clusters(
     partition_size : str or int, optional
         The most bytes that the columns of a partition take in memory, unless a single cluster takes more. By default
         "128MiB" for pandas and, as many files in one call are what a GPU reads fast, up to "1GiB" for cuDF: less where
-        that times the threads would fill a sixth of the GPU. Partitions of pandas are made smaller, down to 16 MiB,
-        where there would else be too few to keep all cores busy.
+        the four that are read and scored at once would fill more than half of the GPU. Partitions of pandas are made
+        smaller, down to 16 MiB, where there would else be too few to keep all cores busy.
 
     Returns
     -------
@@ -162,11 +165,13 @@ def _check_backend(backend: str | None) -> str:
 
 
 def _default_size(backend: str) -> int:
-    """Bytes of a partition: on a GPU so few that each thread can hold six times as many."""
+    """Bytes of a partition: on a GPU so few that those that are there at once take half of it."""
     if backend == "pandas":
         return PARTITION
     memory = device_bytes()
-    return GPU_PARTITIONS[1] if memory is None else int(np.clip(memory // (6 * CPU_COUNT), *GPU_PARTITIONS))
+    if memory is None:
+        return GPU_PARTITIONS[1]
+    return int(np.clip(memory // (2 * GPU_COPIES * PARTITIONS_ON_GPU), *GPU_PARTITIONS))
 
 
 def no_cluster_column(cluster_field: str, where: str, columns: Iterable[object]) -> ClusterError:

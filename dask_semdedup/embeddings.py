@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, some
+from dask_semdedup.streams import beside
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +28,14 @@ __all__ = [
     "array_like",
     "check_embedding_dtype",
     "check_plain_dtype",
+    "column_like",
     "first_width",
     "frame_like",
     "is_cudf",
     "is_string",
     "rows_not_finite",
     "shares_memory",
+    "take",
     "tensor_like",
     "to_embeddings",
     "to_list",
@@ -196,7 +199,9 @@ def to_tensor(
     width = source.check_rows(embedding_dim)
     blocks = _float32_blocks(source.pieces(), width, source.device)
     rows = _assemble(blocks, (len(column), width), order, device)
-    if len(bad := rows_not_finite(rows)):
+    with beside(device):
+        bad = rows_not_finite(rows)
+    if len(bad):
         positions = bad if order is None else to_numpy(order)[bad]
         raise report.error(positions, "with NaN or infinite values", "Drop or mend them first.")
     return rows
@@ -308,6 +313,61 @@ def array_like(tensor: torch.Tensor, frame: Any) -> Any:
     import cupy
 
     return cupy.from_dlpack(tensor.to("cuda"))
+
+
+def column_like(array: Any, frame: Any) -> Any:
+    """Give an array of numbers as a column of a frame's backend, NaN as it is.
+
+    Examples
+    --------
+    >>> column_like(np.array([0.5], dtype=np.float32), pd.DataFrame())
+    0    0.5
+    dtype: float32
+    """
+    if not is_cudf(frame):
+        return pd.Series(array)
+    import cudf
+
+    # Asked to make nulls of NaN, cuDF would count them, and the host wait.
+    return cudf.Series(array, nan_as_null=False)
+
+
+def take(column: Any, positions: Any) -> Any:
+    """Rows of a column, with a new index.
+
+    Parameters
+    ----------
+    column : Series
+        Of pandas or cuDF.
+    positions : (m,) int64 array
+        Of NumPy or CuPy, all within the column.
+
+    Examples
+    --------
+    >>> take(pd.Series(["a", "b"], name="id"), np.array([1, 1]))
+    0    b
+    1    b
+    Name: id, dtype: str
+    """
+    if is_cudf(column):
+        taken = _cudf_take(column, positions)
+        if taken.dtype == column.dtype:
+            return taken
+    return column.iloc[positions].reset_index(drop=True)
+
+
+def _cudf_take(column: Any, positions: Any) -> Any:
+    """Rows of a cuDF column, without a look at the positions, which would wait for the device.
+
+    Of a dtype that libcudf does not know, such as categories, the values come without it.
+    """
+    import cudf
+    import pylibcudf as plc
+
+    table = plc.Table([column.to_pylibcudf()[0]])
+    where = plc.Column.from_cuda_array_interface(positions)
+    (rows,) = plc.copying.gather(table, where, plc.copying.OutOfBoundsPolicy.DONT_CHECK).columns()
+    return cudf.Series.from_pylibcudf(rows, metadata={"name": column.name})
 
 
 def tensor_like(array: Any) -> torch.Tensor:
@@ -522,15 +582,25 @@ class _CudfSource(_Source):
     def check_rows(self, embedding_dim: int | None) -> int:
         if self.column.null_count:
             self._check_null(self.column.isnull().to_numpy(), "with a null embedding")
-        lengths = self.column.list.len().values
-        # Compared on the device; the widths come to the host only where there is something to report.
-        self.width = int(lengths[0]) if embedding_dim is None else embedding_dim
-        if self.width == 0 or bool((lengths != self.width).any()):
-            self._check_widths(lengths.get(), embedding_dim)
+        shortest, longest = self._extreme_widths()
+        self.width = shortest if embedding_dim is None else embedding_dim
+        if not 0 < shortest == self.width == longest:
+            self._check_widths(self.column.list.len().to_numpy(), embedding_dim)
         leaves = self._leaves()
         if leaves.null_count:
             self._check_null(leaves.isnull().to_numpy().reshape(-1, self.width).any(axis=1), "with null elements")
         return self.width
+
+    def _extreme_widths(self) -> list[int]:
+        """The least and the most, found on the device; all come to the host only where there is something to report."""
+        import cudf
+        import torch
+
+        data, _ = self.column.to_pylibcudf()
+        offsets = cudf.Series.from_pylibcudf(data.list_view().offsets()).values
+        with beside(self.device):
+            widths = tensor_like(offsets)[data.offset() : data.offset() + len(self.column) + 1].diff()
+            return torch.stack(widths.aminmax()).tolist()
 
     def pieces(self) -> Iterator[Any]:
         yield _from_bits(self._leaves().values)
@@ -592,10 +662,11 @@ def _assemble(blocks: Iterator[Any], shape: tuple[int, int], order: Any, device:
     rows = _empty(shape, device)
     place = None if order is None else _moved(_inverse(order), device)
     start = 0
-    for block in chain([first], blocks):
-        stop = start + len(block)
-        rows[slice(start, stop) if place is None else place[start:stop]] = _moved(block, device)
-        start = stop
+    with beside(device):
+        for block in chain([first], blocks):
+            stop = start + len(block)
+            rows[slice(start, stop) if place is None else place[start:stop]] = _moved(block, device)
+            start = stop
     return tensor_like(rows) if device == "cpu" else rows
 
 

@@ -28,6 +28,8 @@ from dask_semdedup.clusters import ReadClusters
 from dask_semdedup.errors import EmbeddingError
 from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
 from dask_semdedup.pairwise import best_of_visits, has_visits, pairwise_frames, pairwise_meta, pairwise_partition
+from dask_semdedup.placement import room_on_gpu
+from dask_semdedup.streams import catch_up, thread_stream
 
 __all__ = ["AgainstScores", "BestOfProbes", "BestOfVisits", "KMeansClusters", "PairwiseScores", "ScoresOfFiles"]
 
@@ -52,7 +54,12 @@ def score_files(
 
 
 def _score_cudf_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
-    return pairwise_partition(reader.read(fragments, columns), **arguments)
+    """Score what is read in a stream of this thread, beside the partitions of other threads."""
+    with room_on_gpu():
+        frame = reader.read(fragments, columns, thread_stream())
+        scores = pairwise_partition(frame, **arguments)
+        catch_up()  # Only then may the frame be released.
+        return scores
 
 
 def _score_pandas_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:

@@ -9,11 +9,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dask_semdedup.embeddings import array_like, first_width, is_cudf, tensor_like, to_list, to_numpy, to_tensor
+from dask_semdedup.embeddings import (
+    array_like,
+    column_like,
+    first_width,
+    frame_like,
+    is_cudf,
+    take,
+    tensor_like,
+    to_list,
+    to_numpy,
+    to_tensor,
+)
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.placement import check_device, choose_device, cores_for
 from dask_semdedup.ranking import RankingStrategy
+from dask_semdedup.streams import beside, owned
 
 if TYPE_CHECKING:
     import torch
@@ -146,9 +158,8 @@ def pairwise_partition(
     if len(frame) == 0:
         return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field, with_visits=with_visits)
     check_clusters(clusters, ids)
-    codes, _ = clusters.factorize()
     order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
-    segments = segments_of(codes[order])
+    segments = segments_of(_codes(clusters)[order])
     stops = None
     if with_visits:
         homes = frame[home_field(cluster_field)]
@@ -168,15 +179,15 @@ def pairwise_partition(
             device=device if home == "cuda" else "cpu",
         )
         scores, index = search_segments(rows, segments, stops, device, compute_dtype, batch_size)
-    nearest = ids.iloc[order[array_like(index, frame)]]
+    nearest = take(ids, order[array_like(index, frame)])
     if not with_visits:
-        return score_frame(ids.iloc[order], nearest, array_like(scores, frame), clusters.iloc[order])
+        return score_frame(take(ids, order), nearest, array_like(scores, frame), take(clusters, order))
     import torch
 
     place = torch.arange(len(index), device=index.device)
     scores = scores.masked_fill(index == place, NO_CANDIDATE)
-    own = homes.iloc[order].rename(cluster_field)
-    result = score_frame(ids.iloc[order], nearest, array_like(scores, frame), own)
+    own = take(homes, order).rename(cluster_field)
+    result = score_frame(take(ids, order), nearest, array_like(scores, frame), own)
     result[RANK_COLUMN] = array_like(place.masked_fill(tensor_like(is_visit[position]).to(place.device), -1), frame)
     return result
 
@@ -361,11 +372,9 @@ def score_frame(ids: Any, nearest: Any, scores: Any, clusters: Any) -> Any:
        id  max_id  cosine_sim_score  centroid
     0   8       7               0.5         0
     """
-    result = ids.reset_index(drop=True).to_frame("id")
-    result["max_id"] = nearest.reset_index(drop=True)
-    result["cosine_sim_score"] = scores
-    result[clusters.name] = clusters.reset_index(drop=True)
-    return result
+    ids, nearest, own = (column.reset_index(drop=True) for column in (ids, nearest, clusters))
+    columns = {"id": ids, "max_id": nearest, "cosine_sim_score": column_like(scores, ids), clusters.name: own}
+    return frame_like(columns, ids)
 
 
 def _check_columns(
@@ -388,13 +397,26 @@ def check_clusters(clusters: Any, ids: Any) -> None:
     >>> import pandas as pd
     >>> check_clusters(pd.Series([0, 0], name="centroid"), pd.Series([7, 8]))
     """
-    null = clusters.isna()
-    if null.any():
+    null = _nulls(clusters)
+    if null is not None and null.any():
         lost = ids[null]
         raise ClusterError(
             f"Column {clusters.name!r}: {have(len(lost), 'row')} no cluster (ids {some(to_list(lost))}). "
             "Drop them, or assign them to clusters."
         )
+
+
+def _nulls(column: Any) -> Any:
+    """Where values are missing; None where a column of cuDF knows that none is, without asking the device."""
+    knows = is_cudf(column) and column.dtype.kind != "f" and not column.null_count
+    return None if knows else column.isna()
+
+
+def _codes(clusters: Any) -> Any:
+    """Numbers, equal where clusters are."""
+    if clusters.dtype.kind not in "iu":
+        return clusters.factorize()[0]
+    return clusters.values if is_cudf(clusters) else clusters.to_numpy()
 
 
 def segments_of(codes: Any) -> np.ndarray:
@@ -423,4 +445,8 @@ def search_segments(
 
     find = partial(nearest_earlier_from_host, device=device) if rows.device.type != device else nearest_earlier
     ends = None if stops is None else tensor_like(stops)
-    return find(rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size)
+    with beside(rows.device.type):
+        scores, index = find(
+            rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size
+        )
+    return owned(scores), owned(index)

@@ -15,7 +15,7 @@ from threadpoolctl import ThreadpoolController
 from dask_semdedup._validate import check_choice
 from dask_semdedup.errors import InvalidArgumentError
 
-__all__ = ["DEVICES", "check_device", "choose_device", "cores", "cores_for", "has_cuda"]
+__all__ = ["DEVICES", "check_device", "choose_device", "cores", "cores_for", "has_cuda", "room_on_gpu"]
 
 DEVICES = ("auto", "cpu", "cuda")
 # Pairs of rows from which on a GPU repays the way to it: 2,000 rows of 384 took an H200 half as long as 16 cores.
@@ -95,6 +95,22 @@ def _threads(segments: np.ndarray) -> int:
     available = torch.get_num_threads()
     is_alone = threading.current_thread() is threading.main_thread()
     return available if is_alone or np.diff(segments).max() >= ROWS_WORTH_ALL_THREADS else 1
+
+
+# Partitions that are read and scored on a GPU at once: more would only wait for each other, and need memory.
+PARTITIONS_ON_GPU = 4
+_room = threading.BoundedSemaphore(PARTITIONS_ON_GPU)
+
+
+def room_on_gpu() -> AbstractContextManager[object]:
+    """Wait until one of the `PARTITIONS_ON_GPU` places on this process's GPU is free, and take it.
+
+    Examples
+    --------
+    >>> with room_on_gpu():
+    ...     pass
+    """
+    return _room
 
 
 class Cores:

@@ -11,6 +11,7 @@ import math
 import os
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -35,13 +36,14 @@ from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.streams import catch_up
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
-# Bytes fetched from the end of a remote file: enough for nearly every footer, in one request.
-FOOTER_GUESS = 2**16
-REMOTE_THREADS = 32
-# Local footers that a task of a thread reads: one takes no longer than handing a task over. Half of it is Python's, so
-# that more threads would only wait for each other.
-FOOTERS_A_TASK = 64
-LOCAL_THREADS = 4
+# Bytes fetched at first from the end of a file, by whether it is local: of a remote one enough for nearly every footer,
+# in one request; of a local one so few that copying them takes no time, as a second read costs little.
+FOOTER_GUESS = {False: 2**16, True: 2**13}
+FOOTER_THREADS = 32
+# Files that are read one after the other until it is asked how long each was waited for, and from how many seconds on
+# threads pay.
+PROBED = 64
+SLOW = 3e-4
 # What identifies the state of a file, under the names that fsspec's file systems give it.
 STATE_KEYS = ("size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash")
 LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8}
@@ -148,7 +150,7 @@ def checksum(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
     """Arrow schema of a file, without index columns that pandas or Dask wrote only to restore an index."""
-    schema = _read_footer(fs, path, size, pq.read_schema)
+    schema = _read_footer(fs, path, size).schema.to_arrow_schema()
     return pa.schema([field for field in schema if not field.name.startswith(INDEX_COLUMNS)])
 
 
@@ -157,6 +159,8 @@ def read_footers(
     files: Mapping[str, Mapping[str, Any]],
     columns: Sequence[str],
     cluster_column: str | None = None,
+    *,
+    with_nulls: bool = True,
 ) -> list[FileStats]:
     """Read the footers of all files at once, in the files' order.
 
@@ -168,6 +172,8 @@ def read_footers(
         The columns that are to be read.
     cluster_column
         A column in the files whose bounds and nulls are wanted.
+    with_nulls
+        Whether it matters which integer columns may hold nulls.
 
     Raises
     ------
@@ -175,32 +181,75 @@ def read_footers(
         If a file is not readable as Parquet, or its columns differ from those of the first file.
     """
     first, info = next(iter(files.items()))
-    expected = _Leaves(_read_footer(fs, first, info["size"], pq.read_metadata), columns, cluster_column)
-    sizes = [(path, info["size"]) for path, info in files.items()]
-    threads, step = (LOCAL_THREADS, FOOTERS_A_TASK) if is_local(fs) else (REMOTE_THREADS, 1)
+    footer_of_first = _read_footer(fs, first, info["size"])
+    expected = _Leaves(footer_of_first, columns, cluster_column, with_nulls)
 
-    def read(start: int) -> list[FileStats]:
-        return [_read_stats(fs, *entry, first=first, expected=expected) for entry in sizes[start : start + step]]
+    def read(entry: tuple[str, Mapping[str, Any]]) -> FileStats:
+        path, info = entry
+        metadata = footer_of_first if path == first else _read_footer(fs, path, info["size"])
+        return _stats(path, metadata, expected.of(metadata, path, first))
 
-    with ThreadPoolExecutor(min(threads, len(files)), thread_name_prefix="footers") as pool:
-        return [stats for part in pool.map(read, range(0, len(sizes), step)) for stats in part]
+    return _map_files(read, list(files.items()), is_slow=not is_local(fs))
 
 
-def _read_footer(fs: fsspec.AbstractFileSystem, path: str, size: int, read: Callable[..., Any]) -> Any:
-    """Apply `pq.read_metadata` or `pq.read_schema` to a file."""
+def _map_files(read: Callable[[Any], Any], files: Sequence[Any], is_slow: bool) -> list[Any]:
+    """Apply a function to files: one after the other as long as that is fast, and from then on many at once.
+
+    A footer in the page cache is read in less time than it takes to hand it to another thread; most of that time is
+    Python's, so that threads would only wait for each other. Where it has to come from a disk or over a network,
+    they wait for it together.
+    """
+    results: list[Any] = []
+    with ThreadPoolExecutor(FOOTER_THREADS, thread_name_prefix="footers") as pool:
+        for start in range(0, len(files), PROBED):
+            if is_slow:
+                return results + list(pool.map(read, files[start:]))
+            block = files[start : start + PROBED]
+            began = _time_waited()
+            results.extend(map(read, block))
+            is_slow = _time_waited() - began > SLOW * len(block)
+    return results
+
+
+def _time_waited() -> float:
+    """Seconds, from whenever, in which this thread did not run."""
+    return time.perf_counter() - time.thread_time()
+
+
+def _read_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pq.FileMetaData:
     try:
-        if is_local(fs):
-            with pa.OSFile(path) as file:
-                return read(file)
-        return read(pa.BufferReader(_fetch_footer(fs, path, size)))
-    except (pa.ArrowException, OSError) as error:
+        return _parse(_fetch_footer(fs, path, size))
+    except (pa.ArrowException, OSError, RuntimeError, ValueError) as error:
         raise _unreadable(path, error) from error
 
 
+def _parse(footer: bytes) -> pq.FileMetaData:
+    """Parse what a file ends with, as `pq.read_metadata` does, which takes twice as long over it."""
+    reader = pq.ParquetReader()
+    reader.open(pa.BufferReader(footer))
+    return reader.metadata
+
+
 def _fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
-    tail: bytes = fs.cat_file(path, start=max(0, size - FOOTER_GUESS), end=size)
+    """The footer with its length and the magic bytes, in one read if it is not long."""
+    tail = _fetch_end(fs, path, size, FOOTER_GUESS[is_local(fs)])
+    if tail[-4:] != b"PAR1":
+        raise ValueError("it is encrypted" if tail[-4:] == b"PARE" else "it does not end as a Parquet file does")
     length = int.from_bytes(tail[-8:-4], "little") + 8
-    return tail if length <= len(tail) else fs.cat_file(path, start=max(0, size - length), end=size)
+    if length + 4 > size:
+        raise ValueError(f"its footer of {length} bytes does not fit into its {size}")
+    return (tail if length <= len(tail) else _fetch_end(fs, path, size, length))[-length:]
+
+
+def _fetch_end(fs: fsspec.AbstractFileSystem, path: str, size: int, nbytes: int) -> bytes:
+    start = max(0, size - nbytes)
+    if not is_local(fs):
+        return fs.cat_file(path, start=start, end=size)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, size - start, start)
+    finally:
+        os.close(descriptor)
 
 
 def _unreadable(path: str, error: Exception) -> ClusterError:
@@ -210,16 +259,28 @@ def _unreadable(path: str, error: Exception) -> ClusterError:
 class _Leaves:
     """Where the wanted columns lie among the leaf columns of a Parquet schema."""
 
-    def __init__(self, metadata: pq.FileMetaData, columns: Sequence[str], cluster_column: str | None) -> None:
+    def __init__(
+        self, metadata: pq.FileMetaData, columns: Sequence[str], cluster_column: str | None, with_nulls: bool
+    ) -> None:
         self.schema = metadata.schema
         self.types = {field.name: field.type for field in self.schema.to_arrow_schema()}
-        self.columns, self.cluster_column = columns, cluster_column
+        self.columns, self.cluster_column, self.with_nulls = columns, cluster_column, with_nulls
         spans, start = {}, 0
         for name, type_ in self.types.items():
             spans[name] = range(start, start := start + _count_leaves(type_))
         self.cluster = spans[cluster_column][0] if cluster_column else None
-        self.widths = {index: _leaf_bytes(self.schema.column(index)) for name in columns for index in spans[name]}
-        self.integers = {name: spans[name][0] for name in columns if _is_integer(self.types[name])}
+        widths = {index: _leaf_bytes(self.schema.column(index)) for name in columns for index in spans[name]}
+        # Of a leaf that has one value of a fixed width for each row, no row group needs to be asked.
+        fixed = [
+            index for index, width in widths.items() if width and not self.schema.column(index).max_repetition_level
+        ]
+        self.row_bytes = sum(widths[index] or 0 for index in fixed)
+        self.varying = {index: width for index, width in widths.items() if index not in fixed}
+        self.integers = {
+            name: spans[name][0]
+            for name in columns
+            if with_nulls and _is_integer(self.types[name]) and self.schema.column(spans[name][0]).max_definition_level
+        }
 
     def of(self, metadata: pq.FileMetaData, path: str, first: str) -> _Leaves:
         """The same for another file, whose wanted columns must be of the same types."""
@@ -235,7 +296,7 @@ class _Leaves:
                     f"Column {name!r} is {types[name]} in {path} but {self.types[name]} in {first}. "
                     "Write all files with one schema, or name columns that agree."
                 )
-        return _Leaves(metadata, self.columns, self.cluster_column)
+        return _Leaves(metadata, self.columns, self.cluster_column, self.with_nulls)
 
 
 def _count_leaves(type_: pa.DataType) -> int:
@@ -255,9 +316,7 @@ def _is_integer(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_boolean(type_))
 
 
-def _read_stats(fs: fsspec.AbstractFileSystem, path: str, size: int, *, first: str, expected: _Leaves) -> FileStats:
-    metadata = _read_footer(fs, path, size, pq.read_metadata)
-    leaves = expected.of(metadata, path, first)
+def _stats(path: str, metadata: pq.FileMetaData, leaves: _Leaves) -> FileStats:
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     nullable = frozenset(
         name for name, index in leaves.integers.items() if any(_null_count(group, index) != 0 for group in groups)
@@ -268,12 +327,14 @@ def _read_stats(fs: fsspec.AbstractFileSystem, path: str, size: int, *, first: s
 
 
 def _row_group(group: Any, leaves: _Leaves) -> RowGroup:
-    nbytes = elements = 0
-    for index, width in leaves.widths.items():
+    rows = elements = group.num_rows
+    nbytes = rows * leaves.row_bytes
+    for index, width in leaves.varying.items():
         chunk = group.column(index)
-        nbytes += chunk.total_uncompressed_size if width is None else chunk.num_values * width
-        elements = max(elements, chunk.num_values)
-    return RowGroup(group.num_rows, nbytes, elements, *_bounds(group, leaves.cluster))
+        n_values = chunk.num_values
+        nbytes += chunk.total_uncompressed_size if width is None else n_values * width
+        elements = max(elements, n_values)
+    return RowGroup(rows, nbytes, elements, *_bounds(group, leaves.cluster))
 
 
 def _bounds(group: Any, index: int | None) -> tuple[Any, Any]:

@@ -110,7 +110,8 @@ def read_clusters(
     -------
     dask.dataframe.DataFrame
         Lists as Arrow lists, strings in Dask's string dtype, integers as NumPy's (as Arrow's, where a column may hold
-        nulls). Divisions are unknown. Partitions hold their clusters in ascending order.
+        nulls). Divisions are unknown. Partitions hold their clusters in ascending order, and stand in that of their
+        clusters themselves, but for those that cost far more than the others, which come first.
 
     Raises
     ------
@@ -338,7 +339,7 @@ def _scan(
     """Read the footers and plan the partitions."""
     bounded = cluster_field if folders is None else None
     in_files = [name for name in reader.schema.names if name in columns or name == bounded]
-    stats = read_footers(reader.fs, files, in_files, bounded)
+    stats = read_footers(reader.fs, files, in_files, bounded, with_nulls=reader.backend == "pandas")
     _check_null_clusters(stats, cluster_field)
     reader = replace(reader, nullable=frozenset().union(*(file.nullable for file in stats)))
     units = _units_of_bounds(stats, size) if folders is None else _units_of_folders(stats, folders)
@@ -448,6 +449,9 @@ def plan(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> list[lis
     Searching a cluster of n rows of d numbers costs n²·d, and n·d are its bytes; reading it costs its bytes. So the
     cost of a cluster is taken as ``nbytes * (rows + 1024)``.
 
+    Partitions that cost more than twice the median come first, the dearest at the head, so that no worker is left with
+    one of them when the others are done [1]_. The rest follow in the order of their clusters.
+
     Parameters
     ----------
     sizes : iterable of (cluster, rows, nbytes)
@@ -458,12 +462,19 @@ def plan(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> list[lis
     Returns
     -------
     list of list
-        The clusters of each partition, ascending throughout.
+        The clusters of each partition, ascending within it.
+
+    References
+    ----------
+    .. [1] Graham, "Bounds on multiprocessing timing anomalies", SIAM Journal on Applied Mathematics 17 (1969): longest
+       processing time first.
 
     Examples
     --------
     >>> plan([(2, 20, 800), (0, 10, 400), (1, 10, 400)], partition_size=1000)
     [[0, 1], [2]]
+    >>> plan([(0, 10, 400), (1, 10, 400), (2, 10, 400), (3, 9000, 9000)], partition_size=400)
+    [[3], [0], [1], [2]]
     """
     ordered = sorted(sizes, key=lambda size: size[0])
     if not ordered:
@@ -471,7 +482,16 @@ def plan(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> list[lis
     weights = [(nbytes, nbytes * (rows + READING_COST)) for _, rows, nbytes in ordered]
     starts = _cut_evenly(weights, partition_size)
     clusters = [cluster for cluster, _, _ in ordered]
-    return [clusters[start:stop] for start, stop in pairwise([*starts, len(clusters)])]
+    costs = np.add.reduceat([float(cost) for _, cost in weights], starts)
+    ends = [*starts[1:], len(clusters)]
+    return [clusters[starts[run] : ends[run]] for run in _dearest_first(costs)]
+
+
+def _dearest_first(costs: np.ndarray) -> list[int]:
+    """Positions, those of costs more than twice the median at the head, descending."""
+    is_dear = costs > 2 * np.median(costs)
+    dear = np.flatnonzero(is_dear)
+    return [*dear[np.argsort(-costs[dear], kind="stable")].tolist(), *np.flatnonzero(~is_dear).tolist()]
 
 
 def _cut_evenly(weights: Sequence[tuple[int, int]], partition_size: int) -> list[int]:

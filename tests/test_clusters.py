@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -109,8 +110,21 @@ class TestPlan:
         clusters = [(key, rows, rows * width) for key, (rows, width) in enumerate(rows_widths)]
         nbytes = {key: size for key, _, size in clusters}
         partitions = plan(clusters[::-1], limit)
-        assert [key for keys in partitions for key in keys] == list(range(len(clusters)))
+        in_order = [key for keys in sorted(partitions) for key in keys]
+        assert in_order == list(range(len(clusters)))
         assert all(len(keys) == 1 or sum(nbytes[key] for key in keys) <= limit for keys in partitions)
+
+    @given(sizes.filter(bool), st.integers(1, 200_000))
+    def test_the_dearest_come_first_and_the_others_in_order(
+        self, rows_widths: list[tuple[int, int]], limit: int
+    ) -> None:
+        clusters = [(key, rows, rows * width) for key, (rows, width) in enumerate(rows_widths)]
+        cost = {key: nbytes * (rows + 1024) for key, rows, nbytes in clusters}
+        partitions = plan(clusters, limit)
+        costs = [sum(cost[key] for key in keys) for keys in partitions]
+        n_dear = sum(value > 2 * np.median(costs) for value in costs)
+        assert costs[:n_dear] == sorted(costs, reverse=True)[:n_dear]
+        assert partitions[n_dear:] == sorted(partitions[n_dear:])
 
     @given(sizes.filter(bool), st.integers(1, 200_000))
     def test_no_more_partitions_than_filling_them_one_by_one(
@@ -135,7 +149,7 @@ class TestPlan:
     def test_one_large_cluster_is_alone_and_small_ones_share(self) -> None:
         clusters = [(key, 10, 1000) for key in range(10)]
         clusters[4] = (4, 5000, 500_000)
-        assert plan(clusters, 6000) == [[0, 1, 2, 3], [4], [5, 6, 7, 8, 9]]
+        assert plan(clusters, 6000) == [[4], [0, 1, 2, 3], [5, 6, 7, 8, 9]]
 
     def test_of_nothing_is_one_empty_partition(self) -> None:
         assert plan([], 1) == [[]]
@@ -146,6 +160,52 @@ class TestPlan:
         partitions = plan([(key, n, n * 1536) for key, n in enumerate(rows)], 2**27)
         assert time.perf_counter() - start < 2
         assert sum(map(len, partitions)) == 50_000
+
+
+class TestFooters:
+    def test_are_the_same_however_slow_the_files_are(
+        self, layout: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fs, files = _parquet.list_files(layout[0])
+        at_once = _parquet.read_footers(fs, files, ["id", "embeddings"])
+        threads = set()
+        fetch = _parquet._fetch_end
+
+        def slow(*args: object) -> bytes:
+            threads.add(threading.get_ident())
+            time.sleep(2 * _parquet.SLOW)
+            return fetch(*args)
+
+        monkeypatch.setattr(_parquet, "_fetch_end", slow)
+        monkeypatch.setattr(_parquet, "PROBED", 2)
+        assert _parquet.read_footers(fs, files, ["id", "embeddings"]) == at_once
+        assert len(threads) > 1
+
+    def test_longer_than_what_is_read_at_first(
+        self, layout: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fs, files = _parquet.list_files(layout[0])
+        short = _parquet.read_footers(fs, files, ["id", "embeddings"])
+        monkeypatch.setattr(_parquet, "FOOTER_GUESS", {True: 16, False: 16})
+        assert _parquet.read_footers(fs, files, ["id", "embeddings"]) == short
+
+    def test_count_what_the_columns_take(self, tmp_path: Path) -> None:
+        table = pa.table(
+            {
+                "id": pa.array([1, None, 3]),
+                "flag": [True, False, True],
+                "embeddings": pa.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], pa.list_(pa.float32())),
+                "text": ["a" * 100] * 3,
+            }
+        )
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+        fs, files = _parquet.list_files(tmp_path)
+        (file,) = _parquet.read_footers(fs, files, ["id", "flag", "embeddings"])
+        assert [(group.rows, group.nbytes, group.elements) for group in file.row_groups] == [(2, 34, 4), (1, 17, 2)]
+        assert file.nullable == {"id"}
+        (file,) = _parquet.read_footers(fs, files, ["id", "text"], with_nulls=False)
+        assert file.nullable == frozenset()
+        assert file.row_groups[0].nbytes > 16
 
 
 class TestLayout:
@@ -279,7 +339,7 @@ class TestLayout:
         fsspec.filesystem("memory").rm("/clusters", recursive=True)
 
     def test_a_footer_longer_than_the_first_guess(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_parquet, "FOOTER_GUESS", 16)
+        monkeypatch.setattr(_parquet, "FOOTER_GUESS", {True: 16, False: 16})
         expected = write_layout("memory://guess/in", {4: [3]})
         assert_same(read_clusters("memory://guess/in"), expected)
         fsspec.filesystem("memory").rm("/guess", recursive=True)
@@ -311,17 +371,16 @@ class TestExpression:
     ) -> None:
         read, calls = _parquet._read_footer, []
 
-        def counted(fs, path, size, reader):
-            if reader is pq.read_metadata:
-                calls.append(path)
-            return read(fs, path, size, reader)
+        def counted(fs, path, size):
+            calls.append(path)
+            return read(fs, path, size)
 
         monkeypatch.setattr(_parquet, "_read_footer", counted)
         ddf = read_clusters(layout[0], partition_size=1)
         planned = len(calls)
         assert len(set(calls)) == 8
         ddf[ddf.id > 3][["id"]].optimize().__dask_graph__()
-        assert len(calls) == planned == 9  # the first file's says what the others' must be
+        assert len(calls) == planned == 9  # the first file's also gives the schema
 
     def test_projection_reaches_the_reader(self, layout: tuple[Path, pd.DataFrame]) -> None:
         ddf = read_clusters(layout[0])
@@ -511,6 +570,23 @@ class TestBadInput:
         path = layout[0] / "centroid=7/part.1.parquet"
         path.write_bytes(path.read_bytes()[:-10])
         with pytest.raises(ClusterError, match=r"Cannot read .*centroid=7/part.1.parquet as Parquet \(truncated"):
+            read_clusters(layout[0])
+
+    @pytest.mark.parametrize(
+        ("end", "problem"),
+        [
+            (b"1234", "does not end as a Parquet file does"),
+            (b"", "does not fit"),
+            (b"\xff\xff\xff\x7fPAR1", "does not fit"),
+            (b"\x20\x00\x00\x00PARE", "it is encrypted"),
+            (b"\xff" * 40 + b"\x20\x00\x00\x00PAR1", "thrift"),
+            (bytes(40) + b"\x20\x00\x00\x00PAR1", "thrift"),
+        ],
+    )
+    def test_a_damaged_footer_is_named(self, layout: tuple[Path, pd.DataFrame], end: bytes, problem: str) -> None:
+        path = layout[0] / "centroid=7/part.1.parquet"
+        path.write_bytes(b"PAR1" + end)
+        with pytest.raises(ClusterError, match=rf"Cannot read .*centroid=7/part.1.parquet as Parquet .*{problem}"):
             read_clusters(layout[0])
 
     def test_damage_behind_the_footer_is_found_when_read(self, layout: tuple[Path, pd.DataFrame]) -> None:

@@ -64,10 +64,14 @@ PARTS = {
     "assemble": "dask_semdedup.pairwise:score_frame",
 }
 PARTS_OF = {
-    "cpu": {**PARTS, "write": "dask.dataframe.io.parquet.arrow:ArrowDatasetEngine.write_partition"},
+    "cpu": {
+        **PARTS,
+        "read": "dask_semdedup._parquet:read_fragment",
+        "write": "dask.dataframe.io.parquet.arrow:ArrowDatasetEngine.write_partition",
+    },
     "cuda": {
         **PARTS,
-        "in cuDF": "cudf:read_parquet",
+        "in cuDF": "dask_semdedup._parquet:_read_with_libcudf",
         "write": "dask_cudf.io.parquet:CudfEngine.write_partition",
     },
 }

@@ -384,7 +384,7 @@ def test_unknown_words_are_refused(name, value):
 @pytest.mark.parametrize("batch_bytes", [1, 2**27], ids=["a task each", "one task"])
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
 def test_run_scores_every_cluster(golden, tmp_path, monkeypatch, caplog, scheduler, batch_bytes):
-    monkeypatch.setattr(stages, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(stages, "default_size", lambda _: batch_bytes)
     stage = PairwiseStage("id", "embeddings", str(golden), str(tmp_path / "out"), verbose=True)
     with dask.config.set(scheduler=scheduler), caplog.at_level(logging.INFO, "dask_semdedup"):
         results = stage.run()

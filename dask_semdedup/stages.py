@@ -324,6 +324,8 @@ class PairwiseCosineSimilarityStage:
     def batches(self, tasks: Sequence[FileGroupTask]) -> list[list[FileGroupTask]]:
         """Share tasks out to batches for `process_batch`, of about equal cost, by what the files' footers say.
 
+        They are as large as the partitions of `read_clusters`.
+
         Parameters
         ----------
         tasks : sequence of FileGroupTask

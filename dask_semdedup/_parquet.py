@@ -39,7 +39,8 @@ PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 # Bytes fetched at first from the end of a file, by whether it is local: of a remote one enough for nearly every footer,
 # in one request; of a local one so few that copying them takes no time, as a second read costs little.
 FOOTER_GUESS = {False: 2**16, True: 2**13}
-FOOTER_THREADS = 32
+# Threads that wait for a file system together, where it is slow.
+REMOTE_THREADS = 32
 # Files that are read one after the other until it is asked how long each was waited for, and from how many seconds on
 # threads pay.
 PROBED = 64
@@ -200,7 +201,7 @@ def _map_files(read: Callable[[Any], Any], files: Sequence[Any], is_slow: bool) 
     they wait for it together.
     """
     results: list[Any] = []
-    with ThreadPoolExecutor(FOOTER_THREADS, thread_name_prefix="footers") as pool:
+    with ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="footers") as pool:
         for start in range(0, len(files), PROBED):
             if is_slow:
                 return results + list(pool.map(read, files[start:]))

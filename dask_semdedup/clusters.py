@@ -7,15 +7,17 @@ a time. `read_clusters` yields aligned frames from files, and `align` any other.
 from __future__ import annotations
 
 import functools
+import io
 import math
 import os
 import re
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import dask
@@ -24,6 +26,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from dask import _expr as core
 from dask._task_spec import Task
 from dask.dataframe.dask_expr._collection import new_collection
@@ -38,6 +41,7 @@ from dask.typing import Key
 from dask.utils import get_default_shuffle_method
 
 from dask_semdedup._parquet import (
+    REMOTE_THREADS,
     FileStats,
     Fragment,
     Reader,
@@ -50,16 +54,28 @@ from dask_semdedup._parquet import (
     read_schema,
 )
 from dask_semdedup._validate import check_bytes
+from dask_semdedup.embeddings import to_arrow, to_host
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.memory import device_bytes
 from dask_semdedup.placement import PARTITIONS_ON_GPU
 
-__all__ = ["align", "align_both", "cluster_files", "is_aligned", "plan", "read_clusters", "write_cluster"]
+__all__ = [
+    "align",
+    "align_both",
+    "cluster_files",
+    "is_aligned",
+    "plan",
+    "read_clusters",
+    "write_cluster",
+    "write_clusters",
+]
 
 BACKENDS = ("pandas", "cudf")
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 # Reading a row costs about as much as comparing it with this many others, so that small clusters are not free.
 READING_COST = 1024
+# Partitions that cost so many times the median are begun first.
+DEAR = 2
 # Bytes of a partition of pandas, and the least and the most of one of cuDF.
 PARTITION = 2**27
 GPU_PARTITIONS = (2**27, 2**30)
@@ -70,6 +86,20 @@ SMALL_PARTITION = 2**24
 # The longest list column that cuDF can hold, in elements; the bytes are those of its narrowest elements.
 CUDF_ELEMENTS = 2**31 - 1
 CUDF_BYTES = 2 * CUDF_ELEMENTS
+# Local files written at once by a partition: other partitions are written beside it.
+LOCAL_WRITERS = max(1, min(4, CPU_COUNT // 4))
+# Arguments of `to_parquet` that mean the same to Arrow's writer.
+ARROW_OPTIONS = frozenset(
+    {
+        "compression",
+        "compression_level",
+        "data_page_size",
+        "row_group_size",
+        "use_dictionary",
+        "version",
+        "write_statistics",
+    }
+)
 
 
 def read_clusters(
@@ -111,7 +141,7 @@ def read_clusters(
     dask.dataframe.DataFrame
         Lists as Arrow lists, strings in Dask's string dtype, integers as NumPy's (as Arrow's, where a column may hold
         nulls). Divisions are unknown. Partitions hold their clusters in ascending order, and stand in that of their
-        clusters themselves, but for those that cost far more than the others, which come first.
+        clusters themselves, but for those that cost far more than the others: these stand where Dask begins.
 
     Raises
     ------
@@ -145,7 +175,7 @@ def read_clusters(
     2   3         1
     """
     backend = _check_backend(backend)
-    size = _default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
+    size = default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
     folders = _clusters_of_folders(files, cluster_field)
     reader = _reader(fs, files, folders, cluster_field, backend)
@@ -165,14 +195,33 @@ def _check_backend(backend: str | None) -> str:
     return backend
 
 
-def _default_size(backend: str) -> int:
-    """Bytes of a partition: on a GPU so few that those that are there at once take half of it."""
+def default_size(backend: str) -> int:
+    """Bytes of a partition: on a GPU so few that those that are there at once take half of it.
+
+    Examples
+    --------
+    >>> default_size("pandas") // 2**20
+    128
+    """
     if backend == "pandas":
         return PARTITION
     memory = device_bytes()
     if memory is None:
         return GPU_PARTITIONS[1]
     return int(np.clip(memory // (2 * GPU_COPIES * PARTITIONS_ON_GPU), *GPU_PARTITIONS))
+
+
+def fitting_size(size: int, backend: str, nbytes: int) -> int:
+    """Bytes of a partition of all `nbytes`: no more than cuDF can hold or, of pandas, than keep all cores busy.
+
+    Examples
+    --------
+    >>> fitting_size(2**27, "pandas", nbytes=1000) // 2**20
+    16
+    """
+    if backend == "cudf":
+        return min(size, CUDF_BYTES)
+    return min(size, max(SMALL_PARTITION, nbytes // (4 * CPU_COUNT)))
 
 
 def no_cluster_column(cluster_field: str, where: str, columns: Iterable[object]) -> ClusterError:
@@ -226,14 +275,35 @@ def cluster_files(
     >>> list(cluster_files(folder))
     [9, 10]
     """
+    return list_clusters(path, storage_options, cluster_field).urls()
+
+
+class Listing(NamedTuple):
+    """Files of clusters: their file system, each file's info by path, and the paths of each cluster."""
+
+    fs: fsspec.AbstractFileSystem
+    infos: Mapping[str, Mapping[str, Any]]
+    by_cluster: dict[Any, list[str]]
+
+    def urls(self) -> dict[Any, list[str]]:
+        """The files of each cluster as anyone may open them."""
+        if is_local(self.fs):
+            return self.by_cluster
+        return {cluster: list(map(self.fs.unstrip_protocol, files)) for cluster, files in self.by_cluster.items()}
+
+
+def list_clusters(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None, cluster_field: str = "centroid"
+) -> Listing:
+    """List the layout of k-means as `cluster_files` does, with what the listing says of each file."""
     fs, files = list_files(path, storage_options)
     folders = _clusters_of_folders(files, cluster_field)
     if folders is None:
         raise ClusterError(f"No folders {cluster_field}=<k> in {path}, but files such as {some(files, 1)}.")
     by_cluster = defaultdict(list)
     for file, cluster in folders.items():
-        by_cluster[cluster].append(file if is_local(fs) else fs.unstrip_protocol(file))
-    return dict(sorted(by_cluster.items()))
+        by_cluster[cluster].append(file)
+    return Listing(fs, files, dict(sorted(by_cluster.items())))
 
 
 def _clusters_of_folders(files: Iterable[str], cluster_field: str) -> dict[str, Any] | None:
@@ -348,13 +418,11 @@ def _scan(
         units = _units_of_row_groups(stats)
     if reader.backend == "cudf":
         _check_cudf(units, cluster_field)
-        size = min(size, CUDF_BYTES)
-    else:
-        size = min(size, max(SMALL_PARTITION, sum(unit.nbytes for unit in units) // (4 * CPU_COUNT)))
+    size = fitting_size(size, reader.backend, sum(unit.nbytes for unit in units))
     by_key = {unit.key: unit for unit in units}
+    runs, dear = _runs([(unit.key, unit.rows, unit.nbytes) for unit in units], size)
     partitions = tuple(
-        _join(fragment for key in keys for fragment in by_key[key].fragments)
-        for keys in plan([(unit.key, unit.rows, unit.nbytes) for unit in units], size)
+        _join(fragment for key in keys for fragment in by_key[key].fragments) for keys in _arranged(runs, dear)
     )
     token = tokenize(checksum(files), reader, cluster_field, aligned, size, tuple(columns))
     return Source(reader, partitions, cluster_field, aligned, token)
@@ -476,22 +544,33 @@ def plan(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> list[lis
     >>> plan([(0, 10, 400), (1, 10, 400), (2, 10, 400), (3, 9000, 9000)], partition_size=400)
     [[3], [0], [1], [2]]
     """
+    runs, dear = _runs(sizes, partition_size)
+    return [*(runs[position] for position in dear), *(run for position, run in enumerate(runs) if position not in dear)]
+
+
+def _runs(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> tuple[list[list[Any]], list[int]]:
+    """The clusters of each partition, ascending throughout, and the positions of the dear ones, the dearest first."""
     ordered = sorted(sizes, key=lambda size: size[0])
     if not ordered:
-        return [[]]
+        return [[]], []
     weights = [(nbytes, nbytes * (rows + READING_COST)) for _, rows, nbytes in ordered]
     starts = _cut_evenly(weights, partition_size)
     clusters = [cluster for cluster, _, _ in ordered]
     costs = np.add.reduceat([float(cost) for _, cost in weights], starts)
-    ends = [*starts[1:], len(clusters)]
-    return [clusters[starts[run] : ends[run]] for run in _dearest_first(costs)]
+    dear = np.flatnonzero(costs > DEAR * np.median(costs))
+    runs = [clusters[start:stop] for start, stop in pairwise([*starts, len(clusters)])]
+    return runs, dear[np.argsort(-costs[dear], kind="stable")].tolist()
 
 
-def _dearest_first(costs: np.ndarray) -> list[int]:
-    """Positions, those of costs more than twice the median at the head, descending."""
-    is_dear = costs > 2 * np.median(costs)
-    dear = np.flatnonzero(is_dear)
-    return [*dear[np.argsort(-costs[dear], kind="stable")].tolist(), *np.flatnonzero(~is_dear).tolist()]
+def _arranged(runs: Sequence[list[Any]], dear: Sequence[int]) -> list[list[Any]]:
+    """Partitions with the dear ones where Dask starts first, and the others in order.
+
+    Of tasks that are alike it starts that one first whose key, as a string, is the last.
+    """
+    started = sorted(range(len(runs)), key=lambda position: f"{position})", reverse=True)
+    at = {place: runs[position] for place, position in zip(started, dear, strict=False)}
+    others = iter([run for position, run in enumerate(runs) if position not in set(dear)])
+    return [at[place] if place in at else next(others) for place in range(len(runs))]
 
 
 def _cut_evenly(weights: Sequence[tuple[int, int]], partition_size: int) -> list[int]:
@@ -720,7 +799,7 @@ def write_cluster(frame: Any, output_path: str | os.PathLike[str], cluster: int 
     cluster : int or str
         The cluster. In the file's name it is quoted as in a URL, so that it may hold slashes.
     **write_kwargs
-        Arguments of ``frame.to_parquet``, and ``storage_options`` for the fsspec file system.
+        Arguments of ``to_parquet`` of pandas, and ``storage_options`` for the fsspec file system.
 
     Returns
     -------
@@ -735,19 +814,95 @@ def write_cluster(frame: Any, output_path: str | os.PathLike[str], cluster: int 
     >>> os.path.basename(path)
     'cluster_7.parquet'
     """
+    return write_clusters(frame, {cluster: range(len(frame))}, output_path, **write_kwargs)[cluster]
+
+
+def write_clusters(
+    frame: Any, rows: Mapping[int | str, range], output_path: str | os.PathLike[str], **write_kwargs: Any
+) -> dict[int | str, str]:
+    """Write the scores of many clusters as `write_cluster` does, several files at once.
+
+    Parameters
+    ----------
+    frame : pandas or cuDF DataFrame
+        Scores of all clusters. Those of cuDF come to the host at once.
+    rows : mapping from cluster to range
+        The rows of each, by position, one after the other.
+    output_path, **write_kwargs
+        As for `write_cluster`.
+
+    Returns
+    -------
+    dict
+        From cluster to the path of its file. If a file cannot be written, some of the others may have been.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> paths = write_clusters(pd.DataFrame({"id": [1, 2, 3]}), {7: range(2), 9: range(2, 3)}, tempfile.mkdtemp())
+    >>> pd.read_parquet(paths[7]).id.to_list(), pd.read_parquet(paths[9]).id.to_list()
+    ([1, 2], [3])
+    """
     folder = os.fspath(output_path).rstrip("/")
     fs, root = fsspec.core.url_to_fs(folder, **(write_kwargs.pop("storage_options", None) or {}))
+    encode = _encoder(frame, write_kwargs)
     # Quoted as in the folders' names of the layout: a cluster may be called "a/b".
-    name = f"cluster_{quote(str(cluster), safe='')}.parquet"
-    final = f"{root}/{name}"
-    temporary = f"{final}.{uuid.uuid4().hex}.tmp"
+    names = {cluster: f"cluster_{quote(str(cluster), safe='')}.parquet" for cluster in rows}
     fs.makedirs(root, exist_ok=True)
+
+    def write(cluster: int | str) -> None:
+        _write_whole(fs, f"{root}/{names[cluster]}", encode(rows[cluster]))
+
+    threads = LOCAL_WRITERS if is_local(fs) else REMOTE_THREADS
+    with ThreadPoolExecutor(max(1, min(threads, len(rows))), thread_name_prefix="write") as pool:
+        # After the first error no other file is begun.
+        list(pool.map(write, rows))
+    return {cluster: f"{folder}/{name}" for cluster, name in names.items()}
+
+
+def _encoder(frame: Any, options: Mapping[str, Any]) -> Callable[[range], bytes | pa.Buffer]:
+    """What turns rows of a frame into a Parquet file; the frame becomes Arrow's once, not once a file, if it can."""
+    if options.keys() <= ARROW_OPTIONS:
+        table = to_arrow(frame)
+
+        def encode(rows: range) -> pa.Buffer:
+            sink = pa.BufferOutputStream()
+            pq.write_table(table.slice(rows.start, len(rows)), sink, **options)
+            return sink.getvalue()
+
+        return encode
+    host = to_host(frame)
+
+    def encode_pandas(rows: range) -> bytes:
+        sink = io.BytesIO()
+        host.iloc[rows.start : rows.stop].to_parquet(sink, index=False, **options)
+        return sink.getvalue()
+
+    return encode_pandas
+
+
+def _write_whole(fs: fsspec.AbstractFileSystem, final: str, data: bytes | pa.Buffer) -> None:
+    """Write a file under a temporary name, and rename it."""
+    temporary = f"{final}.{uuid.uuid4().hex}.tmp"
     try:
-        with fs.open(temporary, "wb") as file:
-            frame.to_parquet(file, index=False, **write_kwargs)
-        fs.mv(temporary, final)
+        if is_local(fs):
+            with pa.OSFile(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, final)
+        else:
+            fs.pipe_file(temporary, bytes(data))
+            _rename(fs, temporary, final)
     except BaseException:
         if fs.exists(temporary):
-            fs.rm(temporary)
+            fs.rm_file(temporary)
         raise
-    return f"{folder}/{name}"
+
+
+def _rename(fs: fsspec.AbstractFileSystem, temporary: str, final: str) -> None:
+    if type(fs).mv is fsspec.AbstractFileSystem.mv:
+        # It copies and removes, as object stores must, but first it asks whether either path is a folder.
+        fs.cp_file(temporary, final)
+        fs.rm_file(temporary)
+    else:
+        fs.mv(temporary, final)

@@ -37,7 +37,9 @@ __all__ = [
     "shares_memory",
     "take",
     "tensor_like",
+    "to_arrow",
     "to_embeddings",
+    "to_host",
     "to_list",
     "to_numpy",
     "to_tensor",
@@ -403,6 +405,35 @@ def to_list(column: Any) -> list[Any]:
     ['a', 'b']
     """
     return (column.to_pandas() if is_cudf(column) else column).tolist()
+
+
+def to_arrow(frame: Any) -> pa.Table:
+    """Give a pandas or cuDF frame as an Arrow table, without its index.
+
+    Examples
+    --------
+    >>> to_arrow(pd.DataFrame({"id": [1, 2]})).to_pydict()
+    {'id': [1, 2]}
+    """
+    if is_cudf(frame) and not _has_nulls(frame):
+        return frame.to_arrow(preserve_index=False)
+    # What pandas notes in the schema keeps readers from making integers with nulls floats.
+    return pa.Table.from_pandas(to_host(frame), preserve_index=False)
+
+
+def to_host(frame: Any) -> pd.DataFrame:
+    """Give a pandas or cuDF frame as pandas'; integers with nulls do not become floats.
+
+    Examples
+    --------
+    >>> to_host(pd.DataFrame({"id": [1, 2]})).id.to_list()
+    [1, 2]
+    """
+    return frame.to_pandas(nullable=_has_nulls(frame)) if is_cudf(frame) else frame
+
+
+def _has_nulls(frame: Any) -> bool:
+    return any(frame[name].null_count for name in frame.columns)
 
 
 def is_cudf(frame: Any) -> bool:

@@ -9,23 +9,33 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
-from itertools import islice, pairwise, starmap
+from itertools import pairwise, starmap
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import dask
 import fsspec
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dask_semdedup._parquet import FileStats, Fragment, Reader, read_footers, read_schema
 from dask_semdedup._validate import check_positive
-from dask_semdedup.clusters import CUDF_ELEMENTS, cluster_files, plan, write_cluster
-from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf, rows_not_finite
+from dask_semdedup.clusters import (
+    CUDF_ELEMENTS,
+    Listing,
+    default_size,
+    fitting_size,
+    list_clusters,
+    plan,
+    write_clusters,
+)
+from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, rows_not_finite, to_arrow
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.pairwise import SCORE_COLUMNS, home_field, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
@@ -46,8 +56,6 @@ __all__ = [
 CLUSTER_FIELD = "__cluster__"
 # Of the layout whose folders are named centroid=<k>, the only one that is read.
 HOME_FIELD = home_field("centroid")
-# Small clusters share a task of Dask, up to so many bytes.
-BATCH_BYTES = 128 * 2**20
 
 logger = logging.getLogger("dask_semdedup")
 
@@ -172,6 +180,12 @@ class ClusterWiseFilePartitioningStage:
         ClusterError
             If there are no files in that layout.
         """
+        return self._tasks(self._list())
+
+    def _list(self) -> Listing:
+        return list_clusters(self.input_path, self.storage_options)
+
+    def _tasks(self, listing: Listing) -> list[FileGroupTask]:
         dataset = os.path.basename(os.fspath(self.input_path).rstrip("/"))
         return [
             FileGroupTask(
@@ -180,7 +194,29 @@ class ClusterWiseFilePartitioningStage:
                 _metadata={"centroid_id": cluster, "filetype": "parquet"},
                 task_id=f"pairwise_centroid_{cluster}",
             )
-            for cluster, files in cluster_files(self.input_path, self.storage_options).items()
+            for cluster, files in listing.urls().items()
+        ]
+
+
+@dataclass(frozen=True)
+class _Footers:
+    """What the footers of clusters' files say, and what reads the files."""
+
+    reader: Reader
+    by_cluster: dict[Any, list[FileStats]]
+
+    def of(self, clusters: Iterable[Any]) -> _Footers:
+        return replace(self, by_cluster={cluster: self.by_cluster[cluster] for cluster in clusters})
+
+    def sizes(self) -> list[tuple[Any, int, int]]:
+        """Cluster, rows and bytes of each, as `plan` wants them."""
+        groups = {
+            cluster: [group for file in files for group in file.row_groups]
+            for cluster, files in self.by_cluster.items()
+        }
+        return [
+            (cluster, sum(group.rows for group in of_it), sum(group.nbytes for group in of_it))
+            for cluster, of_it in groups.items()
         ]
 
 
@@ -202,8 +238,8 @@ class PairwiseCosineSimilarityStage:
     embedding_dim : int, optional
         Length that every embedding must have.
     read_kwargs, write_kwargs : dict, optional
-        Arguments of ``read_parquet`` and ``to_parquet`` of pandas (of cuDF, where Dask's configuration
-        ``dataframe.backend`` says so), and ``storage_options`` for the fsspec file system.
+        Arguments of ``read_parquet`` of pandas (of cuDF, where Dask's configuration ``dataframe.backend`` says so)
+        and of ``to_parquet`` of pandas, and ``storage_options`` for the fsspec file system.
 
     Raises
     ------
@@ -282,17 +318,13 @@ class PairwiseCosineSimilarityStage:
         clusters = [self._cluster(task) for task in tasks]
         if len(set(clusters)) < len(clusters):
             raise InvalidArgumentError(f"Tasks of one batch must have different centroid_id, not {some(clusters)}.")
-        files = {cluster: list(task.data) for cluster, task in zip(clusters, tasks, strict=True)}
-        written = self._score({cluster: paths for cluster, paths in files.items() if paths})
-        for cluster in files.keys() - written.keys():
-            warnings.warn(f"No data found for cluster {cluster}: its task has no files.", stacklevel=2)
-        return [
-            replace(task, data=[written[cluster]] if cluster in written else [])
-            for cluster, task in zip(clusters, tasks, strict=True)
-        ]
+        full = [task for task in tasks if task.data]
+        return self._process(tasks, self._scan(self._locate(full)) if full else None)
 
     def batches(self, tasks: Sequence[FileGroupTask]) -> list[list[FileGroupTask]]:
         """Share tasks out to batches for `process_batch`, of about equal cost, by what the files' footers say.
+
+        They are as large as the partitions of `read_clusters`.
 
         Parameters
         ----------
@@ -308,14 +340,15 @@ class PairwiseCosineSimilarityStage:
         ClusterError
             If a file is not readable as Parquet, or its columns are of other types than those of the first.
         """
+        return [batch for batch, _ in self._planned(tasks, self._locate(tasks))]
+
+    def _planned(self, tasks: Sequence[FileGroupTask], listing: Listing) -> list[tuple[list[FileGroupTask], _Footers]]:
+        """Batches as `batches` makes them, each with what its files' footers say."""
+        footers = self._scan(listing)
+        sizes = footers.sizes()
+        size = fitting_size(default_size(self.backend), self.backend, sum(nbytes for _, _, nbytes in sizes))
         by_cluster = {self._cluster(task): task for task in tasks}
-        _, stats = self._scan([path for task in tasks for path in task.data])
-        remaining = iter(stats)
-        sizes = []
-        for cluster, task in by_cluster.items():
-            groups = [group for file in islice(remaining, len(task.data)) for group in file.row_groups]
-            sizes.append((cluster, sum(group.rows for group in groups), sum(group.nbytes for group in groups)))
-        return [[by_cluster[cluster] for cluster in batch] for batch in plan(sizes, BATCH_BYTES)]
+        return [([by_cluster[cluster] for cluster in batch], footers.of(batch)) for batch in plan(sizes, size)]
 
     @staticmethod
     def _cluster(task: FileGroupTask) -> Any:
@@ -328,13 +361,27 @@ class PairwiseCosineSimilarityStage:
         # Integers of NumPy as well: the cluster column's type depends on it.
         return int(cluster) if isinstance(cluster, Integral) else cluster
 
-    def _score(self, files: Mapping[Any, list[str]]) -> dict[Any, str]:
+    def _process(self, tasks: Sequence[FileGroupTask], footers: _Footers | None) -> list[FileGroupTask]:
+        """Score tasks whose footers have been read; None if none has files."""
+        clusters = [self._cluster(task) for task in tasks]
+        written = {}
+        if footers is not None:
+            written = self._score(
+                {cluster: task.data for cluster, task in zip(clusters, tasks, strict=True) if task.data}, footers
+            )
+        for cluster in clusters:
+            if cluster not in written:
+                warnings.warn(f"No data found for cluster {cluster}: its task has no files.", stacklevel=3)
+        return [
+            replace(task, data=[written[cluster]] if cluster in written else [])
+            for cluster, task in zip(clusters, tasks, strict=True)
+        ]
+
+    def _score(self, files: Mapping[Any, list[str]], footers: _Footers) -> dict[Any, str]:
         """Score clusters that have files, and write each its own; their paths."""
-        if not files:
-            return {}
         start = time.perf_counter()
         scores = pairwise_partition(
-            self._read(files),
+            self._read_with_kwargs(files) if self.read_kwargs else self._read(footers),
             id_field=self.id_field,
             embedding_field=self.embedding_field,
             cluster_field=CLUSTER_FIELD,
@@ -348,19 +395,22 @@ class PairwiseCosineSimilarityStage:
             logger.info("pairwise: %d rows in clusters %s took %.3f s", len(scores), some(files), seconds)
         return written
 
-    def _read(self, files: Mapping[Any, list[str]]) -> Any:
+    def _read(self, footers: _Footers) -> Any:
         """Read the clusters into one frame with a column that tells them apart."""
-        reader, stats = self._scan([path for paths in files.values() for path in paths])
-        if self.read_kwargs:
-            return self._read_with_kwargs(files)
-        clusters = [cluster for cluster, paths in files.items() for _ in paths]
+        clusters = footers.by_cluster
+        stats = [file for files in clusters.values() for file in files]
         cluster_type = pa.int64() if all(isinstance(cluster, int) for cluster in clusters) else pa.string()
         elements = sum(group.elements for file in stats for group in file.row_groups)
-        # What is too long for a list column of cuDF is read by pandas, and still searched on the GPU.
-        backend = self.backend if elements <= CUDF_ELEMENTS else "pandas"
-        reader = replace(reader, cluster_field=CLUSTER_FIELD, cluster_type=cluster_type, backend=backend)
+        reader = replace(
+            footers.reader,
+            nullable=frozenset().union(*(file.nullable for file in stats)),
+            cluster_field=CLUSTER_FIELD,
+            cluster_type=cluster_type,
+            # What is too long for a list column of cuDF is read by pandas, and still searched on the GPU.
+            backend=self.backend if elements <= CUDF_ELEMENTS else "pandas",
+        )
         fragments = [
-            Fragment(file.path, file.rows, None, cluster) for file, cluster in zip(stats, clusters, strict=True)
+            Fragment(file.path, file.rows, None, cluster) for cluster, files in clusters.items() for file in files
         ]
         return reader.read(fragments, [*self._columns(), CLUSTER_FIELD])
 
@@ -378,18 +428,29 @@ class PairwiseCosineSimilarityStage:
     def _columns(self) -> list[str]:
         return list(dict.fromkeys([self.id_field, *self.ranking_strategy.required_columns, self.embedding_field]))
 
-    def _scan(self, paths: Iterable[str]) -> tuple[Reader, list[FileStats]]:
+    def _locate(self, tasks: Sequence[FileGroupTask]) -> Listing:
+        """What listing the tasks' files would have told."""
+        options = self.input_storage_options or {}
+        located = {
+            self._cluster(task): [fsspec.core.url_to_fs(path, **options) for path in task.data] for task in tasks
+        }
+        by_cluster = {cluster: [path for _, path in files] for cluster, files in located.items()}
+        fs = next(fs for files in located.values() for fs, _ in files)
+        paths = [path for files in by_cluster.values() for path in files]
+        return Listing(
+            fs, {path: {"size": size} for path, size in zip(paths, fs.sizes(paths), strict=True)}, by_cluster
+        )
+
+    def _scan(self, listing: Listing) -> _Footers:
         """Read the footers of files, and check that they have the columns."""
-        located = [fsspec.core.url_to_fs(path, **(self.input_storage_options or {})) for path in paths]
-        fs, first = located[0]
-        roots = [root for _, root in located]
-        sizes = dict(zip(roots, fs.sizes(roots), strict=True))
-        schema = read_schema(fs, first, sizes[first])
+        fs, infos, by_cluster = listing
+        first = next(iter(infos))
+        schema = read_schema(fs, first, infos[first]["size"])
         self._check_schema(schema, first)
-        footers = read_footers(fs, {root: {"size": size} for root, size in sizes.items()}, self._columns())
-        by_path = {footer.path: footer for footer in footers}
-        nullable = frozenset().union(*(footer.nullable for footer in footers))
-        return Reader(fs, schema, nullable, backend=self.backend), [by_path[root] for root in roots]
+        footers = {footer.path: footer for footer in read_footers(fs, infos, self._columns())}
+        return _Footers(
+            Reader(fs, schema), {cluster: [footers[path] for path in paths] for cluster, paths in by_cluster.items()}
+        )
 
     def _check_schema(self, schema: pa.Schema, path: str) -> None:
         if not {self.id_field, self.embedding_field} <= set(schema.names):
@@ -407,17 +468,16 @@ class PairwiseCosineSimilarityStage:
 
     def _write(self, scores: Any, files: Mapping[Any, list[str]]) -> dict[Any, str]:
         """Write each cluster its file; one without rows gets an empty one."""
-        if is_cudf(scores):
-            # Many small files are written faster from the host. Integers with nulls must not become floats on the way.
-            scores = scores.to_pandas(nullable=scores["id"].null_count > 0)
-        clusters, starts = np.unique(scores[CLUSTER_FIELD].to_numpy(), return_index=True)
-        rows = dict(zip(clusters.tolist(), starmap(slice, pairwise([*starts, len(scores)])), strict=True))
-        columns = scores[list(SCORE_COLUMNS)]
-        options = {**self.write_kwargs, "storage_options": self.output_storage_options}
-        return {
-            cluster: write_cluster(columns.iloc[rows.get(cluster, slice(0))], self.output_path, cluster, **options)
-            for cluster in files
-        }
+        runs = pc.run_end_encode(to_arrow(scores[[CLUSTER_FIELD]])[CLUSTER_FIELD].combine_chunks())
+        ranges = starmap(range, pairwise([0, *runs.run_ends.to_pylist()]))
+        rows = dict(zip(runs.values.to_pylist(), ranges, strict=True))
+        return write_clusters(
+            scores[list(SCORE_COLUMNS)],
+            {cluster: rows.get(cluster, range(0)) for cluster in files},
+            self.output_path,
+            storage_options=self.output_storage_options,
+            **self.write_kwargs,
+        )
 
 
 @dataclass
@@ -535,9 +595,16 @@ class PairwiseStage:
             As `PairwiseCosineSimilarityStage.process` does. Columns are checked before anything runs.
         """
         partitioning, similarity = self.decompose()
-        batches = similarity.batches(partitioning.process())
-        scored = dask.compute(*map(dask.delayed(similarity.process_batch), batches), scheduler=client)
-        return [task for batch in scored for task in batch]
+        listing = partitioning._list()
+        batches = similarity._planned(partitioning._tasks(listing), listing)
+        name = f"process_batch-{uuid.uuid4().hex}"
+        # Of tasks that do not depend on each other, Dask begins with those whose names come last.
+        scored = [
+            dask.delayed(partial(similarity._process, *batch))(dask_key_name=f"{name}-{number:08d}")
+            for number, batch in zip(range(len(batches), 0, -1), batches, strict=True)
+        ]
+        tasks = [task for batch in dask.compute(*scored, scheduler=client) for task in batch]
+        return sorted(tasks, key=lambda task: task._metadata["centroid_id"])
 
 
 def _allowed(name: str, arguments: dict[str, Any] | None, *disallowed: str) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import settings
 
 # A deadline measures the machine, not the code; in CI the same examples are drawn every time.
@@ -28,3 +31,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What the file system of ``memory://`` is asked for, as method and path: on others, each takes a request."""
+    made: list[tuple[str, str]] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(MemoryFileSystem, name)
+
+        def call(self: MemoryFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
+            made.append((name, path))
+            return original(self, path, *args, **kwargs)
+
+        return call
+
+    for name in (
+        "cat_file",
+        "cp_file",
+        "exists",
+        "find",
+        "info",
+        "isdir",
+        "ls",
+        "makedirs",
+        "pipe_file",
+        "rm",
+        "rm_file",
+    ):
+        monkeypatch.setattr(MemoryFileSystem, name, counted(name))
+    return made

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import dask
 import dask.dataframe as dd
+import dask.order
 import fsspec
 import numpy as np
 import pandas as pd
@@ -17,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from dask.dataframe.dask_expr._shuffle import ShuffleBase
 from dask.dataframe.utils import assert_eq
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_semdedup import ClusterError, InvalidArgumentError, MissingColumnsError, _parquet, read_clusters
-from dask_semdedup.clusters import ReadClusters, align, cluster_files, is_aligned, plan, write_cluster
+from dask_semdedup.clusters import ReadClusters, align, cluster_files, is_aligned, plan, write_cluster, write_clusters
 
 WIDTH = 4
 
@@ -150,6 +152,22 @@ class TestPlan:
         clusters = [(key, 10, 1000) for key in range(10)]
         clusters[4] = (4, 5000, 500_000)
         assert plan(clusters, 6000) == [[4], [0, 1, 2, 3], [5, 6, 7, 8, 9]]
+
+    @pytest.mark.parametrize("clusters", [3, 12, 120])
+    @pytest.mark.parametrize("giant", [0, 2])
+    def test_dask_begins_with_a_giant_cluster(self, tmp_path: Path, clusters: int, giant: int) -> None:
+        rows = {cluster: 500 if cluster == giant else 2 for cluster in range(clusters)}
+        frame = pd.DataFrame({"centroid": np.repeat(list(rows), list(rows.values()))})
+        frame = frame.assign(id=range(len(frame)), cosine_dist_to_cent=0.5, embeddings=[[1.0, 0.0]] * len(frame))
+        frame.to_parquet(tmp_path / "in", partition_cols=["centroid"])
+        ddf = read_clusters(tmp_path / "in", partition_size=100)
+        written = ddf.semdedup.pairwise().to_parquet(tmp_path / "out", compute=False)
+        order = dask.order.order(written.optimize().__dask_graph__())
+        first = min((key for key in order if isinstance(key, tuple)), key=order.get)
+        assert ddf.partitions[first[-1]].centroid.unique().compute().to_list() == [giant]
+        others = [ddf.partitions[index].centroid.compute().to_list() for index in range(clusters)]
+        others.remove([giant] * 500)
+        assert others == sorted(others)
 
     def test_of_nothing_is_one_empty_partition(self) -> None:
         assert plan([], 1) == [[]]
@@ -717,29 +735,127 @@ class TestWriteCluster:
         fs.rm("/written", recursive=True)
 
     @pytest.mark.parametrize("target", ["local", "memory://failing/out"])
-    def test_a_failed_write_leaves_nothing_and_never_shows_a_half_file(self, tmp_path: Path, target: str) -> None:
+    def test_a_failed_write_leaves_nothing_and_never_shows_a_half_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+    ) -> None:
         folder = str(tmp_path) if target == "local" else target
         fs, root = fsspec.core.url_to_fs(folder)
 
-        class Failing(pd.DataFrame):
-            def to_parquet(self, file: object, **kwargs: object) -> None:
-                file.write(b"PAR1 and then")
-                file.flush()
-                assert not [name for name in fs.find(root) if name.endswith(".parquet")]
-                raise OSError("disk full")
+        def fill_disk(path: str, data: object) -> None:
+            with fs.open(path, "wb") as file:
+                file.write(bytes(data)[:20])
+            assert [name.endswith(".tmp") for name in fs.find(root)] == [True]
+            raise OSError("disk full")
 
+        class Disk:
+            def __init__(self, path: str, mode: str) -> None:
+                self.path = path
+
+            def __enter__(self) -> Disk:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                pass
+
+            def write(self, data: object) -> None:
+                fill_disk(self.path, data)
+
+        monkeypatch.setattr(pa, "OSFile", Disk)
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda _, path, data: fill_disk(path, data))
         with pytest.raises(OSError, match="disk full"):
-            write_cluster(Failing({"id": [1]}), folder, 3)
+            write_cluster(self.frame, folder, 3)
         assert fs.find(root) == []
 
-    def test_a_failed_rename_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(("owner", "name"), [(os, "replace"), (MemoryFileSystem, "cp_file")])
+    def test_a_failed_rename_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+    ) -> None:
+        folder = str(tmp_path) if owner is os else "memory://failing/out"
+        fs, root = fsspec.core.url_to_fs(folder)
+
         def fail(*args: object, **kwargs: object) -> None:
             raise OSError("no rename")
 
-        monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "mv", fail)
+        monkeypatch.setattr(owner, name, fail)
         with pytest.raises(OSError, match="no rename"):
-            write_cluster(self.frame, tmp_path, 3)
-        assert os.listdir(tmp_path) == []
+            write_cluster(self.frame, folder, 3)
+        assert fs.find(root) == []
+
+
+class TestWriteClusters:
+    frame = pd.DataFrame({"id": ["a", "b", "c"], "max_id": ["a", "a", "a"], "score": np.float32([0, 0.5, 1])})
+    rows = {3: range(2), "x/y": range(2, 3), 5: range(0)}  # noqa: RUF012
+
+    def test_each_cluster_gets_its_rows(self, tmp_path: Path) -> None:
+        paths = write_clusters(self.frame, self.rows, tmp_path / "out")
+        assert list(paths) == list(self.rows)
+        for cluster, path in paths.items():
+            expected = self.frame.iloc[list(self.rows[cluster])].reset_index(drop=True)
+            pd.testing.assert_frame_equal(pd.read_parquet(path), expected)
+        assert sorted(os.listdir(tmp_path / "out")) == [
+            "cluster_3.parquet",
+            "cluster_5.parquet",
+            "cluster_x%2Fy.parquet",
+        ]
+
+    @pytest.mark.parametrize("ids", [[1, 2], [1, None], ["a", "b"], [pd.Timestamp("2026-01-01")] * 2])
+    @pytest.mark.parametrize("backed", ["by Arrow", "by pandas"])
+    @pytest.mark.parametrize("options", [{}, {"compression": None}, {"row_group_size": 1}], ids=str)
+    def test_files_are_those_of_pandas(self, tmp_path: Path, ids: list, backed: str, options: dict) -> None:
+        table = pa.table({"id": pa.array(ids), "score": pa.array([0.5, 1], pa.float32())})
+        frame = table.to_pandas(types_mapper=pd.ArrowDtype if backed == "by Arrow" else None)
+        paths = write_clusters(frame, {0: range(1), 1: range(1, 2), 2: range(2, 2)}, tmp_path, **options)
+        for cluster, path in paths.items():
+            frame.iloc[cluster : cluster + 1].to_parquet(tmp_path / "expected", index=False, **options)
+            assert Path(path).read_bytes() == (tmp_path / "expected").read_bytes()
+
+    def test_arguments_that_only_pandas_knows_reach_it(self, tmp_path: Path) -> None:
+        fast, slow = (
+            write_clusters(self.frame, self.rows, tmp_path / name, compression="gzip", **options)
+            for name, options in (("fast", {}), ("slow", {"engine": "pyarrow"}))
+        )
+        for cluster in self.rows:
+            assert Path(fast[cluster]).read_bytes() == Path(slow[cluster]).read_bytes()
+        with pytest.raises(ValueError, match="engine must be one of"):
+            write_clusters(self.frame, self.rows, tmp_path / "none", engine="none")
+        assert not list(tmp_path.glob("none/*"))
+
+    def test_files_are_written_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        together = threading.Barrier(3, timeout=60)
+        original = MemoryFileSystem.pipe_file
+
+        def wait(self: MemoryFileSystem, *args: object) -> None:
+            together.wait()
+            original(self, *args)
+
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", wait)
+        paths = write_clusters(self.frame, self.rows, "memory://together/out")
+        assert len(pd.read_parquet(paths[3])) == 2
+        fsspec.filesystem("memory").rm("/together", recursive=True)
+
+    def test_what_one_folder_needs_is_not_asked_for_each_file(self, calls: list[tuple[str, str]]) -> None:
+        write_clusters(self.frame, self.rows, "memory://asked/out")
+        fsspec.filesystem("memory").rm("/asked", recursive=True)
+        before = calls[: calls.index(("rm", "/asked"))]
+        assert [name for name, _ in before if name not in ("pipe_file", "cp_file", "rm_file")] == ["makedirs"]
+        assert len(before) == 1 + 3 * len(self.rows)
+
+    def test_the_first_error_is_raised_and_the_others_are_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = os.replace
+
+        def fail(temporary: str, final: str) -> None:
+            if final.endswith("cluster_x%2Fy.parquet"):
+                raise OSError("quota")
+            original(temporary, final)
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="quota"):
+            write_clusters(self.frame, self.rows, tmp_path)
+        for path in tmp_path.iterdir():
+            assert path.name in ("cluster_3.parquet", "cluster_5.parquet")
+            pq.read_table(path)
 
 
 @pytest.mark.gpu

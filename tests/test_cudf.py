@@ -6,10 +6,11 @@ import dask
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dask_semdedup.embeddings import check_embedding_dtype, is_cudf, to_tensor
+from dask_semdedup.embeddings import check_embedding_dtype, is_cudf, to_arrow, to_tensor
 from dask_semdedup.errors import ClusterError, EmbeddingError
 from dask_semdedup.hashing import hash_ids
 from dask_semdedup.kmeans import check_centroids, kmeans_meta, kmeans_partition
@@ -213,3 +214,12 @@ def test_kmeans_gives_cudf_what_it_gives_pandas(cudf, n_probe):
     embeddings = np.array(result.pop("embeddings").to_arrow().to_pylist())
     np.testing.assert_allclose(embeddings, np.array(expected.pop("embeddings").tolist()), rtol=0, atol=1e-6)
     pd.testing.assert_frame_equal(result.to_pandas(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [1, None], ["a", "b"], ["a", None]], ids=str)
+def test_scores_are_read_back_as_if_pandas_had_written_them(cudf, tmp_path, ids):
+    frame = cudf.DataFrame.from_arrow(pa.table({"id": ids, "score": pa.array([0, 0.5], pa.float32())}))
+    pq.write_table(to_arrow(frame), tmp_path / "ours.parquet")
+    frame.to_pandas(nullable=None in ids).to_parquet(tmp_path / "expected.parquet", index=False)
+    ours, expected = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("ours", "expected"))
+    pd.testing.assert_frame_equal(ours, expected)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import dask
@@ -207,6 +208,13 @@ def test_ids_keep_their_type_in_the_file(tmp_path, ids):
     assert [str(kind).removeprefix("large_") for kind in types[:2]] == [str(expected).removeprefix("large_")] * 2
 
 
+@pytest.mark.parametrize("clusters", [("a", "b/c"), ("1", "2")])
+def test_clusters_may_be_strings(golden, tmp_path, clusters):
+    files = list((golden / "centroid=10").iterdir())
+    for result in similarity(tmp_path / "out").process_batch([task(cluster, files) for cluster in clusters]):
+        check_hard(result.data[0])
+
+
 def test_urls_and_storage_options():
     fs = fsspec.filesystem("memory")
     fs.rm("/semdedup", recursive=True) if fs.exists("/semdedup") else None
@@ -384,7 +392,7 @@ def test_unknown_words_are_refused(name, value):
 @pytest.mark.parametrize("batch_bytes", [1, 2**27], ids=["a task each", "one task"])
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
 def test_run_scores_every_cluster(golden, tmp_path, monkeypatch, caplog, scheduler, batch_bytes):
-    monkeypatch.setattr(stages, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(stages, "default_size", lambda _: batch_bytes)
     stage = PairwiseStage("id", "embeddings", str(golden), str(tmp_path / "out"), verbose=True)
     with dask.config.set(scheduler=scheduler), caplog.at_level(logging.INFO, "dask_semdedup"):
         results = stage.run()
@@ -398,6 +406,95 @@ def test_run_scores_every_cluster(golden, tmp_path, monkeypatch, caplog, schedul
     assert logged == (task_each if batch_bytes == 1 else one_task)
 
 
+def write_remote_layout(root: str, clusters: int, files: int) -> None:
+    fs = fsspec.filesystem("memory")
+    for cluster in range(clusters):
+        for number in range(files):
+            with fs.open(f"{root}/centroid={cluster}/part.{number}.parquet", "wb") as file:
+                GOLDEN[3 * number : 3 * number + 3].drop(columns="centroid").to_parquet(file)
+
+
+@pytest.mark.parametrize(("batch_bytes", "batches"), [(1, 3), (2**27, 1)], ids=["a task each", "one task"])
+def test_run_lists_once_reads_footers_once_and_makes_the_folder_once_a_task(monkeypatch, calls, batch_bytes, batches):
+    monkeypatch.setattr(stages, "default_size", lambda _: batch_bytes)
+    write_remote_layout("memory://counted/in", clusters=3, files=2)
+    calls.clear()
+    results = PairwiseStage("id", "embeddings", "memory://counted/in", "memory://counted/out").run()
+    counts = Counter(calls)
+    fsspec.filesystem("memory").rm("/counted", recursive=True)
+    inputs = [f"/counted/in/centroid={cluster}/part.{number}.parquet" for cluster in range(3) for number in range(2)]
+    assert [counts["cat_file", path] for path in inputs[1:]] == [1] * 5
+    assert {path: counts[name, path] for name, path in counts if name == "find"} == {"/counted/in": 1}
+    assert {path: counts[name, path] for name, path in counts if name == "makedirs"} == {"/counted/out": batches}
+    assert not [call for call in counts if call[0] in ("exists", "info", "isdir") and call[1] in inputs]
+    assert not [call for call in counts if call[0] in ("exists", "find", "info", "isdir", "ls") and "out" in call[1]]
+    assert [result.data for result in results] == [[f"memory://counted/out/cluster_{k}.parquet"] for k in range(3)]
+
+
+def test_a_task_is_sent_the_footers_of_its_own_files(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "default_size", lambda _: 1)
+    sent = []
+    original = PairwiseCosineSimilarityStage._process
+
+    def process(self, tasks, footers):
+        sent.append((tasks, pickle.loads(pickle.dumps(footers))))
+        return original(self, tasks, sent[-1][1])
+
+    monkeypatch.setattr(PairwiseCosineSimilarityStage, "_process", process)
+    monkeypatch.setattr(PairwiseCosineSimilarityStage, "process_batch", lambda *_: pytest.fail("read footers again"))
+    PairwiseStage("id", "embeddings", str(golden), str(tmp_path / "out")).run()
+    assert len(sent) == 3
+    for (only,), footers in sent:
+        paths = [file.path for files in footers.by_cluster.values() for file in files]
+        assert paths == only.data
+
+
+def test_run_begins_batches_in_the_order_of_the_plan_and_returns_tasks_in_that_of_clusters(
+    golden, tmp_path, monkeypatch
+):
+    plan, begun = [[10], [0], [9]], []
+    original = PairwiseCosineSimilarityStage._process
+    monkeypatch.setattr(stages, "plan", lambda *_: plan)
+    monkeypatch.setattr(
+        PairwiseCosineSimilarityStage,
+        "_process",
+        lambda self, tasks, footers: begun.append(list(footers.by_cluster)) or original(self, tasks, footers),
+    )
+    with dask.config.set(scheduler="sync"):
+        results = PairwiseStage("id", "embeddings", str(golden), str(tmp_path / "out")).run()
+    assert begun == plan
+    assert [result._metadata["centroid_id"] for result in results] == [0, 9, 10]
+
+
+def test_a_little_data_is_shared_out_to_all_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(clusters, "CPU_COUNT", 2)
+    monkeypatch.setattr(clusters, "SMALL_PARTITION", 1)
+    root = write_layout(tmp_path / "in", {cluster: [GOLDEN] for cluster in range(16)})
+    stage = similarity(tmp_path / "out")
+    batches = stage.batches(ClusterWiseFilePartitioningStage(str(root)).process())
+    assert [task._metadata["centroid_id"] for batch in batches for task in batch] == list(range(16))
+    assert len(batches) == 8
+
+
+@pytest.mark.parametrize("backend", ["pandas", "cudf"])
+def test_batches_are_as_large_as_the_partitions_of_the_backend(golden, tmp_path, monkeypatch, backend):
+    asked = []
+    monkeypatch.setattr(stages, "default_size", lambda name: asked.append(name) or 2**27)
+    with dask.config.set({"dataframe.backend": backend}):
+        stage = similarity(tmp_path / "out")
+    assert len(stage.batches(ClusterWiseFilePartitioningStage(str(golden)).process())) == 1
+    assert asked == [backend]
+
+
+def test_nulls_in_one_batch_leave_the_types_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "default_size", lambda _: 1)
+    with_null = GOLDEN.assign(id=pd.array([None, 1, 2, 3, 4, 5], "Int64"))
+    root = write_layout(tmp_path / "in", {0: [with_null], 1: [GOLDEN]})
+    nulls, none = PairwiseStage("id", "embeddings", str(root), str(tmp_path / "out")).run()
+    assert pd.read_parquet(nulls.data[0])["id"].isna().sum() == 1
+    assert pd.read_parquet(none.data[0])["id"].dtype == np.int64
+
+
 @pytest.mark.parametrize("keep", ["hard", "easy", "random"])
 def test_run_agrees_with_the_lazy_frame(golden, tmp_path, keep):
     results = PairwiseStage("id", "embeddings", str(golden), str(tmp_path), which_to_keep=keep, random_seed=7).run()
@@ -408,7 +505,7 @@ def test_run_agrees_with_the_lazy_frame(golden, tmp_path, keep):
 
 
 def test_run_checks_columns_before_anything_runs(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(PairwiseCosineSimilarityStage, "process_batch", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(PairwiseCosineSimilarityStage, "_process", lambda *_: pytest.fail("ran"))
     with pytest.raises(MissingColumnsError, match=r"\['score'\] not found"):
         PairwiseStage("id", "embeddings", str(golden), str(tmp_path), ranking_strategy=RankingStrategy(["score"])).run()
 

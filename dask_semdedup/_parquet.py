@@ -534,7 +534,7 @@ def _cudf() -> Any:
 
 
 # Calls of cuDF's reader at once in a process: some keep the files' threads busy, another the GPU meanwhile.
-READERS = 3
+READERS = 2
 _readers = threading.BoundedSemaphore(READERS)
 
 

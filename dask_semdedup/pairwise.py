@@ -23,7 +23,7 @@ from dask_semdedup.embeddings import (
 )
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.placement import check_device, choose_device, cores_for
+from dask_semdedup.placement import check_device, choose_device, cores_for, turn_on_gpu
 from dask_semdedup.ranking import RankingStrategy
 from dask_semdedup.streams import beside, owned
 
@@ -445,7 +445,7 @@ def search_segments(
 
     find = partial(nearest_earlier_from_host, device=device) if rows.device.type != device else nearest_earlier
     ends = None if stops is None else tensor_like(stops)
-    with beside(rows.device.type):
+    with turn_on_gpu(rows.device.type), beside(rows.device.type):
         scores, index = find(
             rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size
         )

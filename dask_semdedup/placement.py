@@ -15,7 +15,7 @@ from threadpoolctl import ThreadpoolController
 from dask_semdedup._validate import check_choice
 from dask_semdedup.errors import InvalidArgumentError
 
-__all__ = ["DEVICES", "check_device", "choose_device", "cores", "cores_for", "has_cuda", "room_on_gpu"]
+__all__ = ["DEVICES", "check_device", "choose_device", "cores", "cores_for", "has_cuda", "room_on_gpu", "turn_on_gpu"]
 
 DEVICES = ("auto", "cpu", "cuda")
 # Pairs of rows from which on a GPU repays the way to it: 2,000 rows of 384 took an H200 half as long as 16 cores.
@@ -98,7 +98,7 @@ def _threads(segments: np.ndarray) -> int:
 
 
 # Partitions that are read and scored on a GPU at once: more would only wait for each other, and need memory.
-PARTITIONS_ON_GPU = 4
+PARTITIONS_ON_GPU = 5
 _room = threading.BoundedSemaphore(PARTITIONS_ON_GPU)
 
 
@@ -111,6 +111,28 @@ def room_on_gpu() -> AbstractContextManager[object]:
     ...     pass
     """
     return _room
+
+
+_turn = threading.Lock()
+
+
+def turn_on_gpu(home: str) -> AbstractContextManager[object]:
+    """Wait until no other thread searches on this process's GPU; on a CPU there is nothing to wait for.
+
+    Two searches at once take as long as one after the other, but the first would be done, and its place be free for
+    the next to be read, only when both are.
+
+    Parameters
+    ----------
+    home : {"cpu", "cuda"}
+        Where the rows are.
+
+    Examples
+    --------
+    >>> with turn_on_gpu("cuda"):
+    ...     pass
+    """
+    return _turn if home == "cuda" else nullcontext()
 
 
 class Cores:

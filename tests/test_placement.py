@@ -125,3 +125,31 @@ with placement.cores().take(10**6):
     assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def most_inside(place):
+    """How many of 12 threads were in a place at once."""
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def enter(_):
+        nonlocal inside, most
+        with place():
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.01)
+            with lock:
+                inside -= 1
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(enter, range(24)))
+    return most
+
+
+def test_so_many_partitions_are_on_a_gpu_at_once():
+    assert most_inside(placement.room_on_gpu) == placement.PARTITIONS_ON_GPU
+
+
+def test_searches_take_turns_on_a_gpu_and_not_on_a_cpu():
+    assert most_inside(lambda: placement.turn_on_gpu("cuda")) == 1
+    assert most_inside(lambda: placement.turn_on_gpu("cpu")) > 1

@@ -10,6 +10,7 @@ where the default stream uses it, the other must have waited for that before (`c
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -59,12 +60,13 @@ def beside(home: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _beside() -> Iterator[None]:
-    import cupy
     import torch
 
     stream = thread_stream()
     catch_up()
-    with torch.cuda.stream(stream), cupy.cuda.Stream.from_external(stream):
+    # Nobody uses CuPy who has not imported it: torch alone can search the rows of pandas frames on a GPU.
+    cupy = sys.modules.get("cupy")
+    with torch.cuda.stream(stream), cupy.cuda.Stream.from_external(stream) if cupy else nullcontext():
         yield
     stream.synchronize()
 

@@ -537,7 +537,7 @@ class PairwiseStage:
         partitioning, similarity = self.decompose()
         batches = similarity.batches(partitioning.process())
         scored = dask.compute(*map(dask.delayed(similarity.process_batch), batches), scheduler=client)
-        return [task for batch in scored for task in batch]
+        return sorted((task for batch in scored for task in batch), key=lambda task: task._metadata["centroid_id"])
 
 
 def _allowed(name: str, arguments: dict[str, Any] | None, *disallowed: str) -> dict[str, Any]:

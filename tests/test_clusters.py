@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_semdedup import ClusterError, InvalidArgumentError, MissingColumnsError, _parquet, read_clusters
-from dask_semdedup.clusters import ReadClusters, align, cluster_files, is_aligned, plan, write_cluster
+from dask_semdedup.clusters import READING_COST, ReadClusters, align, cluster_files, is_aligned, plan, write_cluster
 
 WIDTH = 4
 
@@ -105,11 +105,12 @@ class TestPlan:
     sizes = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 200)), max_size=60)
 
     @given(sizes, st.integers(1, 200_000))
-    def test_every_cluster_once_in_order_within_the_limit(self, rows_widths: list[tuple[int, int]], limit: int) -> None:
+    def test_every_cluster_once_within_the_limit(self, rows_widths: list[tuple[int, int]], limit: int) -> None:
         clusters = [(key, rows, rows * width) for key, (rows, width) in enumerate(rows_widths)]
         nbytes = {key: size for key, _, size in clusters}
         partitions = plan(clusters[::-1], limit)
-        assert [key for keys in partitions for key in keys] == list(range(len(clusters)))
+        assert [key for keys in sorted(partitions) for key in keys] == list(range(len(clusters)))
+        assert all(keys == sorted(keys) for keys in partitions)
         assert all(len(keys) == 1 or sum(nbytes[key] for key in keys) <= limit for keys in partitions)
 
     @given(sizes.filter(bool), st.integers(1, 200_000))
@@ -135,7 +136,44 @@ class TestPlan:
     def test_one_large_cluster_is_alone_and_small_ones_share(self) -> None:
         clusters = [(key, 10, 1000) for key in range(10)]
         clusters[4] = (4, 5000, 500_000)
-        assert plan(clusters, 6000) == [[0, 1, 2, 3], [4], [5, 6, 7, 8, 9]]
+        assert plan(clusters, 6000) == [[0, 1, 2, 3], [5, 6, 7, 8, 9], [4]]
+
+    @given(sizes, st.integers(1, 200_000))
+    def test_partitions_ascend_except_those_that_cost_twice_the_median(
+        self, rows_widths: list[tuple[int, int]], limit: int
+    ) -> None:
+        clusters = [(key, rows, rows * width) for key, (rows, width) in enumerate(rows_widths)]
+        cost = {key: nbytes * (rows + READING_COST) for key, rows, nbytes in clusters}
+        partitions = plan(clusters, limit)
+        costs = [sum(map(cost.__getitem__, keys)) for keys in partitions]
+        giants = [keys for keys, total in zip(partitions, costs, strict=True) if total > 2 * np.median(costs)]
+        begun = [partitions[number] for number in sorted(range(len(partitions)), key=str, reverse=True)]
+        of_giants = [sum(map(cost.__getitem__, keys)) for keys in begun[: len(giants)]]
+        assert sorted(begun[: len(giants)]) == sorted(giants)
+        assert of_giants == sorted(of_giants, reverse=True)
+        others = [keys for keys in partitions if keys not in giants]
+        assert others == sorted(others)
+
+    @pytest.mark.parametrize("many", [5, 12, 23])
+    def test_dask_begins_with_giants(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+        write_layout(tmp_path, {cluster: [2] for cluster in range(many)} | {1: [3000], 2: [2000]})
+        ddf = read_clusters(tmp_path, columns=["id", "embeddings", "cosine_dist_to_cent", "centroid"], partition_size=1)
+        read, begun = _parquet.read_fragment, []
+
+        def noted(fs: object, fragment: _parquet.Fragment, schema: pa.Schema) -> pa.Table:
+            begun.append(fragment.cluster)
+            return read(fs, fragment, schema)
+
+        monkeypatch.setattr(_parquet, "read_fragment", noted)
+        scores = ddf.semdedup.pairwise()
+        for query in (ddf, scores, scores.semdedup.duplicates(eps=0.1), scores.cosine_sim_score.max()):
+            begun.clear()
+            query.compute(scheduler="synchronous")
+            assert begun[:2] == [1, 2]
+            assert sorted(begun) == list(range(many))
+
+    def test_clusters_of_one_size_stand_in_their_order(self) -> None:
+        assert plan([(key, 10, 1000) for key in range(100)], 1000) == [[key] for key in range(100)]
 
     def test_of_nothing_is_one_empty_partition(self) -> None:
         assert plan([], 1) == [[]]
@@ -240,6 +278,16 @@ class TestLayout:
         pd.DataFrame({"id": [1, 2]}, index=[5, 7]).to_parquet(tmp_path / "centroid=0/a.parquet")
         assert list(read_clusters(tmp_path).columns) == ["id", "centroid"]
 
+    def test_the_innermost_folder_names_the_cluster(self, tmp_path: Path) -> None:
+        expected = write_layout(tmp_path / "centroid=9", {3: [2], 4: [1]})
+        assert_same(read_clusters(tmp_path), expected)
+        odd = tmp_path / "centroid=9/centroid=4/centroid=5.parquet"
+        (tmp_path / "centroid=9/centroid=4/part.0.parquet").rename(odd)
+        assert_same(read_clusters(tmp_path), expected)
+        folder = tmp_path / "centroid=9/centroid=3"
+        folder.rename(folder.with_name("of centroid=3"))
+        assert set(read_clusters(tmp_path).centroid.compute()) == {9, 4}
+
     def test_hidden_and_foreign_files_are_left_out(self, layout: tuple[Path, pd.DataFrame]) -> None:
         path, expected = layout
         for name in ("_metadata", ".hidden.parquet", "cluster_1.parquet.0a.tmp", "README"):
@@ -309,19 +357,18 @@ class TestExpression:
     def test_files_are_listed_once_and_footers_read_once(
         self, layout: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        read, calls = _parquet._read_footer, []
+        fetch, calls = _parquet._fetch_footer, []
 
-        def counted(fs, path, size, reader):
-            if reader is pq.read_metadata:
-                calls.append(path)
-            return read(fs, path, size, reader)
+        def counted(fs, path, size):
+            calls.append(path)
+            return fetch(fs, path, size)
 
-        monkeypatch.setattr(_parquet, "_read_footer", counted)
+        monkeypatch.setattr(_parquet, "_fetch_footer", counted)
         ddf = read_clusters(layout[0], partition_size=1)
         planned = len(calls)
         assert len(set(calls)) == 8
         ddf[ddf.id > 3][["id"]].optimize().__dask_graph__()
-        assert len(calls) == planned == 9  # the first file's says what the others' must be
+        assert len(calls) == planned == 9  # the first file's tells the schema before
 
     def test_projection_reaches_the_reader(self, layout: tuple[Path, pd.DataFrame]) -> None:
         ddf = read_clusters(layout[0])

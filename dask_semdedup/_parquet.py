@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import os
 import resource
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import fsspec
@@ -30,23 +32,28 @@ from dask.system import CPU_COUNT
 from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
+from dask_semdedup._footers import Group, read_alike
 from dask_semdedup.embeddings import take
 from dask_semdedup.errors import ClusterError, MissingColumnsError
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.streams import catch_up
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
-# Bytes fetched at first from the end of a file, by whether it is local: of a remote one enough for nearly every footer,
-# in one request; of a local one so few that copying them takes no time, as a second read costs little.
-FOOTER_GUESS = {False: 2**16, True: 2**13}
-# Threads that wait for a file system together, where it is slow.
+# The last bytes of a Parquet file, and bytes fetched from the end of a file: enough for nearly every footer.
+MAGIC = b"PAR1"
+FOOTER_GUESS = 2**16
+LOCAL_GUESS = 2**13
+# Threads that wait for a file system together, where it is slow. A local one is where the first few footers of a block
+# take so many seconds.
 REMOTE_THREADS = 32
-# Files that are read one after the other until it is asked how long each was waited for, and from how many seconds on
-# threads pay.
-PROBED = 64
-SLOW = 3e-4
+BLOCK = 4096
+PROBES = 8
+SLOW = 1e-4
+# As long as so many footers are left, and for so many shapes of them, those of one shape are read at once.
+MANY = 64
+SHAPES = 4
 # What identifies the state of a file, under the names that fsspec's file systems give it.
-STATE_KEYS = ("size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash")
+STATE_KEYS = {"size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash"}
 LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8}
 INDEX_COLUMNS = ("__index_level_", "__null_dask_index__")
 
@@ -78,13 +85,10 @@ class FileStats(NamedTuple):
     """What a footer says: the row groups, the integer columns that may hold nulls, and the null clusters."""
 
     path: str
+    rows: int
     row_groups: tuple[RowGroup, ...]
     nullable: frozenset[str]
-    null_clusters: int
-
-    @property
-    def rows(self) -> int:
-        return sum(group.rows for group in self.row_groups)
+    null_clusters: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +119,7 @@ def list_files(
             files.update((name, info) for name, info in found.items() if _is_data_file(name))
     if not files:
         raise ClusterError(f"No Parquet files found at {', '.join(map(str, paths[:5]))}.")
-    return fs, dict(sorted(files.items()))
+    return fs, {name: files[name] for name in sorted(files)}
 
 
 def _find_locally(root: str) -> dict[str, dict[str, Any]]:
@@ -126,12 +130,12 @@ def _find_locally(root: str) -> dict[str, dict[str, Any]]:
         infos = fs.get_file_info(pafs.FileSelector(root, recursive=True))
     else:
         infos = [found]
-    return {info.path: {"size": info.size, "mtime": info.mtime_ns} for info in infos if info.is_file}
+    # Only files have a size. To ask for the type of each takes longer than all else.
+    return {info.path: {"size": size, "mtime": info.mtime_ns} for info in infos if (size := info.size) is not None}
 
 
 def _is_data_file(path: str) -> bool:
-    name = path.rsplit("/", 1)[-1]
-    return name.endswith(PARQUET_SUFFIXES) and not name.startswith(("_", "."))
+    return path.endswith(PARQUET_SUFFIXES) and path[path.rfind("/") + 1] not in "_."
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -141,7 +145,9 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 def checksum(files: Mapping[str, Mapping[str, Any]]) -> str:
     """Token of the files' names and states: it changes when one of them does."""
-    return tokenize("\n".join(repr([path, *map(info.get, STATE_KEYS)]) for path, info in files.items()))
+    keys = sorted(set[str]().union(*files.values()) & STATE_KEYS)
+    states = [[info.get(key) for info in files.values()] for key in keys]
+    return tokenize(repr([keys, list(files), *states]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +157,7 @@ def checksum(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
     """Arrow schema of a file, without index columns that pandas or Dask wrote only to restore an index."""
-    schema = _read_footer(fs, path, size).schema.to_arrow_schema()
+    schema = _read_metadata(fs, path, _fetch_footer(fs, path, size)).schema.to_arrow_schema()
     return pa.schema([field for field in schema if not field.name.startswith(INDEX_COLUMNS)])
 
 
@@ -161,9 +167,9 @@ def read_footers(
     columns: Sequence[str],
     cluster_column: str | None = None,
     *,
-    with_nulls: bool = True,
+    nulls: bool = True,
 ) -> list[FileStats]:
-    """Read the footers of all files at once, in the files' order.
+    """Read the footers of all files, each once, in the files' order.
 
     Parameters
     ----------
@@ -173,84 +179,77 @@ def read_footers(
         The columns that are to be read.
     cluster_column
         A column in the files whose bounds and nulls are wanted.
-    with_nulls
-        Whether it matters which integer columns may hold nulls.
+    nulls
+        Whether it is wanted which integer columns may hold nulls. If not, `FileStats.nullable` is empty.
 
     Raises
     ------
     ClusterError
         If a file is not readable as Parquet, or its columns differ from those of the first file.
     """
-    first, info = next(iter(files.items()))
-    footer_of_first = _read_footer(fs, first, info["size"])
-    expected = _Leaves(footer_of_first, columns, cluster_column, with_nulls)
+    paths = list(files)
+    first, expected = paths[0], None
+    stats: list[FileStats] = []
+    for start in range(0, len(paths), BLOCK):
+        block = {path: files[path]["size"] for path in paths[start : start + BLOCK]}
+        footers = dict(zip(block, _fetch_footers(fs, block), strict=True))
+        if expected is None:
+            expected = _Leaves(first, _read_metadata(fs, first, footers[first]), columns, cluster_column, nulls)
+        by_path = _stats_of_block(fs, footers, expected)
+        stats.extend(by_path[path] for path in footers)
+    return stats
 
-    def read(entry: tuple[str, Mapping[str, Any]]) -> FileStats:
-        path, info = entry
-        metadata = footer_of_first if path == first else _read_footer(fs, path, info["size"])
-        return _stats(path, metadata, expected.of(metadata, path, first))
 
-    return _map_files(read, list(files.items()), is_slow=not is_local(fs))
+def _fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> list[bytes]:
+    """The footers of files of these sizes: one after the other where that is fast, else many at once.
 
-
-def _map_files(read: Callable[[Any], Any], files: Sequence[Any], is_slow: bool) -> list[Any]:
-    """Apply a function to files: one after the other as long as that is fast, and from then on many at once.
-
-    A footer in the page cache is read in less time than it takes to hand it to another thread; most of that time is
-    Python's, so that threads would only wait for each other. Where it has to come from a disk or over a network,
-    they wait for it together.
+    From the page cache a footer takes less time than it takes a thread to get hold of Python's lock.
     """
-    results: list[Any] = []
+    files = iter(sizes.items())
+    footers = []
+    if is_local(fs):
+        seconds = []
+        for path, size in islice(files, PROBES):
+            start = time.perf_counter()
+            footers.append(_fetch_footer(fs, path, size))
+            seconds.append(time.perf_counter() - start)
+        if statistics.median(seconds) < SLOW:
+            return footers + [_fetch_footer(fs, path, size) for path, size in files]
     with ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="footers") as pool:
-        for start in range(0, len(files), PROBED):
-            if is_slow:
-                return results + list(pool.map(read, files[start:]))
-            block = files[start : start + PROBED]
-            began = _time_waited()
-            results.extend(map(read, block))
-            is_slow = _time_waited() - began > SLOW * len(block)
-    return results
-
-
-def _time_waited() -> float:
-    """Seconds, from whenever, in which this thread did not run."""
-    return time.perf_counter() - time.thread_time()
-
-
-def _read_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pq.FileMetaData:
-    try:
-        return _parse(_fetch_footer(fs, path, size))
-    except (pa.ArrowException, OSError, RuntimeError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _parse(footer: bytes) -> pq.FileMetaData:
-    """Parse what a file ends with, as `pq.read_metadata` does, which takes twice as long over it."""
-    reader = pq.ParquetReader()
-    reader.open(pa.BufferReader(footer))
-    return reader.metadata
+        return footers + list(pool.map(lambda file: _fetch_footer(fs, *file), files))
 
 
 def _fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
-    """The footer with its length and the magic bytes, in one read if it is not long."""
-    tail = _fetch_end(fs, path, size, FOOTER_GUESS[is_local(fs)])
-    if tail[-4:] != b"PAR1":
-        raise ValueError("it is encrypted" if tail[-4:] == b"PARE" else "it does not end as a Parquet file does")
-    length = int.from_bytes(tail[-8:-4], "little") + 8
-    if length + 4 > size:
-        raise ValueError(f"its footer of {length} bytes does not fit into its {size}")
-    return (tail if length <= len(tail) else _fetch_end(fs, path, size, length))[-length:]
+    """The footer of a file, to the file's end; nothing where that does not look like the end of a Parquet file."""
+    fetch, guess = (_read_range, LOCAL_GUESS) if is_local(fs) else (fs.cat_file, FOOTER_GUESS)
+    try:
+        tail: bytes = fetch(path, max(0, size - guess), size)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if not tail.endswith(MAGIC) or length > size:
+            return b""
+        return tail[-length:] if length <= len(tail) else fetch(path, size - length, size)
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
-def _fetch_end(fs: fsspec.AbstractFileSystem, path: str, size: int, nbytes: int) -> bytes:
-    start = max(0, size - nbytes)
-    if not is_local(fs):
-        return fs.cat_file(path, start=start, end=size)
+def _read_range(path: str, start: int, stop: int) -> bytes:
+    """Bytes of a local file, in as few calls as it takes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return os.pread(descriptor, size - start, start)
+        return os.pread(descriptor, stop - start, start)
     finally:
         os.close(descriptor)
+
+
+def _read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> pq.FileMetaData:
+    """What Arrow makes of a footer, or says of a file that has none."""
+    try:
+        if footer:
+            return pq.read_metadata(pa.BufferReader(footer))
+        with fs.open(path) as file:
+            return pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: str, error: Exception) -> ClusterError:
@@ -261,29 +260,19 @@ class _Leaves:
     """Where the wanted columns lie among the leaf columns of a Parquet schema."""
 
     def __init__(
-        self, metadata: pq.FileMetaData, columns: Sequence[str], cluster_column: str | None, with_nulls: bool
+        self, path: str, metadata: pq.FileMetaData, columns: Sequence[str], cluster_column: str | None, nulls: bool
     ) -> None:
-        self.schema = metadata.schema
+        self.path, self.schema = path, metadata.schema
         self.types = {field.name: field.type for field in self.schema.to_arrow_schema()}
-        self.columns, self.cluster_column, self.with_nulls = columns, cluster_column, with_nulls
+        self.columns, self.cluster_column, self.nulls = columns, cluster_column, nulls
         spans, start = {}, 0
         for name, type_ in self.types.items():
             spans[name] = range(start, start := start + _count_leaves(type_))
         self.cluster = spans[cluster_column][0] if cluster_column else None
-        widths = {index: _leaf_bytes(self.schema.column(index)) for name in columns for index in spans[name]}
-        # Of a leaf that has one value of a fixed width for each row, no row group needs to be asked.
-        fixed = [
-            index for index, width in widths.items() if width and not self.schema.column(index).max_repetition_level
-        ]
-        self.row_bytes = sum(widths[index] or 0 for index in fixed)
-        self.varying = {index: width for index, width in widths.items() if index not in fixed}
-        self.integers = {
-            name: spans[name][0]
-            for name in columns
-            if with_nulls and _is_integer(self.types[name]) and self.schema.column(spans[name][0]).max_definition_level
-        }
+        self.widths = {index: _leaf_bytes(self.schema.column(index)) for name in columns for index in spans[name]}
+        self.integers = {name: spans[name][0] for name in columns if nulls and _is_integer(self.types[name])}
 
-    def of(self, metadata: pq.FileMetaData, path: str, first: str) -> _Leaves:
+    def of(self, path: str, metadata: pq.FileMetaData) -> _Leaves:
         """The same for another file, whose wanted columns must be of the same types."""
         if metadata.schema.equals(self.schema):
             return self
@@ -291,13 +280,13 @@ class _Leaves:
         wanted = [*self.columns, self.cluster_column] if self.cluster_column else self.columns
         for name in wanted:
             if name not in types:
-                raise ClusterError(f"Column {name!r} of {first} is missing in {path}, which has {list(types)}.")
+                raise ClusterError(f"Column {name!r} of {self.path} is missing in {path}, which has {list(types)}.")
             if types[name] != self.types[name]:
                 raise ClusterError(
-                    f"Column {name!r} is {types[name]} in {path} but {self.types[name]} in {first}. "
+                    f"Column {name!r} is {types[name]} in {path} but {self.types[name]} in {self.path}. "
                     "Write all files with one schema, or name columns that agree."
                 )
-        return _Leaves(metadata, self.columns, self.cluster_column, self.with_nulls)
+        return _Leaves(path, metadata, self.columns, self.cluster_column, self.nulls)
 
 
 def _count_leaves(type_: pa.DataType) -> int:
@@ -317,25 +306,73 @@ def _is_integer(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_boolean(type_))
 
 
-def _stats(path: str, metadata: pq.FileMetaData, leaves: _Leaves) -> FileStats:
+def _stats_of_block(
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], expected: _Leaves
+) -> dict[str, FileStats]:
+    """What footers say: many that are built alike are read at once, and the rest one by one."""
+    stats: dict[str, FileStats] = {}
+    rest = list(footers)
+    for _ in range(SHAPES):
+        # Bounds are Arrow's business: it knows how they are sorted and written.
+        if len(rest) < MANY or expected.cluster is not None:
+            break
+        stats |= _stats_of_alike(fs, {path: footers[path] for path in rest}, expected)
+        rest = [path for path in rest if path not in stats]
+    return stats | {path: _stats_of_one(fs, path, footers[path], expected)[0] for path in rest}
+
+
+def _stats_of_alike(
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], expected: _Leaves
+) -> dict[str, FileStats]:
+    """What the first of the footers says, and those that are built like it."""
+    paths = list(footers)
+    first, leaves = _stats_of_one(fs, paths[0], footers[paths[0]], expected)
+    alike, groups = read_alike(list(footers.values()))
+    stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, leaves)
+    # The others are believed if the first one is read as Arrow reads it.
+    return {file.path: file for file in stats} if stats[:1] == [first] else {first.path: first}
+
+
+def _stats_of_groups(paths: Sequence[str], groups: Sequence[Group], leaves: _Leaves) -> list[FileStats]:
+    row_groups = []
+    nullable = [frozenset[str]()] * len(paths)
+    for rows, chunks in groups:
+        nbytes, elements = np.zeros((2, len(paths)), dtype=np.int64)
+        for index, width in leaves.widths.items():
+            nbytes += chunks[index].nbytes if width is None else chunks[index].values * width
+            np.maximum(elements, chunks[index].values, out=elements)
+        row_groups.append(map(RowGroup, rows.tolist(), nbytes.tolist(), elements.tolist()))
+        for name, index in leaves.integers.items():
+            nulls = chunks[index].nulls
+            for file in np.flatnonzero((rows > 0) & (True if nulls is None else nulls != 0)).tolist():
+                nullable[file] |= {name}
+    rows = sum((group.rows for group in groups), np.zeros(len(paths), dtype=np.int64))
+    return list(map(FileStats, paths, rows.tolist(), zip(*row_groups, strict=True), nullable))
+
+
+def _stats_of_one(
+    fs: fsspec.AbstractFileSystem, path: str, footer: bytes, expected: _Leaves
+) -> tuple[FileStats, _Leaves]:
+    """What Arrow reads in a footer, and where the columns lie in it."""
+    metadata = _read_metadata(fs, path, footer)
+    leaves = expected.of(path, metadata)
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     nullable = frozenset(
         name for name, index in leaves.integers.items() if any(_null_count(group, index) != 0 for group in groups)
     )
     cluster = leaves.cluster
     null_clusters = 0 if cluster is None else sum(_null_count(group, cluster) or 0 for group in groups)
-    return FileStats(path, tuple(_row_group(group, leaves) for group in groups), nullable, null_clusters)
+    row_groups = tuple(_row_group(group, leaves) for group in groups)
+    return FileStats(path, metadata.num_rows, row_groups, nullable, null_clusters), leaves
 
 
 def _row_group(group: Any, leaves: _Leaves) -> RowGroup:
-    rows = elements = group.num_rows
-    nbytes = rows * leaves.row_bytes
-    for index, width in leaves.varying.items():
+    nbytes = elements = 0
+    for index, width in leaves.widths.items():
         chunk = group.column(index)
-        n_values = chunk.num_values
-        nbytes += chunk.total_uncompressed_size if width is None else n_values * width
-        elements = max(elements, n_values)
-    return RowGroup(rows, nbytes, elements, *_bounds(group, leaves.cluster))
+        nbytes += chunk.total_uncompressed_size if width is None else chunk.num_values * width
+        elements = max(elements, chunk.num_values)
+    return RowGroup(group.num_rows, nbytes, elements, *_bounds(group, leaves.cluster))
 
 
 def _bounds(group: Any, index: int | None) -> tuple[Any, Any]:

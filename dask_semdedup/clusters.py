@@ -11,12 +11,15 @@ import io
 import math
 import os
 import re
+import statistics
 import uuid
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -71,11 +74,12 @@ __all__ = [
 ]
 
 BACKENDS = ("pandas", "cudf")
+INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
+# A partition that costs more than so many times the median is begun before the others.
+GIANT = 2
 # Reading a row costs about as much as comparing it with this many others, so that small clusters are not free.
 READING_COST = 1024
-# Partitions that cost so many times the median are begun first.
-DEAR = 2
 # Bytes of a partition of pandas, and the least and the most of one of cuDF.
 PARTITION = 2**27
 GPU_PARTITIONS = (2**27, 2**30)
@@ -140,8 +144,8 @@ def read_clusters(
     -------
     dask.dataframe.DataFrame
         Lists as Arrow lists, strings in Dask's string dtype, integers as NumPy's (as Arrow's, where a column may hold
-        nulls). Divisions are unknown. Partitions hold their clusters in ascending order, and stand in that of their
-        clusters themselves, but for those that cost far more than the others: these stand where Dask begins.
+        nulls). Divisions are unknown. Partitions hold their clusters in ascending order, and ascend from one to the
+        next, except those that cost more than twice the median: they stand where Dask begins, which is not the front.
 
     Raises
     ------
@@ -308,20 +312,26 @@ def list_clusters(
 
 def _clusters_of_folders(files: Iterable[str], cluster_field: str) -> dict[str, Any] | None:
     """Cluster of each file by its folder's name; None where no file has one."""
-    pattern = re.compile(rf".*/{re.escape(cluster_field)}=([^/]*)/")
-    matches = {file: pattern.match(f"/{file}") for file in files}
-    outside = [file for file, match in matches.items() if match is None]
-    if len(outside) == len(matches):
+    key = f"/{cluster_field}="
+    names: dict[str, Any] = {file: _folder_name(file, key) for file in files}
+    outside = [file for file, name in names.items() if name is None]
+    if len(outside) == len(names):
         return None
     if outside:
         raise ClusterError(f"{len(outside)} files are in no folder {cluster_field}=<k>, others are: {some(outside)}.")
-    names = {file: unquote(match[1]) for file, match in matches.items() if match}
     null = [file for file, name in names.items() if name in ("", NULL_FOLDER)]
     if null:
         raise ClusterError(f"{have(len(null), 'file')} a null cluster in {cluster_field!r}: {some(null)}.")
-    if all(re.fullmatch(r"0|-?[1-9]\d{0,17}", name) for name in set(names.values())):
+    if all(map(INTEGER.fullmatch, set(names.values()))):
         return {file: int(name) for file, name in names.items()}
-    return dict(names)
+    return names
+
+
+def _folder_name(file: str, key: str) -> str | None:
+    """The rest of the name of the file's folder that begins with the key, of the innermost if there are several."""
+    folders = f"/{file}"[: file.rfind("/") + 2]
+    _, found, name = folders.rpartition(key)
+    return unquote(name[: name.find("/")]) if found else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,7 +370,7 @@ class Source:
         return f"<{sum(map(len, self.partitions))} fragments in {len(self.partitions)} partitions>"
 
 
-@dataclass
+@dataclass(slots=True)
 class _Unit:
     """Fragments that must not be parted: those of one cluster, or of clusters that share row groups."""
 
@@ -409,7 +419,7 @@ def _scan(
     """Read the footers and plan the partitions."""
     bounded = cluster_field if folders is None else None
     in_files = [name for name in reader.schema.names if name in columns or name == bounded]
-    stats = read_footers(reader.fs, files, in_files, bounded, with_nulls=reader.backend == "pandas")
+    stats = read_footers(reader.fs, files, in_files, bounded, nulls=reader.backend == "pandas")
     _check_null_clusters(stats, cluster_field)
     reader = replace(reader, nullable=frozenset().union(*(file.nullable for file in stats)))
     units = _units_of_bounds(stats, size) if folders is None else _units_of_folders(stats, folders)
@@ -420,9 +430,9 @@ def _scan(
         _check_cudf(units, cluster_field)
     size = fitting_size(size, reader.backend, sum(unit.nbytes for unit in units))
     by_key = {unit.key: unit for unit in units}
-    runs, dear = _runs([(unit.key, unit.rows, unit.nbytes) for unit in units], size)
+    runs, giants = _runs([(unit.key, unit.rows, unit.nbytes) for unit in units], size)
     partitions = tuple(
-        _join(fragment for key in keys for fragment in by_key[key].fragments) for keys in _arranged(runs, dear)
+        _join(fragment for key in keys for fragment in by_key[key].fragments) for keys in _arranged(runs, giants)
     )
     token = tokenize(checksum(files), reader, cluster_field, aligned, size, tuple(columns))
     return Source(reader, partitions, cluster_field, aligned, token)
@@ -463,8 +473,9 @@ def _units_of_folders(stats: Sequence[FileStats], folders: Mapping[str, Any]) ->
     units: dict[Any, _Unit] = {}
     for file in stats:
         cluster = folders[file.path]
-        unit = units.setdefault(cluster, _Unit(cluster))
-        unit.add(Fragment(file.path, file.rows, None, cluster), file.row_groups)
+        if cluster not in units:
+            units[cluster] = _Unit(cluster)
+        units[cluster].add(Fragment(file.path, file.rows, None, cluster), file.row_groups)
     return list(units.values())
 
 
@@ -544,62 +555,69 @@ def plan(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> list[lis
     >>> plan([(0, 10, 400), (1, 10, 400), (2, 10, 400), (3, 9000, 9000)], partition_size=400)
     [[3], [0], [1], [2]]
     """
-    runs, dear = _runs(sizes, partition_size)
-    return [*(runs[position] for position in dear), *(run for position, run in enumerate(runs) if position not in dear)]
+    runs, giants = _runs(sizes, partition_size)
+    return [*(runs[run] for run in giants), *_without(runs, giants)]
 
 
 def _runs(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> tuple[list[list[Any]], list[int]]:
-    """The clusters of each partition, ascending throughout, and the positions of the dear ones, the dearest first."""
-    ordered = sorted(sizes, key=lambda size: size[0])
+    """The clusters of each partition, ascending throughout, and the positions of the giants, the costliest first."""
+    ordered = sorted(sizes, key=itemgetter(0))
     if not ordered:
         return [[]], []
-    weights = [(nbytes, nbytes * (rows + READING_COST)) for _, rows, nbytes in ordered]
-    starts = _cut_evenly(weights, partition_size)
     clusters = [cluster for cluster, _, _ in ordered]
-    costs = np.add.reduceat([float(cost) for _, cost in weights], starts)
-    dear = np.flatnonzero(costs > DEAR * np.median(costs))
-    runs = [clusters[start:stop] for start, stop in pairwise([*starts, len(clusters)])]
-    return runs, dear[np.argsort(-costs[dear], kind="stable")].tolist()
+    total_bytes = list(accumulate((nbytes for _, _, nbytes in ordered), initial=0))
+    total_cost = list(accumulate((nbytes * (rows + READING_COST) for _, rows, nbytes in ordered), initial=0))
+    runs = list(pairwise(_cut_evenly(total_bytes, total_cost, partition_size)))
+    costs = [total_cost[stop] - total_cost[start] for start, stop in runs]
+    most = GIANT * statistics.median(costs)
+    giants = sorted((run for run, cost in enumerate(costs) if cost > most), key=lambda run: -costs[run])
+    return [clusters[start:stop] for start, stop in runs], giants
 
 
-def _arranged(runs: Sequence[list[Any]], dear: Sequence[int]) -> list[list[Any]]:
-    """Partitions with the dear ones where Dask starts first, and the others in order.
+def _arranged(runs: Sequence[list[Any]], giants: Sequence[int]) -> list[list[Any]]:
+    """Partitions with the giants where Dask begins, and the others in order.
 
-    Of tasks that are alike it starts that one first whose key, as a string, is the last.
+    Where tasks do not depend on each other, it begins with the one whose number is the last in the order of text: of
+    twelve with 9, then 8; not with 0. See `dask.order`.
     """
-    started = sorted(range(len(runs)), key=lambda position: f"{position})", reverse=True)
-    at = {place: runs[position] for place, position in zip(started, dear, strict=False)}
-    others = iter([run for position, run in enumerate(runs) if position not in set(dear)])
-    return [at[place] if place in at else next(others) for place in range(len(runs))]
+    begun = sorted(range(len(runs)), key=lambda place: f"{place})", reverse=True)
+    places = {place: runs[run] for place, run in zip(begun, giants, strict=False)}
+    others = iter(_without(runs, giants))
+    return [places[place] if place in places else next(others) for place in range(len(runs))]
 
 
-def _cut_evenly(weights: Sequence[tuple[int, int]], partition_size: int) -> list[int]:
-    """Starts of the fewest runs that fit, with the largest cost as small as bisection to 2 percent finds it."""
-    starts = _cut(weights, partition_size, math.inf)
-    costs = [cost for _, cost in weights]
-    high: float = max(sum(costs[start:stop]) for start, stop in pairwise([*starts, len(costs)]))
-    low: float = max(max(costs), sum(costs) / len(starts))
+def _without(runs: Sequence[list[Any]], giants: Iterable[int]) -> list[list[Any]]:
+    giants = set(giants)
+    return [clusters for run, clusters in enumerate(runs) if run not in giants]
+
+
+def _cut_evenly(total_bytes: Sequence[int], total_cost: Sequence[int], partition_size: int) -> list[int]:
+    """Bounds of the fewest runs that fit, with the largest cost as small as bisection to 2 percent finds it.
+
+    Given are the bytes and the cost of all that stands before each bound.
+    """
+    bounds = _cut(total_bytes, total_cost, partition_size, math.inf)
+    costs = [after - before for before, after in pairwise(total_cost)]
+    high: float = max(total_cost[stop] - total_cost[start] for start, stop in pairwise(bounds))
+    low: float = max(max(costs), total_cost[-1] / (len(bounds) - 1))
     while high > 1.02 * low:
         middle = (low + high) / 2
-        trial = _cut(weights, partition_size, middle)
-        if len(trial) > len(starts):
+        trial = _cut(total_bytes, total_cost, partition_size, middle)
+        if len(trial) > len(bounds):
             low = middle
         else:
-            starts, high = trial, middle
-    return starts
+            bounds, high = trial, middle
+    return bounds
 
 
-def _cut(weights: Iterable[tuple[int, int]], partition_size: int, most_cost: float) -> list[int]:
-    """Starts of runs, each as long as the limits allow."""
-    starts: list[int] = []
-    run_bytes = run_cost = 0
-    for index, (nbytes, cost) in enumerate(weights):
-        if not starts or run_bytes + nbytes > partition_size or run_cost + cost > most_cost:
-            starts.append(index)
-            run_bytes = run_cost = 0
-        run_bytes += nbytes
-        run_cost += cost
-    return starts
+def _cut(total_bytes: Sequence[int], total_cost: Sequence[int], most_bytes: int, most_cost: float) -> list[int]:
+    """Bounds of runs, each as long as the limits allow, and at least of one."""
+    bounds = [0]
+    while (start := bounds[-1]) < len(total_bytes) - 1:
+        stop = bisect_right(total_bytes, total_bytes[start] + most_bytes, start + 1)
+        stop = bisect_right(total_cost, total_cost[start] + most_cost, start + 1, stop)
+        bounds.append(max(stop - 1, start + 1))
+    return bounds
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -504,6 +504,14 @@ def test_run_agrees_with_the_lazy_frame(golden, tmp_path, keep):
         pd.testing.assert_frame_equal(pd.read_parquet(result.data[0]), expected.reset_index(drop=True))
 
 
+def test_run_gives_clusters_in_order_whichever_are_scored_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "fitting_size", lambda *_: 1)
+    giant = pd.concat([GOLDEN] * 50, ignore_index=True)
+    path = write_layout(tmp_path / "in", {0: [GOLDEN], 1: [giant], 2: [GOLDEN], 10: [GOLDEN]})
+    results = PairwiseStage("id", "embeddings", str(path), str(tmp_path / "out")).run()
+    assert [result._metadata["centroid_id"] for result in results] == [0, 1, 2, 10]
+
+
 def test_run_checks_columns_before_anything_runs(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(PairwiseCosineSimilarityStage, "_process", lambda *_: pytest.fail("ran"))
     with pytest.raises(MissingColumnsError, match=r"\['score'\] not found"):

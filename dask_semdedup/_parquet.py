@@ -34,7 +34,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup._footers import Group, read_alike
 from dask_semdedup.embeddings import take
-from dask_semdedup.errors import ClusterError, MissingColumnsError
+from dask_semdedup.errors import ClusterError, MissingColumnsError, some
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.streams import catch_up
 
@@ -46,8 +46,11 @@ LOCAL_GUESS = 2**13
 # Threads that wait for a file system together, where it is slow. A local one is where the first few footers of a block
 # take so many seconds.
 REMOTE_THREADS = 32
-BLOCK = 4096
 PROBES = 8
+# Footers held at once: at first so many, and then as many, by the length of the last, as take no more than so many bytes.
+FIRST_BLOCK = 64
+BLOCK = 4096
+BLOCK_BYTES = 2**28
 SLOW = 1e-4
 # As long as so many footers are left, and for so many shapes of them, those of one shape are read at once.
 MANY = 64
@@ -190,9 +193,11 @@ def read_footers(
     paths = list(files)
     first, expected = paths[0], None
     stats: list[FileStats] = []
-    for start in range(0, len(paths), BLOCK):
-        block = {path: files[path]["size"] for path in paths[start : start + BLOCK]}
+    size = FIRST_BLOCK
+    while len(stats) < len(paths):
+        block = {path: files[path]["size"] for path in paths[len(stats) : len(stats) + size]}
         footers = dict(zip(block, _fetch_footers(fs, block), strict=True))
+        size = min(BLOCK, 1 + BLOCK_BYTES * len(footers) // (1 + sum(map(len, footers.values()))))
         if expected is None:
             expected = _Leaves(first, _read_metadata(fs, first, footers[first]), columns, cluster_column, nulls)
         by_path = _stats_of_block(fs, footers, expected)
@@ -570,7 +575,7 @@ def _cudf() -> Any:
     return cudf
 
 
-# Calls of cuDF's reader at once in a process: some keep the files' threads busy, another the GPU meanwhile.
+# Calls of cuDF's reader at once in a process: one keeps the files' threads busy, the other the GPU meanwhile.
 READERS = 2
 _readers = threading.BoundedSemaphore(READERS)
 
@@ -610,14 +615,13 @@ def read_fragments_cudf(
 def _read_with_cudf(
     fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str], stream: Any
 ) -> Any:
-    paths = [fragment.path for fragment in fragments]
     groups = [list(fragment.row_groups) for fragment in fragments if fragment.row_groups is not None]
     try:
         with _readers:
             if is_local(fs):
-                return _read_with_libcudf(paths, columns, groups, stream)
+                return _read_with_libcudf(fragments, columns, groups, stream)
             return _cudf().read_parquet(
-                paths,
+                [fragment.path for fragment in fragments],
                 columns=list(columns),
                 row_groups=groups or None,
                 filesystem=fs,
@@ -626,22 +630,33 @@ def _read_with_cudf(
                 dataset_kwargs={"partitioning": None},
                 allow_mismatched_pq_schemas=True,
             )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, IndexError) as error:
         raise _unreadable(_first_of(fragments), error) from error
 
 
-def _read_with_libcudf(paths: list[str], columns: Sequence[str], groups: list[list[int]], stream: Any) -> Any:
+def _read_with_libcudf(
+    fragments: Sequence[Fragment], columns: Sequence[str], groups: list[list[int]], stream: Any
+) -> Any:
     """What `cudf.read_parquet` does, in a stream."""
     from pylibcudf.io import SourceInfo, parquet
 
-    options = parquet.ParquetReaderOptions.builder(SourceInfo(paths)).allow_mismatched_pq_schemas(True).build()
+    builder = parquet.ParquetReaderOptions.builder(SourceInfo([fragment.path for fragment in fragments]))
+    options = builder.use_pandas_metadata(False).allow_mismatched_pq_schemas(True).build()
     options.set_column_names(list(columns))
     if groups:
         options.set_row_groups(groups)
     table = parquet.read_parquet(options, stream)
     if stream is not None:
         stream.synchronize()
+    _check_rows(fragments, table.num_rows_per_source)
     return _cudf().DataFrame.from_pylibcudf(table)
+
+
+def _check_rows(fragments: Sequence[Fragment], rows: Sequence[int]) -> None:
+    """Raise `ClusterError` if a file has other rows than planned: its neighbours would get some of another cluster."""
+    changed = [fragment.path for fragment, n in zip(fragments, rows, strict=False) if fragment.rows != n]
+    if changed:
+        raise ClusterError(f"{some(changed)} changed since the footers were read: read the clusters anew.")
 
 
 def _cupy_repeat(counts: np.ndarray) -> Any:

@@ -212,7 +212,9 @@ def default_size(backend: str) -> int:
     memory = device_bytes()
     if memory is None:
         return GPU_PARTITIONS[1]
-    return int(np.clip(memory // (2 * GPU_COPIES * PARTITIONS_ON_GPU), *GPU_PARTITIONS))
+    # Frames that are tasks of their own, not read and scored in one, may be as many as there are threads.
+    at_once = max(2 * PARTITIONS_ON_GPU, CPU_COUNT)
+    return int(np.clip(memory // (GPU_COPIES * at_once), *GPU_PARTITIONS))
 
 
 def fitting_size(size: int, backend: str, nbytes: int) -> int:
@@ -874,7 +876,6 @@ def write_clusters(
 
     threads = LOCAL_WRITERS if is_local(fs) else REMOTE_THREADS
     with ThreadPoolExecutor(max(1, min(threads, len(rows))), thread_name_prefix="write") as pool:
-        # After the first error no other file is begun.
         list(pool.map(write, rows))
     return {cluster: f"{folder}/{name}" for cluster, name in names.items()}
 

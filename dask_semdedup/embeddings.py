@@ -415,7 +415,7 @@ def to_arrow(frame: Any) -> pa.Table:
     >>> to_arrow(pd.DataFrame({"id": [1, 2]})).to_pydict()
     {'id': [1, 2]}
     """
-    if is_cudf(frame) and not _has_nulls(frame):
+    if is_cudf(frame) and not _has_integer_nulls(frame):
         return frame.to_arrow(preserve_index=False)
     # What pandas notes in the schema keeps readers from making integers with nulls floats.
     return pa.Table.from_pandas(to_host(frame), preserve_index=False)
@@ -429,11 +429,11 @@ def to_host(frame: Any) -> pd.DataFrame:
     >>> to_host(pd.DataFrame({"id": [1, 2]})).id.to_list()
     [1, 2]
     """
-    return frame.to_pandas(nullable=_has_nulls(frame)) if is_cudf(frame) else frame
+    return frame.to_pandas(nullable=_has_integer_nulls(frame)) if is_cudf(frame) else frame
 
 
-def _has_nulls(frame: Any) -> bool:
-    return any(frame[name].null_count for name in frame.columns)
+def _has_integer_nulls(frame: Any) -> bool:
+    return any(frame[name].null_count for name in frame.columns if frame[name].dtype.kind in "iub")
 
 
 def is_cudf(frame: Any) -> bool:

@@ -28,8 +28,8 @@ from dask_semdedup.clusters import ReadClusters
 from dask_semdedup.errors import EmbeddingError
 from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
 from dask_semdedup.pairwise import best_of_visits, has_visits, pairwise_frames, pairwise_meta, pairwise_partition
-from dask_semdedup.placement import room_on_gpu
-from dask_semdedup.streams import catch_up, thread_stream
+from dask_semdedup.placement import has_cuda, room_on_gpu
+from dask_semdedup.streams import own_stream
 
 __all__ = ["AgainstScores", "BestOfProbes", "BestOfVisits", "KMeansClusters", "PairwiseScores", "ScoresOfFiles"]
 
@@ -55,16 +55,19 @@ def score_files(
 
 def _score_cudf_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
     """Score what is read in a stream of this thread, beside the partitions of other threads."""
-    with room_on_gpu():
-        frame = reader.read(fragments, columns, thread_stream())
-        scores = pairwise_partition(frame, **arguments)
-        catch_up()  # Only then may the frame be released.
-        return scores
+    with room_on_gpu(), own_stream() as stream:
+        frame = reader.read(fragments, columns, stream)
+        return pairwise_partition(frame, **arguments)
 
 
 def _score_pandas_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
-    """Score some clusters after the others; if rows are bad, all at once, for an error that names all of them."""
-    run = RUN if reader.cluster_field == arguments["cluster_field"] else math.inf
+    """Score some clusters after the others; if rows are bad, all at once, for an error that names all of them.
+
+    All at once too where they may be sent to a GPU, which is to be told of as much work as there is.
+    """
+    by_folder = reader.cluster_field == arguments["cluster_field"]
+    on_cpu = arguments.get("device") == "cpu" or not has_cuda()
+    run = RUN if by_folder and on_cpu else math.inf
     with suppress(EmbeddingError):
         return pairwise_frames(reader.read_runs(fragments, columns, run), **arguments)
     return pairwise_partition(reader.read(fragments, columns), **arguments)

@@ -12,6 +12,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -38,6 +39,7 @@ from dask_semdedup.clusters import (
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, rows_not_finite, to_arrow
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.pairwise import SCORE_COLUMNS, home_field, pairwise_partition
+from dask_semdedup.placement import room_on_gpu
 from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
 
 if TYPE_CHECKING:
@@ -300,7 +302,7 @@ class PairwiseCosineSimilarityStage:
         MissingColumnsError, EmbeddingError, ClusterError
             If the files cannot be read or compared. There is then no file of scores.
         """
-        return self.process_batch([task])[0]
+        return self._process_batch([task])[0]
 
     def process_batch(self, tasks: Sequence[FileGroupTask]) -> list[FileGroupTask]:
         """Score several clusters at once, which is faster where they are small.
@@ -315,6 +317,9 @@ class PairwiseCosineSimilarityStage:
         list of FileGroupTask
             As `process` returns them, in the same order.
         """
+        return self._process_batch(tasks)
+
+    def _process_batch(self, tasks: Sequence[FileGroupTask]) -> list[FileGroupTask]:
         clusters = [self._cluster(task) for task in tasks]
         if len(set(clusters)) < len(clusters):
             raise InvalidArgumentError(f"Tasks of one batch must have different centroid_id, not {some(clusters)}.")
@@ -371,7 +376,7 @@ class PairwiseCosineSimilarityStage:
             )
         for cluster in clusters:
             if cluster not in written:
-                warnings.warn(f"No data found for cluster {cluster}: its task has no files.", stacklevel=3)
+                warnings.warn(f"No data found for cluster {cluster}: its task has no files.", stacklevel=4)
         return [
             replace(task, data=[written[cluster]] if cluster in written else [])
             for cluster, task in zip(clusters, tasks, strict=True)
@@ -380,15 +385,16 @@ class PairwiseCosineSimilarityStage:
     def _score(self, files: Mapping[Any, list[str]], footers: _Footers) -> dict[Any, str]:
         """Score clusters that have files, and write each its own; their paths."""
         start = time.perf_counter()
-        scores = pairwise_partition(
-            self._read_with_kwargs(files) if self.read_kwargs else self._read(footers),
-            id_field=self.id_field,
-            embedding_field=self.embedding_field,
-            cluster_field=CLUSTER_FIELD,
-            ranking=self.ranking_strategy,
-            batch_size=self.pairwise_batch_size,
-            embedding_dim=self.embedding_dim,
-        )
+        with room_on_gpu() if self.backend == "cudf" else nullcontext():
+            scores = pairwise_partition(
+                self._read_with_kwargs(files) if self.read_kwargs else self._read(footers),
+                id_field=self.id_field,
+                embedding_field=self.embedding_field,
+                cluster_field=CLUSTER_FIELD,
+                ranking=self.ranking_strategy,
+                batch_size=self.pairwise_batch_size,
+                embedding_dim=self.embedding_dim,
+            )
         written = self._write(scores, files)
         if self.verbose:
             seconds = time.perf_counter() - start

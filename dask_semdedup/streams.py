@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from dask_semdedup.memory import share_memory_pool
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["beside", "catch_up", "owned", "thread_stream"]
+__all__ = ["beside", "catch_up", "own_stream", "owned", "thread_stream"]
 
 
 class _Streams(threading.local):
@@ -67,8 +69,21 @@ def _beside() -> Iterator[None]:
     # Nobody uses CuPy who has not imported it: torch alone can search the rows of pandas frames on a GPU.
     cupy = sys.modules.get("cupy")
     with torch.cuda.stream(stream), cupy.cuda.Stream.from_external(stream) if cupy else nullcontext():
-        yield
-    stream.synchronize()
+        try:
+            yield
+        finally:  # What failed half way is not released either while the GPU works on it.
+            stream.synchronize()
+
+
+@contextmanager
+def own_stream() -> Iterator[torch.cuda.Stream]:
+    """Give this thread's stream; when it is left, what belongs to it may be released: see `catch_up`."""
+    # Torch can only share a pool that it finds when it first uses CUDA.
+    share_memory_pool()
+    try:
+        yield thread_stream()
+    finally:
+        catch_up()
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -588,6 +588,12 @@ class TestBadInput:
         with pytest.raises(ClusterError, match=r"Cannot read .*centroid=7/part.1.parquet as Parquet"):
             ddf.compute()
 
+    def test_files_that_changed_since_are_named_on_a_gpu(self) -> None:
+        planned = [_parquet.Fragment("a", 3), _parquet.Fragment("b", 2), _parquet.Fragment("c", 1)]
+        _parquet._check_rows(planned, [3, 2, 1])
+        with pytest.raises(ClusterError, match=r"^b, c changed since the footers were read"):
+            _parquet._check_rows(planned, [3, 1, 2])
+
     def test_a_file_gone_since_is_named(self, layout: tuple[Path, pd.DataFrame]) -> None:
         ddf = read_clusters(layout[0])
         (layout[0] / "centroid=0/part.0.parquet").unlink()

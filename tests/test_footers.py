@@ -215,9 +215,28 @@ class TestReadFooters:
         assert {file.nullable for file in expected} == {frozenset(), frozenset({"id"})}
         assert {len(file.row_groups) for file in expected} >= {1, 2}
         monkeypatch.setattr(_parquet, "MANY", 2)
+        monkeypatch.setattr(_parquet, "FIRST_BLOCK", block)
         monkeypatch.setattr(_parquet, "BLOCK", block)
         assert stats_of(path) == expected
 
+    def test_few_long_footers_are_held_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write_files(tmp_path / "in", many_shapes())
+        expected = stats_of(path)
+        fetch, held = _parquet._fetch_footers, []
+
+        def noted(fs: Any, sizes: dict[str, int]) -> list[bytes]:
+            footers = fetch(fs, sizes)
+            held.append(sum(map(len, footers)))
+            return footers
+
+        monkeypatch.setattr(_parquet, "FIRST_BLOCK", 2)
+        monkeypatch.setattr(_parquet, "BLOCK_BYTES", 6000)
+        monkeypatch.setattr(_parquet, "_fetch_footers", noted)
+        assert stats_of(path) == expected
+        assert len(held) > 3
+        assert max(held) < 3 * 6000
+
+    @pytest.mark.usefixtures("side_by_side")
     def test_most_files_never_see_arrow(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = file_of(pa.table({"id": [1], "x": [1.0], "text": ["a"]}))
         path = write_files(tmp_path / "in", {f"{number}.parquet": file for number in range(100)})
@@ -229,7 +248,7 @@ class TestReadFooters:
 
         monkeypatch.setattr(_parquet, "_read_metadata", counted)
         assert sum(file.rows for file in stats_of(path)) == 100
-        assert len(calls) == 2  # the first file's schema, and its numbers
+        assert len(calls) == 3  # the first file's schema, and the first numbers of each of two blocks
 
     @pytest.mark.usefixtures("side_by_side")
     def test_what_arrow_reads_differently_is_not_believed(

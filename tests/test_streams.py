@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dask_semdedup import read_clusters
+from dask_semdedup import read_clusters, streams
 from dask_semdedup.streams import beside, catch_up, owned, thread_stream
 
 
@@ -21,6 +21,15 @@ def test_on_a_cpu_there_is_nothing_to_copy() -> None:
     with beside("cpu"):
         rows = torch.arange(3)
     assert owned(rows) is rows
+
+
+def test_the_pool_is_shared_before_torch_first_uses_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("share_memory_pool", "thread_stream", "catch_up"):
+        monkeypatch.setattr(streams, name, lambda name=name: calls.append(name))
+    with pytest.raises(ZeroDivisionError), streams.own_stream():
+        raise ZeroDivisionError
+    assert calls == ["share_memory_pool", "thread_stream", "catch_up"]
 
 
 @pytest.mark.gpu

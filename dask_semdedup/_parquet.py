@@ -41,7 +41,7 @@ MAGIC = b"PAR1"
 FOOTER_GUESS = 2**16
 LOCAL_GUESS = 2**13
 # Footers read from a slow file system at once. A local one is slow where the first few of a block take so many seconds.
-FOOTER_THREADS = 32
+REMOTE_THREADS = 32
 BLOCK = 4096
 PROBES = 8
 SLOW = 1e-4
@@ -153,7 +153,7 @@ def checksum(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
     """Arrow schema of a file, without index columns that pandas or Dask wrote only to restore an index."""
-    schema = _read_metadata(fs, path, _fetch_footer(fs, path, size)).schema.to_arrow_schema()
+    schema = _arrow_schema(path, _read_metadata(fs, path, _fetch_footer(fs, path, size)))
     return pa.schema([field for field in schema if not field.name.startswith(INDEX_COLUMNS)])
 
 
@@ -211,7 +211,7 @@ def _fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> l
             seconds.append(time.perf_counter() - start)
         if statistics.median(seconds) < SLOW:
             return footers + [_fetch_footer(fs, path, size) for path, size in files]
-    with ThreadPoolExecutor(FOOTER_THREADS, thread_name_prefix="footers") as pool:
+    with ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="footers") as pool:
         return footers + list(pool.map(lambda file: _fetch_footer(fs, *file), files))
 
 
@@ -248,6 +248,13 @@ def _read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> p
         raise _unreadable(path, error) from error
 
 
+def _arrow_schema(path: str, metadata: pq.FileMetaData) -> pa.Schema:
+    try:
+        return metadata.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
 def _unreadable(path: str, error: Exception) -> ClusterError:
     return ClusterError(f"Cannot read {path} as Parquet (truncated, damaged or gone?): {error}")
 
@@ -259,7 +266,7 @@ class _Leaves:
         self, path: str, metadata: pq.FileMetaData, columns: Sequence[str], cluster_column: str | None, nulls: bool
     ) -> None:
         self.path, self.schema = path, metadata.schema
-        self.types = {field.name: field.type for field in self.schema.to_arrow_schema()}
+        self.types = {field.name: field.type for field in _arrow_schema(path, metadata)}
         self.columns, self.cluster_column, self.nulls = columns, cluster_column, nulls
         spans, start = {}, 0
         for name, type_ in self.types.items():
@@ -272,7 +279,7 @@ class _Leaves:
         """The same for another file, whose wanted columns must be of the same types."""
         if metadata.schema.equals(self.schema):
             return self
-        types = {field.name: field.type for field in metadata.schema.to_arrow_schema()}
+        types = {field.name: field.type for field in _arrow_schema(path, metadata)}
         wanted = [*self.columns, self.cluster_column] if self.cluster_column else self.columns
         for name in wanted:
             if name not in types:

@@ -47,11 +47,11 @@ LOCAL_GUESS = 2**13
 # take so many seconds.
 REMOTE_THREADS = 32
 PROBES = 8
-# Footers held at once: at first so many, and then as many, by the length of the last, as take no more than so many bytes.
+SLOW = 1e-4
+# Footers held at once: at first so many, then as many as take about so many bytes, by the length of the last.
 FIRST_BLOCK = 64
 BLOCK = 4096
 BLOCK_BYTES = 2**28
-SLOW = 1e-4
 # As long as so many footers are left, and for so many shapes of them, those of one shape are read at once.
 MANY = 64
 SHAPES = 4
@@ -160,7 +160,7 @@ def checksum(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
     """Arrow schema of a file, without index columns that pandas or Dask wrote only to restore an index."""
-    schema = _read_metadata(fs, path, _fetch_footer(fs, path, size)).schema.to_arrow_schema()
+    schema = _arrow_schema(path, _read_metadata(fs, path, _fetch_footer(fs, path, size)))
     return pa.schema([field for field in schema if not field.name.startswith(INDEX_COLUMNS)])
 
 
@@ -257,6 +257,13 @@ def _read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> p
         raise _unreadable(path, error) from error
 
 
+def _arrow_schema(path: str, metadata: pq.FileMetaData) -> pa.Schema:
+    try:
+        return metadata.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
 def _unreadable(path: str, error: Exception) -> ClusterError:
     return ClusterError(f"Cannot read {path} as Parquet (truncated, damaged or gone?): {error}")
 
@@ -268,7 +275,7 @@ class _Leaves:
         self, path: str, metadata: pq.FileMetaData, columns: Sequence[str], cluster_column: str | None, nulls: bool
     ) -> None:
         self.path, self.schema = path, metadata.schema
-        self.types = {field.name: field.type for field in self.schema.to_arrow_schema()}
+        self.types = {field.name: field.type for field in _arrow_schema(path, metadata)}
         self.columns, self.cluster_column, self.nulls = columns, cluster_column, nulls
         spans, start = {}, 0
         for name, type_ in self.types.items():
@@ -281,7 +288,7 @@ class _Leaves:
         """The same for another file, whose wanted columns must be of the same types."""
         if metadata.schema.equals(self.schema):
             return self
-        types = {field.name: field.type for field in metadata.schema.to_arrow_schema()}
+        types = {field.name: field.type for field in _arrow_schema(path, metadata)}
         wanted = [*self.columns, self.cluster_column] if self.cluster_column else self.columns
         for name in wanted:
             if name not in types:

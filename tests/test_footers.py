@@ -370,6 +370,16 @@ class TestDamage:
             read_clusters(root)
         fs.rm(folder, recursive=True)
 
+    @pytest.mark.parametrize("content", [b"/", b"!"], ids=["no schema", "no text"])
+    def test_of_the_schema_is_named(self, tmp_path: Path, content: bytes) -> None:
+        file = file_of(pa.table({"id": [1]}))
+        start = file.index(b"ARROW:schema") + 20
+        damaged = file[:start] + content * 40 + file[start + 40 :]
+        path = write_files(tmp_path / "centroid=0", {"a.parquet": damaged})
+        for read in (read_clusters, lambda path: read_footers(*list_files(path), ["id"])):
+            with pytest.raises(ClusterError, match=r"Cannot read .*a.parquet as Parquet .truncated"):
+                read(path)
+
     def test_a_file_gone_since_the_listing_is_named(self, tmp_path: Path) -> None:
         path = write_files(tmp_path / "in", many_shapes())
         fs, files = list_files(path)

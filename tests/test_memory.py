@@ -159,9 +159,10 @@ def test_it_is_there_before_cudf_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     done = Mock()
     monkeypatch.setattr(_parquet, "share_memory_pool", done.share)
     monkeypatch.setattr(_parquet, "_cudf", lambda: done.cudf)
-    done.cudf.read_parquet.return_value = range(3)
+    monkeypatch.setattr(_parquet, "_read_with_libcudf", done.read)
+    done.read.return_value = range(3)
     _parquet.read_fragments_cudf(LocalFileSystem(), [_parquet.Fragment("a.parquet", 3)], ["id"])
-    assert [name for name, _, _ in done.mock_calls] == ["share", "cudf.read_parquet"]
+    assert [name for name, _, _ in done.mock_calls] == ["share", "read"]
 
 
 def test_it_is_there_before_a_cudf_partition_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -574,7 +574,7 @@ def read_fragment(fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.
 @cache
 def _cudf() -> Any:
     # Both are looked at once, at the first use. KvikIO, which reads files for cuDF, takes 4 threads by itself; and few
-    # pages to compress, as of scores, take a GPU long: writing 66,000 of them 35 ms, and 10 where the host does it.
+    # pages to compress, as of scores, take a GPU long: 66,000 scores are written in 35 ms, in 10 if the host does it.
     os.environ.setdefault("KVIKIO_NTHREADS", str(CPU_COUNT))
     os.environ.setdefault("LIBCUDF_HOST_COMPRESSION", "AUTO")
     import cudf

@@ -325,7 +325,6 @@ def run(options: Options, show: Callable[[Any], None]) -> int:
     """Run the cases and print them; the number of those that failed."""
     # So that workers that are asked to end do, however this process is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.environ.setdefault("KVIKIO_NTHREADS", str(CPU_COUNT))
     names = options.names([*CASES, SKEW]) if options.cases else ["large", SKEW]
     log, results, failed = Log(), [], 0
     with (

@@ -7,7 +7,6 @@ frame whose dtypes are those of `Reader.meta`, because both come from the same c
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import statistics
@@ -18,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import fsspec
@@ -28,15 +28,15 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from dask.dataframe.utils import pyarrow_strings_enabled
-from dask.system import CPU_COUNT
 from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup._footers import Group, read_alike
-from dask_semdedup.embeddings import take
+from dask_semdedup.embeddings import concat, take
 from dask_semdedup.errors import ClusterError, MissingColumnsError, some
 from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.streams import catch_up
+from dask_semdedup.placement import cores_per_gpu
+from dask_semdedup.streams import current, outside
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 # The last bytes of a Parquet file, and bytes fetched from the end of a file: enough for nearly every footer.
@@ -62,12 +62,35 @@ INDEX_COLUMNS = ("__index_level_", "__null_dask_index__")
 
 
 class Fragment(NamedTuple):
-    """A piece of a partition: a file, or some of its row groups."""
+    """A piece of a partition: a file, or some of its row groups; `nbytes` is its planned size in memory."""
 
     path: str
     rows: int
     row_groups: tuple[int, ...] | None = None
     cluster: int | str | None = None
+    nbytes: int = 0
+
+
+def in_runs(fragments: Iterable[Fragment], nbytes: int) -> Iterator[list[Fragment]]:
+    """Cut fragments between clusters into runs of at most so many bytes, or of one cluster.
+
+    Examples
+    --------
+    >>> fragments = [Fragment("a", 1, None, 0, 60), Fragment("b", 1, None, 0, 60), Fragment("c", 1, None, 1, 60)]
+    >>> [[fragment.path for fragment in run] for run in in_runs(fragments, 100)]
+    [['a', 'b'], ['c']]
+    """
+    run: list[Fragment] = []
+    held = 0
+    for _, cluster in groupby(fragments, attrgetter("cluster")):
+        pieces = list(cluster)
+        size = sum(piece.nbytes for piece in pieces)
+        if run and held + size > nbytes:
+            yield run
+            run, held = [], 0
+        run += pieces
+        held += size
+    yield run
 
 
 class RowGroup(NamedTuple):
@@ -457,50 +480,42 @@ class Reader:
             return _cudf().DataFrame.from_arrow(table)[list(columns)]
         return self._to_pandas(table, (), columns)
 
-    def read(self, fragments: Sequence[Fragment], columns: Sequence[str], stream: Any = None) -> Any:
+    def read(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         """Rows of the fragments in their order, with a new `RangeIndex`.
 
-        Columns from the files are read into cuDF in a CUDA stream, if one is given, and belong to it.
+        Columns from the files are read into cuDF in the current CUDA stream, and belong to it.
         """
         if self.backend == "cudf":
-            return self._read_cudf(fragments, columns, stream)
+            return self._read_cudf(fragments, columns)
         schema = self._decoded_schema(columns)
         if not schema.names:
             return self._to_pandas(schema.empty_table(), fragments, columns)
-        (frame,) = self.read_runs(fragments, columns, math.inf)
-        return frame
-
-    def read_runs(self, fragments: Sequence[Fragment], columns: Sequence[str], nbytes: float) -> Iterator[pd.DataFrame]:
-        """The same rows for pandas in several frames of whole clusters, of as many as reach so many bytes.
-
-        Where it is not the folders that tell clusters apart, all rows come at once.
-        """
-        schema = self._decoded_schema(columns)
-        tables, held = [schema.empty_table()], 0
-        read: list[Fragment] = []
-        for fragment in fragments:
-            if held >= nbytes and fragment.cluster != read[-1].cluster:
-                yield self._to_pandas(pa.concat_tables(tables), read, columns)
-                tables, read, held = tables[:1], [], 0
-            tables.append(read_fragment(self.fs, fragment, schema))
-            read.append(fragment._replace(rows=tables[-1].num_rows))
-            held += tables[-1].nbytes
-        yield self._to_pandas(pa.concat_tables(tables), read, columns)
+        tables = [read_fragment(self.fs, fragment, schema) for fragment in fragments]
+        read = [piece._replace(rows=len(table)) for piece, table in zip(fragments, tables, strict=True)]
+        return self._to_pandas(pa.concat_tables([schema.empty_table(), *tables]), read, columns)
 
     def to_pandas(self, table: pa.Table) -> pd.DataFrame:
         """The frame of an Arrow table of the schema, or of some of its columns."""
         return self._to_pandas(table, (), table.column_names)
 
-    def _read_cudf(self, fragments: Sequence[Fragment], columns: Sequence[str], stream: Any) -> Any:
+    def _read_cudf(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         if not fragments:
             return self.meta(columns)
         in_files = [name for name in columns if name != self.cluster_field]
-        frame = read_fragments_cudf(self.fs, fragments, in_files, stream)
-        if self.cluster_field in columns:
-            clusters = _cudf().Series(pa.array([fragment.cluster for fragment in fragments], self.cluster_type))
-            rows = np.array([fragment.rows for fragment in fragments])
-            frame[self.cluster_field] = take(clusters, _cupy_repeat(rows))
+        # Given to the stream first, so that it is done when the files have been read.
+        clusters = self._cudf_clusters(fragments) if self.cluster_field in columns else None
+        frame = read_fragments_cudf(self.fs, fragments, in_files)
+        if clusters is not None:
+            frame[self.cluster_field] = clusters
         return frame[list(columns)]
+
+    def _cudf_clusters(self, fragments: Sequence[Fragment]) -> Any:
+        cudf = _cudf()
+        import pylibcudf
+
+        clusters = pa.array([fragment.cluster for fragment in fragments], self.cluster_type)
+        column = cudf.Series.from_pylibcudf(pylibcudf.Column.from_arrow(clusters, stream=current()))
+        return take(column, _cupy_repeat(np.array([fragment.rows for fragment in fragments])))
 
     def _decoded_schema(self, columns: Sequence[str]) -> pa.Schema:
         """Schema of those columns that come from the files, without dictionaries."""
@@ -573,15 +588,18 @@ def read_fragment(fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.
 
 @cache
 def _cudf() -> Any:
-    # Both are looked at once, at the first use. KvikIO, which reads files for cuDF, takes 4 threads by itself; and few
+    # They are looked at once, at the first use. KvikIO, which reads files for cuDF, takes 4 threads by itself; and few
     # pages to compress, as of scores, take a GPU long: 66,000 scores are written in 35 ms, in 10 if the host does it.
-    os.environ.setdefault("KVIKIO_NTHREADS", str(CPU_COUNT))
+    os.environ.setdefault("KVIKIO_NTHREADS", str(cores_per_gpu()))
     os.environ.setdefault("LIBCUDF_HOST_COMPRESSION", "AUTO")
+    os.environ.setdefault("LIBCUDF_HOST_COMPRESSION_THRESHOLD", str(PAGES_A_CORE * cores_per_gpu()))
     import cudf
 
     return cudf
 
 
+# Up to so many pages to compress, a core of the host is done before a GPU is.
+PAGES_A_CORE = 64
 # Calls of cuDF's reader at once in a process: one keeps the files' threads busy, the other the GPU meanwhile.
 READERS = 2
 _readers = threading.BoundedSemaphore(READERS)
@@ -599,9 +617,7 @@ def files_at_once() -> int:
     return 1024 if soft == resource.RLIM_INFINITY else max(64, min(1024, soft // (4 * READERS)))
 
 
-def read_fragments_cudf(
-    fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str], stream: Any = None
-) -> Any:
+def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
     """Read the columns of all fragments into one cuDF frame, in few calls: many small reads leave a GPU idle."""
     share_memory_pool()
     cudf = _cudf()
@@ -610,41 +626,35 @@ def read_fragments_cudf(
         return cudf.DataFrame(index=cudf.RangeIndex(rows))
     most = files_at_once()
     parts = [fragments[start : start + most] for start in range(0, len(fragments), most)]
-    frames = [_read_with_cudf(fs, part, columns, stream) for part in parts]
-    frame = frames[0] if len(frames) == 1 else cudf.concat(frames, ignore_index=True)
-    if stream is not None:
-        catch_up()
+    frame = concat([_read_with_cudf(fs, part, columns) for part in parts])
     if len(frame) != rows:
         raise ClusterError(f"{_first_of(fragments)} changed since the footers were read.")
     return frame
 
 
-def _read_with_cudf(
-    fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str], stream: Any
-) -> Any:
+def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
     groups = [list(fragment.row_groups) for fragment in fragments if fragment.row_groups is not None]
     try:
         with _readers:
             if is_local(fs):
-                return _read_with_libcudf(fragments, columns, groups, stream)
-            return _cudf().read_parquet(
-                [fragment.path for fragment in fragments],
-                columns=list(columns),
-                row_groups=groups or None,
-                filesystem=fs,
-                use_pandas_metadata=False,
-                # Folders named key=value would otherwise be read one by one.
-                dataset_kwargs={"partitioning": None},
-                allow_mismatched_pq_schemas=True,
-            )
+                return _read_with_libcudf(fragments, columns, groups)
+            with outside("cuda"):
+                return _cudf().read_parquet(
+                    [fragment.path for fragment in fragments],
+                    columns=list(columns),
+                    row_groups=groups or None,
+                    filesystem=fs,
+                    use_pandas_metadata=False,
+                    # Folders named key=value would otherwise be read one by one.
+                    dataset_kwargs={"partitioning": None},
+                    allow_mismatched_pq_schemas=True,
+                )
     except (RuntimeError, OSError, IndexError) as error:
         raise _unreadable(_first_of(fragments), error) from error
 
 
-def _read_with_libcudf(
-    fragments: Sequence[Fragment], columns: Sequence[str], groups: list[list[int]], stream: Any
-) -> Any:
-    """What `cudf.read_parquet` does, in a stream."""
+def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], groups: list[list[int]]) -> Any:
+    """What `cudf.read_parquet` does, in the current stream."""
     from pylibcudf.io import SourceInfo, parquet
 
     builder = parquet.ParquetReaderOptions.builder(SourceInfo([fragment.path for fragment in fragments]))
@@ -652,6 +662,7 @@ def _read_with_libcudf(
     options.set_column_names(list(columns))
     if groups:
         options.set_row_groups(groups)
+    stream = current()
     table = parquet.read_parquet(options, stream)
     if stream is not None:
         stream.synchronize()

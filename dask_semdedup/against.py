@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from dask.dataframe.dispatch import concat
 
-from dask_semdedup.embeddings import array_like, is_cudf, tensor_like, to_numpy, to_tensor
+from dask_semdedup.embeddings import array_like, home_of, is_cudf, tensor_like, to_numpy, to_tensor
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.pairwise import (
     check_clusters,
@@ -96,7 +96,7 @@ def against_partition(
     position = np.lexsort([is_query, codes])
     segments = segments_of(codes[position])
     stops = _stops(is_query[position], segments)
-    home = "cuda" if is_cudf(frame) else "cpu"
+    home = home_of(frame)
     device = choose_device(device, home, segments)
     with cores_for(device, segments):
         parts: list[Any] = []

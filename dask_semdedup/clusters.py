@@ -60,7 +60,7 @@ from dask_semdedup._validate import check_bytes
 from dask_semdedup.embeddings import to_arrow, to_host
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.memory import device_bytes
-from dask_semdedup.placement import PARTITIONS_ON_GPU
+from dask_semdedup.placement import PARTITIONS_ON_GPU, cores_per_gpu, visible_gpus
 
 __all__ = [
     "align",
@@ -82,11 +82,12 @@ GIANT = 2
 READING_COST = 1024
 # Bytes of a partition of pandas, and the least and the most of one of cuDF.
 PARTITION = 2**27
-GPU_PARTITIONS = (2**27, 2**30)
+GPU_PARTITIONS = (2**27, 2**31)
 # What a partition takes on a GPU while it is read, in its own size: as in the file, decompressed, and as columns.
 GPU_COPIES = 3
-# Where there is little to read, partitions of pandas get as small as this to keep all cores busy.
+# Where there is little to read, partitions get smaller, of pandas as small as this, for so many a core or GPU.
 SMALL_PARTITION = 2**24
+PARTITIONS_AT_LEAST = 4
 # The longest list column that cuDF can hold, in elements; the bytes are those of its narrowest elements.
 CUDF_ELEMENTS = 2**31 - 1
 CUDF_BYTES = 2 * CUDF_ELEMENTS
@@ -213,12 +214,12 @@ def default_size(backend: str) -> int:
     if memory is None:
         return GPU_PARTITIONS[1]
     # Frames that are tasks of their own, not read and scored in one, may be as many as there are threads.
-    at_once = max(2 * PARTITIONS_ON_GPU, CPU_COUNT)
+    at_once = max(2 * PARTITIONS_ON_GPU, cores_per_gpu())
     return int(np.clip(memory // (GPU_COPIES * at_once), *GPU_PARTITIONS))
 
 
 def fitting_size(size: int, backend: str, nbytes: int) -> int:
-    """Bytes of a partition of all `nbytes`: no more than cuDF can hold or, of pandas, than keep all cores busy.
+    """Bytes of a partition of all `nbytes`: no more than cuDF can hold, nor than keep all cores or GPUs busy.
 
     Examples
     --------
@@ -226,8 +227,8 @@ def fitting_size(size: int, backend: str, nbytes: int) -> int:
     16
     """
     if backend == "cudf":
-        return min(size, CUDF_BYTES)
-    return min(size, max(SMALL_PARTITION, nbytes // (4 * CPU_COUNT)))
+        return min(size, CUDF_BYTES, max(GPU_PARTITIONS[0], nbytes // (PARTITIONS_AT_LEAST * visible_gpus())))
+    return min(size, max(SMALL_PARTITION, nbytes // (PARTITIONS_AT_LEAST * CPU_COUNT)))
 
 
 def no_cluster_column(cluster_field: str, where: str, columns: Iterable[object]) -> ClusterError:
@@ -477,7 +478,8 @@ def _units_of_folders(stats: Sequence[FileStats], folders: Mapping[str, Any]) ->
         cluster = folders[file.path]
         if cluster not in units:
             units[cluster] = _Unit(cluster)
-        units[cluster].add(Fragment(file.path, file.rows, None, cluster), file.row_groups)
+        nbytes = sum(group.nbytes for group in file.row_groups)
+        units[cluster].add(Fragment(file.path, file.rows, None, cluster, nbytes), file.row_groups)
     return list(units.values())
 
 

@@ -8,7 +8,7 @@ shared. On a CPU it is NumPy that converts and gathers: torch's threads would co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, some
-from dask_semdedup.streams import beside
+from dask_semdedup.streams import beside, current, outside
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +29,13 @@ __all__ = [
     "check_embedding_dtype",
     "check_plain_dtype",
     "column_like",
+    "concat",
     "first_width",
     "frame_like",
+    "home_of",
     "is_cudf",
     "is_string",
+    "published",
     "rows_not_finite",
     "shares_memory",
     "take",
@@ -351,11 +354,13 @@ def take(column: Any, positions: Any) -> Any:
     1    b
     Name: id, dtype: str
     """
-    if is_cudf(column):
-        taken = _cudf_take(column, positions)
-        if taken.dtype == column.dtype:
-            return taken
-    return column.iloc[positions].reset_index(drop=True)
+    if not is_cudf(column):
+        return column.iloc[positions].reset_index(drop=True)
+    taken = _cudf_take(column, positions)
+    if taken.dtype == column.dtype:
+        return taken
+    with outside("cuda"):
+        return column.iloc[positions].reset_index(drop=True)
 
 
 def _cudf_take(column: Any, positions: Any) -> Any:
@@ -368,7 +373,8 @@ def _cudf_take(column: Any, positions: Any) -> Any:
 
     table = plc.Table([column.to_pylibcudf()[0]])
     where = plc.Column.from_cuda_array_interface(positions)
-    (rows,) = plc.copying.gather(table, where, plc.copying.OutOfBoundsPolicy.DONT_CHECK).columns()
+    unchecked = plc.copying.OutOfBoundsPolicy.DONT_CHECK
+    (rows,) = plc.copying.gather(table, where, unchecked, current()).columns()
     return cudf.Series.from_pylibcudf(rows, metadata={"name": column.name})
 
 
@@ -441,6 +447,17 @@ def is_cudf(frame: Any) -> bool:
     return type(frame).__module__.partition(".")[0] == "cudf"
 
 
+def home_of(frame: Any) -> str:
+    """Where a frame or column is: "cuda" or "cpu".
+
+    Examples
+    --------
+    >>> home_of(pd.DataFrame())
+    'cpu'
+    """
+    return "cuda" if is_cudf(frame) else "cpu"
+
+
 def is_string(column: Any) -> bool:
     """Whether a column's dtype is one of strings, in pandas or cuDF.
 
@@ -472,6 +489,38 @@ def frame_like(columns: Mapping[str, Any], like: Any) -> Any:
     import cudf
 
     return cudf.DataFrame(columns)
+
+
+def concat(frames: Sequence[Any]) -> Any:
+    """Put frames of one backend one below the other, with a new index; a single one is what it is.
+
+    Examples
+    --------
+    >>> concat([pd.DataFrame({"x": [1]}), pd.DataFrame({"x": [2]})])
+       x
+    0  1
+    1  2
+    """
+    if len(frames) == 1:
+        return frames[0]
+    if not is_cudf(frames[0]):
+        return pd.concat(frames, ignore_index=True)
+    import cudf
+
+    with outside("cuda"):
+        return cudf.concat(frames, ignore_index=True)
+
+
+def published(frame: Any) -> Any:
+    """Bring a frame of cuDF that was made in a stream of this thread into memory of the current one.
+
+    Examples
+    --------
+    >>> published(pd.DataFrame({"x": [1]}))
+       x
+    0  1
+    """
+    return frame.copy() if is_cudf(frame) else frame
 
 
 @dataclass(frozen=True)
@@ -640,7 +689,8 @@ class _CudfSource(_Source):
         leaves = self.column.list.leaves
         if len(leaves) != len(self.column) * self.width:
             # A slice of a longer column may still refer to all leaves of that: compact it.
-            self.column = self.column.take(np.arange(len(self.column)))
+            with outside("cuda"):
+                self.column = self.column.take(np.arange(len(self.column)))
             leaves = self.column.list.leaves
         return leaves
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import pandas as pd
 from dask import _expr as core
 from dask._task_spec import Task
 from dask.dataframe.dask_expr._expr import (
@@ -22,21 +22,21 @@ from dask.dataframe.dask_expr._expr import (
 from dask.dataframe.dask_expr.io.io import BlockwiseIO
 from dask.typing import Key
 
-from dask_semdedup._parquet import Fragment, Reader
+from dask_semdedup._parquet import Fragment, Reader, in_runs
 from dask_semdedup.against import against_meta, against_partition, best_of_probes
 from dask_semdedup.clusters import ReadClusters
+from dask_semdedup.embeddings import concat, first_width
 from dask_semdedup.errors import EmbeddingError
 from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
-from dask_semdedup.pairwise import best_of_visits, has_visits, pairwise_frames, pairwise_meta, pairwise_partition
-from dask_semdedup.placement import has_cuda, room_on_gpu
-from dask_semdedup.streams import own_stream
+from dask_semdedup.pairwise import best_of_visits, has_visits, pairwise_meta, pairwise_partition
+from dask_semdedup.placement import HOMES, has_cuda, place_for
 
 __all__ = ["AgainstScores", "BestOfProbes", "BestOfVisits", "KMeansClusters", "PairwiseScores", "ScoresOfFiles"]
 
 logger = logging.getLogger("dask_semdedup")
 
-# Bytes of the clusters of files that are scored at once, unless one has more: their rows are gathered while they are
-# still in the cache, and the memory is used again.
+# Bytes of the clusters of files that are scored at once on a CPU, unless one has more: their rows are gathered while
+# they are still in the cache, and the memory is used again. A GPU is the faster the more it reads at once.
 RUN = 2**25
 
 
@@ -49,28 +49,44 @@ def score_files(
     reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], *, verbose: bool, **arguments: Any
 ) -> Any:
     """Read a partition and score it, and log how long it took: the task that `ScoresOfFiles` puts into the graph."""
-    score = _score_cudf_files if reader.backend == "cudf" else _score_pandas_files
-    return _logged(score, reader, fragments, columns, verbose=verbose, **arguments)
+    return _logged(_score_files, reader, fragments, columns, verbose=verbose, **arguments)
 
 
-def _score_cudf_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
-    """Score what is read in a stream of this thread, beside the partitions of other threads."""
-    with room_on_gpu(), own_stream() as stream:
-        frame = reader.read(fragments, columns, stream)
-        return pairwise_partition(frame, **arguments)
-
-
-def _score_pandas_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
+def _score_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
     """Score some clusters after the others; if rows are bad, all at once, for an error that names all of them.
 
-    All at once too where they may be sent to a GPU, which is to be told of as much work as there is.
+    All at once too where a GPU does the work, or may, which is to be told of as much of it as there is.
     """
     by_folder = reader.cluster_field == arguments["cluster_field"]
-    on_cpu = arguments.get("device") == "cpu" or not has_cuda()
-    run = RUN if by_folder and on_cpu else math.inf
-    with suppress(EmbeddingError):
-        return pairwise_frames(reader.read_runs(fragments, columns, run), **arguments)
-    return pairwise_partition(reader.read(fragments, columns), **arguments)
+    on_cpu = reader.backend == "pandas" and (arguments.get("device") == "cpu" or not has_cuda())
+    if by_folder and on_cpu:
+        with suppress(EmbeddingError):
+            return _score_runs(reader, in_runs(fragments, RUN), columns, **arguments)
+    with place_for(HOMES[reader.backend]):
+        return pairwise_partition(reader.read(fragments, columns), **arguments)
+
+
+def _score_runs(
+    reader: Reader,
+    runs: Iterable[Sequence[Fragment]],
+    columns: Sequence[str],
+    *,
+    embedding_field: str,
+    embedding_dim: int | None = None,
+    **arguments: Any,
+) -> pd.DataFrame:
+    """Read and score runs of whole clusters one after the other, of which only one needs to be in memory."""
+    scores = []
+    for run in runs:
+        frame = reader.read(run, columns)
+        if embedding_dim is None and len(frame):
+            # All must be of one width.
+            embedding_dim = first_width(frame[embedding_field])
+        scores.append(
+            pairwise_partition(frame, embedding_field=embedding_field, embedding_dim=embedding_dim, **arguments)
+        )
+        del frame  # The next is read only now.
+    return concat(scores)
 
 
 def _logged(score: Callable[..., Any], *args: Any, verbose: bool, **arguments: Any) -> Any:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from dask_semdedup.embeddings import (
     array_like,
     column_like,
-    first_width,
     frame_like,
+    home_of,
     is_cudf,
+    published,
     take,
     tensor_like,
     to_list,
@@ -25,7 +25,7 @@ from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColu
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.placement import check_device, choose_device, cores_for, turn_on_gpu
 from dask_semdedup.ranking import RankingStrategy
-from dask_semdedup.streams import beside, owned
+from dask_semdedup.streams import behind, beside, outside, owned
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,6 @@ __all__ = [
     "check_unique",
     "has_visits",
     "home_field",
-    "pairwise_frames",
     "pairwise_meta",
     "pairwise_partition",
     "score_frame",
@@ -154,87 +153,79 @@ def pairwise_partition(
     check_device(device)
     if is_cudf(frame):
         share_memory_pool()
-    ids, clusters = frame[id_field], frame[cluster_field]
     if len(frame) == 0:
         return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field, with_visits=with_visits)
-    check_clusters(clusters, ids)
-    order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
-    segments = segments_of(_codes(clusters)[order])
-    stops = None
-    if with_visits:
-        homes = frame[home_field(cluster_field)]
-        is_visit = (clusters != homes).to_numpy().astype(bool)[to_numpy(order)]
-        position, stops = _visits_last(is_visit, segments)
-        order = order[array_like(tensor_like(position), frame)]
-    home = "cuda" if is_cudf(frame) else "cpu"
+    ids, clusters = frame[id_field], frame[cluster_field]
+    homes = frame[home_field(cluster_field)] if with_visits else None
+    find = partial(_find, frame[embedding_field], ids, clusters, embedding_dim, device, compute_dtype, batch_size)
+    home = home_of(frame)
+    with beside(home):
+        check_clusters(clusters, ids)
+        order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
+        segments = segments_of(_codes(clusters)[order])
+        if homes is not None:
+            return _score_visits(find, ids, clusters, homes, order, segments)
+        scores, index = find(order, segments, None)
+        columns = (take(ids, order), take(ids, order[array_like(index, frame)]), array_like(scores, frame))
+        own = take(clusters, order)
+        with outside(home):
+            return published(score_frame(*columns, own))
+
+
+def _find(
+    column: Any,
+    ids: Any,
+    clusters: Any,
+    embedding_dim: int | None,
+    device: str,
+    compute_dtype: str,
+    batch_size: int | None,
+    order: Any,
+    segments: np.ndarray,
+    stops: np.ndarray | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of rows in order, and the places in that order of the rows nearest to them."""
+    home = home_of(column)
     device = choose_device(device, home, segments)
     with cores_for(device, segments):
         rows = to_tensor(
-            frame[embedding_field],
-            name=embedding_field,
+            column,
+            name=column.name,
             ids=ids,
             clusters=clusters,
             embedding_dim=embedding_dim,
             order=order,
             device=device if home == "cuda" else "cpu",
         )
-        scores, index = search_segments(rows, segments, stops, device, compute_dtype, batch_size)
-    nearest = take(ids, order[array_like(index, frame)])
-    if not with_visits:
-        return score_frame(take(ids, order), nearest, array_like(scores, frame), take(clusters, order))
+        return search_segments(rows, segments, stops, device, compute_dtype, batch_size)
+
+
+def _score_visits(
+    find: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    ids: Any,
+    clusters: Any,
+    homes: Any,
+    order: Any,
+    segments: np.ndarray,
+) -> Any:
+    """The frame of scores where some rows are visits: what `best_of_visits` puts together."""
     import torch
 
+    with outside(home_of(ids)):
+        is_visit = (clusters != homes).to_numpy().astype(bool)
+    is_visit = is_visit[to_numpy(order)]
+    position, stops = _visits_last(is_visit, segments)
+    order = order[array_like(tensor_like(position), ids)]
+    scores, index = find(order, segments, stops)
     place = torch.arange(len(index), device=index.device)
     scores = scores.masked_fill(index == place, NO_CANDIDATE)
-    own = take(homes, order).rename(cluster_field)
-    result = score_frame(take(ids, order), nearest, array_like(scores, frame), own)
-    result[RANK_COLUMN] = array_like(place.masked_fill(tensor_like(is_visit[position]).to(place.device), -1), frame)
-    return result
-
-
-def pairwise_frames(
-    frames: Iterable[pd.DataFrame], *, embedding_field: str, embedding_dim: int | None = None, **arguments: Any
-) -> pd.DataFrame:
-    """Score frames of whole clusters one after the other, of which only one needs to be in memory.
-
-    Parameters
-    ----------
-    frames : iterable of pandas.DataFrame
-        At least one, of the same dtypes. No cluster is in two of them.
-    embedding_field, embedding_dim, **arguments
-        As in `pairwise_partition`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        That of `pairwise_partition` for each frame, one below the other.
-
-    Raises
-    ------
-    EmbeddingError
-        As `pairwise_partition` does, naming rows of one frame only; and if widths differ from one frame to another.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> first = pd.DataFrame({"id": [1, 2], "centroid": 0, "embeddings": [[1.0, 0.0], [3.0, 4.0]]})
-    >>> fields = {"id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
-    >>> pairwise_frames([first, first.assign(centroid=1)], ranking=RankingStrategy(["id"]), **fields)
-       id  max_id  cosine_sim_score  centroid
-    0   1       1               0.0         0
-    1   2       1               0.6         0
-    2   1       1               0.0         1
-    3   2       1               0.6         1
-    """
-    scores = []
-    for frame in frames:
-        if embedding_dim is None and len(frame):
-            embedding_dim = first_width(frame[embedding_field])
-        scores.append(
-            pairwise_partition(frame, embedding_field=embedding_field, embedding_dim=embedding_dim, **arguments)
-        )
-        del frame  # The next is read only now.
-    return scores[0] if len(scores) == 1 else pd.concat(scores, ignore_index=True)
+    rank = array_like(place.masked_fill(tensor_like(is_visit[position]).to(place.device), -1), ids)
+    columns = (take(ids, order), take(ids, order[array_like(index, ids)]), array_like(scores, ids))
+    own = take(homes, order).rename(clusters.name)
+    with outside(home_of(ids)):
+        result = score_frame(*columns, own)
+        result[RANK_COLUMN] = rank
+        return published(result)
 
 
 def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
@@ -414,9 +405,10 @@ def _nulls(column: Any) -> Any:
 
 def _codes(clusters: Any) -> Any:
     """Numbers, equal where clusters are."""
-    if clusters.dtype.kind not in "iu":
+    if clusters.dtype.kind in "iu":
+        return clusters.values if is_cudf(clusters) else clusters.to_numpy()
+    with outside(home_of(clusters)):
         return clusters.factorize()[0]
-    return clusters.values if is_cudf(clusters) else clusters.to_numpy()
 
 
 def segments_of(codes: Any) -> np.ndarray:
@@ -445,7 +437,7 @@ def search_segments(
 
     find = partial(nearest_earlier_from_host, device=device) if rows.device.type != device else nearest_earlier
     ends = None if stops is None else tensor_like(stops)
-    with turn_on_gpu(rows.device.type), beside(rows.device.type):
+    with turn_on_gpu(rows.device.type), behind(rows.device.type):
         scores, index = find(
             rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size
         )

@@ -14,10 +14,26 @@ from threadpoolctl import ThreadpoolController
 
 from dask_semdedup._validate import check_choice
 from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.memory import share_memory_pool
+from dask_semdedup.streams import beside
 
-__all__ = ["DEVICES", "check_device", "choose_device", "cores", "cores_for", "has_cuda", "room_on_gpu", "turn_on_gpu"]
+__all__ = [
+    "DEVICES",
+    "HOMES",
+    "check_device",
+    "choose_device",
+    "cores",
+    "cores_for",
+    "cores_per_gpu",
+    "has_cuda",
+    "place_for",
+    "turn_on_gpu",
+    "visible_gpus",
+]
 
 DEVICES = ("auto", "cpu", "cuda")
+# Where the frames of each backend are.
+HOMES = {"pandas": "cpu", "cudf": "cuda"}
 # Pairs of rows from which on a GPU repays the way to it: 2,000 rows of 384 took an H200 half as long as 16 cores.
 PAIRS_WORTH_A_GPU = 2_000_000
 # Rows of a cluster from which on torch's threads, all at one product, waste less time on waiting for each other than a
@@ -68,6 +84,33 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def visible_gpus() -> int:
+    """How many GPUs this process sees, as which it takes one that it does not.
+
+    Examples
+    --------
+    >>> visible_gpus() >= 1
+    True
+    """
+    import torch
+
+    # Asks the driver, and does not make torch use CUDA.
+    return max(1, torch.cuda.device_count())
+
+
+def cores_per_gpu() -> int:
+    """The share that a GPU has of the machine's cores, where each has a process of its own.
+
+    Dask-CUDA shows all GPUs to each of its workers.
+
+    Examples
+    --------
+    >>> cores_per_gpu() >= 1
+    True
+    """
+    return max(1, CPU_COUNT // visible_gpus())
+
+
 def cores_for(device: str, segments: np.ndarray) -> AbstractContextManager[None]:
     """Wait for the cores that a search is worth, and keep torch to them; on a GPU there is nothing to wait for.
 
@@ -102,15 +145,27 @@ PARTITIONS_ON_GPU = 5
 _room = threading.BoundedSemaphore(PARTITIONS_ON_GPU)
 
 
-def room_on_gpu() -> AbstractContextManager[object]:
-    """Wait until one of the `PARTITIONS_ON_GPU` places on this process's GPU is free, and take it.
+@contextmanager
+def place_for(home: str) -> Iterator[None]:
+    """Wait for one of the `PARTITIONS_ON_GPU` places on this process's GPU, and work there in this thread's stream.
+
+    Parameters
+    ----------
+    home : {"cpu", "cuda"}
+        Where a partition is read and scored; on a CPU there is nothing to wait for.
 
     Examples
     --------
-    >>> with room_on_gpu():
+    >>> with place_for("cpu"):
     ...     pass
     """
-    return _room
+    if home == "cpu":
+        yield
+        return
+    # Torch can only share a pool that it finds when it first uses CUDA.
+    share_memory_pool()
+    with _room, beside(home):
+        yield
 
 
 _turn = threading.Lock()

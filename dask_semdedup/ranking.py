@@ -13,6 +13,7 @@ from dask_semdedup._validate import check_choice, check_seed
 from dask_semdedup.embeddings import is_cudf
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.hashing import hash_ids
+from dask_semdedup.streams import current, outside
 
 __all__ = ["DISTANCE_COLUMNS", "RankingStrategy", "check_strategy", "choose_strategy", "make_strategy"]
 
@@ -275,7 +276,7 @@ def _cudf_order(keys: list[tuple[Any, bool]]) -> Any:
     orders = [Order.ASCENDING if ascending else Order.DESCENDING for _, ascending in keys]
     # What is missing comes last: a descending order turns it round with the rest.
     nulls = [NullOrder.AFTER if ascending else NullOrder.BEFORE for _, ascending in keys]
-    positions = plc.sorting.stable_sorted_order(table, orders, nulls)
+    positions = plc.sorting.stable_sorted_order(table, orders, nulls, current())
     return cudf.Series.from_pylibcudf(positions).values.astype(np.int64)
 
 
@@ -283,9 +284,11 @@ def _with_nulls(column: Any) -> Any:
     """A column of libcudf ready to be sorted: whatever is missing is null."""
     import pylibcudf as plc
 
-    column = _uncategorised(column)
+    if type(column.dtype).__name__ == "CategoricalDtype":
+        with outside("cuda"):
+            column = _uncategorised(column)
     data, _ = column.to_pylibcudf()
-    return plc.transform.column_nans_to_nulls(data) if column.dtype.kind == "f" else data
+    return plc.transform.column_nans_to_nulls(data, current()) if column.dtype.kind == "f" else data
 
 
 def _uncategorised(column: Any) -> Any:

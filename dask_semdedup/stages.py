@@ -12,7 +12,6 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -39,8 +38,9 @@ from dask_semdedup.clusters import (
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, rows_not_finite, to_arrow
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.pairwise import SCORE_COLUMNS, home_field, pairwise_partition
-from dask_semdedup.placement import room_on_gpu
+from dask_semdedup.placement import HOMES, place_for
 from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
+from dask_semdedup.streams import outside
 
 if TYPE_CHECKING:
     import torch
@@ -385,7 +385,7 @@ class PairwiseCosineSimilarityStage:
     def _score(self, files: Mapping[Any, list[str]], footers: _Footers) -> dict[Any, str]:
         """Score clusters that have files, and write each its own; their paths."""
         start = time.perf_counter()
-        with room_on_gpu() if self.backend == "cudf" else nullcontext():
+        with place_for(HOMES[self.backend]):
             scores = pairwise_partition(
                 self._read_with_kwargs(files) if self.read_kwargs else self._read(footers),
                 id_field=self.id_field,
@@ -424,12 +424,13 @@ class PairwiseCosineSimilarityStage:
         module = import_module(self.backend)
         options: dict[str, Any] = {"dtype_backend": "pyarrow"} if self.backend == "pandas" else {}
         options |= {**self.read_kwargs, "columns": self._columns(), "storage_options": self.input_storage_options}
-        frames = [
-            module.read_parquet(path, **options).assign(**{CLUSTER_FIELD: cluster})
-            for cluster, paths in files.items()
-            for path in paths
-        ]
-        return module.concat(frames, ignore_index=True)
+        with outside(HOMES[self.backend]):
+            frames = [
+                module.read_parquet(path, **options).assign(**{CLUSTER_FIELD: cluster})
+                for cluster, paths in files.items()
+                for path in paths
+            ]
+            return module.concat(frames, ignore_index=True)
 
     def _columns(self) -> list[str]:
         return list(dict.fromkeys([self.id_field, *self.ranking_strategy.required_columns, self.embedding_field]))

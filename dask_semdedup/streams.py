@@ -1,11 +1,13 @@
-"""A CUDA stream for each thread, so that one partition's search does not hold up the reading of the next.
+"""CUDA streams for each thread, so that one partition's search does not hold up the reading of the next.
 
-What the default stream is given waits for all that other threads have given to it, and the copies of KvikIO, which
-reads the files, wait for it too. Reading, gathering and the search therefore run in a stream of their thread's own.
-What is short stays in the default stream, where cuDF does everything.
+What the default stream is given waits for all that other threads have given to it and for the copies of KvikIO, which
+reads the files; and those that come later wait for it. While it stands still, because a search fills the GPU, no file
+is read. Reading, ranking and gathering therefore run in a stream of their thread's own (`beside`), and the search in
+another one (`behind`): as soon as multiprocessors are free, the first goes first. What is left to the default stream
+is what cuDF does by itself (`outside`), and frames that others will see.
 
 Memory belongs to the stream that asked for it, and is given away again as soon as that stream has come to its release:
-where the default stream uses it, the other must have waited for that before (`catch_up`).
+where another one uses it, the first must have waited for that before.
 """
 
 from __future__ import annotations
@@ -16,59 +18,78 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from dask_semdedup.memory import share_memory_pool
-
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["beside", "catch_up", "own_stream", "owned", "thread_stream"]
+__all__ = ["behind", "beside", "current", "outside", "owned"]
+
+# Priorities, of which the smaller one comes first. The default stream has that of the search.
+READING, SEARCH = -1, 0
 
 
 class _Streams(threading.local):
-    """The streams of a thread, by device."""
+    """The streams of a thread, by device and priority."""
 
     def __init__(self) -> None:
-        self.by_device: dict[int, torch.cuda.Stream] = {}
+        self.made: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 
 _streams = _Streams()
 
 
-def thread_stream() -> torch.cuda.Stream:
+def _stream(priority: int) -> torch.cuda.Stream:
     """The stream of this thread on the current device, which the default stream does not wait for."""
     import torch
 
-    device = torch.cuda.current_device()
-    if device not in _streams.by_device:
-        _streams.by_device[device] = torch.cuda.Stream(device)
-    return _streams.by_device[device]
+    key = torch.cuda.current_device(), priority
+    if key not in _streams.made:
+        _streams.made[key] = torch.cuda.Stream(key[0], priority=priority)
+    return _streams.made[key]
 
 
 def beside(home: str) -> AbstractContextManager[None]:
-    """Let torch and CuPy work in this thread's stream, after what the default stream has been given by now.
+    """Let torch and CuPy work in this thread's stream for reading, after what the current stream has been given by now.
 
     Parameters
     ----------
     home : {"cpu", "cuda"}
-        Where the work is; on a CPU nothing changes. On a GPU the work is done when the context is left.
+        Where the work is; on a CPU nothing changes. On a GPU the work is done when the context is left, unless it was
+        entered within another one like it.
 
     Examples
     --------
     >>> with beside("cpu"):
     ...     pass
     """
-    return _beside() if home == "cuda" else nullcontext()
+    return _within(READING) if home == "cuda" else nullcontext()
+
+
+def behind(home: str) -> AbstractContextManager[None]:
+    """Do the same in this thread's stream for the search, before which all that is `beside` gets the GPU.
+
+    Parameters
+    ----------
+    home : {"cpu", "cuda"}
+        Where the work is.
+
+    Examples
+    --------
+    >>> with behind("cpu"):
+    ...     pass
+    """
+    return _within(SEARCH) if home == "cuda" else nullcontext()
 
 
 @contextmanager
-def _beside() -> Iterator[None]:
+def _within(priority: int) -> Iterator[None]:
     import torch
 
-    stream = thread_stream()
-    catch_up()
-    # Nobody uses CuPy who has not imported it: torch alone can search the rows of pandas frames on a GPU.
-    cupy = sys.modules.get("cupy")
-    with torch.cuda.stream(stream), cupy.cuda.Stream.from_external(stream) if cupy else nullcontext():
+    stream = _stream(priority)
+    if torch.cuda.current_stream() == stream:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with _set(stream):
         try:
             yield
         finally:  # What failed half way is not released either while the GPU works on it.
@@ -76,18 +97,63 @@ def _beside() -> Iterator[None]:
 
 
 @contextmanager
-def own_stream() -> Iterator[torch.cuda.Stream]:
-    """Give this thread's stream; when it is left, what belongs to it may be released: see `catch_up`."""
-    # Torch can only share a pool that it finds when it first uses CUDA.
-    share_memory_pool()
-    try:
-        yield thread_stream()
-    finally:
-        catch_up()
+def _set(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Make a stream the current one of torch and CuPy."""
+    import torch
+
+    # Nobody uses CuPy who has not imported it: torch alone can search the rows of pandas frames on a GPU.
+    cupy = sys.modules.get("cupy")
+    with torch.cuda.stream(stream), cupy.cuda.Stream.from_external(stream) if cupy else nullcontext():
+        yield
+
+
+def outside(home: str) -> AbstractContextManager[None]:
+    """Let cuDF do something by itself, in the default stream, in the midst of work on a GPU `beside` it.
+
+    What the current stream has been given is done before; later it waits, and the thread does not, for what the default
+    stream was given. Where that is the current stream, nothing changes.
+
+    Parameters
+    ----------
+    home : {"cpu", "cuda"}
+        Where the work is.
+
+    Examples
+    --------
+    >>> with outside("cpu"):
+    ...     pass
+    """
+    return _outside() if home == "cuda" else nullcontext()
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
+    import torch
+
+    stream, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+    if stream == default:
+        yield
+        return
+    stream.synchronize()
+    with _set(default):
+        try:
+            yield
+        finally:
+            stream.wait_stream(default)
+
+
+def current() -> torch.cuda.Stream | None:
+    """The stream that pylibcudf is to work in; None for the one that it takes by itself."""
+    import torch
+
+    stream = torch.cuda.current_stream()
+    return None if stream == torch.cuda.default_stream() else stream
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """Bring what was made in this thread's stream into memory of the default stream; on a CPU there is but one kind.
+    """Bring what was made in this thread's stream for the search into memory of the current stream.
+
+    On a CPU there is but one kind of memory.
 
     Examples
     --------
@@ -95,15 +161,10 @@ def owned(tensor: torch.Tensor) -> torch.Tensor:
     >>> owned(torch.arange(2))
     tensor([0, 1])
     """
+    import torch
+
     if tensor.device.type == "cpu":
         return tensor
     copy = tensor.clone()
-    catch_up()
+    _stream(SEARCH).wait_stream(torch.cuda.current_stream())
     return copy
-
-
-def catch_up() -> None:
-    """Let this thread's stream wait for what the default stream has been given by now; the thread does not wait."""
-    import torch
-
-    thread_stream().wait_stream(torch.cuda.default_stream())

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -82,6 +83,7 @@ def test_one_thread_means_one():
     script = """
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 import numpy as np, torch
 from dask_semdedup import placement
 
@@ -146,8 +148,18 @@ def most_inside(place):
     return most
 
 
-def test_so_many_partitions_are_on_a_gpu_at_once():
-    assert most_inside(placement.room_on_gpu) == placement.PARTITIONS_ON_GPU
+def test_so_many_partitions_are_on_a_gpu_at_once(monkeypatch):
+    monkeypatch.setattr(placement, "beside", lambda home: nullcontext())
+    assert most_inside(lambda: placement.place_for("cuda")) == placement.PARTITIONS_ON_GPU
+    assert most_inside(lambda: placement.place_for("cpu")) > placement.PARTITIONS_ON_GPU
+
+
+def test_the_pool_is_shared_before_torch_first_uses_cuda(monkeypatch):
+    calls = []
+    monkeypatch.setattr(placement, "share_memory_pool", lambda: calls.append("pool"))
+    monkeypatch.setattr(placement, "beside", lambda home: calls.append(home) or nullcontext())
+    with placement.place_for("cuda"):
+        assert calls == ["pool", "cuda"]
 
 
 def test_searches_take_turns_on_a_gpu_and_not_on_a_cpu():

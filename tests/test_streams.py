@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import dask
 import numpy as np
@@ -13,23 +15,28 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dask_semdedup import read_clusters, streams
-from dask_semdedup.streams import beside, catch_up, owned, thread_stream
+from dask_semdedup import read_clusters
+from dask_semdedup.streams import behind, beside, current, outside, owned
 
 
-def test_on_a_cpu_there_is_nothing_to_copy() -> None:
-    with beside("cpu"):
+def test_on_a_cpu_there_is_but_one_place() -> None:
+    with beside("cpu"), behind("cpu"), outside("cpu"):
         rows = torch.arange(3)
     assert owned(rows) is rows
 
 
-def test_the_pool_is_shared_before_torch_first_uses_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    for name in ("share_memory_pool", "thread_stream", "catch_up"):
-        monkeypatch.setattr(streams, name, lambda name=name: calls.append(name))
-    with pytest.raises(ZeroDivisionError), streams.own_stream():
-        raise ZeroDivisionError
-    assert calls == ["share_memory_pool", "thread_stream", "catch_up"]
+def slow_ones() -> torch.Tensor:
+    """A matrix of ones, for which a GPU works after the call has returned."""
+    rows = torch.ones((4096, 4096), device="cuda")
+    for _ in range(20):
+        rows = rows @ torch.full_like(rows, 1 / 4096)
+    return rows
+
+
+def cupy_of(tensor: torch.Tensor) -> Any:
+    import cupy
+
+    return cupy.from_dlpack(tensor)
 
 
 @pytest.mark.gpu
@@ -38,30 +45,62 @@ class TestCuda:
     def libraries(self) -> None:
         pytest.importorskip("cudf")
 
-    def test_each_thread_has_one_stream(self) -> None:
-        with ThreadPoolExecutor(3) as pool:
-            both = [future.result() for future in [pool.submit(lambda: (thread_stream(), thread_stream()))] * 3]
-        assert all(first is second for first, second in both)
-        assert thread_stream() is not both[0][0]
+    def test_each_thread_has_one_stream_for_reading_and_one_for_the_search(self) -> None:
+        def used(_: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+            with beside("cuda"):
+                reading = torch.cuda.current_stream()
+                with behind("cuda"):
+                    return reading, torch.cuda.current_stream()
 
-    def test_what_is_made_beside_is_complete_and_outlives_its_stream(self) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            first, second = pool.map(used, range(2))
+        assert first == second
+        assert len({torch.cuda.default_stream(), *first, *used(0)}) == 5
+        reading, search = first
+        assert reading.priority < search.priority == torch.cuda.default_stream().priority
+
+    def test_the_stream_is_that_of_all_libraries_and_is_entered_once(self) -> None:
+        import cupy
+
+        assert current() is None
         with beside("cuda"):
-            assert torch.cuda.current_stream() == thread_stream()
+            stream = torch.cuda.current_stream()
+            assert current() == stream
+            assert cupy.cuda.get_current_stream().ptr == stream.cuda_stream
+            with beside("cuda"):
+                assert torch.cuda.current_stream() == stream
+            with outside("cuda"):
+                assert current() is None
+                assert cupy.cuda.get_current_stream().ptr == 0
+            assert current() == stream
+        assert current() is None
+
+    def test_what_is_made_behind_is_complete_and_outlives_its_stream(self) -> None:
+        with behind("cuda"):
             square = torch.full((2048, 2048), 0.5, device="cuda") @ torch.full((2048, 2048), 2.0, device="cuda")
-        assert torch.cuda.current_stream() == torch.cuda.default_stream()
         copy = owned(square)
         del square
-        with beside("cuda"):
+        with behind("cuda"):
             torch.zeros((2048, 2048), device="cuda")  # It may get the memory of what was released.
         assert (copy == 2048).all()
 
-    def test_what_the_default_stream_was_given_comes_first(self) -> None:
-        rows = torch.ones((4096, 4096), device="cuda")
-        for _ in range(20):
-            rows = rows @ torch.full_like(rows, 1 / 4096)
-        catch_up()
-        with beside("cuda"):
+    @pytest.mark.parametrize("place", [beside, behind])
+    def test_what_the_default_stream_was_given_comes_first(self, place: Callable[[str], Any]) -> None:
+        rows = slow_ones()
+        with place("cuda"):
             assert (rows == 1).all()
+
+    def test_cudf_comes_after_the_stream_and_the_stream_after_cudf(self) -> None:
+        import cudf
+
+        with beside("cuda"):
+            ones = slow_ones()
+            with outside("cuda"):
+                frame = cudf.DataFrame({"x": cupy_of(ones[0])})
+                total = frame["x"].sum()
+                later = slow_ones()
+            assert total == ones.shape[1]
+            assert (later == 1).all()
 
     def test_many_threads_find_what_one_finds(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)

@@ -45,8 +45,9 @@ FEW_SEGMENTS = 16
 FIELDS = tl.constexpr(7)
 """Fields of a group's record."""
 
-KEY_BYTES = 128 << 20
-"""Device memory for the best and second best scores of the tiles; larger searches take several launches."""
+KEY_BYTES = 16 << 20
+"""Device memory for the best and second best scores of the tiles. Larger searches take several launches, of about 2 ms:
+between two of them others get the GPU."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ worker` process for each GPU. On the CPU the workers are plain ones.
 - A case has four times the clusters that it has on one GPU. One worker alone and all of them take turns on the same
   partitions, in the same cluster, and what they wrote is compared: ids, neighbours and scores, bit for bit. The table
   says for how much of the time the workers were busy, and how much earlier than the last one the first had nothing more
-  to do.
+  to do. Only reading the same files, by one worker and by all at once, says how far the machine itself goes with them.
 - `skew` is a giant cluster among many small ones, against the giant cluster alone on the same workers. The total can be
   less neither than that, nor than the time of one worker divided by their number.
 
@@ -42,7 +42,8 @@ import pyarrow.dataset as ds
 from dask.system import CPU_COUNT
 from dask.utils import key_split
 from distributed import Client, LocalCluster, get_task_stream
-from end_to_end_cases import BACKENDS, CASES, SKEW, Log, Options, Skew, limited_to, make_case, make_skew
+from end_to_end_cases import BACKENDS, CASES, SKEW, Case, Log, Options, Skew, limited_to, make_case, make_skew
+from end_to_end_cuda import read_only, seconds_of
 from rich.table import Table
 from timeline import Interval, as_trace, union
 
@@ -99,7 +100,8 @@ def separate_workers(options: Options, folder: Path) -> Iterator[Client]:
 @contextmanager
 def dask_process(arguments: Sequence[object], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command of `dask` as long as the body runs, and the end of what it printed should that fail."""
-    path = [str(Path(dask_semdedup.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    package, here = Path(dask_semdedup.__file__).parents[1], Path(__file__).parent
+    path = [str(package), str(here), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **environment}
     command = [sys.executable, "-m", "dask", *map(str, arguments), "--no-dashboard"]
     with log.open("wb") as output:
@@ -207,6 +209,34 @@ def addresses(client: Client) -> list[str]:
     return list(client.scheduler_info(n_workers=-1)["workers"])
 
 
+def read_on_worker(files: Sequence[str], device: str, setting: tuple[int, int]) -> float:
+    """What a worker does to only read; the seconds it takes."""
+    return seconds_of(partial(read_only, files, device, *setting), device)
+
+
+def only_reading(case: Case, client: Client, layout: Path, options: Options, log: Log) -> dict[str, list[float]]:
+    """Seconds of only reading a case's files: by one worker, and by all, of which each reads its share."""
+    files = sorted(map(str, layout.glob("*/*.parquet")))
+    shares = {
+        f"{case.name}: only reading, {who} worker{'s' * (len(workers) > 1)}": [
+            (worker, files[number :: len(workers)]) for number, worker in enumerate(workers)
+        ]
+        for who, workers in (("all", addresses(client)), ("one", addresses(client)[:1]))
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in shares}
+    for turn in range(options.repeats + 1):
+        for name, share in shares.items():
+            with log.stage(f"{name}, {f'repeat {turn}' if turn else 'warm-up'}"):
+                reads = [
+                    client.submit(read_on_worker, part, options.device, case.settings[1], workers=[worker], pure=False)
+                    for worker, part in share
+                ]
+                taken = max(client.gather(reads))
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
 def measure_scaling(name: str, client: Client, options: Options, log: Log) -> dict[str, Any]:
     """Four times a case, by all workers and by one."""
     case = CASES[name]
@@ -216,6 +246,7 @@ def measure_scaling(name: str, client: Client, options: Options, log: Log) -> di
     runs = {every: (layout, None), one: (layout, addresses(client)[:1])}
     with tempfile.TemporaryDirectory() as folder:
         seconds, tasks = in_turns(client, runs, Path(folder), options, log)
+        seconds |= only_reading(case, client, layout, options, log)
         with log.stage(f"{name}: comparing the scores"):
             outputs = [Path(folder, f"{number}-{options.repeats}") for number in range(len(runs))]
             differing = differences(*outputs)

@@ -85,9 +85,11 @@ PARTITION = 2**27
 GPU_PARTITIONS = (2**27, 2**31)
 # What a partition takes on a GPU while it is read, in its own size: as in the file, decompressed, and as columns.
 GPU_COPIES = 3
-# Where there is little to read, partitions get smaller, of pandas as small as this, for so many a core or GPU.
+# Where there is little to read, partitions of pandas get as small as this, for so many a core.
 SMALL_PARTITION = 2**24
-PARTITIONS_AT_LEAST = 4
+PARTITIONS_A_CORE = 4
+# Those of cuDF are no fewer than so many a GPU: the smaller they are, the longer they take to read.
+PARTITIONS_A_GPU = 2
 # The longest list column that cuDF can hold, in elements; the bytes are those of its narrowest elements.
 CUDF_ELEMENTS = 2**31 - 1
 CUDF_BYTES = 2 * CUDF_ELEMENTS
@@ -227,8 +229,8 @@ def fitting_size(size: int, backend: str, nbytes: int) -> int:
     16
     """
     if backend == "cudf":
-        return min(size, CUDF_BYTES, max(GPU_PARTITIONS[0], nbytes // (PARTITIONS_AT_LEAST * visible_gpus())))
-    return min(size, max(SMALL_PARTITION, nbytes // (PARTITIONS_AT_LEAST * CPU_COUNT)))
+        return min(size, CUDF_BYTES, max(GPU_PARTITIONS[0], nbytes // (PARTITIONS_A_GPU * visible_gpus())))
+    return min(size, max(SMALL_PARTITION, nbytes // (PARTITIONS_A_CORE * CPU_COUNT)))
 
 
 def no_cluster_column(cluster_field: str, where: str, columns: Iterable[object]) -> ClusterError:

@@ -139,7 +139,7 @@ def read_clusters(
         Arguments of the fsspec file system.
     partition_size : str or int, optional
         The most bytes that the columns of a partition take in memory, unless a single cluster takes more. By default
-        "128MiB" for pandas and, as many files in one call are what a GPU reads fast, up to "1GiB" for cuDF: less where
+        "128MiB" for pandas and, as many files in one call are what a GPU reads fast, up to "2GiB" for cuDF: less where
         the five that are read and scored at once would fill more than half of the GPU. Partitions of pandas are made
         smaller, down to 16 MiB, where there would else be too few to keep all cores busy.
 

@@ -47,6 +47,7 @@ from timeline import Timeline, as_trace, recorded
 
 import dask_semdedup
 from dask_semdedup.memory import share_memory_pool
+from dask_semdedup.placement import cores_per_gpu
 from dask_semdedup.ranking import make_strategy
 from dask_semdedup.stages import FileGroupTask, PairwiseCosineSimilarityStage
 
@@ -280,7 +281,7 @@ def save(title: str, results: Sequence[Mapping[str, Any]], options: Options) -> 
 
 def run(options: Options, show: Callable[[Any], None]) -> int:
     """Run the cases and print them; the number of those that failed."""
-    os.environ.setdefault("KVIKIO_NTHREADS", str(CPU_COUNT))
+    os.environ.setdefault("KVIKIO_NTHREADS", str(cores_per_gpu()))
     log = Log()
     results: list[dict[str, Any]] = []
     failed = 0

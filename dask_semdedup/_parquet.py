@@ -36,7 +36,7 @@ from dask_semdedup.embeddings import concat, take
 from dask_semdedup.errors import ClusterError, MissingColumnsError, some
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.placement import cores_per_gpu
-from dask_semdedup.streams import current, outside
+from dask_semdedup.streams import current, finish, outside
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 # The last bytes of a Parquet file, and bytes fetched from the end of a file: enough for nearly every footer.
@@ -62,7 +62,10 @@ INDEX_COLUMNS = ("__index_level_", "__null_dask_index__")
 
 
 class Fragment(NamedTuple):
-    """A piece of a partition: a file, or some of its row groups; `nbytes` is its planned size in memory."""
+    """A piece of a partition: a file, or some of its row groups.
+
+    `nbytes` is the planned size in memory of a cluster's file; of others it is not needed.
+    """
 
     path: str
     rows: int
@@ -483,7 +486,7 @@ class Reader:
     def read(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         """Rows of the fragments in their order, with a new `RangeIndex`.
 
-        Columns from the files are read into cuDF in the current CUDA stream, and belong to it.
+        What cuDF reads, it reads in the current CUDA stream, if it can: the frame is complete, and outlives it.
         """
         if self.backend == "cudf":
             return self._read_cudf(fragments, columns)
@@ -501,6 +504,7 @@ class Reader:
     def _read_cudf(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         if not fragments:
             return self.meta(columns)
+        share_memory_pool()
         in_files = [name for name in columns if name != self.cluster_field]
         # Given to the stream first, so that it is done when the files have been read.
         clusters = self._cudf_clusters(fragments) if self.cluster_field in columns else None
@@ -619,7 +623,6 @@ def files_at_once() -> int:
 
 def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
     """Read the columns of all fragments into one cuDF frame, in few calls: many small reads leave a GPU idle."""
-    share_memory_pool()
     cudf = _cudf()
     rows = sum(fragment.rows for fragment in fragments)
     if not columns:
@@ -662,10 +665,8 @@ def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], gr
     options.set_column_names(list(columns))
     if groups:
         options.set_row_groups(groups)
-    stream = current()
-    table = parquet.read_parquet(options, stream)
-    if stream is not None:
-        stream.synchronize()
+    table = parquet.read_parquet(options, current())
+    finish()
     _check_rows(fragments, table.num_rows_per_source)
     return _cudf().DataFrame.from_pylibcudf(table)
 

@@ -60,7 +60,7 @@ from dask_semdedup._validate import check_bytes
 from dask_semdedup.embeddings import to_arrow, to_host
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.memory import device_bytes
-from dask_semdedup.placement import PARTITIONS_ON_GPU, cores_per_gpu, visible_gpus
+from dask_semdedup.placement import PARTITIONS_ON_GPU, cores_per_gpu, is_distributed, visible_gpus
 
 __all__ = [
     "align",
@@ -140,8 +140,9 @@ def read_clusters(
     partition_size : str or int, optional
         The most bytes that the columns of a partition take in memory, unless a single cluster takes more. By default
         "128MiB" for pandas and, as many files in one call are what a GPU reads fast, up to "2GiB" for cuDF: less where
-        the five that are read and scored at once would fill more than half of the GPU. Partitions of pandas are made
-        smaller, down to 16 MiB, where there would else be too few to keep all cores busy.
+        the five that are read and scored at once would fill more than half of the GPU. Partitions are made smaller,
+        down to 16 MiB for pandas and 128 MiB for cuDF, where there would else be too few to keep all cores busy, or
+        all GPUs that this process sees.
 
     Returns
     -------
@@ -215,8 +216,10 @@ def default_size(backend: str) -> int:
     memory = device_bytes()
     if memory is None:
         return GPU_PARTITIONS[1]
-    # Frames that are tasks of their own, not read and scored in one, may be as many as there are threads.
-    at_once = max(2 * PARTITIONS_ON_GPU, cores_per_gpu())
+    # Frames that are tasks of their own, not read and scored in one, may be as many as there are threads; of these the
+    # workers of a cluster have a GPU's share, while one process gives all of them the same GPU.
+    threads = cores_per_gpu() if is_distributed() else CPU_COUNT
+    at_once = max(2 * PARTITIONS_ON_GPU, threads)
     return int(np.clip(memory // (GPU_COPIES * at_once), *GPU_PARTITIONS))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from dask_semdedup.embeddings import is_cudf
+from dask_semdedup.embeddings import home_of, is_cudf
 from dask_semdedup.streams import outside
 
 __all__ = ["hash_ids", "ids_to_arrow", "plain_ids"]
@@ -51,7 +51,8 @@ def hash_ids(ids: Any, seed: int) -> Any:
     array([ True])
     """
     key = _mix(np.array([seed % 2**64], np.uint64))[0]
-    return _mix(_fingerprints(ids) ^ key)
+    with outside(home_of(ids)):
+        return _mix(_fingerprints(ids) ^ key)
 
 
 def _mix(values: Any) -> Any:
@@ -64,24 +65,19 @@ def _mix(values: Any) -> Any:
 
 def _fingerprints(ids: Any) -> Any:
     """A uint64 for each id: the bits of an integer, a hash of the characters of anything else."""
-    if is_cudf(ids):
-        with outside("cuda"):
-            return _fingerprints_of_cudf(ids)
-    return _fingerprints_of_arrow(ids_to_arrow(ids))
+    ids = plain_ids(ids)
+    if is_cudf(ids) and ids.dtype.kind in "iu":
+        return ids.fillna(0).astype("int64").values.view(np.uint64)
+    array = ids_to_arrow(ids)
+    convert = _integers if pa.types.is_integer(array.type) else _hashed_strings
+    hashes = np.concatenate([np.empty(0, np.uint64), *map(convert, array.chunks)])
+    return _to_cupy(hashes) if is_cudf(ids) else hashes
 
 
-def _fingerprints_of_cudf(ids: Any) -> Any:
+def _to_cupy(array: np.ndarray) -> Any:
     import cupy
 
-    ids = plain_ids(ids)
-    if ids.dtype.kind in "iu":
-        return ids.fillna(0).astype("int64").values.view(np.uint64)
-    return cupy.asarray(_fingerprints_of_arrow(ids_to_arrow(ids)))
-
-
-def _fingerprints_of_arrow(ids: pa.ChunkedArray) -> np.ndarray:
-    convert = _integers if pa.types.is_integer(ids.type) else _hashed_strings
-    return np.concatenate([np.empty(0, np.uint64), *map(convert, ids.chunks)])
+    return cupy.asarray(array)
 
 
 def plain_ids(ids: Any) -> Any:

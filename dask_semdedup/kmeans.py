@@ -20,7 +20,7 @@ from dask.dataframe.dispatch import concat
 from dask.tokenize import tokenize
 
 from dask_semdedup._validate import check_choice, check_positive
-from dask_semdedup.embeddings import array_like, is_cudf, shares_memory, to_embeddings, to_tensor
+from dask_semdedup.embeddings import array_like, home_of, is_cudf, shares_memory, to_embeddings, to_tensor
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, have, some
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.pairwise import home_field
@@ -540,7 +540,7 @@ def kmeans_partition(
     if len(frame) == 0:
         return kmeans_meta(frame, embedding_field=embedding_field, cluster_field=cluster_field, n_probe=n_probe)
     column = frame[embedding_field]
-    home = "cuda" if is_cudf(frame) else "cpu"
+    home = home_of(frame)
     # As much work as searching one cluster of so many rows.
     work = np.array([0, math.isqrt(2 * len(frame) * len(centroids))])
     device = choose_device(device, home, work)

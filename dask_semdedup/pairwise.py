@@ -162,7 +162,7 @@ def pairwise_partition(
     with beside(home):
         check_clusters(clusters, ids)
         order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
-        segments = segments_of(_codes(clusters)[order])
+        segments = segments_of(_codes(clusters, order))
         if homes is not None:
             return _score_visits(find, ids, clusters, homes, order, segments)
         scores, index = find(order, segments, None)
@@ -221,9 +221,9 @@ def _score_visits(
     scores = scores.masked_fill(index == place, NO_CANDIDATE)
     rank = array_like(place.masked_fill(tensor_like(is_visit[position]).to(place.device), -1), ids)
     columns = (take(ids, order), take(ids, order[array_like(index, ids)]), array_like(scores, ids))
-    own = take(homes, order).rename(clusters.name)
+    own = take(homes, order)
     with outside(home_of(ids)):
-        result = score_frame(*columns, own)
+        result = score_frame(*columns, own.rename(clusters.name))
         result[RANK_COLUMN] = rank
         return published(result)
 
@@ -403,12 +403,12 @@ def _nulls(column: Any) -> Any:
     return None if knows else column.isna()
 
 
-def _codes(clusters: Any) -> Any:
-    """Numbers, equal where clusters are."""
+def _codes(clusters: Any, order: Any) -> Any:
+    """Numbers of rows in order, equal where their clusters are."""
     if clusters.dtype.kind in "iu":
-        return clusters.values if is_cudf(clusters) else clusters.to_numpy()
+        return (clusters.values if is_cudf(clusters) else clusters.to_numpy())[order]
     with outside(home_of(clusters)):
-        return clusters.factorize()[0]
+        return clusters.factorize()[0][order]
 
 
 def segments_of(codes: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +27,7 @@ __all__ = [
     "cores_for",
     "cores_per_gpu",
     "has_cuda",
+    "is_distributed",
     "place_for",
     "turn_on_gpu",
     "visible_gpus",
@@ -109,6 +111,18 @@ def cores_per_gpu() -> int:
     True
     """
     return max(1, CPU_COUNT // visible_gpus())
+
+
+def is_distributed() -> bool:
+    """Whether the work goes to the workers of a cluster: a client of `distributed` is the default."""
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return False
+    try:
+        distributed.default_client()
+    except ValueError:
+        return False
+    return True
 
 
 def cores_for(device: str, segments: np.ndarray) -> AbstractContextManager[None]:

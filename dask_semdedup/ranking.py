@@ -13,7 +13,7 @@ from dask_semdedup._validate import check_choice, check_seed
 from dask_semdedup.embeddings import is_cudf
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.hashing import hash_ids
-from dask_semdedup.streams import current, outside
+from dask_semdedup.streams import current, finish, outside
 
 __all__ = ["DISTANCE_COLUMNS", "RankingStrategy", "check_strategy", "choose_strategy", "make_strategy"]
 
@@ -277,6 +277,7 @@ def _cudf_order(keys: list[tuple[Any, bool]]) -> Any:
     # What is missing comes last: a descending order turns it round with the rest.
     nulls = [NullOrder.AFTER if ascending else NullOrder.BEFORE for _, ascending in keys]
     positions = plc.sorting.stable_sorted_order(table, orders, nulls, current())
+    finish()  # Keys that were made outside are released here.
     return cudf.Series.from_pylibcudf(positions).values.astype(np.int64)
 
 

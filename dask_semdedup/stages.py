@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
-from itertools import pairwise, starmap
+from itertools import chain, pairwise, starmap
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -385,9 +385,10 @@ class PairwiseCosineSimilarityStage:
     def _score(self, files: Mapping[Any, list[str]], footers: _Footers) -> dict[Any, str]:
         """Score clusters that have files, and write each its own; their paths."""
         start = time.perf_counter()
-        with place_for(HOMES[self.backend]):
+        backend = self._backend_for(footers)
+        with place_for(HOMES[backend]):
             scores = pairwise_partition(
-                self._read_with_kwargs(files) if self.read_kwargs else self._read(footers),
+                self._read_with_kwargs(files) if self.read_kwargs else self._read(footers, backend),
                 id_field=self.id_field,
                 embedding_field=self.embedding_field,
                 cluster_field=CLUSTER_FIELD,
@@ -401,19 +402,23 @@ class PairwiseCosineSimilarityStage:
             logger.info("pairwise: %d rows in clusters %s took %.3f s", len(scores), some(files), seconds)
         return written
 
-    def _read(self, footers: _Footers) -> Any:
+    def _backend_for(self, footers: _Footers) -> str:
+        """What is too long for a list column of cuDF is read by pandas, and still searched on the GPU."""
+        stats = chain.from_iterable(footers.by_cluster.values())
+        elements = sum(group.elements for file in stats for group in file.row_groups)
+        return self.backend if elements <= CUDF_ELEMENTS or self.read_kwargs else "pandas"
+
+    def _read(self, footers: _Footers, backend: str) -> Any:
         """Read the clusters into one frame with a column that tells them apart."""
         clusters = footers.by_cluster
         stats = [file for files in clusters.values() for file in files]
         cluster_type = pa.int64() if all(isinstance(cluster, int) for cluster in clusters) else pa.string()
-        elements = sum(group.elements for file in stats for group in file.row_groups)
         reader = replace(
             footers.reader,
             nullable=frozenset().union(*(file.nullable for file in stats)),
             cluster_field=CLUSTER_FIELD,
             cluster_type=cluster_type,
-            # What is too long for a list column of cuDF is read by pandas, and still searched on the GPU.
-            backend=self.backend if elements <= CUDF_ELEMENTS else "pandas",
+            backend=backend,
         )
         fragments = [
             Fragment(file.path, file.rows, None, cluster) for cluster, files in clusters.items() for file in files

@@ -12,16 +12,16 @@ where another one uses it, the first must have waited for that before.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["behind", "beside", "current", "outside", "owned"]
+__all__ = ["behind", "beside", "current", "finish", "outside", "owned"]
 
 # Priorities, of which the smaller one comes first. The default stream has that of the search.
 READING, SEARCH = -1, 0
@@ -96,13 +96,22 @@ def _within(priority: int) -> Iterator[None]:
             stream.synchronize()
 
 
+@cache
+def _cupy() -> Any:
+    """CuPy, or None: torch alone can search the rows of pandas frames on a GPU."""
+    try:
+        import cupy
+    except ImportError:
+        return None
+    return cupy
+
+
 @contextmanager
 def _set(stream: torch.cuda.Stream) -> Iterator[None]:
     """Make a stream the current one of torch and CuPy."""
     import torch
 
-    # Nobody uses CuPy who has not imported it: torch alone can search the rows of pandas frames on a GPU.
-    cupy = sys.modules.get("cupy")
+    cupy = _cupy()
     with torch.cuda.stream(stream), cupy.cuda.Stream.from_external(stream) if cupy else nullcontext():
         yield
 
@@ -110,8 +119,11 @@ def _set(stream: torch.cuda.Stream) -> Iterator[None]:
 def outside(home: str) -> AbstractContextManager[None]:
     """Let cuDF do something by itself, in the default stream, in the midst of work on a GPU `beside` it.
 
-    What the current stream has been given is done before; later it waits, and the thread does not, for what the default
-    stream was given. Where that is the current stream, nothing changes.
+    What the current stream has been given is done before, and later it waits for what the default stream was given.
+    Where that is the current stream, nothing changes.
+
+    What is made there is released in the default stream, which does not wait for the current one: keep it until the
+    current stream has done with it (`finish`), or leave nothing of it behind.
 
     Parameters
     ----------
@@ -130,11 +142,12 @@ def outside(home: str) -> AbstractContextManager[None]:
 def _outside() -> Iterator[None]:
     import torch
 
-    stream, default = torch.cuda.current_stream(), torch.cuda.default_stream()
-    if stream == default:
+    stream = current()
+    if stream is None:
         yield
         return
     stream.synchronize()
+    default = torch.cuda.default_stream()
     with _set(default):
         try:
             yield
@@ -146,8 +159,18 @@ def current() -> torch.cuda.Stream | None:
     """The stream that pylibcudf is to work in; None for the one that it takes by itself."""
     import torch
 
+    # Nobody is in a stream who has not used CUDA; to ask for it would, and torch need not have been built for it.
+    if not torch.cuda.is_initialized():
+        return None
     stream = torch.cuda.current_stream()
     return None if stream == torch.cuda.default_stream() else stream
+
+
+def finish() -> None:
+    """Wait until what the current stream has been given is done; not for the default stream, as cuDF does by itself."""
+    stream = current()
+    if stream is not None:
+        stream.synchronize()
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_semdedup import ClusterError, InvalidArgumentError, MissingColumnsError, _parquet, read_clusters
+from dask_semdedup import ClusterError, InvalidArgumentError, MissingColumnsError, _parquet, clusters, read_clusters
 from dask_semdedup.clusters import ReadClusters, align, cluster_files, is_aligned, plan, write_cluster, write_clusters
 
 WIDTH = 4
@@ -183,6 +183,44 @@ class TestPlan:
         partitions = plan([(key, n, n * 1536) for key, n in enumerate(rows)], 2**27)
         assert time.perf_counter() - start < 2
         assert sum(map(len, partitions)) == 50_000
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("size", "nbytes", "gpus", "expected"),
+        [
+            (2**31, 2**40, 8, 2**31),
+            (2**31, 2**33, 1, 2**31),
+            (2**31, 2**33, 4, 2**30),
+            (2**31, 2**20, 1, 2**27),
+            (2**20, 2**20, 1, 2**20),
+            (2**40, 2**50, 1, 2**32 - 2),
+        ],
+        ids=["much", "one GPU", "four GPUs", "little", "as told", "more than cuDF holds"],
+    )
+    def test_there_are_two_partitions_a_gpu(self, monkeypatch, size, nbytes, gpus, expected) -> None:
+        monkeypatch.setattr(clusters, "visible_gpus", lambda: gpus)
+        assert clusters.fitting_size(size, "cudf", nbytes) == expected
+
+    @pytest.mark.parametrize(
+        ("gigabytes", "cores", "gpus", "distributed", "expected"),
+        [
+            (141, 16, 1, False, 2**31),
+            (80, 16, 1, False, 80 * 2**30 // 48),
+            (80, 64, 4, True, 80 * 2**30 // 48),
+            (80, 64, 4, False, 80 * 2**30 // 192),
+            (24, 8, 1, False, 24 * 2**30 // 30),
+            (1, 8, 1, False, 2**27),
+        ],
+    )
+    def test_frames_of_all_threads_fit_into_a_gpu(
+        self, monkeypatch, gigabytes, cores, gpus, distributed, expected
+    ) -> None:
+        monkeypatch.setattr(clusters, "device_bytes", lambda: gigabytes * 2**30)
+        monkeypatch.setattr(clusters, "CPU_COUNT", cores)
+        monkeypatch.setattr(clusters, "cores_per_gpu", lambda: cores // gpus)
+        monkeypatch.setattr(clusters, "is_distributed", lambda: distributed)
+        assert clusters.default_size("cudf") == expected
 
 
 class TestFooters:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import dask
 import numpy as np
 import pandas as pd
@@ -10,16 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dask_semdedup import _parquet, embeddings, ranking, read_clusters
 from dask_semdedup.embeddings import check_embedding_dtype, is_cudf, to_arrow, to_tensor
 from dask_semdedup.errors import ClusterError, EmbeddingError
 from dask_semdedup.hashing import hash_ids
 from dask_semdedup.kmeans import check_centroids, kmeans_meta, kmeans_partition
-from dask_semdedup.pairwise import pairwise_meta
+from dask_semdedup.pairwise import pairwise_meta, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, make_strategy
 from dask_semdedup.stages import PairwiseStage
+from dask_semdedup.streams import current
 from tests.test_embeddings import ORDER, ROWS
 from tests.test_pairwise import GOLDEN, run
 from tests.test_stages import check_hard, write_layout
+from tests.test_visits import with_visits
 
 pytestmark = pytest.mark.gpu
 ELEMENTS = [pa.float32(), pa.float64(), pa.uint16(), pa.int16()]
@@ -223,3 +230,83 @@ def test_scores_are_read_back_as_if_pandas_had_written_them(cudf, tmp_path, ids)
     frame.to_pandas(nullable=ids == [1, None]).to_parquet(tmp_path / "expected.parquet", index=False)
     ours, expected = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("ours", "expected"))
     pd.testing.assert_frame_equal(ours, expected)
+
+
+class TestLaggingStreams:
+    """What a thread gives to its stream is done late, and memory that is released is soon somebody else's."""
+
+    @pytest.fixture(autouse=True)
+    def lag(self, cudf, monkeypatch):
+        def late():
+            stream = current()
+            if stream is not None:
+                torch.cuda._sleep(20_000_000)
+            return stream
+
+        for module in (_parquet, embeddings, ranking):
+            monkeypatch.setattr(module, "current", late)
+        done = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            soiling = pool.submit(self.soil, done)
+            yield
+            done.set()
+            soiling.result()
+
+    @staticmethod
+    def soil(done):
+        import cupy
+
+        while not done.is_set():
+            for size in (2**10, 2**12, 2**14, 2**16, 2**18):
+                cupy.full(size, 255, np.uint8)
+            time.sleep(1e-4)
+
+    @pytest.fixture
+    def frame(self):
+        rng = np.random.default_rng(0)
+        n = 3000
+        return pd.DataFrame(
+            {
+                "id": rng.permutation(n),
+                "embeddings": list(rng.standard_normal((n, 16), dtype=np.float32)),
+                "centroid": rng.integers(7, size=n),
+                "cosine_dist_to_cent": rng.random(n),
+                "source": pd.Categorical(rng.choice(["web", "book", "talk"], n)),
+            }
+        )
+
+    @pytest.mark.parametrize("keep", ["hard", "random", "source"])
+    @pytest.mark.parametrize("kind", [np.int64, np.float64, str], ids=["integers", "floats", "strings"])
+    def test_scores(self, cudf, frame, kind, keep):
+        strategy = RankingStrategy(["source"]) if keep == "source" else make_strategy(keep)
+        frame["centroid"] = frame["centroid"].astype(kind)
+        if kind is str:
+            frame["id"] = frame["id"].astype(str)
+        expected = run(frame, strategy, device="cpu")
+        for _ in range(3):
+            scores = run(on_gpu(cudf, frame), strategy).to_pandas()
+            pd.testing.assert_frame_equal(
+                scores, expected, atol=2e-6, check_dtype=False, check_column_type=False, check_index_type=False
+            )
+
+    def test_visits(self, cudf):
+        rng = np.random.default_rng(0)
+        frame = with_visits(rng, rng.standard_normal((3000, 16), dtype=np.float32), 7, 2)
+        fields = {"id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
+        options = fields | {"ranking": RankingStrategy(["id"]), "with_visits": True}
+        expected = pairwise_partition(frame, **options, device="cpu")
+        for _ in range(3):
+            scores = pairwise_partition(on_gpu(cudf, frame), **options).to_pandas()
+            pd.testing.assert_frame_equal(scores, expected, atol=2e-6, check_dtype=False)
+
+    @pytest.mark.parametrize("clusters", [range(6), [f"c{number}" for number in range(6)]], ids=["integers", "strings"])
+    @pytest.mark.parametrize("files", [2, 1000], ids=["several calls", "one call"])
+    def test_files(self, cudf, frame, tmp_path, monkeypatch, clusters, files):
+        monkeypatch.setattr(_parquet, "files_at_once", lambda: files)
+        write_layout(tmp_path, {cluster: [frame[number::6]] for number, cluster in enumerate(clusters)})
+        expected = read_clusters(tmp_path).semdedup.pairwise(device="cpu").compute(scheduler="synchronous")
+        scores = read_clusters(tmp_path, backend="cudf").semdedup.pairwise()
+        for _ in range(3):
+            found = scores.compute(scheduler="threads").to_pandas()
+            in_order = [part.sort_values(["centroid", "id"], ignore_index=True) for part in (found, expected)]
+            pd.testing.assert_frame_equal(*in_order, atol=2e-6, check_dtype=False, check_column_type=False)

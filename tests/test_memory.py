@@ -12,6 +12,7 @@ from unittest.mock import Mock, call
 
 import dask
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
@@ -158,11 +159,29 @@ def test_frames_of_pandas_never_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_is_there_before_cudf_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     done = Mock()
     monkeypatch.setattr(_parquet, "share_memory_pool", done.share)
+    monkeypatch.setattr(_parquet.Reader, "_cudf_clusters", done.clusters)
     monkeypatch.setattr(_parquet, "_cudf", lambda: done.cudf)
     monkeypatch.setattr(_parquet, "_read_with_libcudf", done.read)
-    done.read.return_value = range(3)
-    _parquet.read_fragments_cudf(LocalFileSystem(), [_parquet.Fragment("a.parquet", 3)], ["id"])
-    assert [name for name, _, _ in done.mock_calls] == ["share", "read"]
+    done.read.return_value = pd.DataFrame({"id": range(3)})
+    schema = pa.schema({"id": pa.int64()})
+    reader = _parquet.Reader(LocalFileSystem(), schema, frozenset(), "centroid", pa.int64(), "cudf")
+    reader.read([_parquet.Fragment("a.parquet", 3, None, 0)], ["id", "centroid"])
+    assert [name for name, _, _ in done.mock_calls] == ["share", "clusters", "read"]
+
+
+def test_cudf_gets_its_share_of_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cudf", ModuleType("cudf"))
+    monkeypatch.setattr(_parquet, "cores_per_gpu", lambda: 6)
+    settings = {"KVIKIO_NTHREADS": "6", "LIBCUDF_HOST_COMPRESSION": "AUTO", "LIBCUDF_HOST_COMPRESSION_THRESHOLD": "384"}
+    for name in settings:
+        monkeypatch.delenv(name, raising=False)
+    _parquet._cudf.__wrapped__()
+    assert {name: os.environ[name] for name in settings} == settings
+    monkeypatch.setenv("KVIKIO_NTHREADS", "3")
+    _parquet._cudf.__wrapped__()
+    assert os.environ["KVIKIO_NTHREADS"] == "3"
+    for name in settings:
+        monkeypatch.delenv(name)
 
 
 def test_it_is_there_before_a_cudf_partition_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from distributed import Client, LocalCluster
 
 from dask_semdedup import placement, search
 from tests.test_pairwise import GOLDEN, run
@@ -83,7 +84,6 @@ def test_one_thread_means_one():
     script = """
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 import numpy as np, torch
 from dask_semdedup import placement
 
@@ -165,3 +165,17 @@ def test_the_pool_is_shared_before_torch_first_uses_cuda(monkeypatch):
 def test_searches_take_turns_on_a_gpu_and_not_on_a_cpu():
     assert most_inside(lambda: placement.turn_on_gpu("cuda")) == 1
     assert most_inside(lambda: placement.turn_on_gpu("cpu")) > 1
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, 12), (1, 12), (4, 3), (16, 1)])
+def test_a_gpu_has_its_share_of_the_cores(monkeypatch, gpus, expected):
+    monkeypatch.setattr(placement, "CPU_COUNT", 12)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert placement.cores_per_gpu() == expected
+
+
+def test_a_client_means_workers():
+    assert not placement.is_distributed()
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster, Client(cluster):
+        assert placement.is_distributed()
+    assert not placement.is_distributed()

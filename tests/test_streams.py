@@ -16,13 +16,21 @@ import pytest
 import torch
 
 from dask_semdedup import read_clusters
-from dask_semdedup.streams import behind, beside, current, outside, owned
+from dask_semdedup.streams import behind, beside, current, finish, outside, owned
 
 
 def test_on_a_cpu_there_is_but_one_place() -> None:
     with beside("cpu"), behind("cpu"), outside("cpu"):
         rows = torch.arange(3)
     assert owned(rows) is rows
+
+
+def test_nobody_asks_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: pytest.fail("asked for CUDA"))
+    with outside("cuda"):
+        assert current() is None
+        finish()
 
 
 def slow_ones() -> torch.Tensor:
@@ -73,14 +81,17 @@ class TestCuda:
                 assert current() is None
                 assert cupy.cuda.get_current_stream().ptr == 0
             assert current() == stream
+            finish()
+            assert stream.query()
         assert current() is None
 
     def test_what_is_made_behind_is_complete_and_outlives_its_stream(self) -> None:
         with behind("cuda"):
             square = torch.full((2048, 2048), 0.5, device="cuda") @ torch.full((2048, 2048), 2.0, device="cuda")
+        slow_ones()  # What is copied now, is copied late.
         copy = owned(square)
         del square
-        with behind("cuda"):
+        with torch.cuda.stream(torch.cuda.Stream()), behind("cuda"):
             torch.zeros((2048, 2048), device="cuda")  # It may get the memory of what was released.
         assert (copy == 2048).all()
 

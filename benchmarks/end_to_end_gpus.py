@@ -10,7 +10,8 @@ worker` process for each GPU. On the CPU the workers are plain ones.
 - A case has four times the clusters that it has on one GPU. One worker alone and all of them take turns on the same
   partitions, in the same cluster, and what they wrote is compared: ids, neighbours and scores, bit for bit. The table
   says for how much of the time the workers were busy, and how much earlier than the last one the first had nothing more
-  to do. Only reading the same files, by one worker and by all at once, says how far the machine itself goes with them.
+  to do. *Fused* is the same on all workers with `to_parquet(..., compute=False).optimize()`. Only reading the same files,
+  by one worker and by all at once, says how far the machine itself goes with them.
 - `skew` is a giant cluster among many small ones, against the giant cluster alone on the same workers. The total can be
   less neither than that, nor than the time of one worker divided by their number.
 
@@ -34,7 +35,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -139,12 +140,21 @@ def wait_for_file(path: Path, processes: Sequence[subprocess.Popen[bytes]]) -> N
         time.sleep(0.05)
 
 
-def score(client: Client, source: Path, output: Path, options: Options, workers: Sequence[str] | None) -> float:
-    """Files to scores in files, on all workers or some; the seconds it takes."""
+class Run(NamedTuple):
+    """What is scored, on which workers (None for all), and whether reading, scoring and writing are one task."""
+
+    source: Path
+    workers: Sequence[str] | None = None
+    is_fused: bool = False
+
+
+def score(client: Client, run: Run, output: Path, options: Options) -> float:
+    """Files to scores in files; the seconds it takes."""
     start = time.perf_counter()
     backend, size = BACKENDS[options.device], options.partition_size
-    scores = dask_semdedup.read_clusters(source, backend=backend, partition_size=size).semdedup.pairwise()
-    future = client.compute(scores.to_parquet(output, compute=False), workers=workers)
+    scores = dask_semdedup.read_clusters(run.source, backend=backend, partition_size=size).semdedup.pairwise()
+    written = scores.to_parquet(output, compute=False)
+    future = client.compute(written.optimize() if run.is_fused else written, workers=run.workers)
     try:
         future.result(timeout=RUNNING)
     finally:
@@ -153,17 +163,17 @@ def score(client: Client, source: Path, output: Path, options: Options, workers:
 
 
 def in_turns(
-    client: Client, runs: Mapping[str, tuple[Path, Sequence[str] | None]], folder: Path, options: Options, log: Log
+    client: Client, runs: Mapping[str, Run], folder: Path, options: Options, log: Log
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, list[Interval]]]]:
     """Seconds of each run, taking turns, and what each worker did in its last turn; its scores stay in the folder."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     tasks = {}
     for turn in range(options.repeats + 1):
-        for number, (name, (source, workers)) in enumerate(runs.items()):
+        for number, (name, run) in enumerate(runs.items()):
             output = folder / f"{number}-{turn}"
             began = time.time()
             with log.stage(f"{name}, {f'repeat {turn}' if turn else 'warm-up'}"), get_task_stream(client) as stream:
-                taken = score(client, source, output, options, workers)
+                taken = score(client, run, output, options)
             if turn:
                 seconds[name].append(taken)
             if turn < options.repeats:
@@ -243,12 +253,14 @@ def measure_scaling(name: str, client: Client, options: Options, log: Log) -> di
     case = replace(case, clusters=TIMES * case.clusters).limited(options.limit_clusters, options.limit_rows)
     layout = make_case(case, options.data, log)
     every, one = f"{name}: all workers", f"{name}: one worker"
-    runs = {every: (layout, None), one: (layout, addresses(client)[:1])}
+    # What is compared comes first.
+    runs = {every: Run(layout), one: Run(layout, addresses(client)[:1])}
+    runs[f"{name}: all workers, fused"] = Run(layout, is_fused=True)
     with tempfile.TemporaryDirectory() as folder:
         seconds, tasks = in_turns(client, runs, Path(folder), options, log)
         seconds |= only_reading(case, client, layout, options, log)
         with log.stage(f"{name}: comparing the scores"):
-            outputs = [Path(folder, f"{number}-{options.repeats}") for number in range(len(runs))]
+            outputs = [Path(folder, f"{number}-{options.repeats}") for number in range(2)]
             differing = differences(*outputs)
     medians = {run: statistics.median(times) for run, times in seconds.items()}
     return {
@@ -270,12 +282,12 @@ def measure_skew(client: Client, options: Options, log: Log) -> dict[str, Any]:
     layout, giant = make_skew(case, options.data, log)
     workers = addresses(client)
     total, alone, one = "skew: all workers", "skew: the giant cluster alone", "skew: one worker"
-    runs = {total: (layout, None), alone: (giant, None), one: (layout, workers[:1])}
+    runs = {total: Run(layout), alone: Run(giant), one: Run(layout, workers[:1])}
     with tempfile.TemporaryDirectory() as folder:
         for number, worker in enumerate(workers):
             # Whichever gets the giant later has met one.
             with log.stage(f"skew: the giant cluster alone, warm-up of worker {number}"):
-                score(client, giant, Path(folder, f"warm-{number}"), options, [worker])
+                score(client, Run(giant, [worker]), Path(folder, f"warm-{number}"), options)
         seconds, tasks = in_turns(client, runs, Path(folder), options, log)
     medians = {run: statistics.median(times) for run, times in seconds.items()}
     return {

@@ -10,8 +10,8 @@ worker` process for each GPU. On the CPU the workers are plain ones.
 - A case has four times the clusters that it has on one GPU. One worker alone and all of them take turns on the same
   partitions, in the same cluster, and what they wrote is compared: ids, neighbours and scores, bit for bit. The table
   says for how much of the time the workers were busy, and how much earlier than the last one the first had nothing more
-  to do. *Fused* is the same on all workers with `to_parquet(..., compute=False).optimize()`. Only reading the same files,
-  by one worker and by all at once, says how far the machine itself goes with them.
+  to do. *Fused* is the same on all workers with `to_parquet(..., compute=False).optimize()`. Only reading the same
+  files, by one worker and by all at once, says how far the machine itself goes with them.
 - `skew` is a giant cluster among many small ones, against the giant cluster alone on the same workers. The total can be
   less neither than that, nor than the time of one worker divided by their number.
 

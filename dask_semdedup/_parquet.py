@@ -506,10 +506,10 @@ class Reader:
             return self.meta(columns)
         share_memory_pool()
         in_files = [name for name in columns if name != self.cluster_field]
-        # Given to the stream first, so that it is done when the files have been read.
         clusters = self._cudf_clusters(fragments) if self.cluster_field in columns else None
         frame = read_fragments_cudf(self.fs, fragments, in_files)
         if clusters is not None:
+            finish()
             frame[self.cluster_field] = clusters
         return frame[list(columns)]
 
@@ -658,6 +658,7 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
 
 def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], groups: list[list[int]]) -> Any:
     """What `cudf.read_parquet` does, in the current stream."""
+    from pylibcudf import TypeId
     from pylibcudf.io import SourceInfo, parquet
 
     builder = parquet.ParquetReaderOptions.builder(SourceInfo([fragment.path for fragment in fragments]))
@@ -668,7 +669,11 @@ def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], gr
     table = parquet.read_parquet(options, current())
     finish()
     _check_rows(fragments, table.num_rows_per_source)
-    return _cudf().DataFrame.from_pylibcudf(table)
+    # Of dates cuDF makes times.
+    is_converted = any(column.type().id() == TypeId.TIMESTAMP_DAYS for column in table.columns)
+    with outside("cuda" if is_converted else "cpu"):
+        frame = _cudf().DataFrame.from_pylibcudf(table)
+    return frame
 
 
 def _check_rows(fragments: Sequence[Fragment], rows: Sequence[int]) -> None:

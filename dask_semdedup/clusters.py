@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import dask
@@ -60,7 +60,10 @@ from dask_semdedup._validate import check_bytes
 from dask_semdedup.embeddings import to_arrow, to_host
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.memory import device_bytes
-from dask_semdedup.placement import PARTITIONS_ON_GPU, cores_per_gpu, is_distributed, visible_gpus
+from dask_semdedup.placement import PARTITIONS_ON_GPU, threads_per_gpu, visible_gpus
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = [
     "align",
@@ -203,8 +206,10 @@ def _check_backend(backend: str | None) -> str:
     return backend
 
 
-def default_size(backend: str) -> int:
+def default_size(backend: str, client: Client | None = None) -> int:
     """Bytes of a partition: on a GPU so few that those that are there at once take half of it.
+
+    Of the client, or the default one, the workers' threads are asked for.
 
     Examples
     --------
@@ -216,10 +221,8 @@ def default_size(backend: str) -> int:
     memory = device_bytes()
     if memory is None:
         return GPU_PARTITIONS[1]
-    # Frames that are tasks of their own, not read and scored in one, may be as many as there are threads; of these the
-    # workers of a cluster have a GPU's share, while one process gives all of them the same GPU.
-    threads = cores_per_gpu() if is_distributed() else CPU_COUNT
-    at_once = max(2 * PARTITIONS_ON_GPU, threads)
+    # Frames that are tasks of their own, not read and scored in one, may be as many as there are threads.
+    at_once = max(2 * PARTITIONS_ON_GPU, threads_per_gpu(client))
     return int(np.clip(memory // (GPU_COPIES * at_once), *GPU_PARTITIONS))
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from dask.system import CPU_COUNT
@@ -18,6 +19,9 @@ from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.streams import beside
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 __all__ = [
     "DEVICES",
     "HOMES",
@@ -27,8 +31,8 @@ __all__ = [
     "cores_for",
     "cores_per_gpu",
     "has_cuda",
-    "is_distributed",
     "place_for",
+    "threads_per_gpu",
     "turn_on_gpu",
     "visible_gpus",
 ]
@@ -113,16 +117,39 @@ def cores_per_gpu() -> int:
     return max(1, CPU_COUNT // visible_gpus())
 
 
-def is_distributed() -> bool:
-    """Whether the work goes to the workers of a cluster: a client of `distributed` is the default."""
-    distributed = sys.modules.get("distributed")
+def threads_per_gpu(client: Client | None = None) -> int:
+    """How many of Dask's threads may each hold a partition on the same GPU.
+
+    Processes of workers that are as many as the GPUs have one each; else all threads are taken to share one.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        Where the work will go; the default client, if there is one.
+
+    Examples
+    --------
+    >>> threads_per_gpu() == CPU_COUNT
+    True
+    """
+    client = client or _default_client()
+    # An asynchronous one cannot be asked.
+    if client is None or client.asynchronous or client.status != "running":
+        return CPU_COUNT
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    threads = [worker["nthreads"] for worker in workers.values()] or [CPU_COUNT]
+    processes = [address for address in workers if not address.startswith("inproc://")]
+    return max(threads) if len(processes) >= visible_gpus() else sum(threads)
+
+
+def _default_client() -> Client | None:
+    distributed = sys.modules.get("distributed.client")
     if distributed is None:
-        return False
+        return None
     try:
-        distributed.default_client()
+        return distributed.default_client()
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def cores_for(device: str, segments: np.ndarray) -> AbstractContextManager[None]:

@@ -285,11 +285,11 @@ def _with_nulls(column: Any) -> Any:
     """A column of libcudf ready to be sorted: whatever is missing is null."""
     import pylibcudf as plc
 
-    if type(column.dtype).__name__ == "CategoricalDtype":
-        with outside("cuda"):
-            column = _uncategorised(column)
-    data, _ = column.to_pylibcudf()
-    return plc.transform.column_nans_to_nulls(data, current()) if column.dtype.kind == "f" else data
+    is_categorical = type(column.dtype).__name__ == "CategoricalDtype"
+    with outside("cuda" if is_categorical else "cpu"):
+        column = _uncategorised(column)
+        data, _ = column.to_pylibcudf()
+        return plc.transform.column_nans_to_nulls(data, current()) if column.dtype.kind == "f" else data
 
 
 def _uncategorised(column: Any) -> Any:

@@ -37,6 +37,7 @@ from dask_semdedup.clusters import (
 )
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, rows_not_finite, to_arrow
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.pairwise import SCORE_COLUMNS, home_field, pairwise_partition
 from dask_semdedup.placement import HOMES, place_for
 from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
@@ -347,11 +348,13 @@ class PairwiseCosineSimilarityStage:
         """
         return [batch for batch, _ in self._planned(tasks, self._locate(tasks))]
 
-    def _planned(self, tasks: Sequence[FileGroupTask], listing: Listing) -> list[tuple[list[FileGroupTask], _Footers]]:
+    def _planned(
+        self, tasks: Sequence[FileGroupTask], listing: Listing, client: Any = None
+    ) -> list[tuple[list[FileGroupTask], _Footers]]:
         """Batches as `batches` makes them, each with what its files' footers say."""
         footers = self._scan(listing)
         sizes = footers.sizes()
-        size = fitting_size(default_size(self.backend), self.backend, sum(nbytes for _, _, nbytes in sizes))
+        size = fitting_size(default_size(self.backend, client), self.backend, sum(nbytes for _, _, nbytes in sizes))
         by_cluster = {self._cluster(task): task for task in tasks}
         return [([by_cluster[cluster] for cluster in batch], footers.of(batch)) for batch in plan(sizes, size)]
 
@@ -386,6 +389,8 @@ class PairwiseCosineSimilarityStage:
         """Score clusters that have files, and write each its own; their paths."""
         start = time.perf_counter()
         backend = self._backend_for(footers)
+        if self.backend == "cudf":
+            share_memory_pool()  # A batch that pandas reads may be the first.
         with place_for(HOMES[backend]):
             scores = pairwise_partition(
                 self._read_with_kwargs(files) if self.read_kwargs else self._read(footers, backend),
@@ -608,7 +613,7 @@ class PairwiseStage:
         """
         partitioning, similarity = self.decompose()
         listing = partitioning._list()
-        batches = similarity._planned(partitioning._tasks(listing), listing)
+        batches = similarity._planned(partitioning._tasks(listing), listing, client)
         name = f"process_batch-{uuid.uuid4().hex}"
         # Of tasks that do not depend on each other, Dask begins with those whose names come last.
         scored = [

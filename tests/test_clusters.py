@@ -203,24 +203,21 @@ class TestSizes:
         assert clusters.fitting_size(size, "cudf", nbytes) == expected
 
     @pytest.mark.parametrize(
-        ("gigabytes", "cores", "gpus", "distributed", "expected"),
+        ("gigabytes", "threads", "expected"),
         [
-            (141, 16, 1, False, 2**31),
-            (80, 16, 1, False, 80 * 2**30 // 48),
-            (80, 64, 4, True, 80 * 2**30 // 48),
-            (80, 64, 4, False, 80 * 2**30 // 192),
-            (24, 8, 1, False, 24 * 2**30 // 30),
-            (1, 8, 1, False, 2**27),
+            (141, 16, 2**31),
+            (80, 16, 80 * 2**30 // 48),
+            (80, 4, 2**31),
+            (80, 64, 80 * 2**30 // 192),
+            (24, 8, 24 * 2**30 // 30),
+            (1, 8, 2**27),
         ],
     )
-    def test_frames_of_all_threads_fit_into_a_gpu(
-        self, monkeypatch, gigabytes, cores, gpus, distributed, expected
-    ) -> None:
+    def test_frames_of_all_threads_fit_into_a_gpu(self, monkeypatch, gigabytes, threads, expected) -> None:
+        client = object()
         monkeypatch.setattr(clusters, "device_bytes", lambda: gigabytes * 2**30)
-        monkeypatch.setattr(clusters, "CPU_COUNT", cores)
-        monkeypatch.setattr(clusters, "cores_per_gpu", lambda: cores // gpus)
-        monkeypatch.setattr(clusters, "is_distributed", lambda: distributed)
-        assert clusters.default_size("cudf") == expected
+        monkeypatch.setattr(clusters, "threads_per_gpu", lambda asked: threads if asked is client else None)
+        assert clusters.default_size("cudf", client) == expected
 
 
 class TestFooters:

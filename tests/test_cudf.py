@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import dask
 import numpy as np
@@ -14,15 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dask_semdedup import _parquet, embeddings, ranking, read_clusters
+from dask_semdedup import _parquet, embeddings, read_clusters, streams
 from dask_semdedup.embeddings import check_embedding_dtype, is_cudf, to_arrow, to_tensor
 from dask_semdedup.errors import ClusterError, EmbeddingError
 from dask_semdedup.hashing import hash_ids
 from dask_semdedup.kmeans import check_centroids, kmeans_meta, kmeans_partition
+from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.pairwise import pairwise_meta, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, make_strategy
 from dask_semdedup.stages import PairwiseStage
-from dask_semdedup.streams import current
+from dask_semdedup.streams import beside, current
 from tests.test_embeddings import ORDER, ROWS
 from tests.test_pairwise import GOLDEN, run
 from tests.test_stages import check_hard, write_layout
@@ -233,33 +232,43 @@ def test_scores_are_read_back_as_if_pandas_had_written_them(cudf, tmp_path, ids)
 
 
 class TestLaggingStreams:
-    """What a thread gives to its stream is done late, and memory that is released is soon somebody else's."""
+    """What streams are given is done late, and memory that is released is overwritten in the order of its stream."""
 
     @pytest.fixture(autouse=True)
     def lag(self, cudf, monkeypatch):
+        outside = streams._outside
+
+        @contextmanager
+        def lagging():
+            with outside():
+                torch.cuda._sleep(60_000_000)  # Who does not wait for the default stream reads too early.
+                yield
+            late()  # What was made there is used only now, and must still be there.
+
         def late():
             stream = current()
             if stream is not None:
                 torch.cuda._sleep(20_000_000)
             return stream
 
-        for module in (_parquet, embeddings, ranking):
-            monkeypatch.setattr(module, "current", late)
-        done = threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            soiling = pool.submit(self.soil, done)
-            yield
-            done.set()
-            soiling.result()
+        monkeypatch.setattr(streams, "_outside", lagging)
+        monkeypatch.setattr(embeddings, "current", late)
 
-    @staticmethod
-    def soil(done):
+    @pytest.fixture(autouse=True)
+    def soil(self, cudf):
         import cupy
+        import rmm
 
-        while not done.is_set():
-            for size in (2**10, 2**12, 2**14, 2**16, 2**18):
-                cupy.full(size, 255, np.uint8)
-            time.sleep(1e-4)
+        share_memory_pool()
+        pool = rmm.mr.get_current_device_resource()
+
+        def release(pointer, size, stream):
+            cupy.cuda.runtime.memsetAsync(pointer, 255, size, stream.__cuda_stream__()[1])
+            pool.deallocate(pointer, size, stream)
+
+        rmm.mr.set_current_device_resource(rmm.mr.CallbackMemoryResource(pool.allocate, release))
+        yield
+        rmm.mr.set_current_device_resource(pool)
 
     @pytest.fixture
     def frame(self):
@@ -272,13 +281,15 @@ class TestLaggingStreams:
                 "centroid": rng.integers(7, size=n),
                 "cosine_dist_to_cent": rng.random(n),
                 "source": pd.Categorical(rng.choice(["web", "book", "talk"], n)),
+                "grade": pd.Categorical(rng.choice([0.5, 1.5, np.nan], n)),
+                "date": rng.choice(pd.date_range("2026-01-01", periods=90).date, n),
             }
         )
 
-    @pytest.mark.parametrize("keep", ["hard", "random", "source"])
+    @pytest.mark.parametrize("keep", ["hard", "random", "source", "grade"])
     @pytest.mark.parametrize("kind", [np.int64, np.float64, str], ids=["integers", "floats", "strings"])
     def test_scores(self, cudf, frame, kind, keep):
-        strategy = RankingStrategy(["source"]) if keep == "source" else make_strategy(keep)
+        strategy = RankingStrategy([keep]) if keep in frame else make_strategy(keep)
         frame["centroid"] = frame["centroid"].astype(kind)
         if kind is str:
             frame["id"] = frame["id"].astype(str)
@@ -288,6 +299,18 @@ class TestLaggingStreams:
             pd.testing.assert_frame_equal(
                 scores, expected, atol=2e-6, check_dtype=False, check_column_type=False, check_index_type=False
             )
+
+    @pytest.mark.parametrize("keep", ["random", "source"])
+    def test_a_long_sort(self, cudf, keep):
+        rng = np.random.default_rng(0)
+        n = 1_000_000
+        frame = pd.DataFrame({"id": rng.permutation(n), "centroid": rng.integers(7, size=n)})
+        frame["source"] = pd.Categorical(rng.choice(["web", "book", "talk"], n))
+        strategy = RankingStrategy([keep]) if keep in frame else make_strategy(keep)
+        with beside("cuda"):
+            order = strategy.order(on_gpu(cudf, frame), cluster_field="centroid", id_field="id")
+            found = order.get()
+        np.testing.assert_array_equal(found, strategy.order(frame, cluster_field="centroid", id_field="id"))
 
     def test_visits(self, cudf):
         rng = np.random.default_rng(0)
@@ -301,11 +324,13 @@ class TestLaggingStreams:
 
     @pytest.mark.parametrize("clusters", [range(6), [f"c{number}" for number in range(6)]], ids=["integers", "strings"])
     @pytest.mark.parametrize("files", [2, 1000], ids=["several calls", "one call"])
-    def test_files(self, cudf, frame, tmp_path, monkeypatch, clusters, files):
+    @pytest.mark.parametrize("keep", ["cosine_dist_to_cent", "date"])
+    def test_files(self, cudf, frame, tmp_path, monkeypatch, clusters, files, keep):
         monkeypatch.setattr(_parquet, "files_at_once", lambda: files)
         write_layout(tmp_path, {cluster: [frame[number::6]] for number, cluster in enumerate(clusters)})
-        expected = read_clusters(tmp_path).semdedup.pairwise(device="cpu").compute(scheduler="synchronous")
-        scores = read_clusters(tmp_path, backend="cudf").semdedup.pairwise()
+        options = {"ranking_strategy": RankingStrategy([keep])}
+        expected = read_clusters(tmp_path).semdedup.pairwise(device="cpu", **options).compute(scheduler="synchronous")
+        scores = read_clusters(tmp_path, backend="cudf").semdedup.pairwise(**options)
         for _ in range(3):
             found = scores.compute(scheduler="threads").to_pandas()
             in_order = [part.sort_values(["centroid", "id"], ignore_index=True) for part in (found, expected)]

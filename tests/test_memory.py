@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 from types import ModuleType, SimpleNamespace
-from unittest.mock import Mock, call
+from unittest.mock import Mock, call, patch
 
 import dask
 import pandas as pd
@@ -173,15 +173,14 @@ def test_cudf_gets_its_share_of_the_cores_unless_told_otherwise(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "cudf", ModuleType("cudf"))
     monkeypatch.setattr(_parquet, "cores_per_gpu", lambda: 6)
     settings = {"KVIKIO_NTHREADS": "6", "LIBCUDF_HOST_COMPRESSION": "AUTO", "LIBCUDF_HOST_COMPRESSION_THRESHOLD": "384"}
-    for name in settings:
-        monkeypatch.delenv(name, raising=False)
-    _parquet._cudf.__wrapped__()
-    assert {name: os.environ[name] for name in settings} == settings
-    monkeypatch.setenv("KVIKIO_NTHREADS", "3")
-    _parquet._cudf.__wrapped__()
-    assert os.environ["KVIKIO_NTHREADS"] == "3"
-    for name in settings:
-        monkeypatch.delenv(name)
+    with patch.dict(os.environ):
+        for name in settings:
+            os.environ.pop(name, None)
+        _parquet._cudf.__wrapped__()
+        assert {name: os.environ[name] for name in settings} == settings
+        os.environ["KVIKIO_NTHREADS"] = "3"
+        _parquet._cudf.__wrapped__()
+        assert os.environ["KVIKIO_NTHREADS"] == "3"
 
 
 def test_it_is_there_before_a_cudf_partition_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:

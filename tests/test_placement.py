@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,8 +175,39 @@ def test_a_gpu_has_its_share_of_the_cores(monkeypatch, gpus, expected):
     assert placement.cores_per_gpu() == expected
 
 
-def test_a_client_means_workers():
-    assert not placement.is_distributed()
-    with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster, Client(cluster):
-        assert placement.is_distributed()
-    assert not placement.is_distributed()
+@pytest.mark.parametrize(
+    ("workers", "gpus", "expected"),
+    [
+        ({}, 1, 12),
+        ({"tcp://a": 4}, 1, 4),
+        ({"tcp://a": 4}, 8, 4),
+        ({"tcp://a": 4, "tcp://b": 2}, 2, 4),
+        ({"tcp://a": 4, "tcp://b": 2}, 4, 6),
+        ({"inproc://a": 4, "inproc://b": 2}, 2, 6),
+    ],
+    ids=["none yet", "one", "one of many GPUs", "a GPU each", "fewer than GPUs", "in one process"],
+)
+def test_workers_say_how_many_threads_share_a_gpu(monkeypatch, workers, gpus, expected):
+    monkeypatch.setattr(placement, "CPU_COUNT", 12)
+    monkeypatch.setattr(placement, "visible_gpus", lambda: gpus)
+    info = {"workers": {address: {"nthreads": threads} for address, threads in workers.items()}}
+    client = SimpleNamespace(asynchronous=False, status="running", scheduler_info=lambda n_workers: info)
+    assert placement.threads_per_gpu(client) == expected
+
+
+@pytest.mark.parametrize("state", [{"asynchronous": True, "status": "running"}, {"status": "closed"}], ids=str)
+def test_a_client_that_cannot_be_asked_is_not(monkeypatch, state):
+    monkeypatch.setattr(placement, "CPU_COUNT", 12)
+    assert placement.threads_per_gpu(SimpleNamespace(**{"asynchronous": False} | state)) == 12
+
+
+def test_the_default_client_is_asked(monkeypatch):
+    monkeypatch.setattr(placement, "CPU_COUNT", 12)
+    assert placement.threads_per_gpu() == 12
+    with LocalCluster(n_workers=2, threads_per_worker=3, processes=False, dashboard_address=None) as cluster:
+        with Client(cluster):
+            assert placement.threads_per_gpu() == 6
+        with Client(cluster, set_as_default=False) as client:
+            assert placement.threads_per_gpu() == 12
+            assert placement.threads_per_gpu(client) == 6
+    assert placement.threads_per_gpu() == 12

@@ -4,6 +4,7 @@ import logging
 import pickle
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import dask
 import fsspec
@@ -156,10 +157,13 @@ def test_only_the_columns_that_are_needed_are_read(golden, tmp_path, monkeypatch
 
 def test_a_cluster_too_long_for_cudf_is_read_by_pandas(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "CUDF_ELEMENTS", 17)
+    share = Mock()
+    monkeypatch.setattr(stages, "share_memory_pool", share)
     with dask.config.set({"dataframe.backend": "cudf"}):
         stage = similarity(tmp_path)
     assert stage.backend == "cudf"
     check_hard(stage.process(task(10, (golden / "centroid=10").iterdir())).data[0])
+    share.assert_called_once()  # The next one may be cuDF's.
 
 
 def test_a_cluster_of_one_row(golden, tmp_path):
@@ -392,7 +396,7 @@ def test_unknown_words_are_refused(name, value):
 @pytest.mark.parametrize("batch_bytes", [1, 2**27], ids=["a task each", "one task"])
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
 def test_run_scores_every_cluster(golden, tmp_path, monkeypatch, caplog, scheduler, batch_bytes):
-    monkeypatch.setattr(stages, "default_size", lambda _: batch_bytes)
+    monkeypatch.setattr(stages, "default_size", lambda *_: batch_bytes)
     stage = PairwiseStage("id", "embeddings", str(golden), str(tmp_path / "out"), verbose=True)
     with dask.config.set(scheduler=scheduler), caplog.at_level(logging.INFO, "dask_semdedup"):
         results = stage.run()
@@ -416,7 +420,7 @@ def write_remote_layout(root: str, clusters: int, files: int) -> None:
 
 @pytest.mark.parametrize(("batch_bytes", "batches"), [(1, 3), (2**27, 1)], ids=["a task each", "one task"])
 def test_run_lists_once_reads_footers_once_and_makes_the_folder_once_a_task(monkeypatch, calls, batch_bytes, batches):
-    monkeypatch.setattr(stages, "default_size", lambda _: batch_bytes)
+    monkeypatch.setattr(stages, "default_size", lambda *_: batch_bytes)
     write_remote_layout("memory://counted/in", clusters=3, files=2)
     calls.clear()
     results = PairwiseStage("id", "embeddings", "memory://counted/in", "memory://counted/out").run()
@@ -432,7 +436,7 @@ def test_run_lists_once_reads_footers_once_and_makes_the_folder_once_a_task(monk
 
 
 def test_a_task_is_sent_the_footers_of_its_own_files(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "default_size", lambda _: 1)
+    monkeypatch.setattr(stages, "default_size", lambda *_: 1)
     sent = []
     original = PairwiseCosineSimilarityStage._process
 
@@ -479,7 +483,7 @@ def test_a_little_data_is_shared_out_to_all_cores(tmp_path, monkeypatch):
 @pytest.mark.parametrize("backend", ["pandas", "cudf"])
 def test_batches_are_as_large_as_the_partitions_of_the_backend(golden, tmp_path, monkeypatch, backend):
     asked = []
-    monkeypatch.setattr(stages, "default_size", lambda name: asked.append(name) or 2**27)
+    monkeypatch.setattr(stages, "default_size", lambda name, client: asked.append(name) or 2**27)
     with dask.config.set({"dataframe.backend": backend}):
         stage = similarity(tmp_path / "out")
     assert len(stage.batches(ClusterWiseFilePartitioningStage(str(golden)).process())) == 1
@@ -487,7 +491,7 @@ def test_batches_are_as_large_as_the_partitions_of_the_backend(golden, tmp_path,
 
 
 def test_nulls_in_one_batch_leave_the_types_of_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "default_size", lambda _: 1)
+    monkeypatch.setattr(stages, "default_size", lambda *_: 1)
     with_null = GOLDEN.assign(id=pd.array([None, 1, 2, 3, 4, 5], "Int64"))
     root = write_layout(tmp_path / "in", {0: [with_null], 1: [GOLDEN]})
     nulls, none = PairwiseStage("id", "embeddings", str(root), str(tmp_path / "out")).run()

@@ -32,7 +32,7 @@ from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup._footers import Group, read_alike
-from dask_semdedup.embeddings import concat, take
+from dask_semdedup.embeddings import take
 from dask_semdedup.errors import ClusterError, MissingColumnsError, some
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.placement import cores_per_gpu
@@ -629,7 +629,11 @@ def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragm
         return cudf.DataFrame(index=cudf.RangeIndex(rows))
     most = files_at_once()
     parts = [fragments[start : start + most] for start in range(0, len(fragments), most)]
-    frame = concat([_read_with_cudf(fs, part, columns) for part in parts])
+    frames = [_read_with_cudf(fs, part, columns) for part in parts]
+    frame = frames[0]
+    if len(frames) > 1:
+        with outside("cuda"):
+            frame = cudf.concat(frames, ignore_index=True)
     if len(frame) != rows:
         raise ClusterError(f"{_first_of(fragments)} changed since the footers were read.")
     return frame

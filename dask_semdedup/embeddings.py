@@ -8,7 +8,7 @@ shared. On a CPU it is NumPy that converts and gathers: torch's threads would co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ __all__ = [
     "check_embedding_dtype",
     "check_plain_dtype",
     "column_like",
-    "concat",
     "first_width",
     "frame_like",
     "home_of",
@@ -489,26 +488,6 @@ def frame_like(columns: Mapping[str, Any], like: Any) -> Any:
     import cudf
 
     return cudf.DataFrame(columns)
-
-
-def concat(frames: Sequence[Any]) -> Any:
-    """Put frames of one backend one below the other, with a new index; a single one is what it is.
-
-    Examples
-    --------
-    >>> concat([pd.DataFrame({"x": [1]}), pd.DataFrame({"x": [2]})])
-       x
-    0  1
-    1  2
-    """
-    if len(frames) == 1:
-        return frames[0]
-    if not is_cudf(frames[0]):
-        return pd.concat(frames, ignore_index=True)
-    import cudf
-
-    with outside("cuda"):
-        return cudf.concat(frames, ignore_index=True)
 
 
 def published(frame: Any) -> Any:

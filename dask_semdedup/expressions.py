@@ -25,7 +25,7 @@ from dask.typing import Key
 from dask_semdedup._parquet import Fragment, Reader, in_runs
 from dask_semdedup.against import against_meta, against_partition, best_of_probes
 from dask_semdedup.clusters import ReadClusters
-from dask_semdedup.embeddings import concat, first_width
+from dask_semdedup.embeddings import first_width
 from dask_semdedup.errors import EmbeddingError
 from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
 from dask_semdedup.pairwise import best_of_visits, has_visits, pairwise_meta, pairwise_partition
@@ -86,7 +86,7 @@ def _score_runs(
             pairwise_partition(frame, embedding_field=embedding_field, embedding_dim=embedding_dim, **arguments)
         )
         del frame  # The next is read only now.
-    return concat(scores)
+    return scores[0] if len(scores) == 1 else pd.concat(scores, ignore_index=True)
 
 
 def _logged(score: Callable[..., Any], *args: Any, verbose: bool, **arguments: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -156,76 +156,54 @@ def pairwise_partition(
     if len(frame) == 0:
         return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field, with_visits=with_visits)
     ids, clusters = frame[id_field], frame[cluster_field]
-    homes = frame[home_field(cluster_field)] if with_visits else None
-    find = partial(_find, frame[embedding_field], ids, clusters, embedding_dim, device, compute_dtype, batch_size)
     home = home_of(frame)
     with beside(home):
         check_clusters(clusters, ids)
         order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
         segments = segments_of(_codes(clusters, order))
-        if homes is not None:
-            return _score_visits(find, ids, clusters, homes, order, segments)
-        scores, index = find(order, segments, None)
-        columns = (take(ids, order), take(ids, order[array_like(index, frame)]), array_like(scores, frame))
-        own = take(clusters, order)
+        own, stops = clusters, None
+        if with_visits:
+            own = frame[home_field(cluster_field)]
+            is_visit = _are_visits(clusters, own)[to_numpy(order)]
+            position, stops = _visits_last(is_visit, segments)
+            order = order[array_like(tensor_like(position), frame)]
+        device = choose_device(device, home, segments)
+        with cores_for(device, segments):
+            rows = to_tensor(
+                frame[embedding_field],
+                name=embedding_field,
+                ids=ids,
+                clusters=clusters,
+                embedding_dim=embedding_dim,
+                order=order,
+                device=device if home == "cuda" else "cpu",
+            )
+            scores, index = search_segments(rows, segments, stops, device, compute_dtype, batch_size)
+        if with_visits:
+            scores, rank = _of_visits(scores, index, is_visit[position])
+        nearest = order[array_like(index, frame)]
+        columns = take(ids, order), take(ids, nearest), array_like(scores, frame)
+        own = take(own, order)
         with outside(home):
-            return published(score_frame(*columns, own))
+            result = score_frame(*columns, own.rename(cluster_field))
+            if with_visits:
+                result[RANK_COLUMN] = array_like(rank, frame)
+            return published(result)
 
 
-def _find(
-    column: Any,
-    ids: Any,
-    clusters: Any,
-    embedding_dim: int | None,
-    device: str,
-    compute_dtype: str,
-    batch_size: int | None,
-    order: Any,
-    segments: np.ndarray,
-    stops: np.ndarray | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of rows in order, and the places in that order of the rows nearest to them."""
-    home = home_of(column)
-    device = choose_device(device, home, segments)
-    with cores_for(device, segments):
-        rows = to_tensor(
-            column,
-            name=column.name,
-            ids=ids,
-            clusters=clusters,
-            embedding_dim=embedding_dim,
-            order=order,
-            device=device if home == "cuda" else "cpu",
-        )
-        return search_segments(rows, segments, stops, device, compute_dtype, batch_size)
+def _are_visits(clusters: Any, homes: Any) -> np.ndarray:
+    """Which rows stand in a cluster that is not their own."""
+    with outside(home_of(clusters)):
+        return (clusters != homes).to_numpy().astype(bool)
 
 
-def _score_visits(
-    find: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    ids: Any,
-    clusters: Any,
-    homes: Any,
-    order: Any,
-    segments: np.ndarray,
-) -> Any:
-    """The frame of scores where some rows are visits: what `best_of_visits` puts together."""
+def _of_visits(scores: torch.Tensor, index: torch.Tensor, is_visit: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores, of rows without a candidate below all others, and places in the order, of visits -1."""
     import torch
 
-    with outside(home_of(ids)):
-        is_visit = (clusters != homes).to_numpy().astype(bool)
-    is_visit = is_visit[to_numpy(order)]
-    position, stops = _visits_last(is_visit, segments)
-    order = order[array_like(tensor_like(position), ids)]
-    scores, index = find(order, segments, stops)
     place = torch.arange(len(index), device=index.device)
-    scores = scores.masked_fill(index == place, NO_CANDIDATE)
-    rank = array_like(place.masked_fill(tensor_like(is_visit[position]).to(place.device), -1), ids)
-    columns = (take(ids, order), take(ids, order[array_like(index, ids)]), array_like(scores, ids))
-    own = take(homes, order)
-    with outside(home_of(ids)):
-        result = score_frame(*columns, own.rename(clusters.name))
-        result[RANK_COLUMN] = rank
-        return published(result)
+    rank = place.masked_fill(tensor_like(is_visit).to(place.device), -1)
+    return scores.masked_fill(index == place, NO_CANDIDATE), rank
 
 
 def best_of_visits(frame: Any, *, cluster_field: str) -> Any:

@@ -62,3 +62,25 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     ):
         monkeypatch.setattr(MemoryFileSystem, name, counted(name))
     return made
+
+
+@pytest.fixture
+def device_memory() -> Callable[[Callable[[], object]], tuple[int, int]]:
+    """Bytes of a GPU that a call takes at most, and those that are taken after it, from whatever torch allocates."""
+
+    def of_torch(call: Callable[[], object]) -> tuple[int, int]:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+
+    def of_rmm(call: Callable[[], object]) -> tuple[int, int]:
+        import rmm.statistics
+
+        with rmm.statistics.statistics():
+            call()
+            taken = rmm.statistics.get_statistics()
+        return taken.peak_bytes, taken.current_bytes
+
+    return of_torch if torch.cuda.memory.get_allocator_backend() == "native" else of_rmm

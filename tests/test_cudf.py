@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import dask
@@ -231,44 +233,90 @@ def test_scores_are_read_back_as_if_pandas_had_written_them(cudf, tmp_path, ids)
     pd.testing.assert_frame_equal(ours, expected)
 
 
+class FreshMemory:
+    """Device memory that nobody has used before, instead of the pool's, which makes streams wait for each other.
+
+    What is released is overwritten in the order of its stream. It stays installed, for what is released after a test.
+    """
+
+    def __init__(self, nbytes: int = 8 << 30):
+        import cupy
+        import rmm
+
+        share_memory_pool()
+        self.pool, self.fill, self.is_used = rmm.mr.get_current_device_resource(), cupy.cuda.runtime.memsetAsync, False
+        self.next = self.start = self.pool.allocate(nbytes)
+        self.stop = self.start + nbytes
+        self.fill(self.start, 255, nbytes, 0)
+        torch.cuda.synchronize()
+        rmm.mr.set_current_device_resource(rmm.mr.CallbackMemoryResource(self.allocate, self.release))
+
+    def allocate(self, nbytes, stream):
+        if not self.is_used:
+            return self.pool.allocate(nbytes, stream)
+        pointer, self.next = self.next, self.next + -(-max(nbytes, 1) // 256) * 256
+        assert self.next <= self.stop, "The memory that nobody has used is used up."
+        return pointer
+
+    def release(self, pointer, nbytes, stream):
+        self.fill(pointer, 255, nbytes, stream.__cuda_stream__()[1])
+        if not self.start <= pointer < self.stop:
+            self.pool.deallocate(pointer, nbytes, stream)
+
+
+@pytest.fixture(scope="module")
+def fresh_memory(cudf):
+    return FreshMemory()
+
+
 class TestLaggingStreams:
-    """What streams are given is done late, and memory that is released is overwritten in the order of its stream."""
+    """What streams are given is done late, and no memory is used twice."""
 
     @pytest.fixture(autouse=True)
-    def lag(self, cudf, monkeypatch):
-        outside = streams._outside
+    def late_default(self, cudf):
+        """What the default stream is given has a sleep before it: who does not wait for it reads too early."""
+        is_over = threading.Event()
 
-        @contextmanager
-        def lagging():
-            with outside():
-                torch.cuda._sleep(60_000_000)  # Who does not wait for the default stream reads too early.
-                yield
-            late()  # What was made there is used only now, and must still be there.
+        def sleep_on():
+            before = torch.cuda.Event()
+            while not is_over.is_set():
+                torch.cuda._sleep(3_000_000)
+                after = torch.cuda.Event()
+                after.record()
+                before.synchronize()  # The one before the last: there always is one to come.
+                before = after
+
+        with ThreadPoolExecutor(1) as pool:
+            sleeping = pool.submit(sleep_on)
+            yield
+            is_over.set()
+            sleeping.result()
+
+    @pytest.fixture(autouse=True)
+    def late_current(self, monkeypatch):
+        """What is gathered, and what uses what cuDF made by itself, begins late."""
+        outside = streams._outside
 
         def late():
             stream = current()
             if stream is not None:
-                torch.cuda._sleep(20_000_000)
+                torch.cuda._sleep(6_000_000)
             return stream
+
+        @contextmanager
+        def lagging():
+            with outside():
+                yield
+            late()
 
         monkeypatch.setattr(streams, "_outside", lagging)
         monkeypatch.setattr(embeddings, "current", late)
 
     @pytest.fixture(autouse=True)
-    def soil(self, cudf):
-        import cupy
-        import rmm
-
-        share_memory_pool()
-        pool = rmm.mr.get_current_device_resource()
-
-        def release(pointer, size, stream):
-            cupy.cuda.runtime.memsetAsync(pointer, 255, size, stream.__cuda_stream__()[1])
-            pool.deallocate(pointer, size, stream)
-
-        rmm.mr.set_current_device_resource(rmm.mr.CallbackMemoryResource(pool.allocate, release))
+    def use_fresh_memory(self, fresh_memory):
+        fresh_memory.is_used = True
         yield
-        rmm.mr.set_current_device_resource(pool)
+        fresh_memory.is_used = False
 
     @pytest.fixture
     def frame(self):
@@ -294,7 +342,7 @@ class TestLaggingStreams:
         if kind is str:
             frame["id"] = frame["id"].astype(str)
         expected = run(frame, strategy, device="cpu")
-        for _ in range(3):
+        for _ in range(2):
             scores = run(on_gpu(cudf, frame), strategy).to_pandas()
             pd.testing.assert_frame_equal(
                 scores, expected, atol=2e-6, check_dtype=False, check_column_type=False, check_index_type=False
@@ -312,13 +360,19 @@ class TestLaggingStreams:
             found = order.get()
         np.testing.assert_array_equal(found, strategy.order(frame, cluster_field="centroid", id_field="id"))
 
+    def test_a_slice(self, cudf):
+        rows = np.random.default_rng(0).standard_normal((3000, 16), dtype=np.float32)
+        with beside("cuda"):
+            found = to_tensor(lists(cudf, rows).iloc[100:2000], name="x").cpu().numpy()
+        np.testing.assert_array_equal(found, rows[100:2000])
+
     def test_visits(self, cudf):
         rng = np.random.default_rng(0)
         frame = with_visits(rng, rng.standard_normal((3000, 16), dtype=np.float32), 7, 2)
         fields = {"id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
         options = fields | {"ranking": RankingStrategy(["id"]), "with_visits": True}
         expected = pairwise_partition(frame, **options, device="cpu")
-        for _ in range(3):
+        for _ in range(2):
             scores = pairwise_partition(on_gpu(cudf, frame), **options).to_pandas()
             pd.testing.assert_frame_equal(scores, expected, atol=2e-6, check_dtype=False)
 
@@ -331,7 +385,7 @@ class TestLaggingStreams:
         options = {"ranking_strategy": RankingStrategy([keep])}
         expected = read_clusters(tmp_path).semdedup.pairwise(device="cpu", **options).compute(scheduler="synchronous")
         scores = read_clusters(tmp_path, backend="cudf").semdedup.pairwise(**options)
-        for _ in range(3):
+        for _ in range(2):
             found = scores.compute(scheduler="threads").to_pandas()
             in_order = [part.sort_values(["centroid", "id"], ignore_index=True) for part in (found, expected)]
             pd.testing.assert_frame_equal(*in_order, atol=2e-6, check_dtype=False, check_column_type=False)

@@ -33,9 +33,9 @@ def test_nobody_asks_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> No
         finish()
 
 
-def slow_ones() -> torch.Tensor:
-    """A matrix of ones, for which a GPU works after the call has returned."""
-    rows = torch.ones((4096, 4096), device="cuda")
+def slow(value: float) -> torch.Tensor:
+    """A matrix of a value, for which a GPU works after the call has returned."""
+    rows = torch.full((4096, 4096), float(value), device="cuda")
     for _ in range(20):
         rows = rows @ torch.full_like(rows, 1 / 4096)
     return rows
@@ -88,30 +88,30 @@ class TestCuda:
     def test_what_is_made_behind_is_complete_and_outlives_its_stream(self) -> None:
         with behind("cuda"):
             square = torch.full((2048, 2048), 0.5, device="cuda") @ torch.full((2048, 2048), 2.0, device="cuda")
-        slow_ones()  # What is copied now, is copied late.
+        slow(1)  # What is copied now, is copied late.
         copy = owned(square)
         del square
         with torch.cuda.stream(torch.cuda.Stream()), behind("cuda"):
             torch.zeros((2048, 2048), device="cuda")  # It may get the memory of what was released.
         assert (copy == 2048).all()
 
-    @pytest.mark.parametrize("place", [beside, behind])
-    def test_what_the_default_stream_was_given_comes_first(self, place: Callable[[str], Any]) -> None:
-        rows = slow_ones()
+    @pytest.mark.parametrize(("place", "value"), [(beside, 2), (behind, 3)])
+    def test_what_the_default_stream_was_given_comes_first(self, place: Callable[[str], Any], value: int) -> None:
+        rows = slow(value)  # No other test's: memory that is used again might hold it already.
         with place("cuda"):
-            assert (rows == 1).all()
+            assert (rows == value).all()
 
     def test_cudf_comes_after_the_stream_and_the_stream_after_cudf(self) -> None:
         import cudf
 
         with beside("cuda"):
-            ones = slow_ones()
+            rows = slow(4)
             with outside("cuda"):
-                frame = cudf.DataFrame({"x": cupy_of(ones[0])})
+                frame = cudf.DataFrame({"x": cupy_of(rows[0])})
                 total = frame["x"].sum()
-                later = slow_ones()
-            assert total == ones.shape[1]
-            assert (later == 1).all()
+                later = slow(5)
+            assert total == 4 * rows.shape[1]
+            assert (later == 5).all()
 
     def test_many_threads_find_what_one_finds(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)

@@ -611,14 +611,14 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Parameters
         ----------
         duplicates : Dask, pandas or cuDF DataFrame
-            What `duplicates` or `groups` returns, or any frame with the ids to remove. In a frame of scores, rows that
-            are their own ``max_id`` are the first of their cluster, and are kept.
+            What `duplicates` or `groups` returns, or any frame with the ids to remove; or scores, with an `eps`. Rows
+            that are their own ``max_id`` are the first of their cluster, and are kept.
         id_field : str, default "id"
             The column of ids of this frame: integers or strings, of any dtype. Rows with a null id are kept.
         duplicates_id_field : str, default "id"
             The column of ids of `duplicates`. Integers of other widths, and strings of other dtypes, are the same ids.
         eps : float, optional
-            Which eps to go by, where `duplicates` were found at several, or are all scores.
+            Which eps to go by, where `duplicates` were found at several or at one of 1 or more, or are all scores.
         broadcast : bool, default True
             Send the ids of all duplicates to every partition of this frame. Where they are too many for the memory of a
             worker, say False: then both frames are shuffled by id.
@@ -635,7 +635,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
             If a frame has no column of ids, or `duplicates` no scores to compare with `eps`.
         InvalidArgumentError
             If the ids of the two frames are of different types, `duplicates` is no such frame, it was found at several
-            eps and none of them is chosen, or `eps` is not a number from 0 to 2.
+            eps and none of them is chosen, or `eps` is not a number from 0 to 2. When computed, if they are scores of
+            all rows and there is no `eps`.
         IdError
             When computed, if an id to remove stands in several rows of this frame, of which at most one is a
             duplicate, or if scores say that a row duplicates one of its own id. No partition is given out before that
@@ -1011,7 +1012,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             compute_dtype=compute_dtype,
             device=device,
         )
-        return self.remove(scores.semdedup.duplicates(eps), id_field=id_field)
+        return self.remove(scores, id_field=id_field, eps=eps)
 
     def _check_schema(
         self,

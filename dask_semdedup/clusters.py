@@ -798,15 +798,26 @@ def is_aligned(ddf: dd.DataFrame, cluster_field: str) -> bool:
 
     It is when there is one partition, or when Dask knows that it came from a shuffle by cluster or from
     `read_clusters`. What Dask says of the result of a broadcast merge is not believed: it says that both sides were
-    shuffled, and neither need be.
+    shuffled, and neither need be. Nor is what it says of a name by itself, not in a tuple, as of the result of a merge:
+    it goes on to say so when the column has been assigned or renamed.
     """
     if ddf.npartitions == 1:
         return True
-    claims = ddf.expr.unique_partition_mapping_columns_from_shuffle
     broadcast = any(
         merge.is_broadcast_join or merge._is_single_partition_broadcast for merge in ddf.expr.find_operations(Merge)
     )
-    return not broadcast and not claims.isdisjoint({cluster_field, (cluster_field,)})
+    return not broadcast and (cluster_field,) in claims_of(ddf.expr)
+
+
+def claims_of(expr: Expr) -> set[Any]:
+    """What Dask says the partitions are distinct in; nothing where its own answer fails.
+
+    That of a frame whose ``columns`` were set does, and where a dropped column was the one.
+    """
+    try:
+        return expr.unique_partition_mapping_columns_from_shuffle
+    except (KeyError, TypeError):
+        return set()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dask.typing import Key
 
 from dask_semdedup._parquet import Fragment, Reader, in_runs
 from dask_semdedup.against import against_meta, against_partition, best_of_probes
-from dask_semdedup.clusters import ReadClusters
+from dask_semdedup.clusters import ReadClusters, claims_of
 from dask_semdedup.embeddings import first_width
 from dask_semdedup.errors import EmbeddingError
 from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
@@ -153,8 +153,7 @@ class _ByCluster(Blockwise):
 
     @functools.cached_property
     def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        by_cluster = {self.cluster_field, (self.cluster_field,)}
-        return by_cluster & self.frame.unique_partition_mapping_columns_from_shuffle
+        return {(self.cluster_field,)} & claims_of(self.frame)
 
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (self.frame.npartitions + 1)

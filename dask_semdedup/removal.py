@@ -23,9 +23,9 @@ from dask.typing import Key
 from dask_semdedup.clusters import ShuffleByCluster
 from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, eps_column, find_duplicates, without_first_rows
 from dask_semdedup.embeddings import check_plain_dtype, frame_like, is_cudf, to_list
-from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.hashing import hash_ids
-from dask_semdedup.ids import check_same_kind, is_in, repeats
+from dask_semdedup.ids import are_equal, check_same_kind, is_in, repeats
 
 __all__ = ["remove_duplicates"]
 
@@ -112,13 +112,14 @@ def _select(duplicates: dd.DataFrame, id_field: str, eps: float | None) -> dd.Da
         duplicates = duplicates if flags else find_duplicates(duplicates, eps)
     are_scores = {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and id_field == "id"
     needed = [id_field, *(["max_id", SCORE_COLUMN] if are_scores else []), *([] if flag is None else [flag])]
+    options: dict[str, Any] = {
+        "id_field": id_field,
+        "are_scores": are_scores,
+        "flag": flag,
+        "is_chosen": eps is not None,
+    }
     return duplicates[needed].map_partitions(
-        ids_to_remove,
-        id_field,
-        are_scores,
-        flag,
-        meta=ids_to_remove(duplicates._meta[needed], id_field, are_scores, flag),
-        clear_divisions=True,
+        ids_to_remove, **options, meta=ids_to_remove(duplicates._meta[needed], **options), clear_divisions=True
     )
 
 
@@ -208,12 +209,22 @@ class RowsKept(Blockwise):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ids_to_remove(frame: Any, id_field: str, are_scores: bool, flag: str | None) -> Any:
-    """The ids of one partition's duplicates; not those of rows that are preferred to all of their cluster."""
+def ids_to_remove(frame: Any, *, id_field: str, are_scores: bool, flag: str | None, is_chosen: bool) -> Any:
+    """The ids of one partition's duplicates; not those of rows that are preferred to all of their cluster.
+
+    Where such rows are there and no eps is chosen, the frame holds what is no duplicate, too.
+    """
     if flag is not None:
         frame = frame[frame[flag].astype("bool")]
     if are_scores:
-        frame = without_first_rows(frame)
+        duplicates = without_first_rows(frame)
+        if not is_chosen and (count := len(frame) - len(duplicates)):
+            first = some(to_list(frame[id_field][are_equal(frame["id"], frame["max_id"])]))
+            raise InvalidArgumentError(
+                f"{have(count, 'row')} no preferred row in their cluster (ids {first}), so these are scores, or were "
+                "found at an eps of 1 or more: say which rows are duplicates, as remove(..., eps=0.01)."
+            )
+        frame = duplicates
     return frame[[id_field]].dropna().reset_index(drop=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import dask
@@ -78,6 +79,12 @@ def as_plain(value: object) -> object:
 
 def shuffles(ddf: dd.DataFrame) -> list[object]:
     return list(ddf.optimize(fuse=False).expr.find_operations(ShuffleBase))
+
+
+def with_columns(ddf: dd.DataFrame, names: list[str]) -> dd.DataFrame:
+    ddf = ddf.copy()
+    ddf.columns = names
+    return ddf
 
 
 def clusters_are_whole(ddf: dd.DataFrame, cluster_field: str = "centroid") -> bool:
@@ -529,6 +536,25 @@ class TestAlignment:
         assert not is_aligned(merged, "centroid")
         single = left.merge(right.shuffle("centroid").repartition(npartitions=1), on="centroid")
         assert not is_aligned(single, "centroid")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda ddf: ddf.assign(centroid=ddf.coarse),
+            lambda ddf: ddf.rename(columns={"centroid": "fine", "coarse": "centroid"}),
+            lambda ddf: ddf.drop(columns="centroid").rename(columns={"coarse": "centroid"}),
+            lambda ddf: with_columns(ddf, ["fine", "id", "centroid"]),
+        ],
+        ids=["assigned", "renamed", "dropped and renamed", "columns set"],
+    )
+    @pytest.mark.parametrize("on", ["centroid", ["centroid"], None], ids=["merged", "merged on a list", "shuffled"])
+    def test_another_column_under_the_name_is_aligned_anew(
+        self, change: Callable[[dd.DataFrame], dd.DataFrame], on: str | list[str] | None
+    ) -> None:
+        ddf = dd.from_pandas(pd.DataFrame({"centroid": np.arange(80) % 12, "id": range(80)}), npartitions=4)
+        coarse = dd.from_pandas(pd.DataFrame({"centroid": range(12), "coarse": np.arange(12) % 3}), npartitions=3)
+        ddf = ddf.shuffle("centroid").assign(coarse=ddf.centroid % 3) if on is None else ddf.merge(coarse, on=on)
+        assert clusters_are_whole(align(change(ddf), "centroid"))
 
     def test_no_cluster_column(self) -> None:
         ddf = dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)

@@ -234,7 +234,15 @@ class TestDuplicates:
         assert self.left(documents, lazy.groups(0.05)) == [0, 3]
 
     def test_the_first_row_of_a_cluster_is_kept(self, documents: pd.DataFrame, scores: pd.DataFrame) -> None:
-        assert self.left(documents, dd.from_pandas(scores, npartitions=2).semdedup.duplicates(eps=2)) == [0]
+        duplicates = dd.from_pandas(scores, npartitions=2).semdedup.duplicates(eps=2)
+        assert self.left(documents, duplicates, eps=2) == [0]
+
+    def test_scores_without_eps_are_no_duplicates(self, documents: pd.DataFrame, scores: pd.DataFrame) -> None:
+        left = lazily(documents).semdedup.remove(scores)
+        with pytest.raises(
+            InvalidArgumentError, match=r"1 row has no preferred row.*\(ids .*0.*\).*remove\(\.\.\., eps="
+        ):
+            left.compute()
 
     def test_all_scores_by_eps(self, documents: pd.DataFrame, scores: pd.DataFrame) -> None:
         assert self.left(documents, scores, eps=0.05) == [0, 3]

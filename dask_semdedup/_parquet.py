@@ -33,7 +33,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup._footers import Group, read_alike
 from dask_semdedup.embeddings import take
-from dask_semdedup.errors import ClusterError, MissingColumnsError, some
+from dask_semdedup.errors import ClusterError, MissingColumnsError, MissingDependencyError, some
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.placement import cores_per_gpu
 from dask_semdedup.streams import current, finish, outside
@@ -597,8 +597,13 @@ def _cudf() -> Any:
     os.environ.setdefault("KVIKIO_NTHREADS", str(cores_per_gpu()))
     os.environ.setdefault("LIBCUDF_HOST_COMPRESSION", "AUTO")
     os.environ.setdefault("LIBCUDF_HOST_COMPRESSION_THRESHOLD", str(PAGES_A_CORE * cores_per_gpu()))
-    import cudf
-
+    try:
+        import cudf
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Frames of cuDF need cuDF, which cannot be imported ({error}). Install 'dask-semdedup[cu13]', or [cu12] "
+            "for CUDA 12, or use backend='pandas'."
+        ) from error
     return cudf
 
 

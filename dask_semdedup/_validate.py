@@ -9,7 +9,7 @@ from dask.utils import parse_bytes
 
 from dask_semdedup.errors import InvalidArgumentError
 
-__all__ = ["check_bytes", "check_choice", "check_positive", "check_seed"]
+__all__ = ["check_bytes", "check_choice", "check_names", "check_positive", "check_seed"]
 
 
 def check_bytes(name: str, value: str | int) -> int:
@@ -38,6 +38,17 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """
     if value not in allowed:
         raise InvalidArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+
+
+def check_names(name: str, value: Sequence[str] | None) -> None:
+    """Raise for one string, where columns are to be named in a list.
+
+    Examples
+    --------
+    >>> check_names("columns", ["id"])
+    """
+    if isinstance(value, str):
+        raise InvalidArgumentError(f"{name} must be a list of names, as [{value!r}], not {value!r}.")
 
 
 def check_positive(name: str, value: object) -> None:

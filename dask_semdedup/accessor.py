@@ -10,13 +10,14 @@ from typing import Any
 
 import dask
 import dask.dataframe as dd
+import fsspec
 import numpy as np
 from dask.dataframe.dask_expr._collection import new_collection
 from dask.dataframe.dask_expr._expr import _DelayedExpr
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_bytes, check_choice, check_positive
-from dask_semdedup.clusters import align, align_both, cluster_files, no_cluster_column
+from dask_semdedup.clusters import ReadClusters, align, align_both, cluster_files, no_cluster_column
 from dask_semdedup.duplicates import EPS_GRID, check_eps, eps_curve, find_duplicates
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
@@ -177,6 +178,12 @@ class SemDedupAccessor:
         """
         self._check_embeddings(embedding_field, embedding_dim)
         self._check_new_columns(embedding_field, cluster_field, id_field)
+        if has_visits(self._ddf._meta, cluster_field):
+            home = home_field(cluster_field)
+            raise InvalidArgumentError(
+                f"The frame holds visits: {home!r} is the row's own cluster, and rows stand in several. Keep each row "
+                f"once, as ddf[ddf.{cluster_field} == ddf.{home}].drop(columns={home!r})."
+            )
         check_choice("device", device, DEVICES)
         check_positive("n_clusters", n_clusters)
         check_positive("n_probe", n_probe)
@@ -340,9 +347,11 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Raises
         ------
         ClusterError
-            If there is no cluster column, rows have no cluster, there are no rows, or partitions differ in schema.
+            If there is no cluster column, rows have no cluster or one that would be read back as null, such as "",
+            there are no rows, or partitions differ in schema.
         InvalidArgumentError
-            If the folder is not free, or the cluster column can not be folders' names.
+            If the folder is not free, or within the one that the frame is read from, or the cluster column can not be
+            folders' names.
 
         Notes
         -----
@@ -363,6 +372,13 @@ n_init, oversampling_factor, max_samples_per_batch, device
         check_cluster_dtype(self._ddf._meta[cluster_field])
         if len(self._ddf.columns) == 1:
             raise InvalidArgumentError(f"The frame has no columns to write but {cluster_field!r}.")
+        output = fsspec.core.strip_protocol(os.fspath(path))
+        for source in (read.source for read in self._ddf.expr.find_operations(ReadClusters)):
+            if within := [folder for folder in source.folders if output.startswith(f"{folder}/")]:
+                raise InvalidArgumentError(
+                    f"Output {output!r} is within {within[0]!r}, which is read: its clusters would be read twice from "
+                    "then on. Name a folder apart."
+                )
         with staged_folder(os.fspath(path), overwrite=overwrite, storage_options=storage_options) as folder:
             write_layout(aligned, folder, cluster_field, size, **(storage_options or {}))
         return cluster_files(path, storage_options, cluster_field=cluster_field)
@@ -836,6 +852,12 @@ n_init, oversampling_factor, max_samples_per_batch, device
         if eps is not None:
             check_eps(eps)
         reference_id_field = id_field if reference_id_field is None else reference_id_field
+        if not isinstance(reference, dd.DataFrame):
+            kind = type(reference).__name__
+            raise InvalidArgumentError(
+                f"reference must be a Dask DataFrame, not a {kind}: for one of pandas, dd.from_pandas(reference, "
+                "npartitions=1)."
+            )
         # Before a fit, which takes longer than to see that a column is not there.
         self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
         reference.semdedup._check_ids_and_embeddings(reference_id_field, embedding_field, embedding_dim)

@@ -56,9 +56,10 @@ from dask_semdedup._parquet import (
     read_footers,
     read_schema,
 )
-from dask_semdedup._validate import check_bytes
+from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.embeddings import to_arrow, to_host
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
+from dask_semdedup.layout import NULL_NAMES
 from dask_semdedup.memory import device_bytes
 from dask_semdedup.placement import PARTITIONS_ON_GPU, threads_per_gpu, visible_gpus
 
@@ -78,7 +79,6 @@ __all__ = [
 
 BACKENDS = ("pandas", "cudf")
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
-NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 # A partition that costs more than so many times the median is begun before the others.
 GIANT = 2
 # Reading a row costs about as much as comparing it with this many others, so that small clusters are not free.
@@ -186,6 +186,7 @@ def read_clusters(
     2   3         1
     """
     backend = _check_backend(backend)
+    check_names("columns", columns)
     size = default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
     folders = _clusters_of_folders(files, cluster_field)
@@ -330,7 +331,7 @@ def _clusters_of_folders(files: Iterable[str], cluster_field: str) -> dict[str, 
         return None
     if outside:
         raise ClusterError(f"{len(outside)} files are in no folder {cluster_field}=<k>, others are: {some(outside)}.")
-    null = [file for file, name in names.items() if name in ("", NULL_FOLDER)]
+    null = [file for file, name in names.items() if name in NULL_NAMES]
     if null:
         raise ClusterError(f"{have(len(null), 'file')} a null cluster in {cluster_field!r}: {some(null)}.")
     if all(map(INTEGER.fullmatch, set(names.values()))):
@@ -373,6 +374,13 @@ class Source:
     cluster_field: str
     aligned: bool
     token: str
+
+    @property
+    def folders(self) -> set[str]:
+        """Those in which a folder of the layout would be taken for a cluster of these."""
+        key = f"/{self.reader.cluster_field}="
+        paths = [fragment.path for fragments in self.partitions for fragment in fragments]
+        return {path.partition(key)[0] for path in paths} if self.reader.cluster_field else set()
 
     def __dask_tokenize__(self) -> str:
         return self.token

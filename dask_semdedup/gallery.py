@@ -10,7 +10,7 @@ import base64
 import difflib
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -22,6 +22,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, check_score_columns, is_duplicate, threshold
+from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.tally import (
     SCORE_FIELDS,
     compared_rows,
@@ -235,12 +236,27 @@ def text_gallery(
       a [red] car
       a [blue] car
     """
-    shown = [(document_text(query), document_text(match)) for query, match in zip(queries, matches, strict=True)]
+    queries, matches = (list(map(document_text, texts)) for texts in (queries, matches))
+    scores = list(scores)
+    check_pairs(queries, matches, scores)
     pairs = [
-        Pair("", "", float(score), compare_texts(*texts), same=texts[0] == texts[1])
-        for texts, score in zip(shown, scores, strict=True)
+        Pair("", "", float(score), compare_texts(query, match), same=query == match)
+        for query, match, score in zip(queries, matches, scores, strict=True)
     ]
     return TextGallery(pairs, title, None if eps is None else float(threshold(eps)))
+
+
+def check_pairs(queries: Sized, matches: Sized, scores: Sized) -> None:
+    """Raise unless there are as many of all three.
+
+    Examples
+    --------
+    >>> check_pairs(["a"], ["b"], [0.5])
+    """
+    if not len(queries) == len(matches) == len(scores):
+        raise InvalidArgumentError(
+            f"{len(queries)} queries, {len(matches)} matches and {len(scores)} scores do not make pairs."
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ from dask.system import CPU_COUNT
 from dask_semdedup.embeddings import is_cudf, to_numpy
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 
-__all__ = ["check_cluster_dtype", "write_layout", "write_partition"]
+__all__ = ["NULL_NAMES", "check_cluster_dtype", "write_layout", "write_partition"]
+
+# Values in the names of folders that stand for none, to Hive and Arrow.
+NULL_NAMES = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})
 
 # Bytes of a row group: large enough to be read fast, small enough for a reader to take one at a time.
 ROW_GROUP_BYTES = 1 << 26
@@ -147,9 +150,16 @@ def _runs(column: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
         raise ClusterError(
             f"Column {column.name!r}: {have(lost, 'row')} no cluster. Drop them, or assign them to clusters."
         )
+    names = (clusters.to_pandas() if is_cudf(clusters) else clusters).tolist()
+    if unreadable := [name for name in names if name in NULL_NAMES]:
+        rows = int(np.isin(codes, [names.index(name) for name in unreadable]).sum())
+        raise ClusterError(
+            f"Column {column.name!r}: {have(rows, 'row')} a cluster whose folder would be read back as null "
+            f"({some(map(repr, unreadable))}). Give it another name."
+        )
     order = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[order], np.arange(len(clusters) + 1))
-    return (clusters.to_pandas() if is_cudf(clusters) else clusters).tolist(), order, starts
+    return names, order, starts
 
 
 def _to_arrow(frame: Any) -> pa.Table:

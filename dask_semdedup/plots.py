@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from dask_semdedup.duplicates import threshold as duplicate_threshold
 from dask_semdedup.errors import MissingColumnsError
-from dask_semdedup.gallery import pairs_around, text_gallery
+from dask_semdedup.gallery import check_pairs, pairs_around, text_gallery
 from dask_semdedup.tally import SCORE_FIELDS, compared_rows, take_tally, to_pandas
 
 if TYPE_CHECKING:
@@ -232,8 +232,7 @@ def pair_gallery(
     >>> len(pair_gallery(images, images, [1.0, 0.99, 0.98], columns=2).axes)
     6
     """
-    if not len(queries) == len(matches) == len(scores):
-        raise ValueError(f"{len(queries)} queries, {len(matches)} matches and {len(scores)} scores do not make pairs.")
+    check_pairs(queries, matches, scores)
     lines = max(1, -(-len(scores) // columns))
     if figure is None:
         figure = Figure(figsize=(2.1 * columns, 1.35 * lines + 0.7), facecolor="white")

@@ -9,7 +9,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
@@ -31,8 +31,9 @@ from dask_semdedup._parquet import (
     read_footers,
     read_schema,
 )
-from dask_semdedup._validate import check_bytes
+from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.layout import NULL_NAMES
 
 __all__ = ["find_rows", "read_scores", "read_table", "table_token"]
 
@@ -63,7 +64,7 @@ def read_table(
         A file or a folder of them: local, or a URL that fsspec understands. JSON lines are files that end in .jsonl,
         .ndjson or .json, or in one of these and .gz; there is an object on each line.
     columns : sequence of str, optional
-        The columns to read; by default all.
+        The columns to read; by default all. Of Parquet in folders named as ``lang=en``, that is one of them.
     id_field : str, default "id"
         Column that may not be null in JSON.
     embedding_field : str, default "embeddings"
@@ -81,7 +82,7 @@ def read_table(
     Raises
     ------
     ClusterError
-        If there are no files, or one cannot be read.
+        If there are no files, one cannot be read, or folders are named by several columns.
     MissingColumnsError
         If a column is not there.
 
@@ -96,12 +97,13 @@ def read_table(
     0   1    [1. 0.]
     """
     size = check_bytes("partition_size", partition_size)
+    check_names("columns", columns)
     options = dict(storage_options or {})
     fs, files = _list_json(path, options)
     if files:
         return _read_json(fs, files, columns, id_field, embedding_field, size)
     fs, found = list_files(path, options)
-    reader, fragments, sizes = _scan(fs, found, columns)
+    reader, fragments, sizes = _scan(fs, found, columns, *_folder_column(path, found, columns))
     return _lazy(reader, _group(fragments, sizes, size), columns or reader.columns, checksum(found))
 
 
@@ -210,7 +212,7 @@ def find_rows(
     table = read_table(path, needed, id_field=id_field, storage_options=storage_options)
     wanted = pd.Index(list(ids)).unique()
     found = table.map_partitions(_select_ids, id_field, wanted, meta=table._meta).compute()
-    return found.drop_duplicates(id_field).set_index(id_field)[list(columns)]
+    return found.drop_duplicates(id_field).set_index(id_field, drop=False)[list(columns)]
 
 
 def table_token(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> str:
@@ -246,13 +248,16 @@ def _scan(
     cluster_field: str | None = None,
     clusters: Mapping[str, int | str] | None = None,
 ) -> tuple[Reader, list[Fragment], list[int]]:
-    """A reader of the files, their row groups, and the bytes of each."""
+    """A reader of the files, their row groups, and the bytes of each; a column may come from their names."""
     first, info = next(iter(files.items()))
     schema = read_schema(fs, first, info["size"])
+    if cluster_field in schema.names:
+        clusters = None
     if columns is not None:
-        if not set(columns) <= set(schema.names):
-            raise MissingColumnsError.build(columns, schema.names, f"They are wanted of {first}.")
-        schema = pa.schema([schema.field(name) for name in columns])
+        present = [*schema.names, *([cluster_field] if clusters else [])]
+        if not set(columns) <= set(present):
+            raise MissingColumnsError.build(columns, present, f"They are wanted of {first}.")
+        schema = pa.schema([schema.field(name) for name in columns if name in schema.names])
     stats = read_footers(fs, files, schema.names)
     nullable = frozenset().union(*(file.nullable for file in stats))
     type_ = None
@@ -273,8 +278,39 @@ def _clusters_of_files(files: Mapping[str, Any]) -> dict[str, int | str] | None:
     """Cluster of each file by its name, integers where all are; None where a name has none."""
     matches = {path: CLUSTER_FILE.fullmatch(path.rsplit("/", 1)[-1]) for path in files}
     names = {path: unquote(match[1]) for path, match in matches.items() if match}
-    if len(names) < len(files):
-        return None
+    return None if len(names) < len(files) else _numbers_or_names(names)
+
+
+def _folder_column(
+    path: str | os.PathLike[str], files: Iterable[str], columns: Sequence[str] | None
+) -> tuple[str | None, dict[str, int | str] | None]:
+    """The column that stands in folders' names, as ``lang=en``, and its value for each file; nothing if none does."""
+    # Folders that all files have, before the first pattern, say nothing of single ones.
+    root, *pattern = re.split(r"[*?\[]", fsspec.core.strip_protocol(os.fspath(path)), maxsplit=1)
+    root = root[: root.rfind("/")] if pattern else root
+    values = {file: _key_values(file.removeprefix(root)) for file in files}
+    keys = sorted({key for found in values.values() for key in found})
+    if not keys or not (columns is None or set(keys) & set(columns)):
+        return None, None
+    bare = [file for file, found in values.items() if found.keys() < set(keys) or NULL_NAMES & set(found.values())]
+    if len(keys) > 1 or bare:
+        where = f"; {have(len(bare), 'file')} no value, such as {some(bare, 1)}" if bare else ""
+        raise ClusterError(
+            f"Folders of {path} are named by {', '.join(keys)}{where}. One such column can be read, which every file "
+            "has. Name the columns that you need of the files themselves as columns, or use "
+            "dd.read_parquet(path, dtype_backend='pyarrow')."
+        )
+    return keys[0], _numbers_or_names({file: found[keys[0]] for file, found in values.items()})
+
+
+def _key_values(relative: str) -> dict[str, str]:
+    """What the folders of a file say, as ``lang=en``."""
+    parts = (folder.partition("=") for folder in relative.split("/")[:-1])
+    return {key: unquote(value) for key, found, value in parts if key and found}
+
+
+def _numbers_or_names(names: Mapping[str, str]) -> dict[str, int | str]:
+    """Integers where all values are."""
     if all(re.fullmatch(r"0|-?[1-9]\d{0,17}", name) for name in names.values()):
         return {path: int(name) for path, name in names.items()}
     return dict(names)

@@ -214,3 +214,9 @@ def test_bad_rows() -> None:
     narrow = reference.assign(embeddings=arrow_lists(np.ones((6, 4)), pa.float32()))
     with pytest.raises(EmbeddingError, match=r"6 rows with width 6, where embedding_dim is 4"):
         against_partition(frame, narrow, **FIELDS)
+
+
+def test_the_reference_is_a_frame_of_dask() -> None:
+    frame = pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]]})
+    with pytest.raises(InvalidArgumentError, match=r"must be a Dask DataFrame, not a DataFrame.*dd\.from_pandas"):
+        dd.from_pandas(frame[["id"]], npartitions=1).semdedup.against(frame)

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import dask
@@ -23,7 +24,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_semdedup import ClusterError, InvalidArgumentError, MissingColumnsError, _parquet, clusters, read_clusters
+from dask_semdedup import (
+    ClusterError,
+    InvalidArgumentError,
+    MissingColumnsError,
+    MissingDependencyError,
+    _parquet,
+    clusters,
+    read_clusters,
+)
 from dask_semdedup.clusters import ReadClusters, align, cluster_files, is_aligned, plan, write_cluster, write_clusters
 
 WIDTH = 4
@@ -506,6 +515,11 @@ class TestAlignment:
         again = merged.compute().sort_values("document", ignore_index=True)
         wanted = expected[["id", "centroid"]].rename(columns={"id": "document"}).merge(names, on="centroid", how=how)
         assert again.name.to_list() == wanted.sort_values("document").name.to_list()
+
+    @pytest.mark.skipif(find_spec("cudf") is not None, reason="cuDF is there")
+    def test_cudf_is_asked_for_where_it_is_not(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        with pytest.raises(MissingDependencyError, match=r"No module named 'cudf'.*dask-semdedup\[cu13\]"):
+            read_clusters(layout[0], backend="cudf")
 
     def test_unaligned_frames_are_shuffled(self, layout: tuple[Path, pd.DataFrame]) -> None:
         _, expected = layout

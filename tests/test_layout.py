@@ -149,6 +149,14 @@ def fail_late(part: pd.DataFrame, partition_info: dict[str, int] | None = None) 
     return part
 
 
+def test_a_folder_within_what_is_read_is_refused(frame: pd.DataFrame, tmp_path: Path) -> None:
+    in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters")
+    read = read_clusters(tmp_path / "clusters")
+    with pytest.raises(InvalidArgumentError, match=r"clusters/again' is within '.*clusters', which is read"):
+        read[read["id"] > 3].semdedup.to_clusters(tmp_path / "clusters" / "again")
+    assert len(read_clusters(tmp_path / "clusters")) == len(frame)
+
+
 def test_a_failure_leaves_nothing(frame: pd.DataFrame, tmp_path: Path) -> None:
     in_partitions(frame).semdedup.to_clusters(tmp_path / "first")
     broken = read_clusters(tmp_path / "first", partition_size=1).map_partitions(fail_late)
@@ -178,8 +186,13 @@ def no_rows(frame: pd.DataFrame) -> dd.DataFrame:
             ClusterError,
             "rows have no cluster",
         ),
+        (
+            lambda frame: in_partitions(frame.assign(centroid=frame["centroid"].astype(str).replace("10", ""))),
+            ClusterError,
+            "'centroid': [0-9]+ rows have a cluster whose folder would be read back as null .''.",
+        ),
     ],
-    ids=["no rows", "no clusters", "nothing else", "floats", "nulls"],
+    ids=["no rows", "no clusters", "nothing else", "floats", "nulls", "no name"],
 )
 def test_bad_frames(frame: pd.DataFrame, tmp_path: Path, make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

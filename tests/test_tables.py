@@ -103,10 +103,53 @@ def test_mixed_folders_and_missing_columns_are_refused(tmp_path: Path) -> None:
         read_table(tmp_path)
 
 
+@pytest.mark.parametrize("path", ["{}", "{}/", "{}/lang=*", "{}/*/*.parquet", "file://{}"])
+@pytest.mark.parametrize("years", [False, True], ids=["strings", "integers"])
+def test_a_column_may_stand_in_the_names_of_folders(tmp_path: Path, path: str, years: bool) -> None:
+    langs = pd.Series([2001, -5, 2001, 7] if years else ["en", "a=b/c", "en", "7"])
+    frame = pd.DataFrame({"id": range(4), "lang": langs, "text": list("abcd")})
+    frame.to_parquet(tmp_path, partition_cols=["lang"])
+    read = read_table(path.format(tmp_path))
+    assert list(read.columns) == ["id", "text", "lang"]
+    assert read.compute().sort_values("id")["lang"].to_list() == frame["lang"].to_list()
+    assert read[["lang"]].compute()["lang"].dtype == ("int64" if years else read["lang"].dtype)
+    some = read_table(path.format(tmp_path), ["lang", "id"]).compute()
+    assert list(some.columns) == ["lang", "id"]
+    assert dict(zip(some["id"], some["lang"], strict=True)) == frame.set_index("id")["lang"].to_dict()
+
+
+def test_a_folder_by_itself_has_no_such_column(tmp_path: Path) -> None:
+    pd.DataFrame({"id": [1, 2], "lang": ["en", "de"]}).to_parquet(tmp_path, partition_cols=["lang"])
+    assert list(read_table(tmp_path / "lang=en").columns) == ["id"]
+
+
+def test_what_files_hold_goes_before_the_names_of_folders(tmp_path: Path) -> None:
+    (tmp_path / "lang=en").mkdir()
+    pd.DataFrame({"lang": ["English"], "id": [1]}).to_parquet(tmp_path / "lang=en" / "a.parquet")
+    assert read_table(tmp_path).compute().to_dict("list") == {"lang": ["English"], "id": [1]}
+
+
+def test_folders_of_several_columns_or_none_are_refused(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"id": [1, 2], "lang": ["en", None], "year": [1, 2]})
+    frame.to_parquet(tmp_path / "two", partition_cols=["lang", "year"])
+    frame.to_parquet(tmp_path / "null", partition_cols=["lang"])
+    with pytest.raises(ClusterError, match=r"named by lang, year.*as columns"):
+        read_table(tmp_path / "two")
+    with pytest.raises(ClusterError, match=r"named by lang; 1 file has no value, such as .*lang=__HIVE"):
+        read_table(tmp_path / "null")
+    assert len(read_table(tmp_path / "two", ["id"])) == 2
+
+
+def test_columns_are_a_list(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"columns must be a list of names, as \['id'\]"):
+        read_table(tmp_path, "id")
+
+
 def test_rows_are_found_by_id(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10)
     found = find_rows(tmp_path / "a.parquet", ["d31", "d4", "nowhere"], ["text"])
     assert found["text"].to_dict() == {"d4": ROWS[4]["text"], "d31": ROWS[31]["text"]}
+    assert find_rows(tmp_path / "a.parquet", ["d4"], ["id"])["id"].to_dict() == {"d4": "d4"}
 
 
 def test_token_follows_the_files(tmp_path: Path) -> None:

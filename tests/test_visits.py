@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dask_semdedup  # noqa: F401  (registers the accessor)
-from dask_semdedup import ClusterError
+from dask_semdedup import ClusterError, InvalidArgumentError
 from dask_semdedup.pairwise import best_of_visits, pairwise_meta, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, make_strategy
 from tests.strategies import KINDS, seeds
@@ -149,3 +149,13 @@ def test_visits_of_rows_that_are_nowhere_at_home_are_an_error() -> None:
     homeless = dd.from_pandas(frame[frame["centroid"] < 2], npartitions=2)
     with pytest.raises(ClusterError, match=r"visits only: none where 'centroid' is the row's own cluster"):
         homeless.semdedup.pairwise().compute()
+
+
+def test_visits_are_not_clustered_again() -> None:
+    rng = np.random.default_rng(0)
+    frame = with_visits(rng, rng.standard_normal((60, 4)).astype(np.float32), 3, 2)
+    ddf = dd.from_pandas(frame, npartitions=2)
+    with pytest.raises(InvalidArgumentError, match=r"holds visits: 'home_centroid'.*drop\(columns='home_centroid'\)"):
+        ddf.semdedup.kmeans(2)
+    once = ddf[ddf.centroid == ddf.home_centroid].drop(columns="home_centroid")
+    assert len(once.semdedup.kmeans(centroids=np.eye(4)[:2])) == 60

@@ -129,7 +129,7 @@ search_options = _together(
         "--partition-size",
         metavar="SIZE",
         help="The most that a partition may take in memory, unless a single cluster takes more.  [default: 128MiB, "
-        "or up to 1GiB on a GPU]",
+        "or up to 2GiB on a GPU]",
     ),
 )
 execution_options = _together(

@@ -480,7 +480,7 @@ class Reader:
         if self.backend == "cudf":
             if self.cluster_field in columns:
                 table = table.append_column(self.cluster_field, pa.array([], self.cluster_type))
-            return _cudf().DataFrame.from_arrow(table)[list(columns)]
+            return import_cudf().DataFrame.from_arrow(table)[list(columns)]
         return self._to_pandas(table, (), columns)
 
     def read(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
@@ -514,7 +514,7 @@ class Reader:
         return frame[list(columns)]
 
     def _cudf_clusters(self, fragments: Sequence[Fragment]) -> Any:
-        cudf = _cudf()
+        cudf = import_cudf()
         import pylibcudf
 
         clusters = pa.array([fragment.cluster for fragment in fragments], self.cluster_type)
@@ -591,7 +591,14 @@ def read_fragment(fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.
 
 
 @cache
-def _cudf() -> Any:
+def import_cudf() -> Any:
+    """CuDF, with the settings of the libraries that read and write for it.
+
+    Raises
+    ------
+    MissingDependencyError
+        If it cannot be imported.
+    """
     # They are looked at once, at the first use. KvikIO, which reads files for cuDF, takes 4 threads by itself; and few
     # pages to compress, as of scores, take a GPU long: 66,000 scores are written in 35 ms, in 10 if the host does it.
     os.environ.setdefault("KVIKIO_NTHREADS", str(cores_per_gpu()))
@@ -628,7 +635,7 @@ def files_at_once() -> int:
 
 def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
     """Read the columns of all fragments into one cuDF frame, in few calls: many small reads leave a GPU idle."""
-    cudf = _cudf()
+    cudf = import_cudf()
     rows = sum(fragment.rows for fragment in fragments)
     if not columns:
         return cudf.DataFrame(index=cudf.RangeIndex(rows))
@@ -651,7 +658,7 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
             if is_local(fs):
                 return _read_with_libcudf(fragments, columns, groups)
             with outside("cuda"):
-                return _cudf().read_parquet(
+                return import_cudf().read_parquet(
                     [fragment.path for fragment in fragments],
                     columns=list(columns),
                     row_groups=groups or None,
@@ -662,6 +669,9 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
                     allow_mismatched_pq_schemas=True,
                 )
     except (RuntimeError, OSError, IndexError) as error:
+        # What another thread did to the GPU is no fault of the files.
+        if "cuda" in str(error).lower():
+            raise
         raise _unreadable(_first_of(fragments), error) from error
 
 
@@ -681,7 +691,7 @@ def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], gr
     # Of dates cuDF makes times.
     is_converted = any(column.type().id() == TypeId.TIMESTAMP_DAYS for column in table.columns)
     with outside("cuda" if is_converted else "cpu"):
-        frame = _cudf().DataFrame.from_pylibcudf(table)
+        frame = import_cudf().DataFrame.from_pylibcudf(table)
     return frame
 
 

@@ -61,7 +61,7 @@ from dask_semdedup.embeddings import to_arrow, to_host
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.layout import NULL_NAMES
 from dask_semdedup.memory import device_bytes
-from dask_semdedup.placement import PARTITIONS_ON_GPU, threads_per_gpu, visible_gpus
+from dask_semdedup.placement import partitions_per_gpu, visible_gpus
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -222,9 +222,7 @@ def default_size(backend: str, client: Client | None = None) -> int:
     memory = device_bytes()
     if memory is None:
         return GPU_PARTITIONS[1]
-    # Frames that are tasks of their own, not read and scored in one, may be as many as there are threads.
-    at_once = max(2 * PARTITIONS_ON_GPU, threads_per_gpu(client))
-    return int(np.clip(memory // (GPU_COPIES * at_once), *GPU_PARTITIONS))
+    return int(np.clip(memory // (GPU_COPIES * partitions_per_gpu(client)), *GPU_PARTITIONS))
 
 
 def fitting_size(size: int, backend: str, nbytes: int) -> int:

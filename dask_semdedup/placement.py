@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING
@@ -31,8 +32,8 @@ __all__ = [
     "cores_for",
     "cores_per_gpu",
     "has_cuda",
+    "partitions_per_gpu",
     "place_for",
-    "threads_per_gpu",
     "turn_on_gpu",
     "visible_gpus",
 ]
@@ -117,29 +118,46 @@ def cores_per_gpu() -> int:
     return max(1, CPU_COUNT // visible_gpus())
 
 
-def threads_per_gpu(client: Client | None = None) -> int:
-    """How many of Dask's threads may each hold a partition on the same GPU.
+def partitions_per_gpu(client: Client | None = None) -> int:
+    """How many partitions to leave room for on a GPU: twice the places of each process, or as many as it has threads.
 
-    Processes of workers that are as many as the GPUs have one each; else all threads are taken to share one.
+    What is read and scored in one task takes a place (`place_for`), and all places take half of the GPU. Frames that
+    are tasks of their own may be as many as there are threads.
 
     Parameters
     ----------
     client : distributed.Client, optional
-        Where the work will go; the default client, if there is one.
+        Where the work will go; the default client, if there is one. Where a machine has as many workers as this one has
+        GPUs, each is taken to have its own. Where it has more, all share one, as those of a plain `LocalCluster` do.
 
     Examples
     --------
-    >>> threads_per_gpu() == CPU_COUNT
+    >>> partitions_per_gpu() == max(10, CPU_COUNT)
     True
     """
+    return max(processes * max(2 * PARTITIONS_ON_GPU, threads) for processes, threads in _sharing_a_gpu(client))
+
+
+def _sharing_a_gpu(client: Client | None) -> list[tuple[int, int]]:
+    """The processes on one GPU of each machine, and the threads of one of them."""
     client = client or _default_client()
     # An asynchronous one cannot be asked.
     if client is None or client.asynchronous or client.status != "running":
-        return CPU_COUNT
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    threads = [worker["nthreads"] for worker in workers.values()] or [CPU_COUNT]
-    processes = [address for address in workers if not address.startswith("inproc://")]
-    return max(threads) if len(processes) >= visible_gpus() else sum(threads)
+        return [(1, CPU_COUNT)]
+    machines: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
+        process = "this" if address.startswith("inproc://") else address
+        machines[worker["host"]][process] += worker["nthreads"]
+    gpus = visible_gpus()
+    return [_share(list(processes.values()), gpus) for processes in machines.values()] or [(1, CPU_COUNT)]
+
+
+def _share(threads: Sequence[int], gpus: int) -> tuple[int, int]:
+    """Of the processes of a machine with so many threads each, those on one GPU, and the threads of one."""
+    if len(threads) > gpus:
+        return len(threads), max(threads)
+    # Fewer than GPUs may be one for each of some of them, or not.
+    return 1, max(threads) if len(threads) == gpus else sum(threads)
 
 
 def _default_client() -> Client | None:

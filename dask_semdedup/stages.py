@@ -14,17 +14,17 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from itertools import chain, pairwise, starmap
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import dask
 import fsspec
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dask_semdedup._parquet import FileStats, Fragment, Reader, read_footers, read_schema
+from dask_semdedup._parquet import FileStats, Fragment, Reader, import_cudf, read_footers, read_schema
 from dask_semdedup._validate import check_positive
 from dask_semdedup.clusters import (
     CUDF_ELEMENTS,
@@ -431,7 +431,7 @@ class PairwiseCosineSimilarityStage:
         return reader.read(fragments, [*self._columns(), CLUSTER_FIELD])
 
     def _read_with_kwargs(self, files: Mapping[Any, list[str]]) -> Any:
-        module = import_module(self.backend)
+        module: Any = import_cudf() if self.backend == "cudf" else pd
         options: dict[str, Any] = {"dtype_backend": "pyarrow"} if self.backend == "pandas" else {}
         options |= {**self.read_kwargs, "columns": self._columns(), "storage_options": self.input_storage_options}
         with outside(HOMES[self.backend]):

@@ -83,4 +83,4 @@ def device_memory() -> Callable[[Callable[[], object]], tuple[int, int]]:
             taken = rmm.statistics.get_statistics()
         return taken.peak_bytes, taken.current_bytes
 
-    return of_torch if torch.cuda.memory.get_allocator_backend() == "native" else of_rmm
+    return of_rmm if torch.cuda.memory.get_allocator_backend() == "pluggable" else of_torch

@@ -219,20 +219,20 @@ class TestSizes:
         assert clusters.fitting_size(size, "cudf", nbytes) == expected
 
     @pytest.mark.parametrize(
-        ("gigabytes", "threads", "expected"),
+        ("gigabytes", "partitions", "expected"),
         [
             (141, 16, 2**31),
             (80, 16, 80 * 2**30 // 48),
-            (80, 4, 2**31),
+            (80, 10, 2**31),
             (80, 64, 80 * 2**30 // 192),
-            (24, 8, 24 * 2**30 // 30),
-            (1, 8, 2**27),
+            (24, 10, 24 * 2**30 // 30),
+            (1, 10, 2**27),
         ],
     )
-    def test_frames_of_all_threads_fit_into_a_gpu(self, monkeypatch, gigabytes, threads, expected) -> None:
+    def test_partitions_fit_into_a_gpu(self, monkeypatch, gigabytes, partitions, expected) -> None:
         client = object()
         monkeypatch.setattr(clusters, "device_bytes", lambda: gigabytes * 2**30)
-        monkeypatch.setattr(clusters, "threads_per_gpu", lambda asked: threads if asked is client else None)
+        monkeypatch.setattr(clusters, "partitions_per_gpu", lambda asked: partitions if asked is client else None)
         assert clusters.default_size("cudf", client) == expected
 
 

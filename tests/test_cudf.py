@@ -243,8 +243,8 @@ class FreshMemory:
         import cupy
         import rmm
 
-        share_memory_pool()
-        self.pool, self.fill, self.is_used = rmm.mr.get_current_device_resource(), cupy.cuda.runtime.memsetAsync, False
+        self.pool, self.fill = rmm.mr.get_current_device_resource(), cupy.cuda.runtime.memsetAsync
+        self.is_used, self.lock = False, threading.Lock()
         self.next = self.start = self.pool.allocate(nbytes)
         self.stop = self.start + nbytes
         self.fill(self.start, 255, nbytes, 0)
@@ -254,7 +254,8 @@ class FreshMemory:
     def allocate(self, nbytes, stream):
         if not self.is_used:
             return self.pool.allocate(nbytes, stream)
-        pointer, self.next = self.next, self.next + -(-max(nbytes, 1) // 256) * 256
+        with self.lock:
+            pointer, self.next = self.next, self.next + -(-max(nbytes, 1) // 256) * 256
         assert self.next <= self.stop, "The memory that nobody has used is used up."
         return pointer
 
@@ -266,6 +267,8 @@ class FreshMemory:
 
 @pytest.fixture(scope="module")
 def fresh_memory(cudf):
+    if not share_memory_pool():
+        pytest.skip("torch used CUDA before it could share the pool: run these tests in a process of their own")
     return FreshMemory()
 
 

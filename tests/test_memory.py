@@ -18,6 +18,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup import _parquet, memory, pairwise
+from dask_semdedup.errors import ClusterError
 from dask_semdedup.memory import share_memory_pool
 from tests.test_pairwise import GOLDEN, run
 
@@ -160,13 +161,28 @@ def test_it_is_there_before_cudf_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     done = Mock()
     monkeypatch.setattr(_parquet, "share_memory_pool", done.share)
     monkeypatch.setattr(_parquet.Reader, "_cudf_clusters", done.clusters)
-    monkeypatch.setattr(_parquet, "_cudf", lambda: done.cudf)
+    monkeypatch.setattr(_parquet, "import_cudf", lambda: done.cudf)
     monkeypatch.setattr(_parquet, "_read_with_libcudf", done.read)
     done.read.return_value = pd.DataFrame({"id": range(3)})
     schema = pa.schema({"id": pa.int64()})
     reader = _parquet.Reader(LocalFileSystem(), schema, frozenset(), "centroid", pa.int64(), "cudf")
     reader.read([_parquet.Fragment("a.parquet", 3, None, 0)], ["id", "centroid"])
     assert [name for name, _, _ in done.mock_calls] == ["share", "clusters", "read"]
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [("CUDA error: an illegal memory access", RuntimeError), ("Encountered invalid footer", ClusterError)],
+    ids=["of the GPU", "of the file"],
+)
+def test_files_are_not_blamed_for_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, message: str, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(_parquet, "import_cudf", Mock())
+    monkeypatch.setattr(_parquet, "_read_with_libcudf", Mock(side_effect=RuntimeError(message)))
+    with pytest.raises(error, match=message) as raised:
+        _parquet.read_fragments_cudf(LocalFileSystem(), [_parquet.Fragment("a.parquet", 3, None, 0)], ["id"])
+    assert ("a.parquet" in str(raised.value)) == (error is ClusterError)
 
 
 def test_cudf_gets_its_share_of_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +192,10 @@ def test_cudf_gets_its_share_of_the_cores_unless_told_otherwise(monkeypatch: pyt
     with patch.dict(os.environ):
         for name in settings:
             os.environ.pop(name, None)
-        _parquet._cudf.__wrapped__()
+        _parquet.import_cudf.__wrapped__()
         assert {name: os.environ[name] for name in settings} == settings
         os.environ["KVIKIO_NTHREADS"] = "3"
-        _parquet._cudf.__wrapped__()
+        _parquet.import_cudf.__wrapped__()
         assert os.environ["KVIKIO_NTHREADS"] == "3"
 
 

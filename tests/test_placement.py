@@ -179,35 +179,57 @@ def test_a_gpu_has_its_share_of_the_cores(monkeypatch, gpus, expected):
     ("workers", "gpus", "expected"),
     [
         ({}, 1, 12),
-        ({"tcp://a": 4}, 1, 4),
-        ({"tcp://a": 4}, 8, 4),
-        ({"tcp://a": 4, "tcp://b": 2}, 2, 4),
-        ({"tcp://a": 4, "tcp://b": 2}, 4, 6),
-        ({"inproc://a": 4, "inproc://b": 2}, 2, 6),
+        ({"tcp://a:1": 4}, 1, 10),
+        ({"tcp://a:1": 14}, 1, 14),
+        ({"tcp://a:1": 14}, 8, 14),
+        ({"tcp://a:1": 14, "tcp://a:2": 13}, 2, 14),
+        ({"tcp://a:1": 14, "tcp://a:2": 13}, 4, 27),
+        ({"tcp://a:1": 4, "tcp://a:2": 4, "tcp://a:3": 4}, 1, 30),
+        ({"tcp://a:1": 4, "tcp://a:2": 14, "tcp://a:3": 4}, 2, 42),
+        ({"tcp://a:1": 4, "tcp://a:2": 4, "tcp://b:1": 4, "tcp://b:2": 14}, 2, 14),
+        ({"inproc://a:1": 14, "inproc://a:2": 2}, 1, 16),
+        ({"inproc://a:1": 14, "inproc://a:2": 2}, 2, 16),
     ],
-    ids=["none yet", "one", "one of many GPUs", "a GPU each", "fewer than GPUs", "in one process"],
+    ids=[
+        "none yet",
+        "few threads",
+        "one",
+        "one of many GPUs",
+        "a GPU each",
+        "fewer than GPUs",
+        "all on one GPU",
+        "more than GPUs",
+        "two machines",
+        "in one process",
+        "in one process beside two GPUs",
+    ],
 )
-def test_workers_say_how_many_threads_share_a_gpu(monkeypatch, workers, gpus, expected):
+def test_workers_say_how_many_partitions_may_be_on_a_gpu(monkeypatch, workers, gpus, expected):
     monkeypatch.setattr(placement, "CPU_COUNT", 12)
     monkeypatch.setattr(placement, "visible_gpus", lambda: gpus)
-    info = {"workers": {address: {"nthreads": threads} for address, threads in workers.items()}}
+    info = {
+        "workers": {
+            address: {"nthreads": threads, "host": address.split("/")[2].split(":")[0]}
+            for address, threads in workers.items()
+        }
+    }
     client = SimpleNamespace(asynchronous=False, status="running", scheduler_info=lambda n_workers: info)
-    assert placement.threads_per_gpu(client) == expected
+    assert placement.partitions_per_gpu(client) == expected
 
 
 @pytest.mark.parametrize("state", [{"asynchronous": True, "status": "running"}, {"status": "closed"}], ids=str)
 def test_a_client_that_cannot_be_asked_is_not(monkeypatch, state):
     monkeypatch.setattr(placement, "CPU_COUNT", 12)
-    assert placement.threads_per_gpu(SimpleNamespace(**{"asynchronous": False} | state)) == 12
+    assert placement.partitions_per_gpu(SimpleNamespace(**{"asynchronous": False} | state)) == 12
 
 
 def test_the_default_client_is_asked(monkeypatch):
     monkeypatch.setattr(placement, "CPU_COUNT", 12)
-    assert placement.threads_per_gpu() == 12
-    with LocalCluster(n_workers=2, threads_per_worker=3, processes=False, dashboard_address=None) as cluster:
+    assert placement.partitions_per_gpu() == 12
+    with LocalCluster(n_workers=2, threads_per_worker=10, processes=False, dashboard_address=None) as cluster:
         with Client(cluster):
-            assert placement.threads_per_gpu() == 6
+            assert placement.partitions_per_gpu() == 20
         with Client(cluster, set_as_default=False) as client:
-            assert placement.threads_per_gpu() == 12
-            assert placement.threads_per_gpu(client) == 6
-    assert placement.threads_per_gpu() == 12
+            assert placement.partitions_per_gpu() == 12
+            assert placement.partitions_per_gpu(client) == 20
+    assert placement.partitions_per_gpu() == 12

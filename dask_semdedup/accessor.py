@@ -142,7 +142,8 @@ class SemDedupAccessor:
             If the embedding column cannot hold embeddings, or rows of the sample are null, not finite or of different
             lengths; when computed, if others are, or are not of the centroids' width.
         InvalidArgumentError
-            If an argument is not one of those allowed, clusters are more than rows to fit on, or column names clash.
+            If an argument is not one of those allowed, clusters are more than rows to fit on, column names clash, or
+            the frame holds visits from an earlier clustering.
 
         Warns
         -----
@@ -178,8 +179,9 @@ class SemDedupAccessor:
         """
         self._check_embeddings(embedding_field, embedding_dim)
         self._check_new_columns(embedding_field, cluster_field, id_field)
-        if has_visits(self._ddf._meta, cluster_field):
-            home = home_field(cluster_field)
+        home = home_field(cluster_field)
+        dtypes = [getattr(self._ddf._meta.dtypes.get(name), "kind", None) for name in (cluster_field, home)]
+        if all(kind in ("i", "u") for kind in dtypes):
             raise InvalidArgumentError(
                 f"The frame holds visits: {home!r} is the row's own cluster, and rows stand in several. Keep each row "
                 f"once, as ddf[ddf.{cluster_field} == ddf.{home}].drop(columns={home!r})."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -343,16 +344,28 @@ def test_finished_scores_survive_a_failed_rename(
     assert len(read(staged)) == CLUSTERS * ROWS
 
 
-def test_interrupted_run_leaves_nothing(
-    clusters: str, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["interrupted", "terminated"])
+def test_a_run_that_is_stopped_leaves_nothing(
+    clusters: str,
+    tmp_path: Path,
+    invoke: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    stop: signal.Signals,
 ) -> None:
-    def interrupt(folder: str, *_: object, **__: object) -> None:
+    def stopped(folder: str, *_: object, **__: object) -> None:
         assert list(tmp_path.glob("scores.partial-*"))
-        raise KeyboardInterrupt
+        signal.raise_signal(stop)
 
-    monkeypatch.setattr(pairwise, "summarise", interrupt)
+    before = signal.getsignal(stop)
+    monkeypatch.setattr(pairwise, "summarise", stopped)
     assert invoke(clusters, tmp_path / "scores").exit_code == 130
+    assert signal.getsignal(stop) is before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
+
+
+def test_what_is_no_scheduler_is_named(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke(clusters, tmp_path / "scores", "--scheduler", "somewhere")
+    assert_one_line(result.stderr, "'somewhere' is no address of a scheduler", "tcp://")
 
 
 def test_traceback_is_shown_on_request(poisoned: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -44,7 +47,8 @@ class Application(click.Group):
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
         try:
-            status = super().main(args, standalone_mode=False, **extra)
+            with _stopped_by_sigterm():
+                status = super().main(args, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as help_text:
             help_text.show()
             sys.exit(EXIT_STATUS)
@@ -55,6 +59,19 @@ class Application(click.Group):
             click.echo("Stopped. Nothing unfinished was left under a final name.", err=True)
             sys.exit(INTERRUPTED)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let what batch systems send, to end a job, do as an interrupt does, which leaves nothing unfinished."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Command(click.Command):

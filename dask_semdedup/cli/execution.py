@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from dask_semdedup.errors import InvalidArgumentError
+
 if TYPE_CHECKING:
     import dask.dataframe as dd
     from distributed import Client, Future
@@ -37,7 +39,13 @@ def connect(scheduler: str | None, workers: int | None) -> Iterator[Client | Non
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
-        with Client(scheduler) as client:
+        try:
+            client = Client(scheduler)
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"{scheduler!r} is no address of a scheduler ({error}). Name one as tcp://10.0.0.1:8786."
+            ) from error
+        with client:
             yield client
         return
     # A worker's failure reaches the user through its future: its own log would only repeat it.

@@ -415,7 +415,7 @@ def search_segments(
 
     find = partial(nearest_earlier_from_host, device=device) if rows.device.type != device else nearest_earlier
     ends = None if stops is None else tensor_like(stops)
-    with turn_on_gpu(rows.device.type), behind(rows.device.type):
+    with turn_on_gpu(device), behind(rows.device.type):
         scores, index = find(
             rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size
         )

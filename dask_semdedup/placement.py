@@ -230,23 +230,23 @@ def place_for(home: str) -> Iterator[None]:
 _turn = threading.Lock()
 
 
-def turn_on_gpu(home: str) -> AbstractContextManager[object]:
+def turn_on_gpu(device: str) -> AbstractContextManager[object]:
     """Wait until no other thread searches on this process's GPU; on a CPU there is nothing to wait for.
 
     Two searches at once take as long as one after the other, but the first would be done, and its place be free for
-    the next to be read, only when both are.
+    the next to be read, only when both are. And one of rows in host memory takes what memory is free when it begins.
 
     Parameters
     ----------
-    home : {"cpu", "cuda"}
-        Where the rows are.
+    device : {"cpu", "cuda"}
+        Where the search is.
 
     Examples
     --------
     >>> with turn_on_gpu("cuda"):
     ...     pass
     """
-    return _turn if home == "cuda" else nullcontext()
+    return _turn if device == "cuda" else nullcontext()
 
 
 class Cores:

@@ -337,13 +337,15 @@ class _CudaLink(_Link):
         return torch.empty(size, dtype=dtype, pin_memory=True)
 
     def free_bytes(self) -> int:
-        """What CUDA calls free, and what torch's own allocator holds for nobody.
+        """What CUDA calls free, and what torch's own allocator holds for nobody; half of it where cuDF shares the pool.
 
         What a pool of RMM's holds counts as taken: `dask_semdedup.memory` bounds that.
         """
         free = torch.cuda.mem_get_info(self.device)[0]
-        # Other allocators keep no such statistics.
-        if torch.cuda.memory.get_allocator_backend() == "native":
+        allocator = torch.cuda.memory.get_allocator_backend()
+        if allocator == "pluggable":
+            return free // 2  # Partitions of cuDF that other threads read meanwhile need memory too.
+        if allocator == "native":  # Others keep no such statistics.
             free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free
 

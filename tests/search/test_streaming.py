@@ -213,6 +213,19 @@ def test_rows_arrive_whole_through_staging_buffers_of_any_size(staging_bytes: in
     np.testing.assert_array_equal(index, expected_index)
 
 
+@pytest.mark.parametrize(("allocator", "expected"), [("native", 120), ("cudaMallocAsync", 100), ("pluggable", 50)])
+def test_what_is_free_is_shared_with_cudf(allocator: str, expected: int) -> None:
+    link = object.__new__(streaming._CudaLink)
+    link.device = torch.device("cuda", 0)
+    with (
+        patch.object(torch.cuda, "mem_get_info", lambda device: (100, 1000)),
+        patch.object(torch.cuda, "memory_reserved", lambda device: 50),
+        patch.object(torch.cuda, "memory_allocated", lambda device: 30),
+        patch.object(torch.cuda.memory, "get_allocator_backend", lambda: allocator),
+    ):
+        assert link.free_bytes() == expected
+
+
 @pytest.mark.gpu
 def test_device_memory_stays_within_what_was_given(device_memory: Callable[..., tuple[int, int]]) -> None:
     rows, segments = np.random.default_rng(4).standard_normal((60_000, 256)).astype(np.float32), np.array([0, 60_000])

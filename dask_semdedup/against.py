@@ -175,10 +175,16 @@ def _stops(is_query: np.ndarray, segments: np.ndarray) -> np.ndarray:
 
 
 def _joined(parts: list[Any], position: np.ndarray) -> Any:
-    """The rows of both sides, those of a cluster together."""
-    import torch
-
-    return torch.cat(parts)[tensor_like(position).to(parts[0].device)]
+    """The rows of all parts in the order of their positions; the list is emptied, so that none stays beside a copy."""
+    places = np.empty_like(position)
+    places[position] = np.arange(len(position))
+    joined = parts[0].new_empty((len(position), parts[0].shape[1]))
+    start = 0
+    while parts:
+        part = parts.pop(0)
+        joined[tensor_like(places[start : start + len(part)]).to(part.device)] = part
+        start += len(part)
+    return joined
 
 
 def _like(array: np.ndarray, frame: Any) -> Any:

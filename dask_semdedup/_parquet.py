@@ -8,6 +8,7 @@ frame whose dtypes are those of `Reader.meta`, because both come from the same c
 from __future__ import annotations
 
 import os
+import re
 import resource
 import statistics
 import threading
@@ -670,7 +671,7 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
                 )
     except (RuntimeError, OSError, IndexError) as error:
         # What another thread did to the GPU is no fault of the files.
-        if "cuda" in str(error).lower():
+        if re.search("cuda[ _]?error|cuda out of memory", str(error), re.IGNORECASE):
             raise
         raise _unreadable(_first_of(fragments), error) from error
 

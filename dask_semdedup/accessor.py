@@ -143,7 +143,7 @@ class SemDedupAccessor:
             lengths; when computed, if others are, or are not of the centroids' width.
         InvalidArgumentError
             If an argument is not one of those allowed, clusters are more than rows to fit on, column names clash, or
-            the frame holds visits from an earlier clustering.
+            the frame holds visits from an earlier clustering under that `cluster_field`.
 
         Warns
         -----
@@ -374,12 +374,12 @@ n_init, oversampling_factor, max_samples_per_batch, device
         check_cluster_dtype(self._ddf._meta[cluster_field])
         if len(self._ddf.columns) == 1:
             raise InvalidArgumentError(f"The frame has no columns to write but {cluster_field!r}.")
-        output = fsspec.core.strip_protocol(os.fspath(path))
-        for source in (read.source for read in self._ddf.expr.find_operations(ReadClusters)):
-            if within := [folder for folder in source.folders if output.startswith(f"{folder}/")]:
+        fs, output = fsspec.url_to_fs(os.fspath(path), **(storage_options or {}))
+        for read in self._ddf.expr.find_operations(ReadClusters):
+            if (root := read.source.holds(fs, output)) is not None:
                 raise InvalidArgumentError(
-                    f"Output {output!r} is within {within[0]!r}, which is read: its clusters would be read twice from "
-                    "then on. Name a folder apart."
+                    f"Output {output!r} is within {root!r}, which is read: its clusters would be read twice from then "
+                    "on. Name a folder apart."
                 )
         with staged_folder(os.fspath(path), overwrite=overwrite, storage_options=storage_options) as folder:
             write_layout(aligned, folder, cluster_field, size, **(storage_options or {}))

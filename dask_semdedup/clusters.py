@@ -15,7 +15,7 @@ import statistics
 import uuid
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from dask import _expr as core
 from dask._task_spec import Task
 from dask.dataframe.dask_expr._collection import new_collection
-from dask.dataframe.dask_expr._expr import Expr, Lengths, Literal, PartitionsFiltered
+from dask.dataframe.dask_expr._expr import Expr, Filter, Lengths, Literal, PartitionsFiltered, Projection
 from dask.dataframe.dask_expr._merge import Merge
 from dask.dataframe.dask_expr._reductions import Len
 from dask.dataframe.dask_expr._shuffle import RearrangeByColumn
@@ -162,7 +162,9 @@ def read_clusters(
     MissingColumnsError
         If a column in `columns` is not there.
     InvalidArgumentError
-        If `backend` or `partition_size` is not one of those allowed.
+        If `backend`, `columns` or `partition_size` is not one of those allowed.
+    MissingDependencyError
+        If `backend` is "cudf" and cuDF cannot be imported.
 
     Notes
     -----
@@ -373,12 +375,15 @@ class Source:
     aligned: bool
     token: str
 
-    @property
-    def folders(self) -> set[str]:
-        """Those in which a folder of the layout would be taken for a cluster of these."""
-        key = f"/{self.reader.cluster_field}="
-        paths = [fragment.path for fragments in self.partitions for fragment in fragments]
-        return {path.partition(key)[0] for path in paths} if self.reader.cluster_field else set()
+    def holds(self, fs: fsspec.AbstractFileSystem, folder: str) -> str | None:
+        """The folder of these clusters, if another one within it would be taken for one of them; else None."""
+        if self.reader.cluster_field is None or type(fs) is not type(self.reader.fs):
+            return None
+        real = os.path.realpath if is_local(fs) else str
+        paths = (fragment.path for fragments in self.partitions for fragment in fragments)
+        # The innermost key is that of the cluster.
+        roots = {path.rpartition(f"/{self.reader.cluster_field}=")[0] for path in paths}
+        return next((root for root in roots if real(folder).startswith(f"{real(root)}/")), None)
 
     def __dask_tokenize__(self) -> str:
         return self.token
@@ -803,16 +808,37 @@ def is_aligned(ddf: dd.DataFrame, cluster_field: str) -> bool:
     """Whether the frame is known to have no cluster in two partitions.
 
     It is when there is one partition, or when Dask knows that it came from a shuffle by cluster or from
-    `read_clusters`. What Dask says of the result of a broadcast merge is not believed: it says that both sides were
-    shuffled, and neither need be. Nor is what it says of a name by itself, not in a tuple, as of the result of a merge:
-    it goes on to say so when the column has been assigned or renamed.
+    `read_clusters`. Not all that Dask says of the result of a merge is believed. Of a broadcast merge it says that both
+    sides were shuffled, and neither need be; of others, that the columns of both sides are distinct, whichever of them
+    now has the name; and it goes on to say so of a name by itself, not in a tuple, when a column has been assigned or
+    renamed.
     """
     if ddf.npartitions == 1:
         return True
-    broadcast = any(
-        merge.is_broadcast_join or merge._is_single_partition_broadcast for merge in ddf.expr.find_operations(Merge)
+    known: set[Any] = {(cluster_field,)}
+    above = ddf.expr
+    while isinstance(above, (Projection, Filter)):
+        above = above.frame
+    if isinstance(above, Merge):
+        known.add(cluster_field)
+    return not known.isdisjoint(claims_of(ddf.expr)) and all(
+        _is_hashed_by(merge, cluster_field) for merge in _last_merges(ddf.expr)
     )
-    return not broadcast and (cluster_field,) in claims_of(ddf.expr)
+
+
+def _last_merges(expr: core.Expr) -> Iterator[Merge]:
+    """The merges that are not followed by a shuffle."""
+    if isinstance(expr, Merge):
+        yield expr
+    elif not isinstance(expr, (RearrangeByColumn, ReadClusters)):
+        for dependency in expr.dependencies():
+            yield from _last_merges(dependency)
+
+
+def _is_hashed_by(merge: Merge, column: str) -> bool:
+    """Whether a merge brings rows of equal values in a column of both sides into one partition."""
+    broadcast = merge.is_broadcast_join or merge._is_single_partition_broadcast
+    return not broadcast and all(column == on or on == [column] for on in (merge.left_on, merge.right_on))
 
 
 def claims_of(expr: Expr) -> set[Any]:

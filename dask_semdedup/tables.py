@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def read_table(
         A file or a folder of them: local, or a URL that fsspec understands. JSON lines are files that end in .jsonl,
         .ndjson or .json, or in one of these and .gz; there is an object on each line.
     columns : sequence of str, optional
-        The columns to read; by default all. Of Parquet in folders named as ``lang=en``, that is one of them.
+        The columns to read; by default all that the files hold. Of Parquet in folders named as ``lang=en``, one such
+        column may be among them.
     id_field : str, default "id"
         Column that may not be null in JSON.
     embedding_field : str, default "embeddings"
@@ -82,9 +84,14 @@ def read_table(
     Raises
     ------
     ClusterError
-        If there are no files, one cannot be read, or folders are named by several columns.
+        If there are no files, one cannot be read, or several of the columns stand in the names of folders.
     MissingColumnsError
         If a column is not there.
+
+    Warns
+    -----
+    UserWarning
+        If columns stand in the names of folders only, and `columns` does not say what to read.
 
     Examples
     --------
@@ -99,12 +106,17 @@ def read_table(
     size = check_bytes("partition_size", partition_size)
     check_names("columns", columns)
     options = dict(storage_options or {})
+    _, root = fsspec.url_to_fs(os.fspath(path), **options)
     fs, files = _list_json(path, options)
     if files:
-        return _read_json(fs, files, columns, id_field, embedding_field, size)
-    fs, found = list_files(path, options)
-    reader, fragments, sizes = _scan(fs, found, columns, *_folder_column(path, found, columns))
-    return _lazy(reader, _group(fragments, sizes, size), columns or reader.columns, checksum(found))
+        ddf = _read_json(fs, files, columns, id_field, embedding_field, size)
+    else:
+        fs, files = list_files(path, options)
+        reader, fragments, sizes = _scan(fs, files, columns, root=root)
+        ddf = _lazy(reader, _group(fragments, sizes, size), columns or reader.columns, checksum(files))
+    if columns is None:
+        _warn_of_folders(root, files, ddf.columns)
+    return ddf
 
 
 def read_scores(
@@ -247,13 +259,18 @@ def _scan(
     columns: Sequence[str] | None,
     cluster_field: str | None = None,
     clusters: Mapping[str, int | str] | None = None,
+    root: str | None = None,
 ) -> tuple[Reader, list[Fragment], list[int]]:
-    """A reader of the files, their row groups, and the bytes of each; a column may come from their names."""
+    """A reader of the files, their row groups, and the bytes of each.
+
+    A column may come from the files' names; one that is wanted and in no file, from those of folders below the root.
+    """
     first, info = next(iter(files.items()))
     schema = read_schema(fs, first, info["size"])
-    if cluster_field in schema.names:
-        clusters = None
     if columns is not None:
+        wanted = set(columns) - set(schema.names)
+        if root is not None and wanted:
+            cluster_field, clusters = _folder_column(root, files, wanted) or (None, None)
         present = [*schema.names, *([cluster_field] if clusters else [])]
         if not set(columns) <= set(present):
             raise MissingColumnsError.build(columns, present, f"They are wanted of {first}.")
@@ -281,32 +298,44 @@ def _clusters_of_files(files: Mapping[str, Any]) -> dict[str, int | str] | None:
     return None if len(names) < len(files) else _numbers_or_names(names)
 
 
-def _folder_column(
-    path: str | os.PathLike[str], files: Iterable[str], columns: Sequence[str] | None
-) -> tuple[str | None, dict[str, int | str] | None]:
-    """The column that stands in folders' names, as ``lang=en``, and its value for each file; nothing if none does."""
+def _values_of_folders(root: str, files: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What the folders of each file say below the root, as ``lang=en``."""
     # Folders that all files have, before the first pattern, say nothing of single ones.
-    root, *pattern = re.split(r"[*?\[]", fsspec.core.strip_protocol(os.fspath(path)), maxsplit=1)
-    root = root[: root.rfind("/")] if pattern else root
-    values = {file: _key_values(file.removeprefix(root)) for file in files}
-    keys = sorted({key for found in values.values() for key in found})
-    if not keys or not (columns is None or set(keys) & set(columns)):
-        return None, None
-    bare = [file for file, found in values.items() if found.keys() < set(keys) or NULL_NAMES & set(found.values())]
+    start, *pattern = re.split(r"[*?\[]", root, maxsplit=1)
+    start = start[: start.rfind("/")] if pattern else start
+    return {file: _key_values(file.removeprefix(start)) for file in files}
+
+
+def _key_values(relative: str) -> dict[str, str]:
+    parts = (folder.partition("=") for folder in relative.split("/")[:-1])
+    return {key: unquote(value) for key, found, value in parts if key and found}
+
+
+def _folder_column(root: str, files: Iterable[str], wanted: Collection[str]) -> tuple[str, dict[str, int | str]] | None:
+    """Of the columns that are wanted and in no file, the one in folders' names, and its value for each file."""
+    values = _values_of_folders(root, files)
+    keys = sorted({key for found in values.values() for key in found if key in wanted})
+    if not keys:
+        return None
+    bare = [file for file, found in values.items() if found.get(keys[0], "") in NULL_NAMES]
     if len(keys) > 1 or bare:
         where = f"; {have(len(bare), 'file')} no value, such as {some(bare, 1)}" if bare else ""
         raise ClusterError(
-            f"Folders of {path} are named by {', '.join(keys)}{where}. One such column can be read, which every file "
-            "has. Name the columns that you need of the files themselves as columns, or use "
-            "dd.read_parquet(path, dtype_backend='pyarrow')."
+            f"In the names of folders only: {', '.join(keys)}{where}. One such column can be read, which "
+            "every file has. Read more with dd.read_parquet(path, dtype_backend='pyarrow')."
         )
     return keys[0], _numbers_or_names({file: found[keys[0]] for file, found in values.items()})
 
 
-def _key_values(relative: str) -> dict[str, str]:
-    """What the folders of a file say, as ``lang=en``."""
-    parts = (folder.partition("=") for folder in relative.split("/")[:-1])
-    return {key: unquote(value) for key, found, value in parts if key and found}
+def _warn_of_folders(root: str, files: Iterable[str], present: Sequence[str]) -> None:
+    """Say that columns in the names of folders are not read: to take them for clusters may be wrong."""
+    keys = {key for found in _values_of_folders(root, files).values() for key in found}
+    if left := sorted(keys - set(present)):
+        warnings.warn(
+            f"Folders of {root} are named by {', '.join(left)}, which is not read. To read one such column of Parquet, "
+            "name it in columns.",
+            stacklevel=3,
+        )
 
 
 def _numbers_or_names(names: Mapping[str, str]) -> dict[str, int | str]:

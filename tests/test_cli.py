@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 import dask_semdedup
 from dask_semdedup import cli
-from dask_semdedup.cli import files, options, pairwise
+from dask_semdedup.cli import application, files, options, pairwise
 
 CLUSTERS, ROWS, DUPLICATES = 3, 20, 4
 
@@ -361,6 +361,17 @@ def test_a_run_that_is_stopped_leaves_nothing(
     assert invoke(clusters, tmp_path / "scores").exit_code == 130
     assert signal.getsignal(stop) is before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
+
+
+def test_a_signal_that_comes_with_the_garbage_is_not_lost() -> None:
+    def _gc_callback() -> None:
+        with suppress(KeyboardInterrupt):  # As Python does with what is raised there.
+            signal.raise_signal(signal.SIGTERM)
+
+    with application._stopped_by_sigterm():
+        _gc_callback()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
 
 
 def test_what_is_no_scheduler_is_named(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:

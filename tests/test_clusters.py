@@ -570,6 +570,25 @@ class TestAlignment:
         ddf = ddf.shuffle("centroid").assign(coarse=ddf.centroid % 3) if on is None else ddf.merge(coarse, on=on)
         assert clusters_are_whole(align(change(ddf), "centroid"))
 
+    def test_the_column_of_the_other_side_is_not_what_was_merged_on(self) -> None:
+        left = dd.from_pandas(pd.DataFrame({"centroid": np.arange(80) % 12, "id": range(80)}), npartitions=4)
+        right = dd.from_pandas(pd.DataFrame({"fine": range(12), "centroid": np.arange(12) % 3}), npartitions=3)
+        merged = left.merge(right, left_on=["centroid"], right_on=["fine"], suffixes=("_old", ""))
+        assert not is_aligned(merged, "centroid")
+        assert clusters_are_whole(align(merged, "centroid"))
+
+    @pytest.mark.parametrize("on", ["centroid", ["centroid"]], ids=str)
+    def test_what_was_merged_on_clusters_is_not_shuffled_again(self, on: str | list[str]) -> None:
+        left = dd.from_pandas(pd.DataFrame({"centroid": np.arange(80) % 12, "id": range(80)}), npartitions=4)
+        right = dd.from_pandas(pd.DataFrame({"centroid": range(12), "name": list("abcdefghijkl")}), npartitions=3)
+        merged = left.merge(right, on=on, broadcast=False)
+        few = merged[merged["id"] > 3][["id", "centroid"]]
+        assert align(few, "centroid") is few
+        assert clusters_are_whole(few)
+        # Nor is what was shuffled after a merge on something else.
+        shuffled = align(left.merge(right.rename(columns={"centroid": "id"}), on="id", broadcast=False), "centroid")
+        assert align(shuffled, "centroid") is shuffled
+
     def test_no_cluster_column(self) -> None:
         ddf = dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)
         with pytest.raises(ClusterError, match=r"No cluster column 'centroid' in the frame.*\['id'\].*k-means"):

@@ -149,12 +149,22 @@ def fail_late(part: pd.DataFrame, partition_info: dict[str, int] | None = None) 
     return part
 
 
-def test_a_folder_within_what_is_read_is_refused(frame: pd.DataFrame, tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["{}/clusters/again", "file://{}/clusters/again", "{}/other/../clusters/again/"])
+def test_a_folder_within_what_is_read_is_refused(frame: pd.DataFrame, tmp_path: Path, output: str) -> None:
     in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters")
     read = read_clusters(tmp_path / "clusters")
     with pytest.raises(InvalidArgumentError, match=r"clusters/again' is within '.*clusters', which is read"):
-        read[read["id"] > 3].semdedup.to_clusters(tmp_path / "clusters" / "again")
+        read[read["id"] > 3].semdedup.to_clusters(output.format(tmp_path))
     assert len(read_clusters(tmp_path / "clusters")) == len(frame)
+
+
+@pytest.mark.parametrize("output", ["{}/clusters2", "{}/clusters/../beside", "memory://{}/clusters/again"])
+def test_a_folder_beside_what_is_read_is_not(frame: pd.DataFrame, tmp_path: Path, output: str) -> None:
+    source = tmp_path / "centroid=kmeans" / "clusters"
+    source.parent.mkdir()
+    in_partitions(frame).semdedup.to_clusters(source)
+    path = output.format(source.parent)
+    assert read_clusters(source).semdedup.to_clusters(path).keys() == set(frame["centroid"])
 
 
 def test_a_failure_leaves_nothing(frame: pd.DataFrame, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError
 from tests.strategies import id_columns
+from tests.test_embeddings import arrow_lists
 
 BOTH = pytest.mark.parametrize("broadcast", [True, False])
 UUIDS = [uuid.UUID(int=7 * number) for number in range(12)]
@@ -236,6 +237,16 @@ class TestDuplicates:
     def test_the_first_row_of_a_cluster_is_kept(self, documents: pd.DataFrame, scores: pd.DataFrame) -> None:
         duplicates = dd.from_pandas(scores, npartitions=2).semdedup.duplicates(eps=2)
         assert self.left(documents, duplicates, eps=2) == [0]
+
+    def test_rows_found_in_another_frame_may_have_its_ids(self) -> None:
+        rows = arrow_lists(np.eye(8, dtype=np.float32), pa.float32())
+        reference, new = (
+            dd.from_pandas(pd.DataFrame({"id": ids, "embeddings": rows}), npartitions=2)
+            for ids in (range(8), [0, 1, 12, 13, 14, 15, 16, 17])
+        )
+        found = new[new["id"] < 13].semdedup.against(reference, centroids=np.ones((1, 8)))
+        assert found["id"].compute().tolist() == [0, 1, 12]
+        assert new.semdedup.remove(found)["id"].compute().tolist() == [13, 14, 15, 16, 17]
 
     def test_scores_without_eps_are_no_duplicates(self, documents: pd.DataFrame, scores: pd.DataFrame) -> None:
         left = lazily(documents).semdedup.remove(scores)

@@ -103,41 +103,54 @@ def test_mixed_folders_and_missing_columns_are_refused(tmp_path: Path) -> None:
         read_table(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["{}", "{}/", "{}/lang=*", "{}/*/*.parquet", "file://{}"])
+@pytest.mark.parametrize("path", ["{}", "{}/", "{}/lang=*", "{}/*/*.parquet", "file://{}", "simplecache::file://{}"])
 @pytest.mark.parametrize("years", [False, True], ids=["strings", "integers"])
 def test_a_column_may_stand_in_the_names_of_folders(tmp_path: Path, path: str, years: bool) -> None:
     langs = pd.Series([2001, -5, 2001, 7] if years else ["en", "a=b/c", "en", "7"])
     frame = pd.DataFrame({"id": range(4), "lang": langs, "text": list("abcd")})
     frame.to_parquet(tmp_path, partition_cols=["lang"])
-    read = read_table(path.format(tmp_path))
-    assert list(read.columns) == ["id", "text", "lang"]
-    assert read.compute().sort_values("id")["lang"].to_list() == frame["lang"].to_list()
+    read = read_table(path.format(tmp_path), ["lang", "id"])
+    assert list(read.columns) == ["lang", "id"]
+    assert read.compute().set_index("id")["lang"].to_dict() == frame.set_index("id")["lang"].to_dict()
     assert read[["lang"]].compute()["lang"].dtype == ("int64" if years else read["lang"].dtype)
-    some = read_table(path.format(tmp_path), ["lang", "id"]).compute()
-    assert list(some.columns) == ["lang", "id"]
-    assert dict(zip(some["id"], some["lang"], strict=True)) == frame.set_index("id")["lang"].to_dict()
 
 
-def test_a_folder_by_itself_has_no_such_column(tmp_path: Path) -> None:
-    pd.DataFrame({"id": [1, 2], "lang": ["en", "de"]}).to_parquet(tmp_path, partition_cols=["lang"])
-    assert list(read_table(tmp_path / "lang=en").columns) == ["id"]
+def test_those_that_are_not_named_are_said_to_be_left(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"id": [1, 2], "lang": ["en", None], "year": [1, 2]})
+    frame.to_parquet(tmp_path / "two", partition_cols=["lang", "year"])
+    (tmp_path / "json" / "lang=en").mkdir(parents=True)
+    write_json(tmp_path / "json" / "lang=en" / "a.jsonl", ROWS)
+    with pytest.warns(UserWarning, match="named by lang, year, which is not read") as warned:
+        assert list(read_table(tmp_path / "two").columns) == ["id"]
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match="named by lang, which"):
+        read_table(tmp_path / "json")
+    # Not below the path, but the path itself.
+    assert list(read_table(tmp_path / "two" / "lang=en" / "year=1").columns) == ["id"]
+    assert list(read_table(tmp_path / "two", ["id"]).columns) == ["id"]
 
 
 def test_what_files_hold_goes_before_the_names_of_folders(tmp_path: Path) -> None:
-    (tmp_path / "lang=en").mkdir()
-    pd.DataFrame({"lang": ["English"], "id": [1]}).to_parquet(tmp_path / "lang=en" / "a.parquet")
-    assert read_table(tmp_path).compute().to_dict("list") == {"lang": ["English"], "id": [1]}
+    folder = tmp_path / "lang=__HIVE_DEFAULT_PARTITION__" / "year=2"
+    folder.mkdir(parents=True)
+    pd.DataFrame({"lang": ["English"], "id": [1], "year": [1]}).to_parquet(folder / "a.parquet")
+    for columns in (None, ["lang", "year"]):
+        assert read_table(tmp_path, columns).compute()[["lang", "year"]].to_dict("list") == {
+            "lang": ["English"],
+            "year": [1],
+        }
 
 
-def test_folders_of_several_columns_or_none_are_refused(tmp_path: Path) -> None:
+def test_several_columns_of_folders_or_none_are_refused(tmp_path: Path) -> None:
     frame = pd.DataFrame({"id": [1, 2], "lang": ["en", None], "year": [1, 2]})
-    frame.to_parquet(tmp_path / "two", partition_cols=["lang", "year"])
-    frame.to_parquet(tmp_path / "null", partition_cols=["lang"])
-    with pytest.raises(ClusterError, match=r"named by lang, year.*as columns"):
-        read_table(tmp_path / "two")
-    with pytest.raises(ClusterError, match=r"named by lang; 1 file has no value, such as .*lang=__HIVE"):
-        read_table(tmp_path / "null")
-    assert len(read_table(tmp_path / "two", ["id"])) == 2
+    frame.to_parquet(tmp_path, partition_cols=["lang", "year"])
+    with pytest.raises(ClusterError, match=r"In the names of folders only: lang, year;"):
+        read_table(tmp_path, ["id", "lang", "year"])
+    with pytest.raises(ClusterError, match=r"folders only: lang; 1 file has no value, such as .*lang=__HIVE"):
+        read_table(tmp_path, ["lang"])
+    with pytest.raises(MissingColumnsError, match=r"\['script'\]"):
+        read_table(tmp_path, ["script"])
+    assert sorted(read_table(tmp_path, ["year"]).compute()["year"]) == [1, 2]
 
 
 def test_columns_are_a_list(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.progress import Progress
 import dask_semdedup
 from dask_semdedup import cli
 from dask_semdedup.cli import application, files, options, pairwise
+from dask_semdedup.errors import InvalidArgumentError
 
 CLUSTERS, ROWS, DUPLICATES = 3, 20, 4
 
@@ -361,6 +363,22 @@ def test_a_run_that_is_stopped_leaves_nothing(
     assert invoke(clusters, tmp_path / "scores").exit_code == 130
     assert signal.getsignal(stop) is before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
+
+
+def test_warnings_are_a_line_and_shown_once(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(*_: object, **__: object) -> None:
+        for text in ("few rows", "few rows", "other rows"):
+            warnings.warn(text, stacklevel=1)
+        raise InvalidArgumentError("enough")
+
+    monkeypatch.setattr(pairwise, "summarise", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = invoke(clusters, tmp_path / "scores")
+    lines = result.stderr.splitlines()
+    assert lines[-3:] == ["Warning: few rows", "Warning: other rows", "Error: enough"]
 
 
 def test_a_signal_that_comes_with_the_garbage_is_not_lost() -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -48,7 +49,7 @@ class Application(click.Group):
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
         try:
-            with _stopped_by_sigterm():
+            with _stopped_by_sigterm(), _warnings_in_a_line():
                 status = super().main(args, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as help_text:
             help_text.show()
@@ -73,6 +74,21 @@ def _stopped_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print each warning once, without the line of code that it came from."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            click.echo(f"{click.style('Warning:', fg='yellow', bold=True)} {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -39,13 +39,8 @@ def connect(scheduler: str | None, workers: int | None) -> Iterator[Client | Non
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
-        try:
-            client = Client(scheduler)
-        except ValueError as error:
-            raise InvalidArgumentError(
-                f"{scheduler!r} is no address of a scheduler ({error}). Name one as tcp://10.0.0.1:8786."
-            ) from error
-        with client:
+        _check_address(scheduler)
+        with Client(scheduler) as client:
             yield client
         return
     # A worker's failure reaches the user through its future: its own log would only repeat it.
@@ -54,6 +49,20 @@ def connect(scheduler: str | None, workers: int | None) -> Iterator[Client | Non
         Client(cluster) as client,
     ):
         yield client
+
+
+def _check_address(scheduler: str) -> None:
+    """Raise for what is no address before a client, which by then is Dask's default, fails with it."""
+    from distributed.comm.addressing import parse_address, parse_host_port
+
+    protocol, location = parse_address(scheduler)
+    try:
+        if protocol in ("tcp", "tls"):
+            parse_host_port(location)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"{scheduler!r} is no address of a scheduler ({error}). Name one as tcp://10.0.0.1:8786."
+        ) from error
 
 
 def show_progress(*, enabled: bool) -> Progress:

@@ -87,6 +87,8 @@ class Tally:
         above = min(_DIVISORS, key=lambda count: abs(count - (1 - border) / width)) if border < 1 else 0
         below = max(0 if above else 1, int(np.ceil((border - lowest) / width)))
         fine = _edges_below(border)
+        # Rounding may have lost what is a little lower.
+        below += below > 0 and bool(fine[max(-step * below, -len(fine))] > lowest)
         edges_below = fine[np.maximum(-step * np.arange(below, 0, -1), -len(fine))]
         edges = np.concatenate([edges_below, _edges_above(border)[:: FINE_ABOVE // above] if above else [1.0]])
         at_least = self.at_least[np.searchsorted(self.thresholds, edges.astype(np.float32))]

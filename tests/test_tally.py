@@ -6,7 +6,7 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dask_semdedup.duplicates import threshold
@@ -50,6 +50,7 @@ def test_duplicates_are_those_that_the_threshold_selects(values: list[float], ep
 
 
 @given(values=SCORES, eps=st.one_of(st.none(), st.floats(0, 2)), bins=st.integers(1, 200))
+@example(values=[-4e-19], eps=None, bins=1)
 def test_bars_hold_every_score_once(values: list[float], eps: float | None, bins: int) -> None:
     tally = take_tally(frame_of(values), eps)
     edges, counts = tally.histogram(bins)

@@ -179,13 +179,7 @@ class SemDedupAccessor:
         """
         self._check_embeddings(embedding_field, embedding_dim)
         self._check_new_columns(embedding_field, cluster_field, id_field)
-        home = home_field(cluster_field)
-        dtypes = [getattr(self._ddf._meta.dtypes.get(name), "kind", None) for name in (cluster_field, home)]
-        if all(kind in ("i", "u") for kind in dtypes):
-            raise InvalidArgumentError(
-                f"The frame holds visits: {home!r} is the row's own cluster, and rows stand in several. Keep each row "
-                f"once, as ddf[ddf.{cluster_field} == ddf.{home}].drop(columns={home!r})."
-            )
+        self._check_no_visits(cluster_field)
         check_choice("device", device, DEVICES)
         check_positive("n_clusters", n_clusters)
         check_positive("n_probe", n_probe)
@@ -376,7 +370,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             raise InvalidArgumentError(f"The frame has no columns to write but {cluster_field!r}.")
         fs, output = fsspec.url_to_fs(os.fspath(path), **(storage_options or {}))
         for read in self._ddf.expr.find_operations(ReadClusters):
-            if (root := read.source.holds(fs, output)) is not None:
+            if (root := read.source.folder_around(fs, output)) is not None:
                 raise InvalidArgumentError(
                     f"Output {output!r} is within {root!r}, which is read: its clusters would be read twice from then "
                     "on. Name a folder apart."
@@ -1073,6 +1067,15 @@ n_init, oversampling_factor, max_samples_per_batch, device
             advice = "Name the column of embeddings as embedding_field."
             raise MissingColumnsError.build([embedding_field], columns, advice)
         check_embedding_dtype(self._ddf._meta[embedding_field], embedding_field, embedding_dim)
+
+    def _check_no_visits(self, cluster_field: str) -> None:
+        dtype = self._ddf._meta.dtypes.get(cluster_field)
+        if has_visits(self._ddf._meta, cluster_field) and getattr(dtype, "kind", "") in ("i", "u"):
+            home = home_field(cluster_field)
+            raise InvalidArgumentError(
+                f"The frame holds visits: {home!r} is the row's own cluster, and rows stand in several. Keep each row "
+                f"once, as ddf[ddf.{cluster_field} == ddf.{home}].drop(columns={home!r})."
+            )
 
     def _check_new_columns(self, embedding_field: str, cluster_field: str, id_field: str) -> None:
         """No new column may replace the embeddings, the ids or another new one."""

@@ -10,7 +10,6 @@ import functools
 import io
 import math
 import os
-import re
 import statistics
 import uuid
 from bisect import bisect_right
@@ -59,7 +58,7 @@ from dask_semdedup._parquet import (
 from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.embeddings import to_arrow, to_host
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
-from dask_semdedup.layout import NULL_NAMES
+from dask_semdedup.layout import NULL_NAMES, integers_or_names
 from dask_semdedup.memory import device_bytes
 from dask_semdedup.placement import partitions_per_gpu, visible_gpus
 
@@ -78,7 +77,6 @@ __all__ = [
 ]
 
 BACKENDS = ("pandas", "cudf")
-INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 # A partition that costs more than so many times the median is begun before the others.
 GIANT = 2
 # Reading a row costs about as much as comparing it with this many others, so that small clusters are not free.
@@ -334,9 +332,7 @@ def _clusters_of_folders(files: Iterable[str], cluster_field: str) -> dict[str, 
     null = [file for file, name in names.items() if name in NULL_NAMES]
     if null:
         raise ClusterError(f"{have(len(null), 'file')} a null cluster in {cluster_field!r}: {some(null)}.")
-    if all(map(INTEGER.fullmatch, set(names.values()))):
-        return {file: int(name) for file, name in names.items()}
-    return names
+    return integers_or_names(names)
 
 
 def _folder_name(file: str, key: str) -> str | None:
@@ -375,7 +371,7 @@ class Source:
     aligned: bool
     token: str
 
-    def holds(self, fs: fsspec.AbstractFileSystem, folder: str) -> str | None:
+    def folder_around(self, fs: fsspec.AbstractFileSystem, folder: str) -> str | None:
         """The folder of these clusters, if another one within it would be taken for one of them; else None."""
         if self.reader.cluster_field is None or type(fs) is not type(self.reader.fs):
             return None

@@ -6,6 +6,8 @@ file unless it is large, however many partitions it came from.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
@@ -24,8 +26,9 @@ from dask.system import CPU_COUNT
 from dask_semdedup.embeddings import is_cudf, to_numpy
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 
-__all__ = ["NULL_NAMES", "check_cluster_dtype", "write_layout", "write_partition"]
+__all__ = ["NULL_NAMES", "check_cluster_dtype", "integers_or_names", "write_layout", "write_partition"]
 
+INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 # Values in the names of folders that stand for none, to Hive and Arrow.
 NULL_NAMES = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})
 
@@ -58,6 +61,19 @@ def check_cluster_dtype(clusters: Any) -> None:
         raise InvalidArgumentError(
             f"Column {clusters.name!r} has dtype {dtype}. Clusters must be integers or strings to be folders' names."
         )
+
+
+def integers_or_names(names: Mapping[str, str]) -> dict[str, Any]:
+    """Read values in the names of files or folders back: integers where all are, as they are written, else strings.
+
+    Examples
+    --------
+    >>> integers_or_names({"a": "3", "b": "-10"}), integers_or_names({"a": "3", "b": "010"})
+    ({'a': 3, 'b': -10}, {'a': '3', 'b': '010'})
+    """
+    if all(map(INTEGER.fullmatch, set(names.values()))):
+        return {path: int(name) for path, name in names.items()}
+    return dict(names)
 
 
 def write_layout(ddf: dd.DataFrame, folder: str, cluster_field: str, max_file_size: int, **options: Any) -> None:

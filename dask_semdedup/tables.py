@@ -34,7 +34,7 @@ from dask_semdedup._parquet import (
 )
 from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
-from dask_semdedup.layout import NULL_NAMES
+from dask_semdedup.layout import NULL_NAMES, integers_or_names
 
 __all__ = ["find_rows", "read_scores", "read_table", "table_token"]
 
@@ -295,7 +295,7 @@ def _clusters_of_files(files: Mapping[str, Any]) -> dict[str, int | str] | None:
     """Cluster of each file by its name, integers where all are; None where a name has none."""
     matches = {path: CLUSTER_FILE.fullmatch(path.rsplit("/", 1)[-1]) for path in files}
     names = {path: unquote(match[1]) for path, match in matches.items() if match}
-    return None if len(names) < len(files) else _numbers_or_names(names)
+    return None if len(names) < len(files) else integers_or_names(names)
 
 
 def _values_of_folders(root: str, files: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -324,7 +324,7 @@ def _folder_column(root: str, files: Iterable[str], wanted: Collection[str]) -> 
             f"In the names of folders only: {', '.join(keys)}{where}. One such column can be read, which "
             "every file has. Read more with dd.read_parquet(path, dtype_backend='pyarrow')."
         )
-    return keys[0], _numbers_or_names({file: found[keys[0]] for file, found in values.items()})
+    return keys[0], integers_or_names({file: found[keys[0]] for file, found in values.items()})
 
 
 def _warn_of_folders(root: str, files: Iterable[str], present: Sequence[str]) -> None:
@@ -336,13 +336,6 @@ def _warn_of_folders(root: str, files: Iterable[str], present: Sequence[str]) ->
             "name it in columns.",
             stacklevel=3,
         )
-
-
-def _numbers_or_names(names: Mapping[str, str]) -> dict[str, int | str]:
-    """Integers where all values are."""
-    if all(re.fullmatch(r"0|-?[1-9]\d{0,17}", name) for name in names.values()):
-        return {path: int(name) for path, name in names.items()}
-    return dict(names)
 
 
 def _lazy(reader: Reader | JsonReader, partitions: list[Any], columns: Sequence[str], token: str) -> dd.DataFrame:

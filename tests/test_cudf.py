@@ -267,8 +267,7 @@ class FreshMemory:
 
 @pytest.fixture(scope="module")
 def fresh_memory(cudf):
-    if not share_memory_pool():
-        pytest.skip("torch used CUDA before it could share the pool: run these tests in a process of their own")
+    assert share_memory_pool(), "Torch used CUDA before it could share the pool: run `make test-gpu`."
     return FreshMemory()
 
 

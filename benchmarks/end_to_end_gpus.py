@@ -10,8 +10,8 @@ worker` process for each GPU. On the CPU the workers are plain ones.
 - A case has four times the clusters that it has on one GPU. One worker alone and all of them take turns on the same
   partitions, in the same cluster, and what they wrote is compared: ids, neighbours and scores, bit for bit. The table
   says for how much of the time the workers were busy, and how much earlier than the last one the first had nothing more
-  to do. *Fused* is the same on all workers with `to_parquet(..., compute=False).optimize()`. Only reading the same
-  files, by one worker and by all at once, says how far the machine itself goes with them.
+  to do. *Fused* is the same with `to_parquet(..., compute=False).optimize()`. Only reading the same files, by one
+  worker and by all at once, says how far the machine itself goes with them.
 - `skew` is a giant cluster among many small ones, against the giant cluster alone on the same workers. The total can be
   less neither than that, nor than the time of one worker divided by their number.
 
@@ -253,9 +253,10 @@ def measure_scaling(name: str, client: Client, options: Options, log: Log) -> di
     case = replace(case, clusters=TIMES * case.clusters).limited(options.limit_clusters, options.limit_rows)
     layout = make_case(case, options.data, log)
     every, one = f"{name}: all workers", f"{name}: one worker"
+    first, fused = addresses(client)[:1], (f"{name}: all workers, fused", f"{name}: one worker, fused")
     # What is compared comes first.
-    runs = {every: Run(layout), one: Run(layout, addresses(client)[:1])}
-    runs[f"{name}: all workers, fused"] = Run(layout, is_fused=True)
+    runs = {every: Run(layout), one: Run(layout, first)}
+    runs |= {fused[0]: Run(layout, is_fused=True), fused[1]: Run(layout, first, is_fused=True)}
     with tempfile.TemporaryDirectory() as folder:
         seconds, tasks = in_turns(client, runs, Path(folder), options, log)
         seconds |= only_reading(case, client, layout, options, log)
@@ -270,6 +271,7 @@ def measure_scaling(name: str, client: Client, options: Options, log: Log) -> di
         "seconds": seconds,
         "medians": medians,
         "speedup": medians[one] / medians[every],
+        "speedup_fused": medians[fused[1]] / medians[fused[0]],
         "bar": SPEEDUP_BARS.get(options.gpus),
         "differing": differing,
         "tasks": tasks[every],
@@ -339,7 +341,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     else:
         wrong = {name: count for name, count in result["differing"].items() if count}
         same = f"differ in so many rows: {wrong}" if wrong else "are the same"
-        words = f"{result['speedup']:.2f} times as fast as one worker{bar}; scores {same}"
+        fused = f"{result['speedup_fused']:.2f} with both fused"
+        words = f"{result['speedup']:.2f} times as fast as one worker{bar}, {fused}; scores {same}"
     return f"{result['case']}: {words}\n  workers busy {seconds} s; the first was done {early:.2f} s before the last"
 
 

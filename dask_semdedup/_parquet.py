@@ -127,12 +127,14 @@ class FileStats(NamedTuple):
 
 
 def list_files(
-    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], storage_options: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    storage_options: Mapping[str, Any] | None = None,
+    kind: str = "Parquet",
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, dict[str, Any]]]:
     """List the Parquet files under a path, a glob or a list of either: the file system, and each file's info by path.
 
     Hidden files, and those that begin with an underscore, are left out, as is anything in a folder without a Parquet
-    suffix.
+    suffix. `kind` is what the message calls those that were looked for.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
@@ -148,7 +150,8 @@ def list_files(
         else:
             files.update((name, info) for name, info in found.items() if _is_data_file(name))
     if not files:
-        raise ClusterError(f"No Parquet files found at {', '.join(map(str, paths[:5]))}.")
+        gone = "" if any(map(fs.exists, roots)) else ": there is no such file or folder"
+        raise ClusterError(f"No {kind} files found at {', '.join(map(str, paths[:5]))}{gone}.")
     return fs, {name: files[name] for name in sorted(files)}
 
 

@@ -1,15 +1,32 @@
-"""Checks of arguments: each raises `InvalidArgumentError` that names the parameter and what it may be."""
+"""Checks of arguments: each raises `InvalidArgumentError` that names the parameter and what it may be.
+
+And where a warning about them is to point.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
+from pathlib import Path
 
 from dask.utils import parse_bytes
 
 from dask_semdedup.errors import InvalidArgumentError
 
-__all__ = ["check_bytes", "check_choice", "check_names", "check_positive", "check_seed"]
+__all__ = [
+    "check_bytes",
+    "check_choice",
+    "check_keywords",
+    "check_names",
+    "check_positive",
+    "check_seed",
+    "stack_level",
+]
+
+PACKAGE = str(Path(__file__).parent)
 
 
 def check_bytes(name: str, value: str | int) -> int:
@@ -36,8 +53,27 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     --------
     >>> check_choice("device", "cpu", ["cpu", "cuda"])
     """
-    if value not in allowed:
-        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+    # An array is equal to a string element by element.
+    if not isinstance(value, str) or value not in allowed:
+        shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {shown}.")
+
+
+def check_keywords(
+    method: str, given: Iterable[str], passed_on: Callable[..., object], own: Callable[..., object]
+) -> None:
+    """Raise `TypeError` for a keyword that a method takes neither itself nor to pass on, and name one that is alike.
+
+    Examples
+    --------
+    >>> check_keywords("deduplicate", ["tol"], lambda tol: None, lambda eps: None)
+    """
+    known = list(inspect.signature(passed_on).parameters)
+    for name in given:
+        if name not in known:
+            alike = difflib.get_close_matches(name, [*inspect.signature(own).parameters, *known], 1)
+            hint = f" Did you mean {alike[0]!r}?" if alike else ""
+            raise TypeError(f"{method}() got an unexpected keyword argument {name!r}.{hint}")
 
 
 def check_names(name: str, value: Sequence[str] | None) -> None:
@@ -75,3 +111,17 @@ def check_seed(value: object) -> None:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def stack_level() -> int:
+    """How far above its caller the first frame stands that is not this package's: `stacklevel` of a warning.
+
+    Examples
+    --------
+    >>> stack_level()
+    1
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -16,7 +16,7 @@ from dask.dataframe.dask_expr._collection import new_collection
 from dask.dataframe.dask_expr._expr import _DelayedExpr
 from dask.dataframe.extensions import register_dataframe_accessor
 
-from dask_semdedup._validate import check_bytes, check_choice, check_positive
+from dask_semdedup._validate import check_bytes, check_choice, check_keywords, check_positive, stack_level
 from dask_semdedup.clusters import ReadClusters, align, align_both, cluster_files, no_cluster_column
 from dask_semdedup.duplicates import EPS_GRID, check_eps, eps_curve, find_duplicates
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
@@ -32,7 +32,7 @@ from dask_semdedup.kmeans import (
     fit_centroids,
     too_many_clusters,
 )
-from dask_semdedup.layout import check_cluster_dtype, write_layout
+from dask_semdedup.layout import CLUSTERS, check_cluster_dtype, write_layout
 from dask_semdedup.pairwise import SCORE_COLUMNS, has_visits, home_field
 from dask_semdedup.placement import DEVICES
 from dask_semdedup.ranking import RankingStrategy, choose_strategy
@@ -87,8 +87,8 @@ class SemDedupAccessor:
         Parameters
         ----------
         n_clusters : int, optional
-            The number of clusters. By default it is chosen by the number of rows: see
-            `dask_semdedup.kmeans.default_n_clusters`.
+            The number of clusters. By default one for every 50,000 rows, but no more than a quarter of the square root
+            of their number, and a single one below 100,000 rows.
         embedding_field : str, default "embeddings"
             Column of embeddings: lists of floats, all of one length. They need not be normalised.
         cluster_field : str, default "centroid"
@@ -329,7 +329,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             The cluster column, of integers or strings. It becomes the folders' names and is not in the files:
             `dask_semdedup.read_clusters` makes it from them, as int64 or strings.
         overwrite : bool, default False
-            Whether to replace a folder of Parquet files that is there.
+            Whether to replace a folder of clusters that is there: of nothing but ``<key>=<value>/*.parquet``.
         max_file_size : str or int, default "256MiB"
             The most bytes, in memory, of what goes into one file.
         storage_options : mapping, optional
@@ -375,7 +375,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
                     f"Output {output!r} is within {root!r}, which is read: its clusters would be read twice from then "
                     "on. Name a folder apart."
                 )
-        with staged_folder(os.fspath(path), overwrite=overwrite, storage_options=storage_options) as folder:
+        with staged_folder(
+            os.fspath(path), contents=CLUSTERS, overwrite=overwrite, storage_options=storage_options
+        ) as folder:
             write_layout(aligned, folder, cluster_field, size, **(storage_options or {}))
         return cluster_files(path, storage_options, cluster_field=cluster_field)
 
@@ -842,6 +844,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
           id  max_id  cosine_sim_score  centroid
         1  b       3          0.999902         0
         """
+        check_keywords("against", kmeans_options, self.fit_centroids, self.against)
         check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
         check_choice("device", device, DEVICES)
         check_positive("n_probe", n_probe)
@@ -954,6 +957,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         centroids: Any = None,
         n_probe: int = 1,
         embedding_dim: int | None = None,
+        pairwise_batch_size: int | None = None,
         compute_dtype: str = "auto",
         device: str = "auto",
         **kmeans_options: Any,
@@ -979,7 +983,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             The rows that are preferred: see `pairwise`.
         centroids, n_probe, **kmeans_options
             Of the clustering: see `kmeans`.
-        embedding_dim, compute_dtype, device
+        embedding_dim, pairwise_batch_size, compute_dtype, device
             As in `pairwise`.
 
         Returns
@@ -1004,9 +1008,11 @@ n_init, oversampling_factor, max_samples_per_batch, device
         0   1    x
         1   2    y
         """
+        check_keywords("deduplicate", kmeans_options, self.fit_centroids, self.deduplicate)
         check_eps(eps)
         # Before a fit, which takes longer than to see what is wrong.
         check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
+        check_positive("pairwise_batch_size", pairwise_batch_size)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
         self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
         ranking.check_columns(dict.fromkeys([*self._ddf.columns, cluster_field, *DISTANCE_COLUMNS]))
@@ -1027,6 +1033,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             embedding_field=embedding_field,
             cluster_field=cluster_field,
             embedding_dim=embedding_dim,
+            pairwise_batch_size=pairwise_batch_size,
             compute_dtype=compute_dtype,
             device=device,
         )
@@ -1108,10 +1115,10 @@ def _sample_size(n_clusters: int | None, n_rows: int, fraction: float | None) ->
     size = min(n_rows, enough) if fraction is None else math.ceil(fraction * n_rows)
     if n_clusters > size:
         raise too_many_clusters(n_clusters, size, f"rows in the sample, {fraction:.2g} of all")
-    if size < FEW_ROWS_PER_CLUSTER * n_clusters:
+    if n_clusters > 1 and size < FEW_ROWS_PER_CLUSTER * n_clusters:
         warnings.warn(
             f"k-means is fitted to {size:,} rows for {n_clusters:,} clusters, fewer than {FEW_ROWS_PER_CLUSTER} a "
             "cluster: many of the clusters will be of chance. Ask for fewer clusters, or fit on more rows.",
-            stacklevel=3,
+            stacklevel=stack_level(),
         )
     return n_clusters, size

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
 from dask_semdedup.errors import InvalidArgumentError, some
 
-__all__ = ["refuse_overlap", "replaced_when_done", "staged_folder"]
+__all__ = ["Contents", "refuse_overlap", "replaced_when_done", "staged_folder"]
+
+
+class Contents(NamedTuple):
+    """What a folder may hold to be replaced.
+
+    `strangers` is given a file system, a folder, and the names of the files within; it returns those that are not of
+    this kind, and would be lost.
+    """
+
+    name: str
+    strangers: Callable[[fsspec.AbstractFileSystem, str, Sequence[str]], list[str]]
 
 
 @contextmanager
@@ -19,9 +30,9 @@ def staged_folder(
     output_path: str,
     input_path: str | None = None,
     *,
+    contents: Contents,
     overwrite: bool,
     storage_options: Mapping[str, Any] | None,
-    suffixes: tuple[str, ...] = (".parquet",),
 ) -> Iterator[str]:
     """Yield the URL of a sibling of ``output_path`` that takes its place when the block succeeds.
 
@@ -33,12 +44,12 @@ def staged_folder(
         The folder: local, or a URL that fsspec understands.
     input_path : str, optional
         What is read meanwhile; it must not overlap.
+    contents : Contents
+        What is written.
     overwrite : bool
-        Whether to replace a folder that holds nothing but files of these suffixes.
+        Whether to replace a folder that holds nothing else.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
-    suffixes : tuple of str
-        How the names of files end that may be replaced.
 
     Raises
     ------
@@ -49,7 +60,8 @@ def staged_folder(
     --------
     >>> import os, tempfile
     >>> path = os.path.join(tempfile.mkdtemp(), "out")
-    >>> with staged_folder(path, overwrite=False, storage_options=None) as staged:
+    >>> anything = Contents("anything", lambda fs, folder, names: [])
+    >>> with staged_folder(path, contents=anything, overwrite=False, storage_options=None) as staged:
     ...     os.mkdir(staged.removeprefix("file://"))
     ...     os.path.exists(path)
     False
@@ -60,7 +72,7 @@ def staged_folder(
     fs, final = fsspec.url_to_fs(output_path.rstrip("/"), **options)
     if input_path is not None:
         refuse_overlap(final, fsspec.url_to_fs(input_path.rstrip("/"), **options)[1])
-    _refuse_occupied(fs, final, overwrite=overwrite, suffixes=suffixes)
+    _refuse_occupied(fs, final, contents, overwrite=overwrite)
     with replaced_when_done(fs, final) as staged:
         yield staged
 
@@ -88,8 +100,8 @@ def refuse_overlap(output: str, source: str) -> None:
         raise InvalidArgumentError(f"Output {output!r} and input {source!r} overlap. Name a folder apart.")
 
 
-def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, *, overwrite: bool, suffixes: tuple[str, ...]) -> None:
-    """Refuse an output that is not free; with ``overwrite``, one that holds files of other suffixes."""
+def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Contents, *, overwrite: bool) -> None:
+    """Refuse an output that is not free; with ``overwrite``, one that holds anything else."""
     if fs.isfile(output):
         raise InvalidArgumentError(f"Output {output!r} is a file. Name a folder.")
     files = fs.find(output)
@@ -98,9 +110,9 @@ def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, *, overwrite: b
             f"Output {output!r} is not empty: {len(files):,} files. Pass overwrite=True, or --overwrite to the "
             "command, to replace it, or name another folder."
         )
-    others = [file.removeprefix(f"{output}/") for file in files if not file.endswith(suffixes)]
-    if others:
+    strangers = contents.strangers(fs, output, [file.removeprefix(f"{output}/") for file in files])
+    if strangers:
         raise InvalidArgumentError(
-            f"Output {output!r} holds files that are not {' or '.join(suffixes)} and would be lost: {some(others)}. "
-            "Remove it yourself."
+            f"Output {output!r} holds files that are not {contents.name} and would be lost: {some(strangers)}. "
+            "Remove it yourself, or name another folder."
         )

@@ -7,7 +7,7 @@ file unless it is large, however many partitions it came from.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
@@ -25,8 +25,9 @@ from dask.system import CPU_COUNT
 
 from dask_semdedup.embeddings import is_cudf, to_numpy
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
+from dask_semdedup.folders import Contents
 
-__all__ = ["NULL_NAMES", "check_cluster_dtype", "integers_or_names", "write_layout", "write_partition"]
+__all__ = ["CLUSTERS", "NULL_NAMES", "check_cluster_dtype", "integers_or_names", "write_layout", "write_partition"]
 
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 # Values in the names of folders that stand for none, to Hive and Arrow.
@@ -34,6 +35,15 @@ NULL_NAMES = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})
 
 # Bytes of a row group: large enough to be read fast, small enough for a reader to take one at a time.
 ROW_GROUP_BYTES = 1 << 26
+
+FILE_OF_CLUSTER = re.compile(r"[^/=]+=[^/]*/[^/]+\.parquet")
+
+
+def _not_of_clusters(_fs: fsspec.AbstractFileSystem, _folder: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not FILE_OF_CLUSTER.fullmatch(name)]
+
+
+CLUSTERS = Contents("clusters", _not_of_clusters)
 
 
 def check_cluster_dtype(clusters: Any) -> None:

@@ -8,23 +8,22 @@ and nothing needs a screen: a notebook shows what a function returns, a script c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from dask_semdedup.duplicates import threshold as duplicate_threshold
 from dask_semdedup.errors import MissingColumnsError
 from dask_semdedup.gallery import check_pairs, pairs_around, text_gallery
-from dask_semdedup.tally import SCORE_FIELDS, compared_rows, take_tally, to_pandas
+from dask_semdedup.tally import take_tally
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
     "cluster_sizes",
-    "compared_scores",
     "duplicates_curve",
     "pair_gallery",
     "pairs_around",
@@ -33,6 +32,8 @@ __all__ = [
 ]
 
 AnyFigure: TypeAlias = Figure | SubFigure
+# Who passes a figure gets it back.
+Given = TypeVar("Given", Figure, SubFigure)
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, VERMILION, INK, PALE = "#0072B2", "#D55E00", "#333333", "#C8CDD2"
@@ -41,6 +42,10 @@ MOST_STEPS = 1000
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
+@overload
+def score_histogram(scores: Any, eps: float | None = 0.01, *, bins: int = 60, figure: None = None) -> Figure: ...
+@overload
+def score_histogram(scores: Any, eps: float | None = 0.01, *, bins: int = 60, figure: Given) -> Given: ...
 def score_histogram(
     scores: Any, eps: float | None = 0.01, *, bins: int = 60, figure: AnyFigure | None = None
 ) -> AnyFigure:
@@ -81,7 +86,11 @@ def score_histogram(
     if counts.any():
         axes.set_yscale("log")
         axes.set_ylim(0.8, 3 * counts.max())
+    else:
+        axes.set_ylim(0, 1)
+        axes.set_yticks([0, 1])
     axes.yaxis.set_major_formatter(THOUSANDS)
+    axes.yaxis.set_minor_formatter(NullFormatter())
     if eps is None:
         _title(axes, f"Scores of {tally.compared:,} compared rows")
         return figure
@@ -92,6 +101,12 @@ def score_histogram(
     return figure
 
 
+@overload
+def duplicates_curve(
+    scores: Any, eps: float | None = None, *, largest_eps: float = 0.2, figure: None = None
+) -> Figure: ...
+@overload
+def duplicates_curve(scores: Any, eps: float | None = None, *, largest_eps: float = 0.2, figure: Given) -> Given: ...
 def duplicates_curve(
     scores: Any, eps: float | None = None, *, largest_eps: float = 0.2, figure: AnyFigure | None = None
 ) -> AnyFigure:
@@ -138,6 +153,12 @@ def duplicates_curve(
     return figure
 
 
+@overload
+def cluster_sizes(
+    scores: Any, eps: float = 0.01, *, cluster_field: str = "centroid", figure: None = None
+) -> Figure: ...
+@overload
+def cluster_sizes(scores: Any, eps: float = 0.01, *, cluster_field: str = "centroid", figure: Given) -> Given: ...
 def cluster_sizes(
     scores: Any, eps: float = 0.01, *, cluster_field: str = "centroid", figure: AnyFigure | None = None
 ) -> AnyFigure:
@@ -181,16 +202,44 @@ def cluster_sizes(
         axes.stairs(counts[name].to_numpy()[shown], edges, fill=True, color=colour, label=label)
     axes.set_xlim(0, max(len(counts), 1))
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(THOUSANDS)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.xaxis.set_major_formatter(THOUSANDS)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=10, loc="upper right")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_formatter(THOUSANDS)
+    # Above the axes, which the bars may fill.
+    axes.legend(
+        frameon=False, labelcolor=INK, fontsize=10, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
+    )
     least, most = (counts["rows"].min(), counts["rows"].max()) if len(counts) else (0, 0)
     noun = "cluster" if len(counts) == 1 else "clusters"
-    _title(axes, f"{len(counts):,} {noun} of {least:,} to {most:,} rows")
+    sizes = f"{least:,} to {most:,} rows" if least < most else f"{most:,} {'row' if most == 1 else 'rows'}"
+    _title(axes, f"{len(counts):,} {noun} of {sizes}")
     return figure
 
 
+@overload
+def pair_gallery(
+    queries: np.ndarray,
+    matches: np.ndarray,
+    scores: Sequence[float] | np.ndarray,
+    *,
+    title: str = "Most similar pairs",
+    columns: int = 4,
+    cmap: str = "gray_r",
+    interpolation: str = "auto",
+    figure: None = None,
+) -> Figure: ...
+@overload
+def pair_gallery(
+    queries: np.ndarray,
+    matches: np.ndarray,
+    scores: Sequence[float] | np.ndarray,
+    *,
+    title: str = "Most similar pairs",
+    columns: int = 4,
+    cmap: str = "gray_r",
+    interpolation: str = "auto",
+    figure: Given,
+) -> Given: ...
 def pair_gallery(
     queries: np.ndarray,
     matches: np.ndarray,
@@ -259,28 +308,6 @@ def pair_gallery(
     return figure
 
 
-def compared_scores(scores: Any) -> np.ndarray:
-    """Scores of the rows that were compared with another: all but the first of each cluster.
-
-    Parameters
-    ----------
-    scores : pandas, cuDF or Dask DataFrame
-        What ``pairwise`` returns.
-
-    Returns
-    -------
-    ndarray of float32
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> compared_scores(pd.DataFrame({"id": ["a", "b"], "max_id": ["a", "a"], "cosine_sim_score": [0.0, 0.5]}))
-    array([0.5], dtype=float32)
-    """
-    frame = compared_rows(to_pandas(scores[list(SCORE_FIELDS)]))
-    return frame["cosine_sim_score"].to_numpy(dtype=np.float32)
-
-
 def _axes(figure: AnyFigure | None, x_label: str, y_label: str) -> tuple[AnyFigure, Axes]:
     """Axes without chart junk, in the given figure or in a new one."""
     if figure is None:
@@ -302,15 +329,17 @@ def _title(axes: Axes, text: str) -> None:
 
 
 def _mark_threshold(axes: Axes, position: float, label: str) -> None:
-    """A thin vertical line with its name beside its upper end."""
+    """A thin vertical line with its name beside its upper end, where there is room for it."""
     axes.axvline(position, color=VERMILION, linewidth=1.2, linestyle=(0, (4, 2)))
+    left, right = axes.get_xlim()
+    is_left = position < left + 0.3 * (right - left)
     axes.annotate(
         label,
         (position, 1),
         xycoords=("data", "axes fraction"),
-        xytext=(-6, -2),
+        xytext=(6 if is_left else -6, -2),
         textcoords="offset points",
-        ha="right",
+        ha="left" if is_left else "right",
         va="top",
         fontsize=10,
         color=VERMILION,

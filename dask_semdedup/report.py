@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 from dask_semdedup.duplicates import EPS_GRID, SCORE_COLUMN, check_eps, threshold
 from dask_semdedup.errors import InvalidArgumentError, some
+from dask_semdedup.folders import Contents
 from dask_semdedup.gallery import (
     Pair,
     compare_texts,
@@ -40,14 +41,27 @@ from dask_semdedup.tally import Tally, delayed_parts, merge_tree, tally_counter
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Documents", "write_report"]
+__all__ = ["REPORT", "Documents", "write_report"]
 
 PAGE = "index.html"
+PICTURES = ("histogram", "duplicates", "clusters")
+# What a page says that made it.
+GENERATOR = b'<meta name="generator" content="dask-semdedup '
 LARGEST_EPS = 0.2
 # Pairs that the page shows on either side of the threshold; and elsewhere, where the slider may go, so many values of
 # eps around which there are pairs, and pairs on either side of each.
 SHOWN, STOPS, SHOWN_ELSEWHERE = 4, 40, 2
 CLUSTERS_LISTED = 10
+
+
+def _not_of_report(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[str]) -> list[str]:
+    """Files of other names; all, if the page is another's."""
+    if PAGE not in names or GENERATOR not in fs.cat_file(f"{folder}/{PAGE}"):
+        return list(names)
+    return sorted(set(names) - {PAGE, *(f"{name}.png" for name in PICTURES)})
+
+
+REPORT = Contents("a report", _not_of_report)
 
 
 @dataclass(frozen=True)

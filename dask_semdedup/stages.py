@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_semdedup._parquet import FileStats, Fragment, Reader, import_cudf, read_footers, read_schema
-from dask_semdedup._validate import check_positive
+from dask_semdedup._validate import check_positive, stack_level
 from dask_semdedup.clusters import (
     CUDF_ELEMENTS,
     Listing,
@@ -379,7 +379,7 @@ class PairwiseCosineSimilarityStage:
             )
         for cluster in clusters:
             if cluster not in written:
-                warnings.warn(f"No data found for cluster {cluster}: its task has no files.", stacklevel=4)
+                warnings.warn(f"No data found for cluster {cluster}: its task has no files.", stacklevel=stack_level())
         return [
             replace(task, data=[written[cluster]] if cluster in written else [])
             for cluster, task in zip(clusters, tasks, strict=True)

@@ -32,11 +32,12 @@ from dask_semdedup._parquet import (
     read_footers,
     read_schema,
 )
-from dask_semdedup._validate import check_bytes, check_names
+from dask_semdedup._validate import check_bytes, check_names, stack_level
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.folders import Contents
 from dask_semdedup.layout import NULL_NAMES, integers_or_names
 
-__all__ = ["find_rows", "read_scores", "read_table", "table_token"]
+__all__ = ["SCORES", "find_rows", "read_scores", "read_table", "table_token"]
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 # How much of the first file the types are taken from.
@@ -44,6 +45,21 @@ INFERRED_BYTES = 2**24
 SCORE_FIELDS = ("id", "max_id", "cosine_sim_score")
 # The stages' files, one a cluster.
 CLUSTER_FILE = re.compile(r"cluster_(.+)\.parquet")
+# Those of the command, and of Dask.
+PART_FILE = re.compile(r"part\.\d+\.parquet")
+
+
+def _not_of_scores(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[str]) -> list[str]:
+    """Files of other names; all, if the first of them has no scores in it."""
+    named = [name for name in names if PART_FILE.fullmatch(name) or CLUSTER_FILE.fullmatch(name)]
+    if named:
+        path = f"{folder}/{named[0]}"
+        if not set(SCORE_FIELDS) <= set(read_schema(fs, path, fs.size(path)).names):
+            return list(names)
+    return sorted(set(names) - set(named))
+
+
+SCORES = Contents("scores", _not_of_scores)
 
 
 def read_table(
@@ -111,7 +127,7 @@ def read_table(
     if files:
         ddf = _read_json(fs, files, columns, id_field, embedding_field, size)
     else:
-        fs, files = list_files(path, options)
+        fs, files = list_files(path, options, kind="Parquet or JSON-lines")
         reader, fragments, sizes = _scan(fs, files, columns, root=root)
         ddf = _lazy(reader, _group(fragments, sizes, size), columns or reader.columns, checksum(files))
     if columns is None:
@@ -332,9 +348,10 @@ def _warn_of_folders(root: str, files: Iterable[str], present: Sequence[str]) ->
     keys = {key for found in _values_of_folders(root, files).values() for key in found}
     if left := sorted(keys - set(present)):
         warnings.warn(
-            f"Folders of {root} are named by {', '.join(left)}, which is not read. To read one such column of Parquet, "
-            "name it in columns.",
-            stacklevel=3,
+            f"Folders of {root} are named by {', '.join(left)}, which is not read. Files of clusters are read by "
+            "read_clusters, or scored by 'dask-semdedup pairwise'; another such column of Parquet by "
+            "read_table(path, columns=[...]).",
+            stacklevel=stack_level(),
         )
 
 

@@ -256,7 +256,7 @@ def test_occupied_output_is_refused(clusters: str, tmp_path: Path, invoke: Calla
 
 def test_overwrite_replaces_all_of_it(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     invoke(clusters, tmp_path / "scores", "--partition-size", "1kB")
-    (tmp_path / "scores" / "old.parquet").write_bytes(b"left from an earlier run")
+    (tmp_path / "scores" / "part.000099.parquet").write_bytes(b"left from an earlier run")
     assert invoke(clusters, tmp_path / "scores", "--overwrite").exit_code == 0
     assert len(read(tmp_path / "scores")) == CLUSTERS * ROWS
 
@@ -274,6 +274,27 @@ def test_overwrite_spares_what_is_not_scores(clusters: str, tmp_path: Path, invo
     assert result.exit_code == 2
     assert_one_line(result.stderr, "thesis.tex")
     assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["embeddings.parquet", "part.0.parquet", "centroid=3/part.0.parquet"])
+def test_overwrite_spares_parquet_of_other_kinds(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], name: str
+) -> None:
+    path = tmp_path / "precious" / name
+    path.parent.mkdir(parents=True)
+    pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]]}).to_parquet(path)
+    result = invoke(clusters, tmp_path / "precious", "--overwrite")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, name, "not scores", "would be lost")
+    assert len(pd.read_parquet(path)) == 1
+
+
+def test_overwrite_replaces_the_files_of_stages(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "scores").mkdir()
+    scores = pd.DataFrame({"id": [1], "max_id": [1], "cosine_sim_score": [0.0]})
+    scores.to_parquet(tmp_path / "scores" / "cluster_0.parquet")
+    assert invoke(clusters, tmp_path / "scores", "--overwrite").exit_code == 0
+    assert len(read(tmp_path / "scores")) == CLUSTERS * ROWS
 
 
 @pytest.mark.parametrize("output", ["clusters", "clusters/scores", "."])
@@ -424,6 +445,8 @@ def test_unexpected_error_says_its_type(
         (["--rank-by", "quality", "--which-to-keep", "hard"], ["--rank-by", "--which-to-keep"]),
         (["--scheduler", "tcp://x:1", "--workers", "2"], ["--scheduler", "--workers"]),
         (["--rank-by", "stars"], ["stars", "quality"]),
+        (["--rank-by", "quality:down"], ["'quality:down'", "COLUMN:desc"]),
+        (["--rank-by", ":desc"], ["':desc'", "COLUMN:desc"]),
         (["--embedding-dim", "9"], ["9", "8", "embeddings"]),
         (["--no-such-option"], ["--no-such-option", "--help"]),
     ],

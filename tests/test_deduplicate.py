@@ -56,6 +56,8 @@ def test_rows_of_one_id_are_an_error(raw: pd.DataFrame) -> None:
         ({"ranking_strategy": RankingStrategy(["date"])}, MissingColumnsError, "'date'"),
         ({"which_to_keep": "best"}, InvalidArgumentError, "which_to_keep must be one of"),
         ({"compute_dtype": "int8"}, InvalidArgumentError, "compute_dtype must be one of"),
+        ({"pairwise_batch_size": 0}, InvalidArgumentError, "pairwise_batch_size must be a positive"),
+        ({"max_iters": 3}, TypeError, r"deduplicate\(\) got .* 'max_iters'. Did you mean 'max_iter'"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_fit(raw: pd.DataFrame, options: dict, error: type, message: str) -> None:

@@ -511,8 +511,20 @@ def test_few_rows_a_cluster_are_warned_of(raw: pd.DataFrame, recwarn: pytest.War
     ddf = in_partitions(raw)
     ddf.semdedup.fit_centroids(7)
     assert not [w for w in recwarn if w.category is UserWarning]
-    with pytest.warns(UserWarning, match="fitted to 300 rows for 8 clusters, fewer than 40 a cluster"):
+    with pytest.warns(UserWarning, match="fitted to 300 rows for 8 clusters, fewer than 40 a cluster") as warned:
         ddf.semdedup.kmeans(8)
+    # It points to who asked, not into the package.
+    assert warned[0].filename == __file__
+
+
+def test_a_single_cluster_of_few_rows_is_no_chance(raw: pd.DataFrame, recwarn: pytest.WarningsRecorder) -> None:
+    in_partitions(raw.head(3)).semdedup.kmeans().compute()
+    assert not [w for w in recwarn if w.category is UserWarning]
+
+
+def test_first_centroids_are_no_init(raw: pd.DataFrame) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"init must be one of .*'random', not a ndarray"):
+        in_partitions(raw).semdedup.kmeans(2, init=np.eye(16)[:2])
 
 
 @pytest.mark.parametrize(

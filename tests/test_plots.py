@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from dask_semdedup.plots import VERMILION, compared_scores, duplicates_curve, pair_gallery, score_histogram
+from dask_semdedup.plots import VERMILION, cluster_sizes, duplicates_curve, pair_gallery, score_histogram
 
 
 @pytest.fixture
@@ -37,10 +37,6 @@ def bar_counts(figure: Figure) -> tuple[int, int]:
 
 def rgba(colour: str) -> tuple[float, ...]:
     return (*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0)
-
-
-def test_first_rows_of_clusters_are_left_out(scores: pd.DataFrame) -> None:
-    assert sorted(compared_scores(scores)) == pytest.approx([-0.2, 0.3, 0.5, 0.98, 0.999, 1.0])
 
 
 @pytest.mark.parametrize(("eps", "duplicates"), [(0.0, 1), (0.001, 2), (0.02, 3), (0.7, 5), (2.0, 6)])
@@ -76,6 +72,36 @@ def test_dask_frames_are_drawn_as_pandas_frames_are(scores: pd.DataFrame) -> Non
     assert bar_counts(score_histogram(lazy, 0.02)) == bar_counts(score_histogram(scores, 0.02))
     title = duplicates_curve(lazy, 0.02).axes[0].get_title(loc="left")
     assert title == duplicates_curve(scores, 0.02).axes[0].get_title(loc="left")
+
+
+@pytest.mark.parametrize(
+    ("rows", "title"),
+    [([3], "1 cluster of 3 rows"), ([1, 1], "2 clusters of 1 row"), ([1, 3], "2 clusters of 1 to 3 rows")],
+)
+def test_sizes_leave_the_legend_room(rows: list[int], title: str) -> None:
+    n = sum(rows)
+    scores = pd.DataFrame(
+        {"id": range(n), "max_id": 0, "cosine_sim_score": 0.5, "centroid": np.repeat(range(len(rows)), rows)}
+    )
+    figure = cluster_sizes(scores)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_title(loc="left") == title
+    assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+    assert axes.get_legend().get_window_extent().x0 > axes.title.get_window_extent().x1
+    assert all(float(label.get_text().replace(",", "")).is_integer() for label in axes.get_yticklabels())
+
+
+@pytest.mark.parametrize(("lowest", "side"), [(0.996, "left"), (0.2, "right")])
+def test_the_threshold_is_named_where_there_is_room(lowest: float, side: str) -> None:
+    scores = pd.DataFrame({"id": range(1, 51), "max_id": 0, "cosine_sim_score": np.linspace(lowest, 1, 50)})
+    figure = score_histogram(scores, 0.01)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (label,) = axes.texts
+    assert label.get_ha() == side
+    assert label.get_window_extent().x0 >= axes.get_window_extent().x0
+    assert label.get_window_extent().x1 <= axes.get_window_extent().x1
 
 
 def test_gallery_shows_both_images_and_the_score() -> None:

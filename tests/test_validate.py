@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dask_semdedup._validate import check_choice, check_positive, check_seed
+from dask_semdedup._validate import check_choice, check_keywords, check_positive, check_seed
 from dask_semdedup.errors import InvalidArgumentError
 
 
@@ -30,3 +30,16 @@ def test_what_is_no_seed(value):
 def test_what_is_no_choice():
     with pytest.raises(InvalidArgumentError, match="device must be one of 'cpu', 'cuda', not None"):
         check_choice("device", None, ["cpu", "cuda"])
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("epsilon", " Did you mean 'eps'?"), ("max_iters", " Did you mean 'max_iter'?"), ("x" * 9, "")]
+)
+def test_what_is_no_keyword(name, hint):
+    def own(eps, **rest): ...
+
+    def passed_on(max_iter): ...
+
+    with pytest.raises(TypeError) as raised:
+        check_keywords("own", ["max_iter", name], passed_on, own)
+    assert str(raised.value) == f"own() got an unexpected keyword argument {name!r}.{hint}"

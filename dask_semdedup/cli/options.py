@@ -44,8 +44,10 @@ def _parse_rank_by(_ctx: click.Context, _param: click.Parameter, values: tuple[s
     columns, ascending = [], []
     for value in values:
         column, colon, order = value.rpartition(":")
-        if not colon or order not in ("asc", "desc"):
+        if not colon:
             column, order = value, "asc"
+        if not column or order not in ("asc", "desc"):
+            raise click.BadParameter(f"{value!r} is not of the form COLUMN, COLUMN:asc or COLUMN:desc.")
         columns.append(column)
         ascending.append(order == "asc")
     return RankingStrategy.metadata_based(columns, ascending=ascending)
@@ -139,7 +141,7 @@ execution_options = _together(
         metavar="KEY=VALUE",
         multiple=True,
         callback=_parse_storage_options,
-        help="An fsspec option for INPUT and OUTPUT, such as anon=true. Repeatable.",
+        help="An fsspec option for all paths, such as anon=true. Repeatable.",
     ),
     click.option("--scheduler", metavar="ADDRESS", help="Run on this Dask cluster, such as tcp://10.0.0.1:8786."),
     click.option(

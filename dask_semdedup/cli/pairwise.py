@@ -56,7 +56,7 @@ Examples:
 @eps_option("Count a row as a duplicate from a similarity of 1 - EPS on. Only the summary depends on it.")
 @search_options
 @execution_options
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds scores already.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds scores already, and nothing else.")
 @message_options
 @click.pass_context
 def command(
@@ -86,10 +86,13 @@ def command(
     Both may be local paths or URLs that fsspec knows.
     """
     import dask_semdedup
+    from dask_semdedup.tables import SCORES
 
     refuse_contradictions(ctx)
     with (
-        staged_folder(output_path, input_path, overwrite=overwrite, storage_options=storage_options) as folder,
+        staged_folder(
+            output_path, input_path, contents=SCORES, overwrite=overwrite, storage_options=storage_options
+        ) as folder,
         show_progress(enabled=not quiet) as progress,
     ):
         start = time.perf_counter()

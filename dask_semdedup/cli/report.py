@@ -19,8 +19,6 @@ from dask_semdedup.cli.options import (
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.folders import staged_folder
 
-SUFFIXES = (".html", ".png")
-
 EXAMPLES = """
 Examples:
 
@@ -45,7 +43,7 @@ Examples:
 @id_option
 @cluster_option
 @execution_options
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds a report already.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds a report already, and nothing else.")
 @message_options
 @click.pass_context
 def command(
@@ -74,7 +72,7 @@ def command(
     With --data and --text-field or --image-field it shows the documents themselves. Only those of its pairs are kept
     of DATA.
     """
-    from dask_semdedup.report import PAGE, Documents, write_report
+    from dask_semdedup.report import PAGE, REPORT, Documents, write_report
     from dask_semdedup.tables import read_scores
 
     refuse_contradictions(ctx)
@@ -84,15 +82,16 @@ def command(
         documents = Documents(data, text_field, image_field, id_field, storage_options)
     elif text_field or image_field:
         raise InvalidArgumentError("--text-field and --image-field are columns of --data: name it too.")
+    # What is read comes first: where it is not there, nothing is wrong with OUTPUT.
+    scores = read_scores(scores_path, cluster_field=cluster_field, storage_options=storage_options)
     with (
         staged_folder(
-            output, scores_path, overwrite=overwrite, storage_options=storage_options, suffixes=SUFFIXES
+            output, scores_path, contents=REPORT, overwrite=overwrite, storage_options=storage_options
         ) as folder,
         show_progress(enabled=not quiet) as progress,
     ):
         if verbose:
             log_to(progress.console)
-        scores = read_scores(scores_path, cluster_field=cluster_field, storage_options=storage_options)
         with connect(scheduler, workers) as client, show_tasks(progress, "Reading", client=client):
             tally = write_report(
                 scores,

@@ -93,6 +93,21 @@ def test_occupied_output_is_replaced_on_request_only(
     assert (tmp_path / "out" / "notes.txt").exists()
 
 
+def test_pages_of_others_are_not_replaced(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "index.html").write_text("<title>my own</title>")
+    (tmp_path / "out" / "histogram.png").write_text("mine")
+    assert_one_line(invoke(scores, tmp_path / "out", "--overwrite").stderr, "not a report", "histogram.png")
+    assert names(tmp_path / "out") == ["histogram.png", "index.html"]
+
+
+def test_scores_are_looked_for_before_the_output(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(scores)
+    result = invoke(tmp_path / "nothere")
+    assert_one_line(result.stderr, "nothere: there is no such file or folder")
+    assert "overwrite" not in result.stderr
+
+
 def test_output_stays_apart_from_the_scores(scores: Path, invoke: Callable[..., Result]) -> None:
     assert_one_line(invoke(scores, scores / "report").stderr, "overlap")
     assert_one_line(invoke(scores, scores, "--overwrite").stderr, "overlap")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import groupby, islice
 from operator import attrgetter
@@ -40,6 +40,7 @@ from dask_semdedup.placement import cores_per_gpu
 from dask_semdedup.streams import current, finish, outside
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+PATTERN = frozenset("*?[")
 # The last bytes of a Parquet file, and bytes fetched from the end of a file: enough for nearly every footer.
 MAGIC = b"PAR1"
 FOOTER_GUESS = 2**16
@@ -133,22 +134,21 @@ def list_files(
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, dict[str, Any]]]:
     """List the Parquet files under a path, a glob or a list of either: the file system, and each file's info by path.
 
-    Hidden files, and those that begin with an underscore, are left out, as is anything in a folder without a Parquet
-    suffix. `kind` is what the message calls those that were looked for.
+    Hidden files, and those that begin with an underscore, are left out, as are all files in such folders, and anything
+    in a folder without a Parquet suffix. A path that is there is no pattern. `kind` is what the message calls the files
+    that were looked for.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
         raise ClusterError("No Parquet files: the list of paths is empty.")
-    fs, _, roots = fsspec.core.get_fs_token_paths(
-        [os.fspath(entry) for entry in paths], storage_options=dict(storage_options or {})
-    )
+    fs, roots = expand(paths, storage_options)
     files: dict[str, dict[str, Any]] = {}
     for root in roots:
         found = _find_locally(root) if is_local(fs) else fs.find(root, detail=True)
         if set(found) == {root}:
             files[root] = found[root] or fs.info(root)
         else:
-            files.update((name, info) for name, info in found.items() if _is_data_file(name))
+            files.update((name, info) for name, info in found.items() if is_data_file(name, root, PARQUET_SUFFIXES))
     if not files:
         gone = "" if any(map(fs.exists, roots)) else ": there is no such file or folder"
         raise ClusterError(f"No {kind} files found at {', '.join(map(str, paths[:5]))}{gone}.")
@@ -167,8 +167,34 @@ def _find_locally(root: str) -> dict[str, dict[str, Any]]:
     return {info.path: {"size": size, "mtime": info.mtime_ns} for info in infos if (size := info.size) is not None}
 
 
-def _is_data_file(path: str) -> bool:
-    return path.endswith(PARQUET_SUFFIXES) and path[path.rfind("/") + 1] not in "_."
+def expand(
+    paths: Sequence[str | os.PathLike[str]], storage_options: Mapping[str, Any] | None
+) -> tuple[fsspec.AbstractFileSystem, list[str]]:
+    """The file system of some paths, and the paths: those that are there as they are, and what patterns stand for."""
+    roots: list[str] = []
+    for entry in paths:
+        fs, root = fsspec.url_to_fs(os.fspath(entry), **(storage_options or {}))
+        is_pattern = not PATTERN.isdisjoint(root) and not fs.exists(root)
+        roots += sorted(fs.glob(root)) if is_pattern else [root]
+    return fs, roots
+
+
+def is_data_file(path: str, root: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file below a root is data by its suffix, and not hidden, nor in a hidden folder.
+
+    Examples
+    --------
+    >>> [is_data_file(f"data/{name}", "data", (".parquet",)) for name in ("a.parquet", "_temporary/0/a.parquet")]
+    [True, False]
+    """
+    if not path.endswith(suffixes):
+        return False
+    below = f"/{path.removeprefix(root)}"
+    # Most are not hidden, which these two see at once. A key of a folder may begin with an underscore.
+    hidden = ("/_" in below or "/." in below) and any(
+        part.startswith(("_", ".")) and "=" not in part for part in below.split("/")
+    )
+    return not hidden
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -332,6 +358,8 @@ class _Leaves:
 
 
 def _count_leaves(type_: pa.DataType) -> int:
+    if isinstance(type_, pa.BaseExtensionType):
+        type_ = type_.storage_type
     if not pa.types.is_nested(type_):
         return 1
     return sum(_count_leaves(type_.field(index).type) for index in range(type_.num_fields))
@@ -419,7 +447,8 @@ def _row_group(group: Any, leaves: _Leaves) -> RowGroup:
 
 def _bounds(group: Any, index: int | None) -> tuple[Any, Any]:
     statistics = None if index is None else group.column(index).statistics
-    if statistics is None or not statistics.has_min_max:
+    if statistics is None or not statistics.has_min_max or statistics.logical_type.type == "FLOAT16":
+        # Of half precision they are given as bytes, whose order is not that of the numbers.
         return None, None
     return statistics.min, statistics.max
 
@@ -466,6 +495,10 @@ class Reader:
     cluster_type: pa.DataType | None = None
     backend: str = "pandas"
     string_dtype: pd.StringDtype[Any] | None = None
+
+    def __dask_tokenize__(self) -> object:
+        # A file system's own token is another one in each thread and process.
+        return type(self.fs), self.fs.storage_options, [getattr(self, field.name) for field in fields(self)[1:]]
 
     @property
     def columns(self) -> list[str]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -447,10 +447,10 @@ def _scan(
     if reader.backend == "cudf":
         _check_cudf(units, cluster_field)
     size = fitting_size(size, reader.backend, sum(unit.nbytes for unit in units))
-    by_key = {unit.key: unit for unit in units}
-    runs, giants = _runs([(unit.key, unit.rows, unit.nbytes) for unit in units], size)
+    units.sort(key=attrgetter("key"))
+    runs, giants = _runs([(place, unit.rows, unit.nbytes) for place, unit in enumerate(units)], size)
     partitions = tuple(
-        _join(fragment for key in keys for fragment in by_key[key].fragments) for keys in _arranged(runs, giants)
+        _join(fragment for place in places for fragment in units[place].fragments) for places in _arranged(runs, giants)
     )
     token = tokenize(checksum(files), reader, cluster_field, aligned, size, tuple(columns))
     return Source(reader, partitions, cluster_field, aligned, token)
@@ -682,7 +682,7 @@ class ReadClusters(PartitionsFiltered, BlockwiseIO):
         )
 
     def _simplify_up(self, parent: Expr, dependents: Mapping[str, Any]) -> core.Expr | None:
-        if self.claims_alignment and _is_merged(self, dependents):
+        if self.claims_alignment and is_merged(self, dependents):
             return parent.substitute(self, self.substitute_parameters({"claims_alignment": False}))
         if isinstance(parent, Lengths):
             return Literal(self._lengths())
@@ -695,7 +695,7 @@ class ReadClusters(PartitionsFiltered, BlockwiseIO):
         return tuple(sum(fragment.rows for fragment in partitions[index]) for index in self._partitions)
 
 
-def _is_merged(expr: Expr, dependents: Mapping[str, Any]) -> bool:
+def is_merged(expr: Expr, dependents: Mapping[str, Any]) -> bool:
     """Whether a merge depends on the expression."""
     names: set[str] = set()
     stack = [expr._name]
@@ -715,7 +715,8 @@ class ShuffleByCluster(RearrangeByColumn):
     def _lower(self) -> core.Expr:
         method = self.method or get_default_shuffle_method()
         operands = dict(zip(self._parameters, self.operands, strict=True))
-        return RearrangeByColumn(**{**operands, "method": "tasks" if method == "p2p" else method})
+        # In the same step as Dask lowers its own: later the frame below would be lowered, and have other partitions.
+        return RearrangeByColumn(**{**operands, "method": "tasks" if method == "p2p" else method})._lower()
 
 
 def align(ddf: dd.DataFrame, cluster_field: str) -> dd.DataFrame:

@@ -50,8 +50,6 @@ __all__ = [
 # Rows that need work before they are float32 are handled so many numbers at a time: within a CPU's cache, and enough
 # for a GPU to be busy.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
-# A float64 row whose largest entry lies outside this range might overflow or vanish when squared in float32.
-SAFE_PEAKS = (2.0**-40, 2.0**40)
 NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u2")}
 # The most elements of an Arrow list array, whose offsets are int32.
 LIST_ELEMENTS = 2**31 - 1
@@ -705,12 +703,9 @@ def _float32_blocks(pieces: Iterator[Any], width: int, device: str) -> Iterator[
 
 def _to_float32(block: Any) -> Any:
     if block.dtype == np.float64:
-        peaks = abs(block).max(axis=1)
-        low, high = SAFE_PEAKS
-        extreme = (peaks > 0) & (peaks < np.inf) & ((peaks < low) | (peaks > high))
-        if extreme.any():
-            block = block.copy()
-            block[extreme] /= peaks[extreme][:, None]
+        from dask_semdedup.search.certify import scaled
+
+        block = scaled(block, abs(block).max(axis=1))
     return block.astype(np.float32, copy=False)
 
 

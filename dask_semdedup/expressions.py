@@ -24,7 +24,7 @@ from dask.typing import Key
 
 from dask_semdedup._parquet import Fragment, Reader, in_runs
 from dask_semdedup.against import against_meta, against_partition, best_of_probes
-from dask_semdedup.clusters import ReadClusters, claims_of
+from dask_semdedup.clusters import ReadClusters, claims_of, is_merged
 from dask_semdedup.embeddings import first_width
 from dask_semdedup.errors import EmbeddingError
 from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
@@ -221,6 +221,12 @@ class ScoresOfFiles(PartitionsFiltered, BlockwiseIO):
 
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (len(self.source.partitions) + 1)
+
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+        # As of `ReadClusters`, and here of frames that were optimised before they are merged.
+        if self.claims and is_merged(self, dependents):
+            return parent.substitute(self, self.substitute_parameters({"claims": set()}))
+        return super()._simplify_up(parent, dependents)
 
     def _filtered_task(self, name: Key, index: int) -> Task:
         fragments = self.source.partitions[index]

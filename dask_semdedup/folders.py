@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
+from dask_semdedup._parquet import is_local
 from dask_semdedup.errors import InvalidArgumentError, some
 
 __all__ = ["Contents", "refuse_overlap", "replaced_when_done", "staged_folder"]
@@ -71,7 +73,7 @@ def staged_folder(
     options = dict(storage_options or {})
     fs, final = fsspec.url_to_fs(output_path.rstrip("/"), **options)
     if input_path is not None:
-        refuse_overlap(final, fsspec.url_to_fs(input_path.rstrip("/"), **options)[1])
+        refuse_overlap(fs, final, input_path, options)
     _refuse_occupied(fs, final, contents, overwrite=overwrite)
     with replaced_when_done(fs, final) as staged:
         yield staged
@@ -94,8 +96,15 @@ def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[st
     fs.mv(staged, final, recursive=True)
 
 
-def refuse_overlap(output: str, source: str) -> None:
-    """Keep overwriting from removing the input, and the input from swallowing the output."""
+def refuse_overlap(
+    fs: fsspec.AbstractFileSystem, output: str, input_path: str, storage_options: Mapping[str, Any]
+) -> None:
+    """Keep overwriting from removing the input, and the input from swallowing the output, by whatever name."""
+    source_fs, source = fsspec.url_to_fs(input_path.rstrip("/"), **storage_options)
+    if type(source_fs) is not type(fs):
+        return
+    if is_local(fs):
+        output, source = os.path.realpath(output), os.path.realpath(source)
     if f"{output}/".startswith(f"{source}/") or f"{source}/".startswith(f"{output}/"):
         raise InvalidArgumentError(f"Output {output!r} and input {source!r} overlap. Name a folder apart.")
 

@@ -88,7 +88,12 @@ def plain_ids(ids: Any) -> Any:
     >>> plain_ids(pd.Series([7, 8], dtype="category")).dtype
     dtype('int64')
     """
-    return ids.astype(ids.cat.categories.dtype) if ids.dtype == "category" else ids
+    if ids.dtype != "category":
+        return ids
+    dtype = ids.cat.categories.dtype
+    if not is_cudf(ids) and dtype.kind in "iu" and ids.isna().any():
+        dtype = dtype.name.replace("uint", "UInt").replace("int", "Int")  # which hold nulls
+    return ids.astype(dtype)
 
 
 def ids_to_arrow(ids: Any) -> pa.ChunkedArray:

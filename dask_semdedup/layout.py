@@ -29,7 +29,8 @@ from dask_semdedup.folders import Contents
 
 __all__ = ["CLUSTERS", "NULL_NAMES", "check_cluster_dtype", "integers_or_names", "write_layout", "write_partition"]
 
-INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
+INTEGER = re.compile(r"0|-?[1-9]\d{0,18}")
+INT64 = range(-(2**63), 2**63)
 # Values in the names of folders that stand for none, to Hive and Arrow.
 NULL_NAMES = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})
 
@@ -74,14 +75,15 @@ def check_cluster_dtype(clusters: Any) -> None:
 
 
 def integers_or_names(names: Mapping[str, str]) -> dict[str, Any]:
-    """Read values in the names of files or folders back: integers where all are, as they are written, else strings.
+    """Read values in names of files or folders back: as int64 where all are, as they are written, else as strings.
 
     Examples
     --------
     >>> integers_or_names({"a": "3", "b": "-10"}), integers_or_names({"a": "3", "b": "010"})
     ({'a': 3, 'b': -10}, {'a': '3', 'b': '010'})
     """
-    if all(map(INTEGER.fullmatch, set(names.values()))):
+    distinct = set(names.values())
+    if all(map(INTEGER.fullmatch, distinct)) and all(int(name) in INT64 for name in distinct):
         return {path: int(name) for path, name in names.items()}
     return dict(names)
 
@@ -177,11 +179,11 @@ def _runs(column: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
             f"Column {column.name!r}: {have(lost, 'row')} no cluster. Drop them, or assign them to clusters."
         )
     names = (clusters.to_pandas() if is_cudf(clusters) else clusters).tolist()
-    if unreadable := [name for name in names if name in NULL_NAMES]:
+    if unreadable := [name for name in names if name in NULL_NAMES or (isinstance(name, int) and name not in INT64)]:
         rows = int(np.isin(codes, [names.index(name) for name in unreadable]).sum())
         raise ClusterError(
-            f"Column {column.name!r}: {have(rows, 'row')} a cluster whose folder would be read back as null "
-            f"({some(map(repr, unreadable))}). Give it another name."
+            f"Column {column.name!r}: {have(rows, 'row')} a cluster whose folder would be read back as null, or not as "
+            f"an integer ({some(map(repr, unreadable))}). Give it another name."
         )
     order = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[order], np.arange(len(clusters) + 1))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from dask_semdedup._validate import check_choice, check_seed
 from dask_semdedup.embeddings import is_cudf
@@ -287,15 +288,10 @@ def _with_nulls(column: Any) -> Any:
 
     is_categorical = type(column.dtype).__name__ == "CategoricalDtype"
     with outside("cuda" if is_categorical else "cpu"):
-        column = _uncategorised(column)
+        if is_categorical and not column.cat.ordered:
+            column = column.astype(column.cat.categories.dtype)  # whose order does not depend on the partition
         data, _ = column.to_pylibcudf()
         return plc.transform.column_nans_to_nulls(data, current()) if column.dtype.kind == "f" else data
-
-
-def _uncategorised(column: Any) -> Any:
-    """Unordered categories as the values they are, whose order does not depend on the partition."""
-    is_categorical = type(column.dtype).__name__ == "CategoricalDtype"
-    return column.astype(column.cat.categories.dtype) if is_categorical and not column.cat.ordered else column
 
 
 def _pandas_order(keys: list[tuple[pd.Series, bool]]) -> np.ndarray:
@@ -327,7 +323,7 @@ def _tied(starts: np.ndarray) -> np.ndarray:
 
 def _sort_codes(column: pd.Series, ascending: bool) -> list[np.ndarray]:
     """Arrays of numbers, the most significant first, that ascend as the column shall."""
-    missing, codes = _codes(_uncategorised(column))
+    missing, codes = _codes(column)
     if not ascending:
         codes = -codes if codes.dtype.kind == "f" else ~codes
     return [missing, codes] if missing.any() else [codes]
@@ -343,14 +339,22 @@ def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         return missing, np.where(missing, 0, values)
     if kind in "iub":
         missing = column.isna().to_numpy(dtype=bool)
-        values = column.to_numpy(dtype, na_value=0) if missing.any() else column.to_numpy(dtype)
+        values = column.to_numpy(dtype, na_value=dtype.type(0)) if missing.any() else column.to_numpy(dtype)
         return missing, values.astype(np.uint8) if kind == "b" else values
-    codes = column.cat.codes.to_numpy() if isinstance(column.dtype, pd.CategoricalDtype) else _factorized(column)
+    if not isinstance(column.dtype, pd.CategoricalDtype):
+        codes = _factorized(column, column.name)
+    elif column.cat.ordered:
+        codes = column.cat.codes.to_numpy()
+    else:
+        # As the values they are, whose order does not depend on the partition.
+        codes = np.append(_factorized(column.cat.categories, column.name), -1)[column.cat.codes]
     return codes < 0, codes
 
 
-def _factorized(column: pd.Series) -> np.ndarray:
+def _factorized(values: pd.Series | pd.Index, name: object) -> np.ndarray:
+    if isinstance(values.dtype, pd.ArrowDtype) and isinstance(values.dtype.pyarrow_dtype, pa.BaseExtensionType):
+        values = values.astype(pd.ArrowDtype(values.dtype.pyarrow_dtype.storage_type))  # of UUIDs, their bytes
     try:
-        return pd.factorize(column, sort=True)[0]
-    except TypeError as error:
-        raise InvalidArgumentError(f"Column {column.name!r} cannot be ranked by: {error}.") from error
+        return pd.factorize(values, sort=True)[0]
+    except (TypeError, pa.ArrowException) as error:
+        raise InvalidArgumentError(f"Column {name!r} cannot be ranked by: {error}.") from error

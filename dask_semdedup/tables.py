@@ -11,6 +11,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
@@ -28,6 +29,8 @@ from dask_semdedup._parquet import (
     Reader,
     checksum,
     configured_string_dtype,
+    expand,
+    is_data_file,
     list_files,
     read_footers,
     read_schema,
@@ -431,19 +434,18 @@ def _list_json(
     path: str | os.PathLike[str], storage_options: Mapping[str, Any]
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, Any]]:
     """The files of JSON lines at a path; beside Parquet, what ends in .json is about the data and is none of it."""
-    fs, root = fsspec.url_to_fs(os.fspath(path), **storage_options)
-    found = fs.find(root, detail=True)
-    files = {name: info for name, info in found.items() if name.endswith(JSON_SUFFIXES) and not _is_hidden(name)}
-    parquet = [name for name in found if name.endswith(PARQUET_SUFFIXES) and not _is_hidden(name)]
+    fs, roots = expand([path], storage_options)
+    files: dict[str, Any] = {}
+    parquet: list[str] = []
+    for root in roots:
+        found = fs.find(root, detail=True)
+        files |= {name: info for name, info in found.items() if is_data_file(name, root, JSON_SUFFIXES)}
+        parquet += [name for name in found if is_data_file(name, root, PARQUET_SUFFIXES)]
     if parquet:
         files = {name: info for name, info in files.items() if not name.endswith((".json", ".json.gz"))}
     if files and parquet:
         raise ClusterError(f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(files, 1)}). Part them.")
     return fs, dict(sorted(files.items()))
-
-
-def _is_hidden(path: str) -> bool:
-    return path.rsplit("/", 1)[-1].startswith(("_", "."))
 
 
 def _read_json(
@@ -455,7 +457,7 @@ def _read_json(
     size: int,
 ) -> dd.DataFrame:
     blocks = [block for path, info in files.items() for block in _blocks(path, info["size"], size)]
-    schema = _infer(fs, blocks[0], embedding_field)
+    schema = _infer(fs, blocks[0], id_field, embedding_field)
     if columns is not None and not set(columns) <= set(schema.names):
         raise MissingColumnsError.build(columns, schema.names, f"They are wanted of {blocks[0].path}.")
     # Any line may lack what others have.
@@ -472,17 +474,27 @@ def _blocks(path: str, nbytes: int, size: int) -> list[Block]:
     return [Block(path, start, length) for start in range(0, max(nbytes, 1), max(length, 1))]
 
 
-def _infer(fs: fsspec.AbstractFileSystem, block: Block, embedding_field: str) -> pa.Schema:
-    """What the lines of a block hold: numbers of the embedding as float32, and text where all is null."""
-    schema = _parse(fs, block._replace(length=block.length and min(block.length, INFERRED_BYTES)), None).schema
-    types = {field.name: pa.string() if pa.types.is_null(field.type) else field.type for field in schema}
+def _infer(fs: fsspec.AbstractFileSystem, block: Block, id_field: str, embedding_field: str) -> pa.Schema:
+    """What the lines of a block hold: numbers of the embedding as float32, ids that need it as uint64; else text."""
+    block = block._replace(length=block.length and min(block.length, INFERRED_BYTES))
+    schema = _parse(fs, block, None).schema
+    # Text stays as it is written, though it may look like a time; and where all is null it may yet be text.
+    is_text = (pa.types.is_null, pa.types.is_timestamp)
+    types = {f.name: pa.string() if any(is_one(f.type) for is_one in is_text) else f.type for f in schema}
     if pa.types.is_list(types.get(embedding_field, pa.null())):
         types[embedding_field] = pa.list_(pa.float32())
+    if types.get(id_field) == pa.float64():
+        # So Arrow takes integers from 2⁶³ on, many of which are then one.
+        with suppress(ClusterError):
+            _parse(fs, block, pa.schema([(id_field, pa.uint64())]), "ignore")
+            types[id_field] = pa.uint64()
     return pa.schema(list(types.items()))
 
 
-def _parse(fs: fsspec.AbstractFileSystem, block: Block, schema: pa.Schema | None) -> pa.Table:
-    """The lines of a block, all of them of a schema."""
+def _parse(
+    fs: fsspec.AbstractFileSystem, block: Block, schema: pa.Schema | None, others: str | None = None
+) -> pa.Table:
+    """The lines of a block, all of them of a schema; `others` says what is done where they hold more."""
     from pyarrow import json
 
     try:
@@ -490,7 +502,8 @@ def _parse(fs: fsspec.AbstractFileSystem, block: Block, schema: pa.Schema | None
             text = file.read() if block.length is None else read_block(file, block.start, block.length, b"\n")
         if not text.strip():
             return (schema or pa.schema([])).empty_table()
-        options = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error" if schema else "infer")
+        others = others or ("error" if schema else "infer")
+        options = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=others)
         # A line is in one block of the parser: it may be as long as the text.
         reading = json.ReadOptions(use_threads=False, block_size=min(max(len(text), 1), 2**31 - 1))
         return json.read_json(io.BytesIO(text), read_options=reading, parse_options=options)

@@ -305,6 +305,24 @@ def test_output_apart_from_input(clusters: str, tmp_path: Path, invoke: Callable
     assert len(dask_semdedup.read_clusters(clusters)) == CLUSTERS * ROWS
 
 
+@pytest.mark.parametrize("alias", ["link", "x/../clusters"])
+def test_output_apart_from_input_by_any_name(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], alias: str
+) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link").symlink_to(clusters)
+    for source, output in ((clusters, tmp_path / alias), (f"{tmp_path}/{alias}", clusters)):
+        result = invoke(source, output, "--overwrite")
+        assert result.exit_code == 2
+        assert_one_line(result.stderr, "overlap")
+    assert len(dask_semdedup.read_clusters(clusters)) == CLUSTERS * ROWS
+
+
+def test_output_may_look_like_a_pattern(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    assert invoke(clusters, tmp_path / "scores[1]").exit_code == 0
+    assert len(read(tmp_path / "scores[1]")) == CLUSTERS * ROWS
+
+
 def test_output_that_is_a_file_is_refused(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     (tmp_path / "scores").write_text("mine")
     assert_one_line(invoke(clusters, tmp_path / "scores", "--overwrite").stderr, "is a file")

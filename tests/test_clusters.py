@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -540,6 +542,14 @@ class TestAlignment:
         assert not is_aligned(ddf.shuffle(["centroid", "lang"]), "centroid")
         assert is_aligned(ddf.shuffle("centroid"), "centroid")
 
+    def test_what_had_empty_divisions_is_shuffled(self) -> None:
+        """Dask merges partitions of a sorted frame as it lowers it, of which a shuffle above must not know yet."""
+        frame = pd.DataFrame({"id": range(400), "lang": ["a", "b", "c", "d"] * 100, "centroid": np.arange(400) % 20})
+        ddf = dd.from_pandas(frame, npartitions=7).set_index("lang").reset_index()
+        aligned = align(ddf, "centroid")
+        assert sorted(aligned.compute()["id"]) == list(range(400))
+        assert clusters_are_whole(aligned)
+
     def test_broadcast_merges_are_not_believed(self) -> None:
         left = dd.from_pandas(pd.DataFrame({"centroid": np.arange(80) % 5, "id": range(80)}), npartitions=40)
         right = dd.from_pandas(pd.DataFrame({"centroid": range(5), "name": list("abcde")}), npartitions=2)
@@ -650,12 +660,53 @@ class TestPlainParquet:
         assert reader.columns == ["id", "label"]
         assert sorted(ddf.compute().id) == list(range(24))
 
+    def test_columns_after_one_of_an_extension_type(self, tmp_path: Path) -> None:
+        """An interval is two columns of a file, which are to be counted as such."""
+        (tmp_path / "in").mkdir()
+        for part in range(4):
+            rows = self.frame.iloc[part::4]
+            spans = pd.arrays.IntervalArray.from_breaks(range(len(rows) + 1))
+            rows.assign(span=spans)[["id", "span", "label", "x"]].to_parquet(tmp_path / "in" / f"{part}.parquet")
+        ddf = read_clusters(tmp_path / "in", cluster_field="label", columns=["id", "label"], partition_size=1)
+        assert clusters_are_whole(ddf, "label")
+        assert sorted(ddf.compute().id) == sorted(self.frame.id)
+
+    def test_clusters_of_half_precision(self, tmp_path: Path) -> None:
+        """Their bounds are bytes, whose order is not that of the numbers."""
+        (tmp_path / "in").mkdir()
+        for part in range(2):
+            table = pa.table({"id": [2 * part, 2 * part + 1], "label": pa.array(np.array([-1, 2], np.float16))})
+            pq.write_table(table, tmp_path / "in" / f"{part}.parquet")
+        ddf = read_clusters(tmp_path / "in", cluster_field="label", partition_size=1)
+        assert sorted(ddf.compute().id) == [0, 1, 2, 3]
+        assert clusters_are_whole(ddf, "label")
+
     def test_string_clusters(self, tmp_path: Path) -> None:
         frame = self.frame.assign(label=self.frame.label.map(str))
         frame.to_parquet(tmp_path / "a.parquet", row_group_size=3)
         ddf = read_clusters(tmp_path / "a.parquet", cluster_field="label", partition_size=1)
         assert ddf.npartitions == 8
         assert_same(ddf, frame)
+
+
+class TestNames:
+    def test_folders_that_are_hidden_hold_no_data(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, frame = layout
+        for folder in ("_temporary/0", ".snap", ".ipynb_checkpoints"):
+            shutil.copytree(path / "centroid=10", path / folder / "centroid=10")
+        assert len(read_clusters(path)) == len(frame)
+
+    def test_a_hidden_folder_may_be_named(self, layout: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+        path, frame = layout
+        path.rename(tmp_path / ".hidden")
+        assert len(read_clusters(tmp_path / ".hidden")) == len(frame)
+
+    def test_names_are_those_of_any_thread(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, _ = layout
+        here = read_clusters(path)._name
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(lambda: read_clusters(path)._name).result() == here
+        assert read_clusters(path, columns=["id"])._name != here
 
 
 class TestBadInput:

@@ -104,6 +104,23 @@ class TestSameScores:
         pd.testing.assert_frame_equal(found, whole, rtol=0, atol=2e-6)
         assert found.dtypes.equals(scores._meta.dtypes)
 
+    @pytest.mark.parametrize("fuse", [False, True])
+    @pytest.mark.parametrize("how", ["inner", "left"])
+    def test_merges_of_optimised_scores(self, tmp_path: Path, fuse: bool, how: str) -> None:
+        centroid = np.repeat(np.arange(20), 20)
+        path = write(tmp_path / "in", make_frame(lists(np.random.default_rng(0).random((400, 6)), TYPES[0]), centroid))
+        scores = read_clusters(path, partition_size="2kB").semdedup.pairwise().optimize(fuse=fuse)
+        assert scores.npartitions > 4
+        labels = dd.from_pandas(pd.DataFrame({"centroid": range(20), "name": range(20)}), npartitions=2)
+        for right in (
+            labels,
+            labels.shuffle("centroid"),
+            read_clusters(path, columns=["id", "centroid"]).drop_duplicates("centroid"),
+        ):
+            merged = scores.merge(right, on="centroid", how=how, broadcast=False)
+            assert len(merged) == len(found := merged.compute()) == 400
+            assert found.notna().all(axis=None)
+
     @pytest.mark.parametrize("name", [name for name, column in LAYOUTS.items() if column.dtype != object])
     def test_every_layout_of_embeddings(self, tmp_path: Path, run: int, name: str) -> None:
         column = LAYOUTS[name].reset_index(drop=True)

@@ -90,7 +90,15 @@ def test_bytes_hash_as_strings_of_the_same_bytes():
 
 
 @pytest.mark.parametrize(
-    ("ids", "dtype"), [([1, None], "Int64"), (["a", None], "str"), (["a", None], object), (["a", None], "category")]
+    ("ids", "dtype"),
+    [
+        ([1, None], "Int64"),
+        (["a", None], "str"),
+        (["a", None], object),
+        (["a", None], "category"),
+        ([1, None], "category"),
+        ([2**60, None], pd.CategoricalDtype(np.array([2**60], np.uint64))),
+    ],
 )
 def test_missing_ids_hash_to_something(ids, dtype):
     assert hashes(pd.Series(ids, dtype=dtype), 42)[0] == expected(ids[0], 42)

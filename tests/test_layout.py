@@ -115,6 +115,31 @@ def test_a_task_may_run_twice(frame: pd.DataFrame, tmp_path: Path) -> None:
     assert len(read_clusters(tmp_path)) == 400
 
 
+@pytest.mark.parametrize("clusters", [[0, 1, 2**62], [-(2**63), 2**63 - 1, 7]])
+def test_clusters_of_64_bits_come_back(frame: pd.DataFrame, tmp_path: Path, clusters: list[int]) -> None:
+    numbers = np.array(clusters)[np.arange(len(frame)) % 3]
+    files = in_partitions(frame.assign(centroid=numbers)).semdedup.to_clusters(tmp_path / "clusters")
+    assert list(files) == sorted(clusters)
+    assert read_clusters(tmp_path / "clusters").compute()["centroid"].value_counts().to_dict() == (
+        pd.Series(numbers).value_counts().to_dict()
+    )
+
+
+def test_clusters_beyond_64_bits_are_refused(frame: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"400 rows have a cluster .* not as an integer \(9223372036854775808"):
+        in_partitions(frame.assign(centroid=np.uint64(2**63))).semdedup.to_clusters(tmp_path / "clusters")
+    assert not (tmp_path / "clusters").exists()
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b", "what?"])
+def test_names_that_look_like_patterns_are_names(frame: pd.DataFrame, tmp_path: Path, name: str) -> None:
+    (tmp_path / "run1").mkdir()
+    (tmp_path / "a b").mkdir()
+    files = in_partitions(frame).semdedup.to_clusters(tmp_path / name)
+    assert len(files) == frame["centroid"].nunique()
+    assert len(read_clusters(tmp_path / name)) == len(frame)
+
+
 def test_a_late_writer_does_not_make_the_folder_anew(frame: pd.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         layout.write_partition(frame, str(tmp_path / "gone"), "centroid", 1 << 20, {})
@@ -207,7 +232,7 @@ def no_rows(frame: pd.DataFrame) -> dd.DataFrame:
         (
             lambda frame: in_partitions(frame.assign(centroid=frame["centroid"].astype(str).replace("10", ""))),
             ClusterError,
-            "'centroid': [0-9]+ rows have a cluster whose folder would be read back as null .''.",
+            "'centroid': [0-9]+ rows have a cluster whose folder would be read back as null, or not as an integer .''.",
         ),
     ],
     ids=["no rows", "no clusters", "nothing else", "floats", "nulls", "no name"],

@@ -62,6 +62,9 @@ def test_words_stand_for_strategies(word, ascending, metric, column):
         pd.Series(["m", None, "b", None, "z", "a"], dtype="str"),
         pd.Series(["m", None, "b", None, "z", "a"], dtype=object),
         pd.Series(["m", None, "b", None, "z", "a"], dtype="category").cat.set_categories(["z", "m", "b", "a"]),
+        pd.Series([2, None, 1, None, 9, -9], dtype="Int64").astype("category"),
+        pd.Series(pd.Categorical([2, None, 1, None, 9, -9], categories=[9, 2, 1, -9])),
+        pd.Series([2.0, None, 1.0, None, 9.0, -9.0]).astype("category"),
         pd.Series(["good", None, "fair", None, "best", "bad"]).astype(
             pd.CategoricalDtype(["bad", "fair", "good", "best"], ordered=True)
         ),
@@ -96,6 +99,27 @@ def test_the_ends_of_integers_keep_their_order(dtype, ascending):
 def test_booleans_rank():
     frame = pd.DataFrame({"id": range(3), "score": [False, True, False]})
     assert ranked(RankingStrategy(["score"], ascending=False), frame) == [1, 0, 2]
+
+
+@pytest.mark.parametrize("dtype", ["boolean", pd.ArrowDtype(pa.bool_()), object], ids=str)
+def test_missing_booleans_rank_last(dtype):
+    frame = pd.DataFrame({"id": range(4), "score": pd.Series([None, False, True, None], dtype=dtype)})
+    assert ranked(RankingStrategy(["score"], ascending=False), frame) == [2, 1, 0, 3]
+
+
+def test_uuids_settle_ties():
+    uuids = pa.array([bytes([number]) * 16 for number in (3, 1, 2)], pa.binary(16)).cast(pa.uuid())
+    ids = pd.Series(pd.arrays.ArrowExtensionArray(uuids))
+    order = make_strategy("easy").order(
+        pd.DataFrame({"id": ids, "centroid": 0, "cosine_dist_to_cent": 0.5}), cluster_field="centroid", id_field="id"
+    )
+    assert order.tolist() == [1, 2, 0]
+
+
+def test_lists_cannot_be_ranked_by():
+    lists = pd.Series([[1], [2]], dtype=pd.ArrowDtype(pa.list_(pa.int64())))
+    with pytest.raises(InvalidArgumentError, match="Column 'score' cannot be ranked by"):
+        ranked(RankingStrategy(["score"]), pd.DataFrame({"id": [1, 2], "score": lists}))
 
 
 def test_values_that_cannot_be_compared_are_refused():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -67,8 +68,10 @@ def check_hard(path: str) -> None:
     assert scores["cosine_sim_score"].dtype == np.float32
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [*product([torch.float32, torch.float64], [1.0, 3.0]), (torch.float64, 1e39), (torch.float64, 1e-60)],
+)
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 6, 7, 1024])
 def test_golden_similarities_for_every_batch_size(batch_size, dtype, scale):
     scores, index = pairwise_cosine_similarity_batched(torch.tensor(NORMED * scale, dtype=dtype), batch_size)

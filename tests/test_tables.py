@@ -45,6 +45,45 @@ def test_meta_is_what_partitions_are(tmp_path: Path) -> None:
     assert frame["id"].dtype == np.int64
 
 
+def test_text_stays_as_it_is_written(tmp_path: Path) -> None:
+    titles = ["2020-01-01", "2020-01-01T10:00:00.5Z", "2020-01-01 10:00:00"]
+    write_json(tmp_path / "a.jsonl", [{"id": number, "title": title} for number, title in enumerate(titles)])
+    assert read_table(tmp_path, partition_size="20B").compute()["title"].tolist() == titles
+
+
+@pytest.mark.parametrize("field", ["id", "doc"])
+def test_ids_of_64_bits_stay_apart(tmp_path: Path, field: str) -> None:
+    ids = [11400714819323198485 + number for number in range(4)] + [7]
+    write_json(tmp_path / "a.jsonl", [{field: number, "x": 0.5} for number in ids])
+    frame = read_table(tmp_path, id_field=field).compute()
+    assert frame[field].dtype == np.uint64
+    assert frame[field].tolist() == ids
+
+
+def test_files_in_hidden_folders_are_no_data(tmp_path: Path) -> None:
+    for folder in ("", ".ipynb_checkpoints", "_temporary/0", "_lang=en"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        write_json(tmp_path / folder / "a.jsonl", ROWS)
+    with pytest.warns(UserWarning, match="named by _lang"):
+        assert len(read_table(tmp_path)) == 2 * len(ROWS)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b", "what?"])
+def test_a_folder_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> None:
+    for folder in (name, "run1", "a b", "whats"):
+        (tmp_path / folder).mkdir()
+        write_json(tmp_path / folder / "a.jsonl", ROWS if folder == name else ROWS[:1])
+        pq.write_table(pa.table({"id": [1, 2]} if folder == name else {"id": [1]}), tmp_path / folder / "b.parquet")
+    assert len(read_table(tmp_path / name / "a.jsonl")) == len(ROWS)
+    assert len(read_table(tmp_path / name / "b.parquet")) == 2
+
+
+def test_patterns_find_json_lines_too(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.txt"):
+        write_json(tmp_path / name, ROWS)
+    assert len(read_table(tmp_path / "*.jsonl")) == 2 * len(ROWS)
+
+
 def test_only_wanted_columns_are_read(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     frame = read_table(tmp_path)[["id"]].optimize()

@@ -133,11 +133,10 @@ class Summary:
 
 def summarise(folder: str, storage_options: dict[str, Any], *, cluster_field: str, eps: float) -> Summary:
     """Count what was written, from the scores alone."""
-    import dask.dataframe as dd
+    from dask_semdedup.tables import read_scores
 
-    with dask.config.set({"dataframe.backend": "pandas"}):
-        scores = dd.read_parquet(folder, storage_options=storage_options or None)
-        duplicates = scores.semdedup.duplicates(eps=eps)
+    scores = read_scores(folder, cluster_field=cluster_field, storage_options=storage_options)
+    duplicates = scores.semdedup.duplicates(eps=eps)
     clusters, rows, dropped = dask.compute(scores[cluster_field].nunique(), scores["id"].size, duplicates["id"].size)
     return Summary(clusters=int(clusters), rows=int(rows), duplicates=int(dropped), eps=eps)
 

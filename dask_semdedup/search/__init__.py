@@ -60,6 +60,8 @@ def nearest_earlier(
 
     Raises
     ------
+    TypeError
+        If `rows` or `segments` are no tensors.
     ValueError
         If `compute_dtype` or `batch_size` is not one of those allowed, `segments` do not cover `rows`, or one of
         `stops` lies outside its segment or behind its row.
@@ -76,7 +78,7 @@ def nearest_earlier(
     (tensor([0.0000, 0.0000, 0.8000, 0.7071]), tensor([0, 1, 1, 0]))
     """
     segments, stops = _check(rows, segments, stops, compute_dtype, batch_size)
-    rows = rows.float().contiguous()
+    rows = certify.as_float32(rows)
     if compute_dtype != "float32" and len(rows) and has_triton(rows.device):
         return _by_triton(rows, segments, stops, compute_dtype)
     return _by_torch(rows, segments, stops, compute_dtype, batch_size)
@@ -146,6 +148,9 @@ def _check(
         raise ValueError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, not {compute_dtype!r}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if not isinstance(rows, torch.Tensor) or not isinstance(segments, torch.Tensor):
+        given = f"{type(rows).__name__} and {type(segments).__name__}"
+        raise TypeError(f"rows and segments must be torch tensors, not {given}: torch.as_tensor makes them")
     if rows.ndim != 2 or not rows.is_floating_point():
         raise ValueError(f"rows must be a floating-point matrix, not {rows.dtype} of shape {tuple(rows.shape)}")
     segments = segments.to("cpu", torch.int64)

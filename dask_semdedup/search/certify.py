@@ -20,6 +20,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -64,6 +65,38 @@ class UnitRows:
     def width(self) -> int:
         """Number of dimensions, d."""
         return self.rows.shape[1]
+
+
+def scaled(rows: Any, peaks: Any) -> Any:
+    """Divide those float64 rows by their largest element whose norms float32 may not hold.
+
+    Parameters
+    ----------
+    rows : (n, d) array or torch.Tensor
+        Of NumPy, CuPy or torch.
+    peaks : (n,) array or torch.Tensor
+        The largest absolute element of each row.
+
+    Examples
+    --------
+    >>> rows = torch.tensor([[3.0, 4.0], [3e39, 4e39]], dtype=torch.float64)
+    >>> scaled(rows, rows.amax(dim=1)).tolist()
+    [[3.0, 4.0], [0.75, 1.0]]
+    """
+    low, high = SAFE_NORMS
+    is_extreme = (peaks > 0) & (peaks < math.inf) & ((peaks < low) | (peaks > high))
+    if not is_extreme.any():
+        return rows
+    divisors = peaks + 0
+    divisors[~is_extreme] = 1
+    return rows / divisors[:, None]
+
+
+def as_float32(rows: torch.Tensor) -> torch.Tensor:
+    """Rows in float32, contiguous, in the directions that they have: `scaled` if need be."""
+    if rows.dtype == torch.float64 and rows.numel():
+        rows = scaled(rows, rows.abs().amax(dim=1))
+    return rows.float().contiguous()
 
 
 def chunks(n: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:

@@ -83,7 +83,7 @@ def nearest_earlier_from_host(
     (tensor([0.0000, 0.0000, 0.8000, 0.0000]), tensor([0, 0, 1, 3]))
     """
     segments, stops = _check(rows, segments, stops, compute_dtype, batch_size)
-    rows = rows.float().contiguous()
+    rows = certify.as_float32(rows)
     # Two threads that come first at once must not get a way each.
     with _making:
         link = _link(_with_index(torch.device(device)))

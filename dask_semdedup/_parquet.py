@@ -559,14 +559,9 @@ class Reader:
         return take(column, _cupy_repeat(np.array([fragment.rows for fragment in fragments])))
 
     def _decoded_schema(self, columns: Sequence[str]) -> pa.Schema:
-        """Schema of those columns that come from the files, without dictionaries."""
+        """Schema of those columns that come from the files, without what Arrow cannot take rows of."""
         wanted = [self.schema.field(name) for name in columns if name != self.cluster_field]
-        return pa.schema(
-            [
-                pa.field(field.name, field.type.value_type if pa.types.is_dictionary(field.type) else field.type)
-                for field in wanted
-            ]
-        )
+        return pa.schema([pa.field(field.name, _plain(field.type)) for field in wanted])
 
     def _to_pandas(self, table: pa.Table, fragments: Sequence[Fragment], columns: Sequence[str]) -> pd.DataFrame:
         series = {name: self._to_series(table[name], name) for name in table.column_names}
@@ -585,6 +580,15 @@ class Reader:
             return pd.Series(np.repeat(clusters.to_numpy(), rows))
         repeated = clusters.take(pa.array(np.repeat(np.arange(len(rows)), rows)))
         return self._to_series(pa.chunked_array([repeated]), str(self.cluster_field))
+
+
+def _plain(type_: pa.DataType) -> pa.DataType:
+    """The type of the values that dictionaries and views stand for."""
+    if pa.types.is_dictionary(type_):
+        return _plain(type_.value_type)
+    if pa.types.is_string_view(type_):
+        return pa.large_string()
+    return pa.large_binary() if pa.types.is_binary_view(type_) else type_
 
 
 def configured_string_dtype() -> pd.StringDtype[Any] | None:

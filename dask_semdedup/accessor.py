@@ -20,7 +20,7 @@ from dask_semdedup._validate import check_bytes, check_choice, check_keywords, c
 from dask_semdedup.clusters import ReadClusters, align, align_both, cluster_files, no_cluster_column
 from dask_semdedup.duplicates import EPS_GRID, check_eps, eps_curve, find_duplicates
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.expressions import AgainstScores, BestOfProbes, BestOfVisits, KMeansClusters, PairwiseScores
 from dask_semdedup.folders import staged_folder
 from dask_semdedup.groups import find_groups
@@ -589,7 +589,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If the frame has no columns ``id``, ``max_id`` and ``cosine_sim_score``.
         InvalidArgumentError
-            If `eps` is not a number from 0 to 2.
+            If `eps` is not a number from 0 to 2, or the scores are those of `against`.
         IdError
             When computed, if ids of duplicates are null or repeat, also those of rows that are preferred to them, or if
             their ``max_id`` lead in a circle.
@@ -1058,8 +1058,16 @@ n_init, oversampling_factor, max_samples_per_batch, device
         ranking.check_columns(columns)
         check_plain_dtype(self._ddf._meta[cluster_field], "cluster_field")
 
+    def _columns(self) -> list[Any]:
+        """The frame's columns, of which no two may have one name."""
+        columns = self._ddf.columns
+        if not columns.is_unique:
+            repeated = list(columns[columns.duplicated()].unique())
+            raise InvalidArgumentError(f"Several columns have one name: {some(map(repr, repeated))}. Rename them.")
+        return list(columns)
+
     def _check_ids_and_embeddings(self, id_field: str, embedding_field: str, embedding_dim: int | None) -> None:
-        columns = list(self._ddf.columns)
+        columns = self._columns()
         if not {id_field, embedding_field} <= set(columns):
             advice = "Name the columns of ids and embeddings as id_field and embedding_field."
             raise MissingColumnsError.build([id_field, embedding_field], columns, advice)
@@ -1069,7 +1077,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
     def _check_embeddings(self, embedding_field: str, embedding_dim: int | None) -> None:
         check_positive("embedding_dim", embedding_dim)
-        columns = list(self._ddf.columns)
+        columns = self._columns()
         if embedding_field not in columns:
             advice = "Name the column of embeddings as embedding_field."
             raise MissingColumnsError.build([embedding_field], columns, advice)

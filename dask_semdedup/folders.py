@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,7 +14,11 @@ import fsspec
 from dask_semdedup._parquet import is_local
 from dask_semdedup.errors import InvalidArgumentError, some
 
-__all__ = ["Contents", "refuse_overlap", "replaced_when_done", "staged_folder"]
+__all__ = ["MANIFEST", "Contents", "is_within", "refuse_overlap", "replaced_when_done", "staged_folder"]
+
+
+# What tells of a folder's files, and that all of them are there.
+MANIFEST = "_manifest.json"
 
 
 class Contents(NamedTuple):
@@ -72,6 +77,8 @@ def staged_folder(
     """
     options = dict(storage_options or {})
     fs, final = fsspec.url_to_fs(output_path.rstrip("/"), **options)
+    if is_local(fs):
+        final = os.path.realpath(final)  # What a link stands for is replaced, not the link.
     if input_path is not None:
         refuse_overlap(fs, final, input_path, options)
     _refuse_occupied(fs, final, contents, overwrite=overwrite)
@@ -81,7 +88,13 @@ def staged_folder(
 
 @contextmanager
 def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[str]:
-    """Yield the URL of a sibling of a folder that takes its place when the block succeeds, whatever it holds."""
+    """Yield the URL of a sibling of a folder that takes its place when the block succeeds, whatever it holds.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it cannot take that place. All that was written stays in the sibling, which the message names.
+    """
     staged = f"{final}.partial-{secrets.token_hex(4)}"
     try:
         # A URL of an absolute path: workers may have other working directories.
@@ -90,10 +103,64 @@ def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[st
         if fs.exists(staged):
             fs.rm(staged, recursive=True)
         raise
-    # Should one of these fail, the finished files stay where they are.
+    try:
+        _replace(fs, staged, final)
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"All is written, but cannot take the place of {final!r} ({error}). It is in {staged!r}: move it yourself."
+        ) from error
+
+
+def _replace(fs: fsspec.AbstractFileSystem, staged: str, final: str) -> None:
+    """Put a finished folder in the place of another one."""
+    if is_local(fs):
+        _swap(staged, final, aside=f"{staged}.old")
+        return
     if fs.exists(final):
         fs.rm(final, recursive=True)
-    fs.mv(staged, final, recursive=True)
+    if type(fs).mv is not fsspec.AbstractFileSystem.mv:
+        fs.mv(staged, final, recursive=True)
+        return
+    # Object stores copy file by file: what says that all are there comes last.
+    manifest = f"{staged}/{MANIFEST}"
+    files = set(fs.find(staged))
+    try:
+        for part in (sorted(files - {manifest}), sorted(files & {manifest})):
+            fs.copy(part, [f"{final}{file.removeprefix(staged)}" for file in part])
+    except BaseException:
+        if fs.exists(final):
+            fs.rm(final, recursive=True)
+        raise
+    fs.rm(staged, recursive=True)
+
+
+def _swap(staged: str, final: str, aside: str) -> None:
+    """Rename a folder to the name of another, which is removed only then."""
+    is_taken = os.path.lexists(final)
+    if is_taken:
+        os.rename(final, aside)
+    try:
+        # Unlike a move, it fails where another run has put its files meanwhile.
+        os.rename(staged, final)
+    except BaseException:
+        if is_taken:
+            os.rename(aside, final)
+        raise
+    if is_taken:
+        shutil.rmtree(aside)
+
+
+def is_within(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies in it, by whatever name.
+
+    Examples
+    --------
+    >>> fs = fsspec.filesystem("file")
+    >>> is_within(fs, "/data/x/../clusters/a", "/data/clusters"), is_within(fs, "/data/clusters2", "/data/clusters")
+    (True, False)
+    """
+    real = os.path.realpath if is_local(fs) else str
+    return f"{real(path)}/".startswith(f"{real(folder)}/")
 
 
 def refuse_overlap(
@@ -101,11 +168,7 @@ def refuse_overlap(
 ) -> None:
     """Keep overwriting from removing the input, and the input from swallowing the output, by whatever name."""
     source_fs, source = fsspec.url_to_fs(input_path.rstrip("/"), **storage_options)
-    if type(source_fs) is not type(fs):
-        return
-    if is_local(fs):
-        output, source = os.path.realpath(output), os.path.realpath(source)
-    if f"{output}/".startswith(f"{source}/") or f"{source}/".startswith(f"{output}/"):
+    if type(source_fs) is type(fs) and (is_within(fs, output, source) or is_within(fs, source, output)):
         raise InvalidArgumentError(f"Output {output!r} and input {source!r} overlap. Name a folder apart.")
 
 
@@ -113,6 +176,11 @@ def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Conte
     """Refuse an output that is not free; with ``overwrite``, one that holds anything else."""
     if fs.isfile(output):
         raise InvalidArgumentError(f"Output {output!r} is a file. Name a folder.")
+    if is_local(fs) and (os.path.ismount(output) or is_within(fs, os.getcwd(), output)):
+        raise InvalidArgumentError(
+            f"Output {output!r} is a mount point or the current folder, which cannot be replaced as a whole. Name a "
+            "folder in it."
+        )
     files = fs.find(output)
     if files and not overwrite:
         raise InvalidArgumentError(

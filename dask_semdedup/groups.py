@@ -20,7 +20,8 @@ from dask_semdedup.duplicates import (
     without_first_rows,
 )
 from dask_semdedup.embeddings import to_list
-from dask_semdedup.errors import IdError, have, some
+from dask_semdedup.errors import IdError, InvalidArgumentError, have, some
+from dask_semdedup.expressions import AgainstScores
 from dask_semdedup.ids import factorize
 
 __all__ = ["find_groups", "resolve_groups"]
@@ -40,6 +41,11 @@ def find_groups(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
     """
     check_eps(eps)
     check_score_columns(scores, ["id", "max_id", SCORE_COLUMN])
+    if any(True for _ in scores.expr.find_operations(AgainstScores)):
+        raise InvalidArgumentError(
+            "These are scores of `against`: a max_id there is a row of the reference, which is kept, so that there are "
+            "no chains to follow. Use `duplicates`."
+        )
     duplicates = find_duplicates(scores, eps)[["id", "max_id", SCORE_COLUMN]]
     others = duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
     duplicates = others[["id", "max_id"]].repartition(npartitions=1)

@@ -114,7 +114,10 @@ def factorize(*columns: Any) -> Any:
     >>> factorize(pd.Series(["b", "a"]), pd.Series(["a", None]))
     array([ 0,  1,  1, -1])
     """
-    codes, _ = _comparable(concat(list(columns), ignore_index=True)).factorize()
+    ids = [_comparable(column) for column in columns]
+    if len({str(column.dtype) for column in ids}) > 1 and all(map(_is_integer, ids)):
+        ids = [_widened(column) for column in ids]
+    codes, _ = concat(ids, ignore_index=True).factorize()
     return codes.astype(np.int64, copy=False)
 
 

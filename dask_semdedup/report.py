@@ -200,7 +200,7 @@ def _cards(pairs: pd.DataFrame, documents: Documents | None) -> list[Pair]:
     scored = zip(pairs["id"], pairs["max_id"], pairs[SCORE_COLUMN].astype(float), strict=True)
     if documents is None:
         return [Pair(str(one), str(other), score) for one, other, score in scored]
-    found = documents.find(pd.Index(pd.concat([pairs["id"], pairs["max_id"]]).unique()))
+    found = documents.find(pd.Index(list(dict.fromkeys([*pairs["id"], *pairs["max_id"]]))))
     texts = found[documents.text_field].to_dict() if documents.text_field else None
     images = _thumbnails(found[documents.image_field], documents) if documents.image_field else None
     return [_card(one, other, score, texts, images) for one, other, score in scored]

@@ -50,7 +50,7 @@ def partition_lengths(ddf: dd.DataFrame, embedding_field: str) -> list[int]:
 
 
 def draw(lengths: list[int], size: int, seed: int) -> dict[int, np.ndarray]:
-    """Draw rows without replacement, evenly over those of the partitions that are read.
+    """Draw rows without replacement, each with the same chance, from few partitions.
 
     Parameters
     ----------
@@ -67,8 +67,13 @@ def draw(lengths: list[int], size: int, seed: int) -> dict[int, np.ndarray]:
 
     Notes
     -----
-    Where partitions are more than 32, as many of them are read as hold four times the sample, but at least 32. They
-    are chosen at random, so that every row has about the same chance.
+    Where partitions are more than 32, about as many of them are read as would hold four times the sample if all were of
+    the mean size, but at least 32. They are chosen in proportion to their rows, small ones several together, and as
+    many rows are drawn from each choice [1]_.
+
+    References
+    ----------
+    .. [1] Madow, "On the theory of systematic sampling, II", Annals of Mathematical Statistics 20 (1949).
 
     Examples
     --------
@@ -78,14 +83,41 @@ def draw(lengths: list[int], size: int, seed: int) -> dict[int, np.ndarray]:
     rng = np.random.default_rng(seed)
     counts = np.asarray(lengths, np.int64)
     order = rng.permutation(np.flatnonzero(counts))
-    enough = int(np.searchsorted(np.cumsum(counts[order]), min(ROWS_READ_PER_ROW * size, counts.sum()))) + 1
-    chosen = np.sort(order[: max(enough, LEAST_PARTITIONS)])
-    drawn = rng.multivariate_hypergeometric(counts[chosen], size, method="marginals")
+    choices = max(LEAST_PARTITIONS, -(-ROWS_READ_PER_ROW * size * len(order) // max(1, int(counts.sum()))))
+    if choices >= len(order):
+        units, chosen = [order], np.array([1])
+    else:
+        # So large that a unit has the rows of all the choices that may fall on it.
+        units = _units(order, counts, least=2 * (size // choices + 2))
+        chosen = _shared_out(choices, np.array([counts[unit].sum() for unit in units]), rng)
+    drawn: dict[int, int] = {}
+    for unit, rows in zip(units, _shared_out(size, chosen, rng), strict=True):
+        drawn |= dict(zip(unit.tolist(), _shared_out(int(rows), counts[unit], rng).tolist(), strict=True))
     return {
-        int(number): np.sort(rng.choice(counts[number], rows, replace=False))
-        for number, rows in zip(chosen, drawn, strict=True)
-        if rows
+        number: np.sort(rng.choice(counts[number], drawn[number], replace=False))
+        for number in sorted(drawn)
+        if drawn[number]
     }
+
+
+def _units(order: np.ndarray, counts: np.ndarray, least: int) -> list[np.ndarray]:
+    """Partitions in this order, as many together as have so many rows."""
+    bounds, rows = [0], 0
+    for place, number in enumerate(order.tolist(), 1):
+        rows += int(counts[number])
+        if rows >= least:
+            bounds.append(place)
+            rows = 0
+    # The last unit takes what is left over.
+    return np.split(order, bounds[1:-1])
+
+
+def _shared_out(total: int, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers that sum to a total, each in proportion to its weight but for a random rounding."""
+    # Those of Python do not overflow.
+    bounds = np.concatenate([[0], np.cumsum(weights)]).astype(object)
+    start = int(rng.integers(bounds[-1])) if len(weights) else 0
+    return np.diff((bounds * total + start) // max(1, bounds[-1])).astype(np.int64)
 
 
 def sample_embeddings(

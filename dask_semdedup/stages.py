@@ -37,6 +37,7 @@ from dask_semdedup.clusters import (
 )
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, rows_not_finite, to_arrow
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.folders import is_within
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.pairwise import SCORE_COLUMNS, home_field, pairwise_partition
 from dask_semdedup.placement import HOMES, place_for
@@ -276,7 +277,7 @@ class PairwiseCosineSimilarityStage:
         self.verbose = verbose
         self.embedding_dim = embedding_dim
         self.read_kwargs = _allowed("read_kwargs", read_kwargs, "columns", "assign_id")
-        self.write_kwargs = _allowed("write_kwargs", write_kwargs, "index")
+        self.write_kwargs = _allowed("write_kwargs", write_kwargs, "index", "partition_cols")
         self.input_storage_options = self.read_kwargs.pop("storage_options", None)
         self.output_storage_options = self.write_kwargs.pop("storage_options", None)
         # Workers may be configured differently: what counts is where the stage was made.
@@ -322,8 +323,12 @@ class PairwiseCosineSimilarityStage:
 
     def _process_batch(self, tasks: Sequence[FileGroupTask]) -> list[FileGroupTask]:
         clusters = [self._cluster(task) for task in tasks]
-        if len(set(clusters)) < len(clusters):
+        if len(set(map(str, clusters))) < len(clusters):
             raise InvalidArgumentError(f"Tasks of one batch must have different centroid_id, not {some(clusters)}.")
+        if len(set(map(type, clusters))) > 1:
+            raise InvalidArgumentError(
+                f"Tasks of one batch must have integers or strings as centroid_id, not {some(map(repr, clusters))}."
+            )
         full = [task for task in tasks if task.data]
         return self._process(tasks, self._scan(self._locate(full)) if full else None)
 
@@ -346,7 +351,7 @@ class PairwiseCosineSimilarityStage:
         ClusterError
             If a file is not readable as Parquet, or its columns are of other types than those of the first.
         """
-        return [batch for batch, _ in self._planned(tasks, self._locate(tasks))]
+        return [batch for batch, _ in self._planned(tasks, self._locate(tasks))] if tasks else []
 
     def _planned(
         self, tasks: Sequence[FileGroupTask], listing: Listing, client: Any = None
@@ -366,6 +371,10 @@ class PairwiseCosineSimilarityStage:
         cluster = task._metadata.get("centroid_id")
         if cluster is None:
             raise InvalidArgumentError(f"centroid_id not found in the metadata of task {task.task_id!r}.")
+        if not isinstance(cluster, Integral | str):
+            raise InvalidArgumentError(
+                f"centroid_id must be an integer or a string, not {cluster!r} as of task {task.task_id!r}."
+            )
         # Integers of NumPy as well: the cluster column's type depends on it.
         return int(cluster) if isinstance(cluster, Integral) else cluster
 
@@ -608,11 +617,19 @@ class PairwiseStage:
 
         Raises
         ------
+        InvalidArgumentError
+            If `output_path` is `input_path`, or within it.
         ClusterError, EmbeddingError, MissingColumnsError
             As `PairwiseCosineSimilarityStage.process` does. Columns are checked before anything runs.
         """
         partitioning, similarity = self.decompose()
         listing = partitioning._list()
+        fs, output = fsspec.url_to_fs(self.output_path, **(similarity.output_storage_options or {}))
+        if type(fs) is type(listing.fs) and is_within(fs, output, fs._strip_protocol(os.fspath(self.input_path))):
+            raise InvalidArgumentError(
+                f"output_path {self.output_path!r} is within input_path: its files would be taken for embeddings. Name "
+                "a folder apart."
+            )
         batches = similarity._planned(partitioning._tasks(listing), listing, client)
         name = f"process_batch-{uuid.uuid4().hex}"
         # Of tasks that do not depend on each other, Dask begins with those whose names come last.

@@ -418,6 +418,12 @@ class TestBadInput:
         with pytest.raises(EmbeddingError, match=rf"'embeddings'.*1 row.*width 7.*{frame.id[3]}"):
             read_clusters(tmp_path / "a.parquet").semdedup.pairwise().compute()
 
+    def test_columns_of_one_name(self, ddf: dd.DataFrame) -> None:
+        twice = dd.concat([ddf, ddf[["id"]]], axis=1)
+        for call in (twice.semdedup.pairwise, twice.semdedup.kmeans, twice.semdedup.deduplicate):
+            with pytest.raises(InvalidArgumentError, match="Several columns have one name: 'id'"):
+                call()
+
     def test_embedding_dim(self, ddf: dd.DataFrame) -> None:
         with pytest.raises(EmbeddingError, match=r"embedding_dim is 9"):
             ddf.semdedup.pairwise(embedding_dim=9).compute()

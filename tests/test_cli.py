@@ -379,9 +379,10 @@ def test_finished_scores_survive_a_failed_rename(
     def fail(*_: object, **__: object) -> None:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "mv", fail)
-    assert_one_line(invoke(clusters, tmp_path / "scores").stderr, "the disk went away")
+    monkeypatch.setattr(folders, "_swap", fail)
+    result = invoke(clusters, tmp_path / "scores")
     (staged,) = tmp_path.glob("scores.partial-*")
+    assert_one_line(result.stderr, "the disk went away", str(staged))
     assert len(read(staged)) == CLUSTERS * ROWS
 
 

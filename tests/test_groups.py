@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
@@ -27,6 +28,27 @@ def make_scores(pairs: dict[Any, Any], dtype: str | None = None) -> pd.DataFrame
 
 def find(scores: pd.DataFrame, npartitions: int = 2, eps: float = 0.01) -> pd.DataFrame:
     return dd.from_pandas(scores, npartitions=npartitions, sort=False).semdedup.groups(eps).compute()
+
+
+def test_ids_of_both_signs_are_the_same_ids() -> None:
+    base = 2**62
+    scores = make_scores({base + 1: base + 3, base + 2: base + 1}).astype({"id": "int64", "max_id": "uint64"})
+    assert find(scores)["kept_id"].tolist() == [base + 3] * 2
+
+
+def test_categories_are_the_strings_that_they_stand_for() -> None:
+    scores = make_scores({"b": "a", "c": "b"})
+    assert find(scores.astype({"id": "category"}), 1)["kept_id"].tolist() == ["a", "a"]
+
+
+def test_scores_against_a_reference_have_no_chains() -> None:
+    with dask.config.set({"dataframe.convert-string": False}):
+        frame = dd.from_pandas(pd.DataFrame({"id": [1, 2], "embeddings": [[1.0, 0.0], [0.0, 1.0]]}), npartitions=1)
+    found = frame.semdedup.against(frame, centroids=[[1.0, 1.0]])
+    with pytest.raises(InvalidArgumentError, match=r"scores of `against`.*Use `duplicates`"):
+        found.semdedup.groups()
+    with pytest.raises(InvalidArgumentError, match="scores of `against`"):
+        found[found["cosine_sim_score"] > 0.5].semdedup.groups()
 
 
 def walked(pairs: dict[Any, Any]) -> dict[Any, Any]:

@@ -316,6 +316,38 @@ def test_a_sample_is_even_over_rows_and_reads_few_partitions() -> None:
     assert 2.7 < ratio < 3.3
 
 
+@pytest.mark.parametrize(
+    ("lengths", "size"),
+    [([200_000] + [100] * 2000, 16_384), ([3] * 500 + [7] * 300 + [40_000] * 3, 900), ([1] * 1000 + [999] * 40, 64)],
+    ids=["a large one", "three large ones", "many tiny ones"],
+)
+def test_each_row_has_the_same_chance_whatever_the_sizes(lengths: list[int], size: int) -> None:
+    sizes = np.array(lengths)
+    drawn = np.zeros(len(lengths))
+    runs = 60
+    for seed in range(runs):
+        for number, positions in draw(lengths, size, seed).items():
+            drawn[number] += len(positions)
+    for length in np.unique(sizes):
+        share = (length * (sizes == length)).sum() / sizes.sum()
+        # Five standard deviations of a share of all that was drawn, were each choice its own.
+        choices = runs * max(sampling.LEAST_PARTITIONS, 1)
+        assert drawn[sizes == length].sum() / (runs * size) == pytest.approx(
+            share, abs=5 * np.sqrt(share * (1 - share) / choices)
+        )
+
+
+def test_a_sample_of_a_large_and_many_small_partitions_has_rows_of_both() -> None:
+    for seed in range(20):
+        picks = draw([200_000] + [100] * 2000, 16_384, seed)
+        assert 0.45 < len(picks[0]) / 16_384 < 0.55
+        assert len(picks) < 400
+
+
+def test_billions_of_rows_can_be_drawn_from() -> None:
+    assert sum(map(len, draw([5 * 10**8] * 30, 1000, 0).values())) == 1000
+
+
 def write_raw(root: Path, rows: np.ndarray, files: int) -> dd.DataFrame:
     root.mkdir()
     table = pa.table({"id": np.arange(len(rows)), "text": ["not needed"] * len(rows), "embeddings": list(rows)})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
@@ -551,3 +552,25 @@ def test_rows_that_visit_other_clusters_are_refused(tmp_path):
     with pytest.raises(ClusterError, match=r"home_centroid.*n_probe"):
         stage.process(task(3, [f"{source}/centroid=3/part.0.parquet"]))
     assert not (tmp_path / "out").exists()
+
+
+def test_clusters_are_integers_or_strings(golden, tmp_path):
+    stage = PairwiseCosineSimilarityStage("id", "embeddings", str(tmp_path / "out"), make_strategy("random"))
+    (task, *_) = ClusterWiseFilePartitioningStage(str(golden)).process()
+    for cluster in (3.0, None, (1,)):
+        odd = replace(task, _metadata={**task._metadata, "centroid_id": cluster})
+        with pytest.raises(InvalidArgumentError, match="centroid_id"):
+            stage.process(odd)
+    with pytest.raises(InvalidArgumentError, match="different centroid_id"):
+        stage.process_batch([replace(task, _metadata={**task._metadata, "centroid_id": one}) for one in (3, "3")])
+    with pytest.raises(InvalidArgumentError, match="integers or strings as centroid_id, not 3, 'b'"):
+        stage.process_batch([replace(task, _metadata={**task._metadata, "centroid_id": one}) for one in (3, "b")])
+    assert stage.batches([]) == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "/scores", "/x/.."])
+def test_results_do_not_go_to_where_embeddings_are(golden, inside):
+    with pytest.raises(InvalidArgumentError, match="is within input_path"):
+        PairwiseStage("id", "embeddings", str(golden), f"{golden}{inside}", which_to_keep="random").run()
+    assert len(clusters.read_clusters(golden))

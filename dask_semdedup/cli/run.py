@@ -27,7 +27,7 @@ from dask_semdedup.cli.options import (
     search_options,
 )
 from dask_semdedup.cli.steps import Outcome, Step, make_step, plan_steps
-from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have
 from dask_semdedup.folders import refuse_overlap
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Run:
         from dask_semdedup.tables import table_token
 
         self._check_input()
-        source = {"INPUT": self.input_path, "files": table_token(self.input_path, self.storage_options)}
+        source = {"files": table_token(self.input_path, self.storage_options)}
         columns = self._parameters("id_field", "embedding_field")
         embedding = self._parameters("text_field", "model", "embedding_field")
         clustering = self._parameters(
@@ -283,6 +283,8 @@ class Run:
                 n_probe=self.n_probe,
                 device=self.device,
             )
+            # Rows that are dropped are known by their ids.
+            clustered = clustered.map_partitions(refuse_null_ids, self.id_field, meta=clustered._meta)
             clustered.semdedup.to_clusters(
                 folder, cluster_field=self.cluster_field, storage_options=self.storage_options
             )
@@ -356,6 +358,13 @@ class Run:
                 storage_options=self.storage_options,
             )
         return {"duplicates": int(tally.duplicates(self.eps))}
+
+
+def refuse_null_ids(rows: Any, id_field: str) -> Any:
+    """The rows, all of which must have an id."""
+    if count := int(rows[id_field].isna().sum()):
+        raise IdError(f"Column {id_field!r}: {have(count, 'row')} a null id. Give every row an id, or drop it.")
+    return rows
 
 
 def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> Table:

@@ -12,10 +12,9 @@ from typing import Any
 
 import fsspec
 
+from dask_semdedup._parquet import is_data_file
 from dask_semdedup.errors import InvalidArgumentError
-from dask_semdedup.folders import replaced_when_done
-
-MANIFEST = "_manifest.json"
+from dask_semdedup.folders import MANIFEST, replaced_when_done
 
 NO_REASON = ""
 
@@ -49,7 +48,7 @@ class Step:
 class Manifest:
     """What is kept of a step: what it was made of and with, what came out, and how long it took.
 
-    `token` is another each time that the step is made.
+    `token` is another each time that the step is made. `files` and `nbytes` are the number and the size of its files.
     """
 
     step: str
@@ -58,6 +57,8 @@ class Manifest:
     needs: dict[str, str]
     counts: dict[str, int]
     seconds: float
+    files: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -108,22 +109,23 @@ def plan_steps(
     manifests = {step.name: _read_manifest(fs, f"{root}/{step.name}") for step in steps}
     reasons: dict[str, str] = {}
     for step in steps:
-        asked = step.name in redone
-        reasons[step.name] = _reason(step, manifests, [name for name in step.needs if reasons.get(name)], asked)
+        made = [name for name in step.needs if reasons.get(name)]
+        manifest = manifests[step.name]
+        if manifest is None or step.name in redone:
+            reasons[step.name] = "new" if manifest is None else "asked for"
+            continue
+        changes = _changes(manifest.parameters, step.parameters) or _losses(fs, f"{root}/{step.name}", manifest)
+        reasons[step.name] = _reason(step, manifest, manifests, made, changes)
     return reasons
 
 
-def _reason(step: Step, manifests: Mapping[str, Manifest | None], made: Collection[str], asked: bool) -> str:
-    manifest = manifests[step.name]
-    if manifest is None:
-        return "new"
-    if asked:
-        return "asked for"
-    changes = _changes(manifest.parameters, step.parameters)
+def _reason(
+    step: Step, manifest: Manifest, manifests: Mapping[str, Manifest | None], made: Collection[str], changes: str
+) -> str:
     if changes and step.costly:
         raise InvalidArgumentError(
-            f"{step.name}/ was made with other parameters ({changes}). Pass '--from {step.name}' to make it and all "
-            "that follows anew, or name another OUTPUT."
+            f"{step.name}/ cannot be used again: {changes}. Pass '--from {step.name}' to make it and all that follows "
+            "anew, or name another OUTPUT."
         )
     if made:
         return f"after {', '.join(made)}"
@@ -140,6 +142,21 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         "the files of INPUT have changed" if name == "files" else f"{name} {before.get(name)} → {now.get(name)}"
         for name in changed
     )
+
+
+def _losses(fs: fsspec.AbstractFileSystem, folder: str, manifest: Manifest) -> str:
+    """What there is of the files, unless they are all."""
+    files, nbytes = _measure(fs, folder)
+    if (files, nbytes) == (manifest.files, manifest.nbytes):
+        return NO_REASON
+    return f"{files:,} files of {nbytes:,} bytes are there, {manifest.files:,} of {manifest.nbytes:,} were written"
+
+
+def _measure(fs: fsspec.AbstractFileSystem, folder: str) -> tuple[int, int]:
+    """The number and the size of the files that are not hidden, nor the manifest."""
+    found = fs.find(folder, detail=True)
+    sizes = [info["size"] for path, info in found.items() if is_data_file(path, folder, ("",))]
+    return len(sizes), sum(sizes)
 
 
 def make_step(
@@ -163,8 +180,11 @@ def make_step(
         counts = step.make(staged)
         tokens = {name: needs[name].token for name in step.needs}
         seconds = time.perf_counter() - start
-        manifest = Manifest(step.name, secrets.token_hex(8), step.parameters, tokens, counts, seconds)
         _, path = fsspec.url_to_fs(staged, **storage_options)
+        files, nbytes = _measure(fs, path)
+        manifest = Manifest(
+            step.name, secrets.token_hex(8), step.parameters, tokens, counts, seconds, files=files, nbytes=nbytes
+        )
         fs.pipe_file(f"{path}/{MANIFEST}", json.dumps(asdict(manifest), indent=2).encode())
     return Outcome(manifest, reason)
 

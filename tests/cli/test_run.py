@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from fsspec.implementations.memory import MemoryFileSystem
 
 import dask_semdedup
 from dask_semdedup import cli
@@ -55,6 +56,13 @@ def invoke(tmp_path: Path) -> Callable[..., Result]:
         return CliRunner().invoke(cli.main, list(map(str, arguments)))
 
     return run
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryFileSystem]:
+    fs = MemoryFileSystem()
+    yield fs
+    fs.rm("/", recursive=True)
 
 
 def kept(tmp_path: Path) -> pd.DataFrame:
@@ -256,6 +264,58 @@ def test_what_follows_a_step_made_anew_is_made_anew_later(
     assert redone(before, tokens(tmp_path)) == STEPS
 
 
+@pytest.mark.parametrize("spelling", ["{}/raw.parquet", "./raw.parquet", "file://{}/raw.parquet"])
+def test_input_is_known_by_any_name(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    invoke(source)
+    result = invoke(Path(spelling.format(tmp_path)) if "://" not in spelling else spelling.format(tmp_path))
+    assert result.stdout.count("reused") == len(STEPS), result.output
+
+
+@pytest.mark.parametrize("step", ["scores", "duplicates"])
+def test_steps_that_lost_files_are_not_used_again(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], step: str
+) -> None:
+    invoke(source, "--partition-size", "1kB")
+    before, rows = tokens(tmp_path), len(kept(tmp_path))
+    next((tmp_path / "out" / step).glob("part.*")).unlink()
+    result = invoke(source, "--partition-size", "1kB")
+    if step == "scores":
+        assert_one_line(result.stderr, "scores/", "were written", "--from scores")
+        assert tokens(tmp_path) == before
+        result = invoke(source, "--from", "scores")
+    assert result.exit_code == 0, result.stderr
+    assert len(kept(tmp_path)) == rows
+    assert step in redone(before, tokens(tmp_path))
+
+
+def test_an_interrupted_move_to_an_object_store_is_made_again(
+    source: Path, monkeypatch: pytest.MonkeyPatch, memory: MemoryFileSystem
+) -> None:
+    def run() -> Result:
+        return CliRunner().invoke(
+            cli.main, ["run", str(source), "memory://out", *map(str, OPTIONS), "--partition-size", "1kB"]
+        )
+
+    def interrupt(fs: MemoryFileSystem, one: str, other: str) -> None:
+        if other.startswith("/out/scores/") and len(memory.find("/out/scores")) == 2:
+            raise KeyboardInterrupt
+        copy(fs, one, other)
+
+    copy = MemoryFileSystem.cp_file
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "cp_file", interrupt)
+        assert run().exit_code == 130
+    assert not memory.exists("/out/scores")
+    assert run().exit_code == 0
+    assert (
+        len(pd.concat([pd.read_parquet(f"memory://{path}") for path in memory.glob("/out/deduplicated/part.*")]))
+        == ROWS - COPIES
+    )
+
+
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +371,14 @@ def test_a_failed_first_step_leaves_no_folder(
 def test_input_inside_the_output_is_refused(source: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.main, ["run", str(source), str(tmp_path)])
     assert_one_line(result.stderr, "overlap")
+
+
+def test_null_ids_are_refused(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    rows = table().to_pandas()
+    rows.loc[[5, 185], "id"] = None
+    rows.to_parquet(source)
+    assert_one_line(invoke(source).stderr, "'id': 2 rows have a null id")
+    assert not (tmp_path / "out").exists()
 
 
 def test_repeated_ids_are_counted(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:

@@ -34,13 +34,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup._footers import Group, read_alike
 from dask_semdedup.embeddings import take
-from dask_semdedup.errors import ClusterError, MissingColumnsError, MissingDependencyError, some
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, MissingDependencyError, some
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.placement import cores_per_gpu
 from dask_semdedup.streams import current, finish, outside
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
-PATTERN = frozenset("*?[")
 # The last bytes of a Parquet file, and bytes fetched from the end of a file: enough for nearly every footer.
 MAGIC = b"PAR1"
 FOOTER_GUESS = 2**16
@@ -130,29 +129,65 @@ class FileStats(NamedTuple):
 def list_files(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     storage_options: Mapping[str, Any] | None = None,
+    suffixes: tuple[str, ...] = PARQUET_SUFFIXES,
     kind: str = "Parquet",
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, dict[str, Any]]]:
     """List the Parquet files under a path, a glob or a list of either: the file system, and each file's info by path.
 
-    Hidden files, and those that begin with an underscore, are left out, as are all files in such folders, and anything
-    in a folder without a Parquet suffix. A path that is there is no pattern. `kind` is what the message calls the files
-    that were looked for.
+    In folders, only files with one of the suffixes are data. Hidden files, and those that begin with an underscore, are
+    left out, also where a pattern matches them, as are all files in such folders. A path that is there is no pattern.
+
+    Raises
+    ------
+    ClusterError
+        If there are no files, which are called by their `kind`.
+    InvalidArgumentError
+        If the paths are of several file systems.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
-        raise ClusterError("No Parquet files: the list of paths is empty.")
-    fs, roots = expand(paths, storage_options)
+        raise ClusterError(f"No {kind} files: the list of paths is empty.")
+    located = [fsspec.url_to_fs(os.fspath(entry), **(storage_options or {})) for entry in paths]
+    fs = located[0][0]
+    if others := [entry for entry, (other, _) in zip(paths, located, strict=True) if other is not fs]:
+        raise InvalidArgumentError(f"{others[0]} is on another file system than {paths[0]}. Read them one by one.")
     files: dict[str, dict[str, Any]] = {}
-    for root in roots:
-        found = _find_locally(root) if is_local(fs) else fs.find(root, detail=True)
-        if set(found) == {root}:
-            files[root] = found[root] or fs.info(root)
-        else:
-            files.update((name, info) for name, info in found.items() if is_data_file(name, root, PARQUET_SUFFIXES))
+    for _, root in located:
+        above = above_pattern(fs, root)
+        files |= _find_data(fs, root, root, suffixes) if above == root else _match(fs, root, above, suffixes)
     if not files:
-        gone = "" if any(map(fs.exists, roots)) else ": there is no such file or folder"
+        gone = "" if any(fs.exists(root) for _, root in located) else ": there is no such file or folder"
         raise ClusterError(f"No {kind} files found at {', '.join(map(str, paths[:5]))}{gone}.")
     return fs, {name: files[name] for name in sorted(files)}
+
+
+def above_pattern(fs: fsspec.AbstractFileSystem, root: str) -> str:
+    """The folder that all matches of a pattern lie in, or the path itself where it is none."""
+    start = re.split(r"[*?\[]", root, maxsplit=1)[0]
+    return root if start == root or fs.exists(root) else start[: start.rfind("/")]
+
+
+def _match(
+    fs: fsspec.AbstractFileSystem, pattern: str, above: str, suffixes: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    """The files that a pattern stands for, and the data in folders that it stands for."""
+    files: dict[str, dict[str, Any]] = {}
+    for name, info in fs.glob(pattern, detail=True).items():
+        if info["type"] == "directory":
+            files |= _find_data(fs, name, above, suffixes)
+        elif is_data_file(name, above, ("",)):
+            files[name] = info
+    return files
+
+
+def _find_data(
+    fs: fsspec.AbstractFileSystem, root: str, above: str, suffixes: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    """The file at a path, whatever its name, or the data in a folder."""
+    found = _find_locally(root) if is_local(fs) else fs.find(root, detail=True)
+    if set(found) == {root}:
+        return {root: found[root] or fs.info(root)}
+    return {name: info for name, info in found.items() if is_data_file(name, above, suffixes)}
 
 
 def _find_locally(root: str) -> dict[str, dict[str, Any]]:
@@ -165,18 +200,6 @@ def _find_locally(root: str) -> dict[str, dict[str, Any]]:
         infos = [found]
     # Only files have a size. To ask for the type of each takes longer than all else.
     return {info.path: {"size": size, "mtime": info.mtime_ns} for info in infos if (size := info.size) is not None}
-
-
-def expand(
-    paths: Sequence[str | os.PathLike[str]], storage_options: Mapping[str, Any] | None
-) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    """The file system of some paths, and the paths: those that are there as they are, and what patterns stand for."""
-    roots: list[str] = []
-    for entry in paths:
-        fs, root = fsspec.url_to_fs(os.fspath(entry), **(storage_options or {}))
-        is_pattern = not PATTERN.isdisjoint(root) and not fs.exists(root)
-        roots += sorted(fs.glob(root)) if is_pattern else [root]
-    return fs, roots
 
 
 def is_data_file(path: str, root: str, suffixes: tuple[str, ...]) -> bool:

@@ -18,7 +18,7 @@ from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_bytes, check_choice, check_keywords, check_positive, stack_level
 from dask_semdedup.clusters import ReadClusters, align, align_both, cluster_files, no_cluster_column
-from dask_semdedup.duplicates import EPS_GRID, check_eps, eps_curve, find_duplicates
+from dask_semdedup.duplicates import EPS_GRID, SCORE_COLUMNS, check_eps, eps_curve, find_duplicates
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.expressions import AgainstScores, BestOfProbes, BestOfVisits, KMeansClusters, PairwiseScores
@@ -33,7 +33,7 @@ from dask_semdedup.kmeans import (
     too_many_clusters,
 )
 from dask_semdedup.layout import CLUSTERS, check_cluster_dtype, write_layout
-from dask_semdedup.pairwise import SCORE_COLUMNS, has_visits, home_field
+from dask_semdedup.pairwise import has_visits, home_field
 from dask_semdedup.placement import DEVICES
 from dask_semdedup.ranking import RankingStrategy, choose_strategy
 from dask_semdedup.removal import remove_duplicates

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 SCORE_COLUMN = "cosine_sim_score"
+SCORE_COLUMNS = ("id", "max_id", SCORE_COLUMN)
 
 EPS_GRID = (0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 """Where `eps_curve` counts by default: from exact copies to what few would call duplicates, in about equal ratios."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import fsspec
+from fsspec.implementations.cached import CachingFileSystem
 
 from dask_semdedup._parquet import is_local
 from dask_semdedup.errors import InvalidArgumentError, some
@@ -76,7 +77,7 @@ def staged_folder(
     True
     """
     options = dict(storage_options or {})
-    fs, final = fsspec.url_to_fs(output_path.rstrip("/"), **options)
+    fs, final = fsspec.url_to_fs(output_path, **options)
     if is_local(fs):
         final = os.path.realpath(final)  # What a link stands for is replaced, not the link.
     if input_path is not None:
@@ -160,14 +161,20 @@ def is_within(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> bool:
     (True, False)
     """
     real = os.path.realpath if is_local(fs) else str
-    return f"{real(path)}/".startswith(f"{real(folder)}/")
+    return f"{real(path)}/".startswith(f"{real(folder).rstrip('/')}/")
+
+
+def _beneath(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
+    """The file system that a cache stands before; itself if it is none."""
+    return _beneath(fs.fs) if isinstance(fs, CachingFileSystem) else fs
 
 
 def refuse_overlap(
     fs: fsspec.AbstractFileSystem, output: str, input_path: str, storage_options: Mapping[str, Any]
 ) -> None:
     """Keep overwriting from removing the input, and the input from swallowing the output, by whatever name."""
-    source_fs, source = fsspec.url_to_fs(input_path.rstrip("/"), **storage_options)
+    source_fs, source = fsspec.url_to_fs(input_path, **storage_options)
+    fs, source_fs = _beneath(fs), _beneath(source_fs)
     if type(source_fs) is type(fs) and (is_within(fs, output, source) or is_within(fs, source, output)):
         raise InvalidArgumentError(f"Output {output!r} and input {source!r} overlap. Name a folder apart.")
 

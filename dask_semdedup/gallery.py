@@ -21,10 +21,16 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, check_score_columns, is_duplicate, threshold
+from dask_semdedup.duplicates import (
+    SCORE_COLUMN,
+    SCORE_COLUMNS,
+    check_eps,
+    check_score_columns,
+    is_duplicate,
+    threshold,
+)
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.tally import (
-    SCORE_FIELDS,
     compared_rows,
     delayed_parts,
     merge_tree,
@@ -120,9 +126,9 @@ def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFr
     1   3       2             0.900      False
     """
     check_eps(eps)
-    check_score_columns(scores, SCORE_FIELDS)
+    check_score_columns(scores, SCORE_COLUMNS)
     select = partial(select_pairs, counts={float(threshold(eps)): count})
-    parts = delayed_parts(scores, SCORE_FIELDS)
+    parts = delayed_parts(scores, SCORE_COLUMNS)
     if parts is None:
         pairs = select(scores)
     else:
@@ -132,7 +138,7 @@ def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFr
 
 def select_pairs(scores: Any, *, counts: Mapping[float, int], most_similar: int = 0) -> pd.DataFrame:
     """The pairs nearest to each threshold, as many on both sides as it says, and the most similar, best first."""
-    compared = to_pandas(compared_rows(scores[list(SCORE_FIELDS)]))
+    compared = to_pandas(compared_rows(scores[list(SCORE_COLUMNS)]))
     values = compared[SCORE_COLUMN].to_numpy()
     order = np.argsort(values, kind="stable")
     middles = np.searchsorted(values[order], np.array(list(counts), dtype=values.dtype))

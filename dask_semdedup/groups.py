@@ -92,7 +92,7 @@ def resolve_groups(duplicates: Any) -> Any:
     """
     codes = factorize(duplicates["id"], duplicates["max_id"])
     own, preferred = codes[: len(duplicates)], codes[len(duplicates) :]
-    _check_null(duplicates, own, preferred)
+    _check_null(own, preferred)
     is_other = own != preferred
     own, preferred = own[is_other], preferred[is_other]
     duplicates = duplicates.iloc[is_other.nonzero()[0]].reset_index(drop=True)
@@ -128,7 +128,7 @@ def _ends(own: Any, preferred: Any, size: int, ids: Any) -> Any:
     return pointers[own]
 
 
-def _check_null(duplicates: Any, own: Any, preferred: Any) -> None:
+def _check_null(own: Any, preferred: Any) -> None:
     for name, codes in (("id", own), ("max_id", preferred)):
         if count := int((codes < 0).sum()):
             raise IdError(f"Column {name!r}: {have(count, 'duplicate')} a null id. Give every row an id.")

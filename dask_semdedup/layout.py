@@ -29,7 +29,7 @@ from dask_semdedup.folders import Contents
 
 __all__ = ["CLUSTERS", "NULL_NAMES", "check_cluster_dtype", "integers_or_names", "write_layout", "write_partition"]
 
-INTEGER = re.compile(r"0|-?[1-9]\d{0,18}")
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 INT64 = range(-(2**63), 2**63)
 # Values in the names of folders that stand for none, to Hive and Arrow.
 NULL_NAMES = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})

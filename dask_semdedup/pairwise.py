@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dask_semdedup.duplicates import SCORE_COLUMNS
 from dask_semdedup.embeddings import (
     array_like,
     column_like,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RANK_COLUMN",
-    "SCORE_COLUMNS",
     "best_of_visits",
     "check_clusters",
     "check_unique",
@@ -45,7 +45,6 @@ __all__ = [
     "segments_of",
 ]
 
-SCORE_COLUMNS = ("id", "max_id", "cosine_sim_score")
 # What is kept of a row's place while the answers of its visits are on their way to it.
 RANK_COLUMN = "rank_in_partition"
 NO_CANDIDATE = -np.inf

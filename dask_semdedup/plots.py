@@ -205,14 +205,14 @@ def cluster_sizes(
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
         axis.set_major_formatter(THOUSANDS)
-    # Above the axes, which the bars may fill.
+    # Between the title and the axes, which the bars may fill.
     axes.legend(
         frameon=False, labelcolor=INK, fontsize=10, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
     )
     least, most = (counts["rows"].min(), counts["rows"].max()) if len(counts) else (0, 0)
     noun = "cluster" if len(counts) == 1 else "clusters"
     sizes = f"{least:,} to {most:,} rows" if least < most else f"{most:,} {'row' if most == 1 else 'rows'}"
-    _title(axes, f"{len(counts):,} {noun} of {sizes}")
+    _title(axes, f"{len(counts):,} {noun} of {sizes}", pad=34)
     return figure
 
 
@@ -324,8 +324,8 @@ def _axes(figure: AnyFigure | None, x_label: str, y_label: str) -> tuple[AnyFigu
     return figure, axes
 
 
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=13, fontweight="bold", color=INK, pad=14)
+def _title(axes: Axes, text: str, pad: float = 14) -> None:
+    axes.set_title(text, loc="left", fontsize=13, fontweight="bold", color=INK, pad=pad)
 
 
 def _mark_threshold(axes: Axes, position: float, label: str) -> None:

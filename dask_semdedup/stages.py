@@ -35,11 +35,12 @@ from dask_semdedup.clusters import (
     plan,
     write_clusters,
 )
+from dask_semdedup.duplicates import SCORE_COLUMNS
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, rows_not_finite, to_arrow
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.folders import is_within
 from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.pairwise import SCORE_COLUMNS, home_field, pairwise_partition
+from dask_semdedup.pairwise import home_field, pairwise_partition
 from dask_semdedup.placement import HOMES, place_for
 from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
 from dask_semdedup.streams import outside

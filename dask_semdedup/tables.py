@@ -27,15 +27,15 @@ from dask_semdedup._parquet import (
     PARQUET_SUFFIXES,
     Fragment,
     Reader,
+    above_pattern,
     checksum,
     configured_string_dtype,
-    expand,
-    is_data_file,
     list_files,
     read_footers,
     read_schema,
 )
 from dask_semdedup._validate import check_bytes, check_names, stack_level
+from dask_semdedup.duplicates import SCORE_COLUMNS
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.folders import Contents
 from dask_semdedup.layout import NULL_NAMES, integers_or_names
@@ -45,7 +45,6 @@ __all__ = ["SCORES", "find_rows", "read_scores", "read_table", "table_token"]
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 # How much of the first file the types are taken from.
 INFERRED_BYTES = 2**24
-SCORE_FIELDS = ("id", "max_id", "cosine_sim_score")
 # The stages' files, one a cluster.
 CLUSTER_FILE = re.compile(r"cluster_(.+)\.parquet")
 # Those of the command, and of Dask.
@@ -57,7 +56,11 @@ def _not_of_scores(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[s
     named = [name for name in names if PART_FILE.fullmatch(name) or CLUSTER_FILE.fullmatch(name)]
     if named:
         path = f"{folder}/{named[0]}"
-        if not set(SCORE_FIELDS) <= set(read_schema(fs, path, fs.size(path)).names):
+        try:
+            columns = read_schema(fs, path, fs.size(path)).names
+        except ClusterError:  # What is damaged may be anything.
+            columns = []
+        if not set(SCORE_COLUMNS) <= set(columns):
             return list(names)
     return sorted(set(names) - set(named))
 
@@ -81,8 +84,8 @@ def read_table(
     Parameters
     ----------
     path : str or path-like
-        A file or a folder of them: local, or a URL that fsspec understands. JSON lines are files that end in .jsonl,
-        .ndjson or .json, or in one of these and .gz; there is an object on each line.
+        A file, a folder, or a pattern of them: local, or a URL that fsspec understands. JSON lines are files that end
+        in .jsonl, .ndjson or .json, or in one of these and .gz; there is an object on each line.
     columns : sequence of str, optional
         The columns to read; by default all that the files hold. Of Parquet in folders named as ``lang=en``, one such
         column may be among them.
@@ -125,12 +128,11 @@ def read_table(
     size = check_bytes("partition_size", partition_size)
     check_names("columns", columns)
     options = dict(storage_options or {})
-    _, root = fsspec.url_to_fs(os.fspath(path), **options)
-    fs, files = _list_json(path, options)
-    if files:
+    fs, files, are_json = _list_table(path, options)
+    root = above_pattern(fs, fsspec.url_to_fs(os.fspath(path), **options)[1])
+    if are_json:
         ddf = _read_json(fs, files, columns, id_field, embedding_field, size)
     else:
-        fs, files = list_files(path, options, kind="Parquet or JSON-lines")
         reader, fragments, sizes = _scan(fs, files, columns, root=root)
         ddf = _lazy(reader, _group(fragments, sizes, size), columns or reader.columns, checksum(files))
     if columns is None:
@@ -185,9 +187,9 @@ def read_scores(
     fs, files = list_files(path, storage_options)
     first, info = next(iter(files.items()))
     schema = read_schema(fs, first, info["size"])
-    if not set(SCORE_FIELDS) <= set(schema.names):
-        raise MissingColumnsError.build(SCORE_FIELDS, schema.names, f"{first} holds no scores of `pairwise`.")
-    columns, clusters = list(SCORE_FIELDS), None
+    if not set(SCORE_COLUMNS) <= set(schema.names):
+        raise MissingColumnsError.build(SCORE_COLUMNS, schema.names, f"{first} holds no scores of `pairwise`.")
+    columns, clusters = list(SCORE_COLUMNS), None
     if cluster_field in schema.names:
         columns.append(cluster_field)
     else:
@@ -249,8 +251,23 @@ def find_rows(
 
 def table_token(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> str:
     """A token of a table's files, their names and states: it changes when one of them does."""
-    _, files = _list_json(path, dict(storage_options or {}))
-    return checksum(files or list_files(path, storage_options)[1])
+    _, files, _ = _list_table(path, storage_options)
+    return checksum(files)
+
+
+def _list_table(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None
+) -> tuple[fsspec.AbstractFileSystem, dict[str, Any], bool]:
+    """The files of a table, and whether they are JSON lines; beside Parquet, what ends in .json is about the data."""
+    kinds = PARQUET_SUFFIXES + JSON_SUFFIXES
+    fs, files = list_files(path, storage_options, kinds, kind="Parquet or JSON-lines")
+    lines = {name: info for name, info in files.items() if name.endswith(JSON_SUFFIXES)}
+    parquet = {name: info for name, info in files.items() if name not in lines}
+    if parquet:
+        lines = {name: info for name, info in lines.items() if not name.endswith((".json", ".json.gz"))}
+    if lines and parquet:
+        raise ClusterError(f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(lines, 1)}). Part them.")
+    return fs, lines or parquet, bool(lines)
 
 
 def _select_ids(rows: pd.DataFrame, id_field: str, wanted: pd.Index) -> pd.DataFrame:
@@ -326,10 +343,7 @@ def _clusters_of_files(files: Mapping[str, Any]) -> dict[str, int | str] | None:
 
 def _values_of_folders(root: str, files: Iterable[str]) -> dict[str, dict[str, str]]:
     """What the folders of each file say below the root, as ``lang=en``."""
-    # Folders that all files have, before the first pattern, say nothing of single ones.
-    start, *pattern = re.split(r"[*?\[]", root, maxsplit=1)
-    start = start[: start.rfind("/")] if pattern else start
-    return {file: _key_values(file.removeprefix(start)) for file in files}
+    return {file: _key_values(file.removeprefix(root)) for file in files}
 
 
 def _key_values(relative: str) -> dict[str, str]:
@@ -437,24 +451,6 @@ class JsonReader:
         return self.arrow.to_pandas(table)
 
 
-def _list_json(
-    path: str | os.PathLike[str], storage_options: Mapping[str, Any]
-) -> tuple[fsspec.AbstractFileSystem, dict[str, Any]]:
-    """The files of JSON lines at a path; beside Parquet, what ends in .json is about the data and is none of it."""
-    fs, roots = expand([path], storage_options)
-    files: dict[str, Any] = {}
-    parquet: list[str] = []
-    for root in roots:
-        found = fs.find(root, detail=True)
-        files |= {name: info for name, info in found.items() if is_data_file(name, root, JSON_SUFFIXES)}
-        parquet += [name for name in found if is_data_file(name, root, PARQUET_SUFFIXES)]
-    if parquet:
-        files = {name: info for name, info in files.items() if not name.endswith((".json", ".json.gz"))}
-    if files and parquet:
-        raise ClusterError(f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(files, 1)}). Part them.")
-    return fs, dict(sorted(files.items()))
-
-
 def _read_json(
     fs: fsspec.AbstractFileSystem,
     files: Mapping[str, Mapping[str, Any]],
@@ -485,9 +481,7 @@ def _infer(fs: fsspec.AbstractFileSystem, block: Block, id_field: str, embedding
     """What the lines of a block hold: numbers of the embedding as float32, ids that need it as uint64; else text."""
     block = block._replace(length=block.length and min(block.length, INFERRED_BYTES))
     schema = _parse(fs, block, None).schema
-    # Text stays as it is written, though it may look like a time; and where all is null it may yet be text.
-    is_text = (pa.types.is_null, pa.types.is_timestamp)
-    types = {f.name: pa.string() if any(is_one(f.type) for is_one in is_text) else f.type for f in schema}
+    types = {field.name: _as_written(field.type) for field in schema}
     if pa.types.is_list(types.get(embedding_field, pa.null())):
         types[embedding_field] = pa.list_(pa.float32())
     if types.get(id_field) == pa.float64():
@@ -496,6 +490,15 @@ def _infer(fs: fsspec.AbstractFileSystem, block: Block, id_field: str, embedding
             _parse(fs, block, pa.schema([(id_field, pa.uint64())]), "ignore")
             types[id_field] = pa.uint64()
     return pa.schema(list(types.items()))
+
+
+def _as_written(type_: pa.DataType) -> pa.DataType:
+    """Text for what only looks like a time, and where all is null, which may yet be text."""
+    if pa.types.is_list(type_):
+        return pa.list_(_as_written(type_.value_type))
+    if pa.types.is_struct(type_):
+        return pa.struct([pa.field(field.name, _as_written(field.type)) for field in type_])
+    return pa.string() if pa.types.is_null(type_) or pa.types.is_timestamp(type_) else type_
 
 
 def _parse(

@@ -14,11 +14,17 @@ import dask
 import numpy as np
 import pandas as pd
 
-from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, check_score_columns, is_duplicate, threshold
+from dask_semdedup.duplicates import (
+    SCORE_COLUMN,
+    SCORE_COLUMNS,
+    check_eps,
+    check_score_columns,
+    is_duplicate,
+    threshold,
+)
 
 __all__ = ["Tally", "delayed_parts", "merge_tree", "take_tally"]
 
-SCORE_FIELDS = ("id", "max_id", SCORE_COLUMN)
 # Fine bins from which a histogram's bars are put together: of equal width below the threshold, and so many above it,
 # a number with many divisors.
 FINE_WIDTH, FINE_ABOVE = 2**-15, 5040
@@ -169,7 +175,7 @@ class TallyCounter:
     @property
     def columns(self) -> list[str]:
         """The columns that are needed."""
-        return [*SCORE_FIELDS, *([self.cluster_field] if self.cluster_field else [])]
+        return [*SCORE_COLUMNS, *([self.cluster_field] if self.cluster_field else [])]
 
     def __call__(self, scores: Any) -> Tally:
         frame = to_pandas(scores[self.columns])
@@ -195,7 +201,7 @@ def tally_counter(scores: Any, eps: float | None, *, largest_eps: float, cluster
     """Check the columns of a frame of scores, and say how to make the tally of each of its partitions."""
     if eps is not None:
         check_eps(eps)
-    check_score_columns(scores, SCORE_FIELDS)
+    check_score_columns(scores, SCORE_COLUMNS)
     known = cluster_field if cluster_field in scores.columns else None
     return TallyCounter(eps, largest_eps, known)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import dask_semdedup  # noqa: F401  (registers the accessor)
 from dask_semdedup import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError
-from dask_semdedup.against import against_meta, against_partition
+from dask_semdedup.against import against_meta, against_partition, best_of_probes
 from tests.strategies import seeds
 from tests.test_embeddings import arrow_lists
 
@@ -220,3 +220,17 @@ def test_the_reference_is_a_frame_of_dask() -> None:
     frame = pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]]})
     with pytest.raises(InvalidArgumentError, match=r"must be a Dask DataFrame, not a DataFrame.*dd\.from_pandas"):
         dd.from_pandas(frame[["id"]], npartitions=1).semdedup.against(frame)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_among_equals_the_smallest_id_is_found(order: list[int]) -> None:
+    scores = pd.DataFrame(
+        {"id": 1, "max_id": [8, 7, 9], "cosine_sim_score": np.float32([0.5, 0.5, 0.4]), "centroid": 0}
+    )
+    assert best_of_probes(scores.iloc[order], cluster_field="centroid")["max_id"].tolist() == [7]
+
+
+def test_keywords_of_no_method_are_named() -> None:
+    frame = dd.from_pandas(pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]]}), npartitions=1)
+    with pytest.raises(TypeError, match=r"against\(\) got .* 'n_cluster'\. Did you mean 'n_clusters'"):
+        frame.semdedup.against(frame, n_cluster=3)

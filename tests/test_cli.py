@@ -24,7 +24,7 @@ from distributed import LocalCluster
 from rich.progress import Progress
 
 import dask_semdedup
-from dask_semdedup import cli
+from dask_semdedup import cli, folders
 from dask_semdedup.cli import application, files, options, pairwise
 from dask_semdedup.errors import InvalidArgumentError
 
@@ -289,6 +289,12 @@ def test_overwrite_spares_parquet_of_other_kinds(
     assert len(pd.read_parquet(path)) == 1
 
 
+def test_overwrite_spares_what_is_damaged(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "part.0.parquet").touch()
+    assert_one_line(invoke(clusters, tmp_path / "scores", "--overwrite").stderr, "not scores", "part.0.parquet")
+
+
 def test_overwrite_replaces_the_files_of_stages(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     (tmp_path / "scores").mkdir()
     scores = pd.DataFrame({"id": [1], "max_id": [1], "cosine_sim_score": [0.0]})
@@ -398,10 +404,15 @@ def test_a_run_that_is_stopped_leaves_nothing(
         assert list(tmp_path.glob("scores.partial-*"))
         signal.raise_signal(stop)
 
+    # A shell's background jobs ignore interrupts.
+    original = signal.signal(stop, signal.default_int_handler if stop is signal.SIGINT else signal.SIG_DFL)
     before = signal.getsignal(stop)
     monkeypatch.setattr(pairwise, "summarise", stopped)
-    assert invoke(clusters, tmp_path / "scores").exit_code == 130
-    assert signal.getsignal(stop) is before
+    try:
+        assert invoke(clusters, tmp_path / "scores").exit_code == 130
+        assert signal.getsignal(stop) is before
+    finally:
+        signal.signal(stop, original)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
 
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from dask.dataframe.dask_expr._shuffle import ShuffleBase
 from dask.dataframe.utils import assert_eq
+from dask.tokenize import tokenize
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -632,6 +633,11 @@ class TestPlainParquet:
         assert clusters_are_whole(ddf, "label")
         assert_same(ddf, self.frame)
 
+    def test_a_large_cluster_is_not_shuffled_by_itself(self, tmp_path: Path) -> None:
+        frame = self.frame.assign(label=[0] * 20 + [1] * 4)
+        frame.to_parquet(tmp_path / "a.parquet", row_group_size=5)
+        assert not shuffles(read_clusters(tmp_path / "a.parquet", cluster_field="label", partition_size=1))
+
     def test_a_cluster_in_two_files_means_a_shuffle(self, tmp_path: Path) -> None:
         path = self.write(tmp_path / "in", slice(0, 10), slice(10, 24))
         ddf = read_clusters(path, cluster_field="label", partition_size=1)
@@ -695,6 +701,30 @@ class TestNames:
         for folder in ("_temporary/0", ".snap", ".ipynb_checkpoints"):
             shutil.copytree(path / "centroid=10", path / folder / "centroid=10")
         assert len(read_clusters(path)) == len(frame)
+
+    @pytest.mark.parametrize("pattern", ["**/*.parquet", "*", "*/*", "centroid=*"])
+    def test_patterns_do_not_match_what_is_hidden(self, layout: tuple[Path, pd.DataFrame], pattern: str) -> None:
+        path, frame = layout
+        shutil.copytree(path / "centroid=10", path / "_temporary" / "0" / "centroid=10")
+        (path / "_SUCCESS").touch()
+        (path / "centroid=10" / ".part.0.parquet.crc").touch()
+        assert len(read_clusters(path / pattern)) == len(frame)
+
+    def test_paths_are_of_one_file_system(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, _ = layout
+        write_layout("memory://in", {3: [2]})
+        with pytest.raises(InvalidArgumentError, match="memory://in is on another file system"):
+            read_clusters([path, "memory://in"])
+        fsspec.filesystem("memory").rm("/in", recursive=True)
+
+    def test_digits_of_other_scripts_are_no_numbers(self, tmp_path: Path) -> None:
+        write_layout(tmp_path / "in", {"13": [2], "1\u0663": [2]})
+        assert sorted(read_clusters(tmp_path / "in").compute()["centroid"].unique()) == ["13", "1\u0663"]
+
+    def test_names_depend_on_the_options_of_the_file_system(self) -> None:
+        readers = [_parquet.Reader(MemoryFileSystem(skip_instance_cache=True, x=x), pa.schema([])) for x in (1, 1, 2)]
+        one, same, other = map(tokenize, readers)
+        assert one == same != other
 
     def test_a_hidden_folder_may_be_named(self, layout: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
         path, frame = layout

@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dask_semdedup.errors import InvalidArgumentError
-from dask_semdedup.folders import MANIFEST, Contents, replaced_when_done, staged_folder
+from dask_semdedup.folders import MANIFEST, Contents, refuse_overlap, replaced_when_done, staged_folder
 
 ANYTHING = Contents("anything", lambda fs, folder, names: [])
 LOCAL = fsspec.filesystem("file")
@@ -98,6 +98,24 @@ def test_what_cannot_be_replaced_is_refused_at_once(
         staged_folder(output, contents=ANYTHING, overwrite=True, storage_options=None),
     ):
         pytest.fail("it was begun")
+
+
+@pytest.mark.parametrize("source", ["{}", "file://{}/", "simplecache::file://{}", "{}/x", "{}/.."])
+def test_overlap_is_seen_through_any_name(tmp_path: Path, source: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="overlap"):
+        refuse_overlap(LOCAL, str(tmp_path), source.format(tmp_path), {})
+
+
+@pytest.mark.parametrize("source", ["memory://{}", "{}2", "simplecache::memory://{}"])
+def test_other_folders_do_not_overlap(tmp_path: Path, source: str) -> None:
+    refuse_overlap(LOCAL, str(tmp_path), source.format(tmp_path), {})
+
+
+def test_the_root_is_a_folder_too(memory: MemoryFileSystem) -> None:
+    with pytest.raises(InvalidArgumentError, match="overlap"):
+        refuse_overlap(LOCAL, "/data", "/", {})
+    with pytest.raises(InvalidArgumentError, match="overlap"):
+        refuse_overlap(memory, "/data", "memory://", {})
 
 
 def test_object_stores_get_the_manifest_last(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import uuid
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_semdedup import hashing
-from dask_semdedup.hashing import BASE, hash_ids
+from dask_semdedup.hashing import BASE, hash_ids, ids_to_arrow
 
 BITS = (1 << 64) - 1
 STRING_DTYPES = [
@@ -119,3 +120,7 @@ def test_uuids_hash_as_their_bytes_do(type_):
     ids = pd.Series(pd.arrays.ArrowExtensionArray(pa.chunked_array([array])))
     assert hashes(ids, 1) == hashes(pd.Series(raw, dtype=object), 1)
     assert len(set(hashes(ids, 1))) == 5
+
+
+def test_missing_ids_of_python_objects_stay_missing():
+    assert ids_to_arrow(pd.Series([Decimal(1), None], dtype=object)).null_count == 1

@@ -161,12 +161,13 @@ def test_an_occupied_folder_is_refused_or_replaced(frame: pd.DataFrame, tmp_path
         first.semdedup.to_clusters(tmp_path / "clusters", overwrite=True)
 
 
-def test_parquet_that_is_no_cluster_is_not_replaced(frame: pd.DataFrame, tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir()
-    frame.to_parquet(tmp_path / "home" / "part.0.parquet")
-    with pytest.raises(InvalidArgumentError, match=r"not clusters and would be lost: part\.0\.parquet"):
+@pytest.mark.parametrize("folder", ["", "lang=en/centroid=3/"])
+def test_parquet_that_is_no_cluster_is_not_replaced(frame: pd.DataFrame, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "home" / folder).mkdir(parents=True)
+    frame.to_parquet(tmp_path / "home" / folder / "part.0.parquet")
+    with pytest.raises(InvalidArgumentError, match=rf"not clusters and would be lost: {folder}part\.0\.parquet"):
         in_partitions(frame).semdedup.to_clusters(tmp_path / "home", overwrite=True)
-    assert pq.read_metadata(tmp_path / "home" / "part.0.parquet").num_rows == len(frame)
+    assert pq.read_metadata(tmp_path / "home" / folder / "part.0.parquet").num_rows == len(frame)
 
 
 def test_a_folder_may_be_written_over_what_is_read(frame: pd.DataFrame, tmp_path: Path) -> None:

@@ -51,6 +51,19 @@ def test_text_stays_as_it_is_written(tmp_path: Path) -> None:
     assert read_table(tmp_path, partition_size="20B").compute()["title"].tolist() == titles
 
 
+def test_text_in_lists_stays_as_it_is_written(tmp_path: Path) -> None:
+    rows = [{"id": 1, "tags": ["2020-01-01"], "by": {"on": "2020-01-01", "n": 1}}, {"id": 2, "tags": ["x"], "by": None}]
+    write_json(tmp_path / "a.jsonl", rows)
+    frame = read_table(tmp_path, partition_size="50B").compute()
+    assert [list(tags) for tags in frame["tags"]] == [["2020-01-01"], ["x"]]
+    assert frame["by"].iloc[0] == {"on": "2020-01-01", "n": 1}
+
+
+def test_ids_that_are_no_integers_stay_numbers(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.jsonl", [{"id": 1.5}, {"id": 2}])
+    assert read_table(tmp_path).compute()["id"].tolist() == [1.5, 2.0]
+
+
 @pytest.mark.parametrize("field", ["id", "doc"])
 def test_ids_of_64_bits_stay_apart(tmp_path: Path, field: str) -> None:
     ids = [11400714819323198485 + number for number in range(4)] + [7]
@@ -78,8 +91,17 @@ def test_a_folder_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> None
     assert len(read_table(tmp_path / name / "b.parquet")) == 2
 
 
+def test_keys_above_a_folder_are_not_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "[x]" / "lang=en" / "data"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"id": [1]}), folder / "a.parquet")
+    assert list(read_table(folder).columns) == ["id"]
+    with pytest.raises(MissingColumnsError, match="lang"):
+        read_table(folder, ["id", "lang"])
+
+
 def test_patterns_find_json_lines_too(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "b.jsonl", "c.txt"):
+    for name in ("a.jsonl", "b.jsonl", "c.txt", "_c.jsonl", ".d.jsonl"):
         write_json(tmp_path / name, ROWS)
     assert len(read_table(tmp_path / "*.jsonl")) == 2 * len(ROWS)
 

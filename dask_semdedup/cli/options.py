@@ -47,7 +47,9 @@ def _parse_rank_by(_ctx: click.Context, _param: click.Parameter, values: tuple[s
         if not colon:
             column, order = value, "asc"
         if not column or order not in ("asc", "desc"):
-            raise click.BadParameter(f"{value!r} is not of the form COLUMN, COLUMN:asc or COLUMN:desc.")
+            raise click.BadParameter(
+                f"{value!r} is not of the form COLUMN, COLUMN:asc or COLUMN:desc; a name with a colon needs either."
+            )
         columns.append(column)
         ascending.append(order == "asc")
     return RankingStrategy.metadata_based(columns, ascending=ascending)
@@ -91,7 +93,7 @@ keep_options = _together(
     click.option(
         "--rank-by",
         "ranking_strategy",
-        metavar="COLUMN[:desc]",
+        metavar="COLUMN[:asc|:desc]",
         multiple=True,
         callback=_parse_rank_by,
         help="Prefer rows by this column, smallest first or, with :desc, largest first; instead of --which-to-keep. "

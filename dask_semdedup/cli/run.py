@@ -120,7 +120,7 @@ def command(
     """
     refuse_contradictions(ctx)
     storage_options = options["storage_options"]
-    fs, output = fsspec.url_to_fs(output_path.rstrip("/"), **storage_options)
+    fs, output = fsspec.url_to_fs(output_path, **storage_options)
     refuse_overlap(fs, output, options["input_path"], storage_options)
     with show_progress(enabled=not quiet) as progress:
         run = Run(output=fs.unstrip_protocol(output), progress=progress, verbose=verbose, **options)

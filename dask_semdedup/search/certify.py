@@ -95,7 +95,7 @@ def scaled(rows: Any, peaks: Any) -> Any:
 def as_float32(rows: torch.Tensor) -> torch.Tensor:
     """Rows in float32, contiguous, in the directions that they have: `scaled` if need be."""
     if rows.dtype == torch.float64 and rows.numel():
-        rows = scaled(rows, rows.abs().amax(dim=1))
+        rows = scaled(rows, torch.linalg.vector_norm(rows, math.inf, dim=1))
     return rows.float().contiguous()
 
 

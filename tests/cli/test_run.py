@@ -373,6 +373,21 @@ def test_input_inside_the_output_is_refused(source: Path, tmp_path: Path) -> Non
     assert_one_line(result.stderr, "overlap")
 
 
+def test_rows_that_were_not_scored_are_noticed(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SemDedupAccessor, "remove", lambda accessor, *_: accessor._ddf.partitions[:1])
+    result = invoke(source, "--partition-size", "1kB")
+    assert_one_line(result.stderr, "of which 20 are duplicates, but 200 were scored", "--from clusters")
+    assert not (tmp_path / "out" / "deduplicated").exists()
+
+
+def test_output_that_is_a_file_is_refused(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert_one_line(invoke(source).stderr, "is a file")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_null_ids_are_refused(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     rows = table().to_pandas()
     rows.loc[[5, 185], "id"] = None

@@ -31,6 +31,48 @@ def test_the_true_nearest_is_within_the_window(
     assert (coarse[truly_best, torch.arange(n)].float() >= threshold).all()
 
 
+def assert_none_is_lost(query: torch.Tensor, candidates: torch.Tensor, dtype: torch.dtype) -> None:
+    """Of the candidates up to each one, in the order of their true scores, the last is nearest: it must be kept."""
+    unit = certify.measure(torch.cat([query[None], candidates]).float())
+    half, residual = certify.half_copy(unit, dtype)
+    coarse = (half[1:].float() @ half[0].float()).to(dtype)
+    exact = torch.nn.functional.normalize(unit.rows.double(), dim=1)
+    coarse = coarse[(exact[1:] @ exact[0]).argsort()]
+    best = coarse.float().cummax(dim=0).values.to(dtype)
+    bound = certify.half_bound(residual[:1], residual[1:].max(), unit.width)
+    assert (coarse.float() >= best.float() - certify.window(best, bound, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(40))
+def test_near_candidates_of_few_dimensions_are_kept(dtype: torch.dtype, width: int, seed: int) -> None:
+    """Where rounding errors are the nearest to what the bounds allow."""
+    torch.manual_seed(seed)
+    query = torch.nn.functional.normalize(torch.randn(width), dim=0)
+    assert_none_is_lost(query, query + 0.02 * torch.randn(3000, width), dtype)
+
+
+@pytest.mark.parametrize("loser", ["query", "candidates"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(10))
+def test_all_that_is_lost_may_be_for_one_candidate_and_against_another(
+    loser: str, dtype: torch.dtype, seed: int
+) -> None:
+    """A row is compared with one of eighths, which lose nothing, that has the signs of its loss, and the opposite."""
+    torch.manual_seed(seed)
+    row = torch.nn.functional.normalize(torch.randn(64), dim=0)
+    lost = row - row.to(dtype).float()
+    # Signs that matter little make the first the nearer one, but hardly.
+    flips = torch.ones(20_000, 64)
+    flips[:, lost.abs().argsort()[:24]] = torch.randint(2, (20_000, 24)).float() * 2 - 1
+    eighths = lost.sign() * flips / 8
+    scores = (eighths.double() @ row.double()).masked_fill(eighths @ row <= 1e-6, 1)
+    exact = eighths[scores.argmin()]
+    query, candidate = (row, exact) if loser == "query" else (exact, row)
+    assert_none_is_lost(query, torch.stack([candidate, -candidate]), dtype)
+
+
 @settings(max_examples=60)
 @given(rng=seeds(), kind=st.sampled_from(KINDS), n=st.integers(1, 60), d=st.integers(1, 300))
 def test_residuals_are_no_smaller_than_what_rounding_lost(rng: np.random.Generator, kind, n: int, d: int) -> None:

@@ -20,6 +20,18 @@ from tests.strategies import KINDS, rows_and_segments, seeds, stops_of
 GOLDEN_ROWS = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3], [1, 2, 3]], dtype=torch.float32)
 
 
+@pytest.mark.parametrize("compute_dtype", ["auto", "float32"])
+@pytest.mark.parametrize("off", [2.0**-13, -(2.0**-13), 2.0**-19])
+def test_rows_of_nearly_unit_length_are_normalised(compute_dtype: str, off: float) -> None:
+    rows = torch.nn.functional.normalize(torch.randn(300, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows[1::2] = rows[::2]
+    rows = rows * (1 + off)
+    scores, _ = nearest_earlier(rows, torch.tensor([0, 300]), compute_dtype=compute_dtype)
+    exact = torch.nn.functional.normalize(rows.double(), dim=1)
+    truth = (exact @ exact.T).tril(-1).masked_fill(torch.ones(300, 300).triu().bool(), -2).amax(dim=1).clamp(max=1)
+    assert (scores[1:] - truth[1:]).abs().max() < 2e-6
+
+
 @contextmanager
 def engine(half: torch.dtype | None, small: int, block: int, most_hits: int, one_block_panels: bool) -> Iterator[None]:
     """Sizes so small that a few dozen rows take every path of the torch engine."""

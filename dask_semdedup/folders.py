@@ -172,7 +172,13 @@ def _beneath(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
 def refuse_overlap(
     fs: fsspec.AbstractFileSystem, output: str, input_path: str, storage_options: Mapping[str, Any]
 ) -> None:
-    """Keep overwriting from removing the input, and the input from swallowing the output, by whatever name."""
+    """Keep overwriting from removing the input, and the input from swallowing the output, by whatever name.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If one of the two is, or lies in, the other.
+    """
     source_fs, source = fsspec.url_to_fs(input_path, **storage_options)
     fs, source_fs = _beneath(fs), _beneath(source_fs)
     if type(source_fs) is type(fs) and (is_within(fs, output, source) or is_within(fs, source, output)):

@@ -145,6 +145,15 @@ class RankingStrategy:
         ------
         MissingColumnsError
             If the columns to rank by, or the ids, are not there.
+
+        Examples
+        --------
+        >>> frame = pd.DataFrame({"id": [1, 2, 3], "quality": [0.2, 0.9, 0.2]})
+        >>> RankingStrategy(["quality"], ascending=False).rank_cluster(frame)
+           id  quality
+        0   2      0.9
+        1   1      0.2
+        2   3      0.2
         """
         return frame.iloc[self.order(frame, cluster_field=None, id_field=id_field)].reset_index(drop=True)
 

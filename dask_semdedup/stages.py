@@ -184,6 +184,14 @@ class ClusterWiseFilePartitioningStage:
         ------
         ClusterError
             If there are no files in that layout.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> pd.DataFrame({"id": [1, 2], "centroid": [7, 9]}).to_parquet(folder, partition_cols=["centroid"])
+        >>> [task._metadata["centroid_id"] for task in ClusterWiseFilePartitioningStage(folder).process()]
+        [7, 9]
         """
         return self._tasks(self._list())
 
@@ -585,6 +593,12 @@ class PairwiseStage:
         -------
         list
             A `ClusterWiseFilePartitioningStage` and a `PairwiseCosineSimilarityStage`.
+
+        Examples
+        --------
+        >>> stage = PairwiseStage("id", "embeddings", "kmeans_results", "pairwise_results")
+        >>> [type(part).__name__ for part in stage.decompose()]
+        ['ClusterWiseFilePartitioningStage', 'PairwiseCosineSimilarityStage']
         """
         assert self.ranking_strategy is not None
         return [

@@ -74,7 +74,13 @@ class Tally:
         return _thresholds(self.eps, self.largest_eps)
 
     def duplicates(self, eps: Any) -> Any:
-        """Number of duplicates at one or several values of eps, of the `grid`."""
+        """Number of duplicates at one or several values of eps, of the `grid`.
+
+        Raises
+        ------
+        ValueError
+            If one of them is not of the grid.
+        """
         wanted = threshold(eps)
         index = np.searchsorted(self.thresholds, wanted)
         if not np.array_equal(self.thresholds.take(index, mode="clip"), wanted):

@@ -149,15 +149,20 @@ def list_files(
         raise ClusterError(f"No {kind} files: the list of paths is empty.")
     located = [fsspec.url_to_fs(os.fspath(entry), **(storage_options or {})) for entry in paths]
     fs = located[0][0]
-    if others := [entry for entry, (other, _) in zip(paths, located, strict=True) if other is not fs]:
+    same = type(fs), fs.storage_options
+    if others := [path for path, (fs, _) in zip(paths, located, strict=True) if (type(fs), fs.storage_options) != same]:
         raise InvalidArgumentError(f"{others[0]} is on another file system than {paths[0]}. Read them one by one.")
     files: dict[str, dict[str, Any]] = {}
-    for _, root in located:
+    gone: list[Any] = []
+    for entry, (_, root) in zip(paths, located, strict=True):
         above = above_pattern(fs, root)
-        files |= _find_data(fs, root, root, suffixes) if above == root else _match(fs, root, above, suffixes)
-    if not files:
-        gone = "" if any(fs.exists(root) for _, root in located) else ": there is no such file or folder"
-        raise ClusterError(f"No {kind} files found at {', '.join(map(str, paths[:5]))}{gone}.")
+        found = _find_data(fs, root, root, suffixes) if above == root else _match(fs, root, above, suffixes)
+        if not found and not fs.exists(root):
+            gone.append(entry)
+        files |= found
+    if gone or not files:
+        why = ": there is no such file or folder" if gone else ""
+        raise ClusterError(f"No {kind} files found at {', '.join(map(str, (gone or paths)[:5]))}{why}.")
     return fs, {name: files[name] for name in sorted(files)}
 
 
@@ -173,10 +178,11 @@ def _match(
     """The files that a pattern stands for, and the data in folders that it stands for."""
     files: dict[str, dict[str, Any]] = {}
     for name, info in fs.glob(pattern, detail=True).items():
-        if info["type"] == "directory":
-            files |= _find_data(fs, name, above, suffixes)
-        elif is_data_file(name, above, ("",)):
-            files[name] = info
+        if not is_data_file(name, above, ("",)):
+            continue
+        # Local links may be to files or folders, or to nothing.
+        is_file = info["type"] == "file" and not is_local(fs)
+        files |= {name: info} if is_file else _find_data(fs, name, above, suffixes)
     return files
 
 

@@ -635,7 +635,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
             Which eps to go by, where `duplicates` were found at several or at one of 1 or more, or are all scores.
         broadcast : bool, default True
             Send the ids of all duplicates to every partition of this frame. Where they are too many for the memory of a
-            worker, say False: then both frames are shuffled by id.
+            worker, say False: then both frames are shuffled by id, which takes several times their size in memory
+            where Dask runs on threads.
 
         Returns
         -------

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import fsspec
 from fsspec.implementations.cached import CachingFileSystem
+from fsspec.utils import glob_translate
 
-from dask_semdedup._parquet import is_local
+from dask_semdedup._parquet import above_pattern, is_local
+from dask_semdedup._validate import stack_level
 from dask_semdedup.errors import InvalidArgumentError, some
 
-__all__ = ["MANIFEST", "Contents", "is_within", "refuse_overlap", "replaced_when_done", "staged_folder"]
+__all__ = ["MANIFEST", "Contents", "is_within", "real_path", "refuse_overlap", "replaced_when_done", "staged_folder"]
 
 
 # What tells of a folder's files, and that all of them are there.
@@ -78,8 +82,7 @@ def staged_folder(
     """
     options = dict(storage_options or {})
     fs, final = fsspec.url_to_fs(output_path, **options)
-    if is_local(fs):
-        final = os.path.realpath(final)  # What a link stands for is replaced, not the link.
+    final = real_path(fs, final)
     if input_path is not None:
         refuse_overlap(fs, final, input_path, options)
     _refuse_occupied(fs, final, contents, overwrite=overwrite)
@@ -91,11 +94,14 @@ def staged_folder(
 def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[str]:
     """Yield the URL of a sibling of a folder that takes its place when the block succeeds, whatever it holds.
 
+    Where the folder is a link, what it stands for is replaced.
+
     Raises
     ------
     InvalidArgumentError
         If it cannot take that place. All that was written stays in the sibling, which the message names.
     """
+    final = real_path(fs, final)
     staged = f"{final}.partial-{secrets.token_hex(4)}"
     try:
         # A URL of an absolute path: workers may have other working directories.
@@ -115,7 +121,11 @@ def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[st
 def _replace(fs: fsspec.AbstractFileSystem, staged: str, final: str) -> None:
     """Put a finished folder in the place of another one."""
     if is_local(fs):
-        _swap(staged, final, aside=f"{staged}.old")
+        aside = f"{staged}.old"
+        _swap(staged, final, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.lexists(aside):
+            warnings.warn(f"What was in {final} could not all be removed: it is in {aside}.", stacklevel=stack_level())
         return
     if fs.exists(final):
         fs.rm(final, recursive=True)
@@ -136,7 +146,7 @@ def _replace(fs: fsspec.AbstractFileSystem, staged: str, final: str) -> None:
 
 
 def _swap(staged: str, final: str, aside: str) -> None:
-    """Rename a folder to the name of another, which is removed only then."""
+    """Rename a folder to the name of another, which is renamed before."""
     is_taken = os.path.lexists(final)
     if is_taken:
         os.rename(final, aside)
@@ -147,8 +157,11 @@ def _swap(staged: str, final: str, aside: str) -> None:
         if is_taken:
             os.rename(aside, final)
         raise
-    if is_taken:
-        shutil.rmtree(aside)
+
+
+def real_path(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """A path without links, where the file system is the local one."""
+    return os.path.realpath(path) if is_local(fs) else path
 
 
 def is_within(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> bool:
@@ -160,8 +173,16 @@ def is_within(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> bool:
     >>> is_within(fs, "/data/x/../clusters/a", "/data/clusters"), is_within(fs, "/data/clusters2", "/data/clusters")
     (True, False)
     """
-    real = os.path.realpath if is_local(fs) else str
-    return f"{real(path)}/".startswith(f"{real(folder).rstrip('/')}/")
+    return f"{real_path(fs, path)}/".startswith(f"{real_path(fs, folder).rstrip('/')}/")
+
+
+def _is_matched(fs: fsspec.AbstractFileSystem, output: str, pattern: str) -> bool:
+    """Whether a pattern stands for a folder, or what will be in it, or one that it is in."""
+    if above_pattern(fs, pattern) == pattern:
+        return False
+    matches = re.compile(glob_translate(pattern)).match
+    parts = f"{output}/part.0.parquet".split("/")
+    return any(matches("/".join(parts[:length])) for length in range(1, len(parts) + 1))
 
 
 def _beneath(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
@@ -181,7 +202,9 @@ def refuse_overlap(
     """
     source_fs, source = fsspec.url_to_fs(input_path, **storage_options)
     fs, source_fs = _beneath(fs), _beneath(source_fs)
-    if type(source_fs) is type(fs) and (is_within(fs, output, source) or is_within(fs, source, output)):
+    if type(source_fs) is not type(fs):
+        return
+    if is_within(fs, output, source) or is_within(fs, source, output) or _is_matched(fs, output, source):
         raise InvalidArgumentError(f"Output {output!r} and input {source!r} overlap. Name a folder apart.")
 
 

@@ -261,13 +261,14 @@ def _list_table(
     """The files of a table, and whether they are JSON lines; beside Parquet, what ends in .json is about the data."""
     kinds = PARQUET_SUFFIXES + JSON_SUFFIXES
     fs, files = list_files(path, storage_options, kinds, kind="Parquet or JSON-lines")
+    parquet = [name for name in files if name.endswith(PARQUET_SUFFIXES)]
     lines = {name: info for name, info in files.items() if name.endswith(JSON_SUFFIXES)}
-    parquet = {name: info for name, info in files.items() if name not in lines}
     if parquet:
         lines = {name: info for name, info in lines.items() if not name.endswith((".json", ".json.gz"))}
     if lines and parquet:
         raise ClusterError(f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(lines, 1)}). Part them.")
-    return fs, lines or parquet, bool(lines)
+    # What is named may be Parquet whatever its name, unless it is beside lines.
+    return fs, lines or {name: files[name] for name in files if not name.endswith(JSON_SUFFIXES)}, bool(lines)
 
 
 def _select_ids(rows: pd.DataFrame, id_field: str, wanted: pd.Index) -> pd.DataFrame:

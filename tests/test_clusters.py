@@ -710,6 +710,28 @@ class TestNames:
         (path / "centroid=10" / ".part.0.parquet.crc").touch()
         assert len(read_clusters(path / pattern)) == len(frame)
 
+    def test_patterns_match_links(self, layout: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+        path, frame = layout
+        (tmp_path / "links").mkdir()
+        for folder in path.iterdir():
+            (tmp_path / "links" / folder.name).symlink_to(folder)
+        (tmp_path / "links" / "centroid=99").symlink_to(tmp_path / "nowhere")
+        assert len(read_clusters(tmp_path / "links" / "centroid=*")) == len(frame)
+
+    def test_a_pattern_finds_the_files_that_a_folder_holds(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, _ = layout
+        assert _parquet.list_files(path / "*" / "*.parquet")[1] == _parquet.list_files(path)[1]
+
+    def test_each_path_of_a_list_must_be_there(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, _ = layout
+        with pytest.raises(ClusterError, match=r"No Parquet files found at .*centroid=l: there is no such file"):
+            read_clusters([path / "centroid=0", path / "centroid=l"])
+
+    def test_paths_of_one_file_system_may_come_from_several_objects(self, layout: tuple[Path, pd.DataFrame]) -> None:
+        path, frame = layout
+        options = {"skip_instance_cache": True}
+        assert len(read_clusters([path / "centroid=*", path / "centroid=0"], storage_options=options)) == len(frame)
+
     def test_paths_are_of_one_file_system(self, layout: tuple[Path, pd.DataFrame]) -> None:
         path, _ = layout
         write_layout("memory://in", {3: [2]})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
@@ -87,6 +89,15 @@ def test_what_a_link_stands_for_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["new"]
 
 
+def test_what_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(LOCAL, f"file://{tmp_path}/out", "old")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.warns(UserWarning, match=r"could not all be removed: it is in .*\.old"):  # noqa: SIM117
+        with replaced_when_done(LOCAL, f"{tmp_path}/out") as staged:
+            write(LOCAL, staged, "new")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
 @pytest.mark.parametrize("output", [".", "..", "/proc"])
 def test_what_cannot_be_replaced_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
@@ -104,6 +115,14 @@ def test_what_cannot_be_replaced_is_refused_at_once(
 def test_overlap_is_seen_through_any_name(tmp_path: Path, source: str) -> None:
     with pytest.raises(InvalidArgumentError, match="overlap"):
         refuse_overlap(LOCAL, str(tmp_path), source.format(tmp_path), {})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "overlaps"), [("*", True), ("**", True), ("o?t", True), ("*/*.parquet", True), ("*.parquet", False)]
+)
+def test_overlap_is_seen_through_patterns(tmp_path: Path, pattern: str, overlaps: bool) -> None:
+    with pytest.raises(InvalidArgumentError, match="overlap") if overlaps else nullcontext():
+        refuse_overlap(LOCAL, f"{tmp_path}/out", f"{tmp_path}/{pattern}", {})
 
 
 @pytest.mark.parametrize("source", ["memory://{}", "{}2", "simplecache::memory://{}"])

@@ -104,6 +104,8 @@ def test_patterns_find_json_lines_too(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", "c.txt", "_c.jsonl", ".d.jsonl"):
         write_json(tmp_path / name, ROWS)
     assert len(read_table(tmp_path / "*.jsonl")) == 2 * len(ROWS)
+    (tmp_path / "c.txt").write_text("what these are")
+    assert len(read_table(tmp_path / "*")) == 2 * len(ROWS)
 
 
 def test_only_wanted_columns_are_read(tmp_path: Path) -> None:

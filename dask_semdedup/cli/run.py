@@ -28,7 +28,7 @@ from dask_semdedup.cli.options import (
 )
 from dask_semdedup.cli.steps import Outcome, Step, make_step, plan_steps
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have
-from dask_semdedup.folders import refuse_overlap
+from dask_semdedup.folders import real_path, refuse_overlap
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -121,6 +121,7 @@ def command(
     refuse_contradictions(ctx)
     storage_options = options["storage_options"]
     fs, output = fsspec.url_to_fs(output_path, **storage_options)
+    output = real_path(fs, output)
     refuse_overlap(fs, output, options["input_path"], storage_options)
     with show_progress(enabled=not quiet) as progress:
         run = Run(output=fs.unstrip_protocol(output), progress=progress, verbose=verbose, **options)
@@ -224,6 +225,15 @@ class Run:
                 "--embedding-field."
             )
 
+    def _check_ids(self) -> None:
+        """Miss ids before hours of work: rows that are dropped are known by them."""
+        with show_tasks(self.progress, "Looking at ids", client=self.client):
+            count = int(self._read_input()[self.id_field].isna().sum().compute())
+        if count:
+            raise IdError(
+                f"Column {self.id_field!r}: {have(count, 'row')} a null id. Give every row an id, or drop it."
+            )
+
     def _column_advice(self, columns: list[str]) -> str:
         """Name the options whose columns INPUT lacks."""
         fields = ["id_field", "text_field", "image_field", *([] if self.embed else ["embedding_field"])]
@@ -263,6 +273,7 @@ class Run:
     # --- The steps: each writes its files to a folder, and counts ---
 
     def _embed(self, folder: str) -> dict[str, int]:
+        self._check_ids()
         frame = self._read_input().semdedup.embed(
             self.text_field, model=self.model, embedding_field=self.embedding_field, device=self.device
         )
@@ -271,6 +282,8 @@ class Run:
     def _cluster(self, folder: str) -> dict[str, int]:
         from dask_semdedup.clusters import cluster_files
 
+        if not self.embed:
+            self._check_ids()
         source = self._folder("embeddings") if self.embed else self.input_path
         with show_tasks(self.progress, "Clustering", client=self.client):
             clustered = self._read_table(source).semdedup.kmeans(
@@ -283,8 +296,6 @@ class Run:
                 n_probe=self.n_probe,
                 device=self.device,
             )
-            # Rows that are dropped are known by their ids.
-            clustered = clustered.map_partitions(refuse_null_ids, self.id_field, meta=clustered._meta)
             clustered.semdedup.to_clusters(
                 folder, cluster_field=self.cluster_field, storage_options=self.storage_options
             )
@@ -294,6 +305,7 @@ class Run:
     def _score(self, folder: str) -> dict[str, int]:
         import dask_semdedup
 
+        self._check_ids()  # Clusters may have been made with others.
         embeddings = dask_semdedup.read_clusters(
             self._folder("clusters"),
             cluster_field=self.cluster_field,
@@ -358,13 +370,6 @@ class Run:
                 storage_options=self.storage_options,
             )
         return {"duplicates": int(tally.duplicates(self.eps))}
-
-
-def refuse_null_ids(rows: Any, id_field: str) -> Any:
-    """The rows, all of which must have an id."""
-    if count := int(rows[id_field].isna().sum()):
-        raise IdError(f"Column {id_field!r}: {have(count, 'row')} a null id. Give every row an id, or drop it.")
-    return rows
 
 
 def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> Table:

@@ -388,6 +388,42 @@ def test_output_that_is_a_file_is_refused(source: Path, tmp_path: Path, invoke: 
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_null_ids_are_seen_before_any_work(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = table().to_pandas().drop(columns="embeddings").assign(other=range(ROWS))
+    rows.loc[5, "id"] = None
+    rows.to_parquet(source)
+    monkeypatch.setattr(SemDedupAccessor, "embed", lambda *_, **__: pytest.fail("embedded"))
+    assert_one_line(invoke(source, "--embed", "--text-field", "text", "--n-probe", 2).stderr, "'id': 1 row has a null")
+
+
+def test_other_ids_are_looked_at_too(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    rows = table().to_pandas().assign(other=range(ROWS))
+    rows.loc[5, "id"] = None
+    rows.to_parquet(source)
+    assert invoke(source, "--id-field", "other").exit_code == 0
+    assert_one_line(invoke(source, "--from", "scores").stderr, "'id': 1 row has a null id")
+
+
+def test_output_may_be_a_link(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert invoke(source).exit_code == 0
+    (tmp_path / "disk" / "scores").rename(tmp_path / "elsewhere")
+    (tmp_path / "disk" / "scores").symlink_to(tmp_path / "elsewhere")
+    before = tokens(tmp_path)
+    assert invoke(source, "--from", "scores").exit_code == 0
+    assert (tmp_path / "disk" / "scores").is_symlink()
+    assert "scores" in redone(before, tokens(tmp_path))
+
+
+def test_files_of_others_are_no_loss(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(source)
+    (tmp_path / "out" / "report" / "notes.txt").write_text("mine")
+    assert invoke(source).stdout.count("reused") == len(STEPS)
+    assert (tmp_path / "out" / "report" / "notes.txt").exists()
+
+
 def test_null_ids_are_refused(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     rows = table().to_pandas()
     rows.loc[[5, 185], "id"] = None

@@ -140,7 +140,7 @@ def list_files(
     Raises
     ------
     ClusterError
-        If there are no files, which are called by their `kind`.
+        If there are no files, or one of the paths is not there; files are called by their `kind`.
     InvalidArgumentError
         If the paths are of several file systems.
     """
@@ -149,9 +149,9 @@ def list_files(
         raise ClusterError(f"No {kind} files: the list of paths is empty.")
     located = [fsspec.url_to_fs(os.fspath(entry), **(storage_options or {})) for entry in paths]
     fs = located[0][0]
-    same = type(fs), fs.storage_options
-    if others := [path for path, (fs, _) in zip(paths, located, strict=True) if (type(fs), fs.storage_options) != same]:
-        raise InvalidArgumentError(f"{others[0]} is on another file system than {paths[0]}. Read them one by one.")
+    for entry, (other, _) in zip(paths, located, strict=True):
+        if (type(other), other.storage_options) != (type(fs), fs.storage_options):
+            raise InvalidArgumentError(f"{entry} is on another file system than {paths[0]}. Read them one by one.")
     files: dict[str, dict[str, Any]] = {}
     gone: list[Any] = []
     for entry, (_, root) in zip(paths, located, strict=True):
@@ -178,7 +178,7 @@ def _match(
     """The files that a pattern stands for, and the data in folders that it stands for."""
     files: dict[str, dict[str, Any]] = {}
     for name, info in fs.glob(pattern, detail=True).items():
-        if not is_data_file(name, above, ("",)):
+        if is_hidden(name, above):
             continue
         # Local links may be to files or folders, or to nothing.
         is_file = info["type"] == "file" and not is_local(fs)
@@ -216,14 +216,22 @@ def is_data_file(path: str, root: str, suffixes: tuple[str, ...]) -> bool:
     >>> [is_data_file(f"data/{name}", "data", (".parquet",)) for name in ("a.parquet", "_temporary/0/a.parquet")]
     [True, False]
     """
-    if not path.endswith(suffixes):
-        return False
+    return path.endswith(suffixes) and not is_hidden(path, root)
+
+
+def is_hidden(path: str, root: str) -> bool:
+    """Whether the name of a file below a root, or of a folder that it is in, begins with a dot or an underscore.
+
+    Examples
+    --------
+    >>> is_hidden("data/_temporary/0/a.parquet", "data"), is_hidden("data/_key=1/a.parquet", "data")
+    (True, False)
+    """
     below = f"/{path.removeprefix(root)}"
-    # Most are not hidden, which these two see at once. A key of a folder may begin with an underscore.
-    hidden = ("/_" in below or "/." in below) and any(
+    # Most are not, which these two see at once. A key of a folder may begin with an underscore.
+    return ("/_" in below or "/." in below) and any(
         part.startswith(("_", ".")) and "=" not in part for part in below.split("/")
     )
-    return not hidden
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -590,7 +598,7 @@ class Reader:
     def _decoded_schema(self, columns: Sequence[str]) -> pa.Schema:
         """Schema of those columns that come from the files, without what Arrow cannot take rows of."""
         wanted = [self.schema.field(name) for name in columns if name != self.cluster_field]
-        return pa.schema([pa.field(field.name, _plain(field.type)) for field in wanted])
+        return pa.schema([pa.field(field.name, _decoded(field.type)) for field in wanted])
 
     def _to_pandas(self, table: pa.Table, fragments: Sequence[Fragment], columns: Sequence[str]) -> pd.DataFrame:
         series = {name: self._to_series(table[name], name) for name in table.column_names}
@@ -611,10 +619,10 @@ class Reader:
         return self._to_series(pa.chunked_array([repeated]), str(self.cluster_field))
 
 
-def _plain(type_: pa.DataType) -> pa.DataType:
+def _decoded(type_: pa.DataType) -> pa.DataType:
     """The type of the values that dictionaries and views stand for."""
     if pa.types.is_dictionary(type_):
-        return _plain(type_.value_type)
+        return _decoded(type_.value_type)
     if pa.types.is_string_view(type_):
         return pa.large_string()
     return pa.large_binary() if pa.types.is_binary_view(type_) else type_

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
@@ -26,7 +27,7 @@ __all__ = [
     "stack_level",
 ]
 
-PACKAGE = str(Path(__file__).parent)
+PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def check_bytes(name: str, value: str | int) -> int:

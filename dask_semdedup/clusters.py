@@ -58,6 +58,7 @@ from dask_semdedup._parquet import (
 from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.embeddings import to_arrow, to_host
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
+from dask_semdedup.folders import real_path
 from dask_semdedup.layout import NULL_NAMES, integers_or_names
 from dask_semdedup.memory import device_bytes
 from dask_semdedup.placement import partitions_per_gpu, visible_gpus
@@ -375,11 +376,10 @@ class Source:
         """The folder of these clusters, if another one within it would be taken for one of them; else None."""
         if self.reader.cluster_field is None or type(fs) is not type(self.reader.fs):
             return None
-        real = os.path.realpath if is_local(fs) else str
         paths = (fragment.path for fragments in self.partitions for fragment in fragments)
         # The innermost key is that of the cluster.
         roots = {path.rpartition(f"/{self.reader.cluster_field}=")[0] for path in paths}
-        return next((root for root in roots if real(folder).startswith(f"{real(root)}/")), None)
+        return next((root for root in roots if real_path(fs, folder).startswith(f"{real_path(fs, root)}/")), None)
 
     def __dask_tokenize__(self) -> str:
         return self.token

@@ -31,7 +31,15 @@ from dask_semdedup.kmeans import kmeans_meta, kmeans_partition
 from dask_semdedup.pairwise import best_of_visits, has_visits, pairwise_meta, pairwise_partition
 from dask_semdedup.placement import HOMES, has_cuda, place_for
 
-__all__ = ["AgainstScores", "BestOfProbes", "BestOfVisits", "KMeansClusters", "PairwiseScores", "ScoresOfFiles"]
+__all__ = [
+    "AgainstScores",
+    "BestOfProbes",
+    "BestOfVisits",
+    "KMeansClusters",
+    "PairwiseScores",
+    "ScoresOfFiles",
+    "is_against",
+]
 
 logger = logging.getLogger("dask_semdedup")
 
@@ -306,6 +314,11 @@ class AgainstScores(Expr):
 
     def _lower(self) -> _AgainstPartitions:
         return _AgainstPartitions(*self.operands)
+
+
+def is_against(expr: core.Expr) -> bool:
+    """Whether a frame comes from scores against another one: its ``max_id`` are then rows of that one."""
+    return any(True for _ in expr.find_operations(AgainstScores))
 
 
 class BestOfProbes(_ByCluster):

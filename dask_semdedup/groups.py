@@ -21,7 +21,7 @@ from dask_semdedup.duplicates import (
 )
 from dask_semdedup.embeddings import to_list
 from dask_semdedup.errors import IdError, InvalidArgumentError, have, some
-from dask_semdedup.expressions import AgainstScores
+from dask_semdedup.expressions import is_against
 from dask_semdedup.ids import factorize
 
 __all__ = ["find_groups", "resolve_groups"]
@@ -41,7 +41,7 @@ def find_groups(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
     """
     check_eps(eps)
     check_score_columns(scores, ["id", "max_id", SCORE_COLUMN])
-    if any(True for _ in scores.expr.find_operations(AgainstScores)):
+    if is_against(scores.expr):
         raise InvalidArgumentError(
             "These are scores of `against`: a max_id there is a row of the reference, which is kept, so that there are "
             "no chains to follow. Use `duplicates`."

@@ -24,7 +24,7 @@ from dask_semdedup.clusters import ShuffleByCluster
 from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, eps_column, find_duplicates, without_first_rows
 from dask_semdedup.embeddings import check_plain_dtype, frame_like, is_cudf, to_list
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
-from dask_semdedup.expressions import AgainstScores
+from dask_semdedup.expressions import is_against
 from dask_semdedup.hashing import hash_ids
 from dask_semdedup.ids import are_equal, check_same_kind, is_in, repeats
 
@@ -112,8 +112,8 @@ def _select(duplicates: dd.DataFrame, id_field: str, eps: float | None) -> dd.Da
             raise InvalidArgumentError(f"duplicates were found at {', '.join(flags)}, not at {flag}.")
         duplicates = duplicates if flags else find_duplicates(duplicates, eps)
     are_scores = {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and id_field == "id"
-    # There `max_id` is a row of another frame, whose ids may be the same.
-    are_scores &= not any(True for _ in duplicates.expr.find_operations(AgainstScores))
+    # Ids of another frame may be the same.
+    are_scores &= not is_against(duplicates.expr)
     needed = [id_field, *(["max_id", SCORE_COLUMN] if are_scores else []), *([] if flag is None else [flag])]
     options: dict[str, Any] = {
         "id_field": id_field,

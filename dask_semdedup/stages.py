@@ -640,7 +640,8 @@ class PairwiseStage:
         partitioning, similarity = self.decompose()
         listing = partitioning._list()
         fs, output = fsspec.url_to_fs(self.output_path, **(similarity.output_storage_options or {}))
-        if type(fs) is type(listing.fs) and is_within(fs, output, fs._strip_protocol(os.fspath(self.input_path))):
+        _, source = fsspec.url_to_fs(self.input_path, **(similarity.input_storage_options or {}))
+        if type(fs) is type(listing.fs) and is_within(fs, output, source):
             raise InvalidArgumentError(
                 f"output_path {self.output_path!r} is within input_path: its files would be taken for embeddings. Name "
                 "a folder apart."

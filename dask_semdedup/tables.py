@@ -245,7 +245,7 @@ def find_rows(
     table = read_table(path, needed, id_field=id_field, storage_options=storage_options)
     wanted = pd.Index(list(dict.fromkeys(ids)))
     found = table.map_partitions(_select_ids, id_field, wanted, meta=table._meta).compute()
-    found[id_field] = _plain(found[id_field])
+    found[id_field] = _as_objects(found[id_field])
     return found.drop_duplicates(id_field).set_index(id_field, drop=False)[list(columns)]
 
 
@@ -272,10 +272,10 @@ def _list_table(
 
 
 def _select_ids(rows: pd.DataFrame, id_field: str, wanted: pd.Index) -> pd.DataFrame:
-    return rows[_plain(rows[id_field]).isin(wanted)]
+    return rows[_as_objects(rows[id_field]).isin(wanted)]
 
 
-def _plain(ids: pd.Series) -> pd.Series:
+def _as_objects(ids: pd.Series) -> pd.Series:
     """Ids of an extension type of Arrow, as UUIDs, as Python objects, which can be looked up."""
     type_ = getattr(ids.dtype, "pyarrow_dtype", None)
     return pd.Series(list(ids), ids.index, object) if isinstance(type_, pa.BaseExtensionType) else ids

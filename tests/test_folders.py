@@ -92,9 +92,11 @@ def test_what_a_link_stands_for_is_replaced(tmp_path: Path) -> None:
 def test_what_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(LOCAL, f"file://{tmp_path}/out", "old")
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    with pytest.warns(UserWarning, match=r"could not all be removed: it is in .*\.old"):  # noqa: SIM117
-        with replaced_when_done(LOCAL, f"{tmp_path}/out") as staged:
-            write(LOCAL, staged, "new")
+    with (
+        pytest.warns(UserWarning, match=r"could not all be removed: it is in .*\.old"),
+        replaced_when_done(LOCAL, f"{tmp_path}/out") as staged,
+    ):
+        write(LOCAL, staged, "new")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
 
 

@@ -181,6 +181,7 @@ class Run:
     progress: Progress
     client: Client | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    has_all_ids: bool = False
 
     def steps(self) -> list[Step]:
         """All steps in their order, once INPUT is seen to have what they need."""
@@ -226,13 +227,16 @@ class Run:
             )
 
     def _check_ids(self) -> None:
-        """Miss ids before hours of work: rows that are dropped are known by them."""
+        """Miss ids before hours of work, once: rows that are dropped are known by them."""
+        if self.has_all_ids:
+            return
         with show_tasks(self.progress, "Looking at ids", client=self.client):
             count = int(self._read_input()[self.id_field].isna().sum().compute())
         if count:
             raise IdError(
                 f"Column {self.id_field!r}: {have(count, 'row')} a null id. Give every row an id, or drop it."
             )
+        self.has_all_ids = True
 
     def _column_advice(self, columns: list[str]) -> str:
         """Name the options whose columns INPUT lacks."""
@@ -282,8 +286,7 @@ class Run:
     def _cluster(self, folder: str) -> dict[str, int]:
         from dask_semdedup.clusters import cluster_files
 
-        if not self.embed:
-            self._check_ids()
+        self._check_ids()
         source = self._folder("embeddings") if self.embed else self.input_path
         with show_tasks(self.progress, "Clustering", client=self.client):
             clustered = self._read_table(source).semdedup.kmeans(

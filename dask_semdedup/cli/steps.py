@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 
-from dask_semdedup._parquet import is_data_file
+from dask_semdedup._parquet import is_hidden
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.folders import MANIFEST, replaced_when_done
 
@@ -155,7 +155,7 @@ def _losses(fs: fsspec.AbstractFileSystem, folder: str, manifest: Manifest) -> s
 def _measure(fs: fsspec.AbstractFileSystem, folder: str) -> tuple[int, int]:
     """The number and the size of the files that are not hidden, nor the manifest."""
     found = fs.find(folder, detail=True)
-    sizes = [info["size"] for path, info in found.items() if is_data_file(path, folder, ("",))]
+    sizes = [info["size"] for path, info in found.items() if not is_hidden(path, folder)]
     return len(sizes), sum(sizes)
 
 

@@ -46,8 +46,8 @@ from rich.table import Table
 from timeline import Timeline, as_trace, recorded
 
 import dask_semdedup
+from dask_semdedup._parquet import import_cudf
 from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.placement import cores_per_gpu
 from dask_semdedup.ranking import make_strategy
 from dask_semdedup.stages import FileGroupTask, PairwiseCosineSimilarityStage
 
@@ -258,9 +258,7 @@ def machine(device: str) -> str:
 
     if device == "cpu":
         return f"CPU, {CPU_COUNT} cores, torch {torch.__version__}"
-    shared = share_memory_pool()
-    import cudf
-
+    cudf, shared = import_cudf(), share_memory_pool()
     versions = f"torch {torch.__version__}, cuDF {cudf.__version__}, KvikIO threads {os.environ['KVIKIO_NTHREADS']}"
     return f"{torch.cuda.get_device_name()}, {CPU_COUNT} cores, {versions}, one memory pool: {shared}"
 
@@ -281,7 +279,6 @@ def save(title: str, results: Sequence[Mapping[str, Any]], options: Options) -> 
 
 def run(options: Options, show: Callable[[Any], None]) -> int:
     """Run the cases and print them; the number of those that failed."""
-    os.environ.setdefault("KVIKIO_NTHREADS", str(cores_per_gpu()))
     log = Log()
     results: list[dict[str, Any]] = []
     failed = 0

@@ -185,10 +185,14 @@ def test_files_are_not_blamed_for_the_gpu(
     assert ("a.parquet" in str(raised.value)) == (error is ClusterError)
 
 
-def test_cudf_gets_its_share_of_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cores", "threads", "pages"), [(6, "6", "384"), (32, "10", "2048")])
+def test_cudf_gets_its_share_of_the_cores_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: str, pages: str
+) -> None:
     monkeypatch.setitem(sys.modules, "cudf", ModuleType("cudf"))
-    monkeypatch.setattr(_parquet, "cores_per_gpu", lambda: 6)
-    settings = {"KVIKIO_NTHREADS": "6", "LIBCUDF_HOST_COMPRESSION": "AUTO", "LIBCUDF_HOST_COMPRESSION_THRESHOLD": "384"}
+    monkeypatch.setattr(_parquet, "cores_per_gpu", lambda: cores)
+    compression = {"LIBCUDF_HOST_COMPRESSION": "AUTO", "LIBCUDF_HOST_COMPRESSION_THRESHOLD": pages}
+    settings = {"KVIKIO_NTHREADS": threads, **compression}
     with patch.dict(os.environ):
         for name in settings:
             os.environ.pop(name, None)

@@ -24,7 +24,7 @@ from dask_semdedup.embeddings import (
 )
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.placement import check_device, choose_device, cores_for, turn_on_gpu
+from dask_semdedup.placement import check_device, choose_device, cores_for, pairs_of, turn_on_gpu
 from dask_semdedup.ranking import RankingStrategy
 from dask_semdedup.streams import behind, beside, outside, owned
 
@@ -412,9 +412,11 @@ def search_segments(
     from dask_semdedup.search import nearest_earlier
     from dask_semdedup.search.streaming import nearest_earlier_from_host
 
-    find = partial(nearest_earlier_from_host, device=device) if rows.device.type != device else nearest_earlier
+    is_there = rows.device.type == device
+    find = nearest_earlier if is_there else partial(nearest_earlier_from_host, device=device)
     ends = None if stops is None else tensor_like(stops)
-    with turn_on_gpu(device), behind(rows.device.type):
+    work = rows.shape[1] * pairs_of(segments) if is_there else 0
+    with turn_on_gpu(device, work), behind(rows.device.type):
         scores, index = find(
             rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size
         )

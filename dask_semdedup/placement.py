@@ -32,6 +32,7 @@ __all__ = [
     "cores_for",
     "cores_per_gpu",
     "has_cuda",
+    "pairs_of",
     "partitions_per_gpu",
     "place_for",
     "turn_on_gpu",
@@ -80,8 +81,23 @@ def choose_device(device: str, home: str, segments: np.ndarray) -> str:
     """
     if device != "auto":
         return device
-    pairs = np.square(np.diff(segments), dtype=np.float64).sum() / 2
-    return "cuda" if pairs >= PAIRS_WORTH_A_GPU and has_cuda() else home
+    return "cuda" if pairs_of(segments) >= PAIRS_WORTH_A_GPU and has_cuda() else home
+
+
+def pairs_of(segments: np.ndarray) -> float:
+    """About how many pairs of rows clusters have: half the squares of their rows.
+
+    Parameters
+    ----------
+    segments : numpy.ndarray
+        (k + 1,) offsets of the clusters.
+
+    Examples
+    --------
+    >>> pairs_of(np.array([0, 100, 102]))
+    5002.0
+    """
+    return float(np.square(np.diff(segments), dtype=np.float64).sum() / 2)
 
 
 def has_cuda() -> bool:
@@ -227,26 +243,32 @@ def place_for(home: str) -> Iterator[None]:
         yield
 
 
-_turn = threading.Lock()
+# Multiplications of a long search, a tenth of a second of an H200's time.
+LONG_SEARCH = 2.5e13
+_turns = {is_long: threading.Lock() for is_long in (False, True)}
 
 
-def turn_on_gpu(device: str) -> AbstractContextManager[object]:
+def turn_on_gpu(device: str, work: float = 0) -> AbstractContextManager[object]:
     """Wait until no other thread searches on this process's GPU; on a CPU there is nothing to wait for.
 
     Two searches at once take as long as one after the other, but the first would be done, and its place be free for
-    the next to be read, only when both are. And one of rows in host memory takes what memory is free when it begins.
+    the next to be read, only when both are. Long ones, as of a giant cluster, take turns among themselves: short ones
+    need not wait for their end. Those of rows in host memory are none, since each takes what memory is free when it
+    begins.
 
     Parameters
     ----------
     device : {"cpu", "cuda"}
         Where the search is.
+    work : float
+        Its multiplications, if its rows are on the GPU already.
 
     Examples
     --------
     >>> with turn_on_gpu("cuda"):
     ...     pass
     """
-    return _turn if device == "cuda" else nullcontext()
+    return _turns[work >= LONG_SEARCH] if device == "cuda" else nullcontext()
 
 
 class Cores:

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 import torch
 from distributed import Client, LocalCluster
 
-from dask_semdedup import placement, search
+from dask_semdedup import pairwise, placement, search
+from dask_semdedup.search import streaming
 from tests.test_pairwise import GOLDEN, run
 
 
@@ -166,6 +168,21 @@ def test_the_pool_is_shared_before_torch_first_uses_cuda(monkeypatch):
 def test_searches_take_turns_on_a_gpu_and_not_on_a_cpu():
     assert most_inside(lambda: placement.turn_on_gpu("cuda")) == 1
     assert most_inside(lambda: placement.turn_on_gpu("cpu")) > 1
+
+
+def test_long_searches_take_turns_with_each_other_only():
+    works = cycle([0.9 * placement.LONG_SEARCH, placement.LONG_SEARCH])
+    assert most_inside(lambda: placement.turn_on_gpu("cuda", next(works))) == 2
+    assert most_inside(lambda: placement.turn_on_gpu("cuda", placement.LONG_SEARCH)) == 1
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_only_a_search_of_rows_on_the_gpu_is_long(monkeypatch, is_there):
+    work = []
+    monkeypatch.setattr(pairwise, "turn_on_gpu", lambda device, its: work.append(its) or nullcontext())
+    monkeypatch.setattr(streaming, "nearest_earlier_from_host", lambda *_, **__: (torch.empty(0),) * 2)
+    pairwise.search_segments(torch.ones(6, 5), np.array([0, 4, 6]), None, "cpu" if is_there else "cuda", "auto", None)
+    assert work == [5 * (16 + 4) / 2 if is_there else 0]
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, 12), (1, 12), (4, 3), (16, 1)])

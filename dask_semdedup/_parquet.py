@@ -57,7 +57,10 @@ BLOCK_BYTES = 2**28
 MANY = 64
 SHAPES = 4
 # What identifies the state of a file, under the names that fsspec's file systems give it.
-STATE_KEYS = {"size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash"}
+STATE_KEYS = {
+    *("size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash"),
+    *("CRC", "date_time", "sha"),
+}
 LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8}
 INDEX_COLUMNS = ("__index_level_", "__null_dask_index__")
 

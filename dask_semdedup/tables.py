@@ -384,7 +384,7 @@ def _lazy(reader: Reader | JsonReader, partitions: list[Any], columns: Sequence[
     columns = list(columns)
     # Every partition has the columns' dtypes, so that Dask need not check them.
     return dd.from_map(
-        _ReadPart(reader, tokenize(token, columns)),
+        _ReadPart(reader, tokenize(token, columns, reader)),
         partitions or [()],
         columns=columns,
         meta=reader.meta(columns),
@@ -438,6 +438,9 @@ class JsonReader:
     schema: pa.Schema
     arrow: Reader
     id_field: str
+
+    def __dask_tokenize__(self) -> Any:
+        return tokenize(self.arrow, self.id_field)
 
     def meta(self, columns: Sequence[str]) -> pd.DataFrame:
         """Empty frame with the dtypes of every partition."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -265,3 +266,25 @@ def test_files_that_are_no_scores_are_named(tmp_path: Path) -> None:
     SCORES.drop(columns="max_id").to_parquet(tmp_path / "other.parquet")
     with pytest.raises(MissingColumnsError, match=r"max_id.*other\.parquet"):
         read_scores(tmp_path)
+
+
+def test_tables_of_different_archives_are_different(tmp_path: Path) -> None:
+    for name, ids in (("one", [1, 2]), ("two", [3, 4])):
+        pd.DataFrame({"id": ids}).to_parquet(tmp_path / "a.parquet")
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.write(tmp_path / "a.parquet", "a.parquet", zipfile.ZIP_STORED)
+    one, two = (read_table(f"zip://a.parquet::{tmp_path}/{name}.zip") for name in ("one", "two"))
+    assert one._name != two._name
+    assert (one["id"].compute().tolist(), two["id"].compute().tolist()) == ([1, 2], [3, 4])
+
+
+@pytest.mark.parametrize("checked_first", [False, True])
+def test_the_column_that_may_not_be_null_is_part_of_the_frame(tmp_path: Path, checked_first: bool) -> None:
+    write_json(tmp_path / "a.jsonl", [{"id": 1, "doc": 7}, {"id": 2, "doc": None}])
+    for id_field in ("doc", "id") if checked_first else ("id", "doc"):
+        frame = read_table(tmp_path, id_field=id_field)
+        if id_field == "id":
+            assert len(frame.compute()) == 2
+        else:
+            with pytest.raises(InvalidArgumentError, match="1 row has no 'doc'"):
+                frame.compute()

@@ -107,8 +107,7 @@ def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[st
         # A URL of an absolute path: workers may have other working directories.
         yield fs.unstrip_protocol(staged)
     except BaseException:
-        if fs.exists(staged):
-            fs.rm(staged, recursive=True)
+        _discard(fs, staged)
         raise
     try:
         _replace(fs, staged, final)
@@ -116,6 +115,15 @@ def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[st
         raise InvalidArgumentError(
             f"All is written, but cannot take the place of {final!r} ({error}). It is in {staged!r}: move it yourself."
         ) from error
+
+
+def _discard(fs: fsspec.AbstractFileSystem, staged: str) -> None:
+    """Remove what is of no use, without hiding the error that made it so."""
+    try:
+        if fs.exists(staged):
+            fs.rm(staged, recursive=True)
+    except OSError as error:
+        warnings.warn(f"What is half written in {staged} could not be removed: {error}.", stacklevel=stack_level())
 
 
 def _replace(fs: fsspec.AbstractFileSystem, staged: str, final: str) -> None:

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
 
-import dask
 import dask.dataframe as dd
 import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from dask.system import CPU_COUNT
 
 from dask_semdedup.embeddings import is_cudf, to_numpy
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.folders import Contents
+from dask_semdedup.tasks import compute_to_the_end
 
 __all__ = ["CLUSTERS", "NULL_NAMES", "check_cluster_dtype", "integers_or_names", "write_layout", "write_partition"]
 
@@ -122,13 +120,8 @@ def write_layout(ddf: dd.DataFrame, folder: str, cluster_field: str, max_file_si
     fs.makedirs(root)
     meta = pd.DataFrame({"rows": pd.Series(dtype="int64"), "schema": pd.Series(dtype=object)})
     written = ddf.map_partitions(write_partition, folder, cluster_field, max_file_size, options, meta=meta)
-    # A pool of its own, since leaving it waits for its threads: no late writer meets a folder that is being removed.
-    with (
-        ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool,
-        dask.config.set(pool=pool),
-    ):
-        # Optimised here, reading, assigning and writing a partition become one task; compute() alone may not fuse them.
-        parts = written.optimize().compute()
+    # Optimised here, reading, assigning and writing a partition become one task; compute() alone may not fuse them.
+    parts = compute_to_the_end(written.optimize())
     if not len(parts):
         raise ClusterError("The frame has no rows: there is no cluster to write.")
     _check_schemas(list(parts["schema"]))

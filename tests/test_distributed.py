@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from distributed import Client, LocalCluster, wait
 
-from dask_semdedup import EmbeddingError, IdError, MissingColumnsError, read_clusters
+from dask_semdedup import ClusterError, EmbeddingError, IdError, MissingColumnsError, read_clusters
 from dask_semdedup.duplicates import find_duplicates
 from dask_semdedup.groups import resolve_groups
 from tests.test_accessor import expected_scores, make_frame, write_layout
@@ -139,4 +139,13 @@ def test_bad_rows_leave_no_cluster_files(client: Client, tmp_path: Path) -> None
     clustered = dd.from_pandas(frame, npartitions=4, sort=False).semdedup.kmeans(centroids=np.eye(7))
     with pytest.raises(EmbeddingError, match=r"width 8.*centroids are of width 7"):
         clustered.semdedup.to_clusters(tmp_path / "clusters")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_waits_for_late_writers(client: Client, tmp_path: Path) -> None:
+    """Those that still run when one has failed do not write into a folder that is being removed."""
+    clusters = pd.array([None, *range(1, 6000)], dtype="Int64")
+    ddf = dd.from_pandas(pd.DataFrame({"id": range(6000), "centroid": clusters}), npartitions=4)
+    with pytest.raises(ClusterError, match=r"1 row has no cluster"):
+        ddf.semdedup.to_clusters(tmp_path / "clusters")
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import dask
 import dask.dataframe as dd
@@ -12,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup import ClusterError, InvalidArgumentError, layout, read_clusters
 from tests.test_accessor import arrow_lists
@@ -207,6 +210,25 @@ def test_a_failure_leaves_nothing(frame: pd.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="lost"):
         broken.semdedup.to_clusters(tmp_path / "second")
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_two_threads_may_write_at_once(frame: pd.DataFrame, tmp_path: Path) -> None:
+    """Neither leaves its pool in Dask's configuration."""
+    ddf = in_partitions(frame)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: ddf.semdedup.to_clusters(tmp_path / str(name)), range(8)))
+    assert dask.config.get("pool", None) is None
+    assert len(ddf.compute()) == len(frame)
+
+
+def test_what_cannot_be_removed_does_not_hide_the_error(
+    frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_partitions(frame).semdedup.to_clusters(tmp_path / "first")
+    broken = read_clusters(tmp_path / "first", partition_size=1).map_partitions(fail_late)
+    monkeypatch.setattr(LocalFileSystem, "rm", Mock(side_effect=PermissionError("not yours")))
+    with pytest.raises(RuntimeError, match="lost"), pytest.warns(UserWarning, match=r"second.partial-.*not yours"):
+        broken.semdedup.to_clusters(tmp_path / "second")
 
 
 def no_rows(frame: pd.DataFrame) -> dd.DataFrame:

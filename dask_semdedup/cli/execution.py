@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -17,10 +16,11 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.tasks import results_of
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
-    from distributed import Client, Future
+    from distributed import Client
 
 
 @contextmanager
@@ -119,31 +119,8 @@ def follow_futures(client: Client, written: dd.DataFrame, progress: Progress, ti
 
     At the first error all are stopped, and it is raised.
     """
-    from distributed import as_completed, futures_of
+    from distributed import futures_of
 
     futures = futures_of(written)
     task = progress.add_task(title, total=len(futures))
-    results = []
-    try:
-        for future in as_completed(futures):
-            results.append(future.result())
-            progress.advance(task)
-    except BaseException:
-        # Where the cluster is gone, so are its writers.
-        with suppress(OSError):
-            _stop(client, futures)
-        raise
-    return results
-
-
-def _stop(client: Client, futures: list[Future]) -> None:
-    """Cancel tasks, and wait for those that run: no worker interrupts them."""
-    client.cancel(futures)
-    keys = {future.key for future in futures}
-    while any(client.run(_knows_any, keys, on_error="ignore").values()):
-        time.sleep(0.1)
-
-
-def _knows_any(keys: set[Any], dask_worker: Any) -> bool:
-    """Whether a worker has tasks of these keys; it forgets cancelled ones as soon as they do not run."""
-    return not keys.isdisjoint(dask_worker.state.tasks)
+    return results_of(client, futures, lambda: progress.advance(task))

@@ -1,0 +1,102 @@
+"""Tasks that write files: when all are done, or one has failed, none of them writes any more."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import dask
+import dask.dataframe as dd
+import pandas as pd
+from dask.base import get_scheduler
+from dask.system import CPU_COUNT
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+__all__ = ["compute_to_the_end", "results_of"]
+
+
+def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
+    """Compute a frame whose tasks write files, where `compute` would.
+
+    Parameters
+    ----------
+    frame : dask.dataframe.DataFrame
+        Of small pandas partitions: what is known of the files.
+
+    Returns
+    -------
+    pandas.DataFrame
+        All rows, in the partitions' order.
+
+    Raises
+    ------
+    Exception
+        The first of a task, when no other task runs any more: what is written can be removed.
+
+    Examples
+    --------
+    >>> compute_to_the_end(dd.from_pandas(pd.DataFrame({"rows": [3, 4]}), npartitions=2))["rows"].tolist()
+    [3, 4]
+    """
+    client = _client_for(frame)
+    if client is not None:
+        from distributed import futures_of
+
+        return pd.concat(results_of(client, futures_of(client.persist(frame))))
+    # A pool of its own, since leaving it waits for its threads.
+    with ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool:
+        return frame.compute(pool=pool)
+
+
+def _client_for(frame: dd.DataFrame) -> Client | None:
+    """The client that `compute` would take, or None for this process."""
+    distributed = sys.modules.get("distributed")
+    client = getattr(get_scheduler(collections=[frame]), "__self__", None)
+    return client if distributed is not None and isinstance(client, distributed.Client) else None
+
+
+def results_of(client: Client, futures: Iterable[Future], advance: Callable[[], None] = lambda: None) -> list[Any]:
+    """Wait for futures, and return their results in their order.
+
+    At the first error all are stopped, and it is raised when none of their tasks runs any more.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    futures : iterable of distributed.Future
+    advance : callable
+        Called whenever one is done.
+    """
+    from distributed import as_completed
+
+    futures = list(futures)
+    try:
+        for future in as_completed(futures):
+            # Raises its error, if it has failed.
+            future.result()
+            advance()
+        return client.gather(futures)
+    except BaseException:
+        # Where the cluster is gone, so are its writers.
+        with suppress(OSError):
+            _stop(client, futures)
+        raise
+
+
+def _stop(client: Client, futures: list[Future]) -> None:
+    """Cancel tasks, and wait for those that run: no worker interrupts them."""
+    client.cancel(futures)
+    keys = {future.key for future in futures}
+    while any(client.run(_knows_any, keys, on_error="ignore").values()):
+        time.sleep(0.1)
+
+
+def _knows_any(keys: set[Any], dask_worker: Any) -> bool:
+    """Whether a worker has tasks of these keys; it forgets cancelled ones as soon as they do not run."""
+    return not keys.isdisjoint(dask_worker.state.tasks)

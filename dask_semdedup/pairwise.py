@@ -415,7 +415,7 @@ def search_segments(
     is_there = rows.device.type == device
     find = nearest_earlier if is_there else partial(nearest_earlier_from_host, device=device)
     ends = None if stops is None else tensor_like(stops)
-    work = rows.shape[1] * pairs_of(segments) if is_there else 0
+    work = rows.shape[1] * pairs_of(segments) if is_there else None
     with turn_on_gpu(device, work), behind(rows.device.type):
         scores, index = find(
             rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -248,27 +248,32 @@ LONG_SEARCH = 2.5e13
 _turns = {is_long: threading.Lock() for is_long in (False, True)}
 
 
-def turn_on_gpu(device: str, work: float = 0) -> AbstractContextManager[object]:
-    """Wait until no other thread searches on this process's GPU; on a CPU there is nothing to wait for.
+@contextmanager
+def turn_on_gpu(device: str, work: float | None = None) -> Iterator[None]:
+    """Wait for a turn to search on this process's GPU; on a CPU there is nothing to wait for.
 
     Two searches at once take as long as one after the other, but the first would be done, and its place be free for
-    the next to be read, only when both are. Long ones, as of a giant cluster, take turns among themselves: short ones
-    need not wait for their end. Those of rows in host memory are none, since each takes what memory is free when it
-    begins.
+    the next to be read, only when both are. So short ones take turns, and long ones, as of a giant cluster, for whose
+    end the short ones need not wait. One of rows in host memory has the GPU for itself: it takes what memory is free
+    when it begins.
 
     Parameters
     ----------
     device : {"cpu", "cuda"}
         Where the search is.
-    work : float
-        Its multiplications, if its rows are on the GPU already.
+    work : float, optional
+        Its multiplications; None where its rows are in host memory.
 
     Examples
     --------
     >>> with turn_on_gpu("cuda"):
     ...     pass
     """
-    return _turns[work >= LONG_SEARCH] if device == "cuda" else nullcontext()
+    with ExitStack() as turns:
+        for is_long, turn in _turns.items() if device == "cuda" else ():
+            if work is None or is_long == (work >= LONG_SEARCH):
+                turns.enter_context(turn)
+        yield
 
 
 class Cores:
@@ -280,15 +285,25 @@ class Cores:
     def __init__(self, count: int) -> None:
         self._count = self._free = count
         self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
         self._pools = ThreadpoolController()
 
     @contextmanager
     def take(self, threads: int) -> Iterator[None]:
-        """Wait for so many cores, and let torch use no more in this thread."""
+        """Wait for so many cores, and let torch use no more in this thread.
+
+        First come, first served: one that waits for all cores would else wait until nobody wants any.
+        """
         threads = min(threads, self._count)
+        turn = object()
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= threads)
-            self._free -= threads
+            self._waiting.append(turn)
+            try:
+                self._changed.wait_for(lambda: self._waiting[0] is turn and self._free >= threads)
+                self._free -= threads
+            finally:
+                self._waiting.remove(turn)
+                self._changed.notify_all()
         try:
             # OpenMP's limit is the calling thread's alone, which that of `torch.set_num_threads` is not.
             with self._pools.limit(limits=threads, user_api="openmp"):
@@ -299,13 +314,28 @@ class Cores:
                 self._changed.notify_all()
 
 
-@cache
+_making = threading.Lock()
+
+
 def cores() -> Cores:
-    """The cores of this process. Made at the first search, when torch and with it OpenMP are loaded."""
+    """The cores of this process. Found at the first search, when torch and with it OpenMP are loaded."""
+    # Two threads that come first at once must not get cores each.
+    with _making:
+        return _cores()
+
+
+@cache
+def _cores() -> Cores:
     import torch  # noqa: F401
 
     return Cores(CPU_COUNT)
 
 
-# A forked process has none of the threads that hold cores.
-os.register_at_fork(after_in_child=cores.cache_clear)
+def _forget_threads() -> None:
+    """A forked process has none of the threads that hold cores, or the lock."""
+    global _making
+    _making = threading.Lock()
+    _cores.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_threads)

@@ -117,6 +117,34 @@ def test_a_failed_search_gives_its_cores_back():
         pass
 
 
+def test_first_come_first_served():
+    """A search that wants all cores is not overtaken for ever by those that want one."""
+    cores, order = placement.Cores(2), []
+
+    def take(name, threads):
+        with cores.take(threads):
+            order.append(name)
+
+    with cores.take(1):
+        waiting = [threading.Thread(target=take, args=item) for item in [("all", 2), ("one", 1)]]
+        for number, thread in enumerate(waiting, start=1):
+            thread.start()
+            while len(cores._waiting) < number:
+                time.sleep(0.001)
+        assert order == []
+    for thread in waiting:
+        thread.join(10)
+    assert order == ["all", "one"]
+
+
+def test_threads_that_come_first_at_once_share_the_cores():
+    placement._cores.cache_clear()
+    together = threading.Barrier(8)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: together.wait() >= 0 and placement.cores(), range(8)))
+    assert len(set(map(id, found))) == 1
+
+
 def test_a_forked_process_has_all_cores():
     script = """
 import os
@@ -176,13 +204,22 @@ def test_long_searches_take_turns_with_each_other_only():
     assert most_inside(lambda: placement.turn_on_gpu("cuda", placement.LONG_SEARCH)) == 1
 
 
+@pytest.mark.parametrize(
+    ("work", "taken"), [(0, [True, False]), (placement.LONG_SEARCH, [False, True]), (None, [True, True])]
+)
+def test_rows_in_host_memory_have_the_gpu_for_themselves(work, taken):
+    with placement.turn_on_gpu("cuda", work):
+        assert [turn.locked() for turn in placement._turns.values()] == taken
+    assert not any(turn.locked() for turn in placement._turns.values())
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_only_a_search_of_rows_on_the_gpu_is_long(monkeypatch, is_there):
     work = []
     monkeypatch.setattr(pairwise, "turn_on_gpu", lambda device, its: work.append(its) or nullcontext())
     monkeypatch.setattr(streaming, "nearest_earlier_from_host", lambda *_, **__: (torch.empty(0),) * 2)
     pairwise.search_segments(torch.ones(6, 5), np.array([0, 4, 6]), None, "cpu" if is_there else "cuda", "auto", None)
-    assert work == [5 * (16 + 4) / 2 if is_there else 0]
+    assert work == [5 * (16 + 4) / 2 if is_there else None]
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, 12), (1, 12), (4, 3), (16, 1)])

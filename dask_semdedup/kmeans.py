@@ -265,7 +265,8 @@ def check_centroids(centroids: Any) -> Centroids:
         raise InvalidArgumentError(
             f"The {origin} must be a matrix of numbers, one centroid a row, not {array.dtype} of shape {array.shape}."
         )
-    values = np.ascontiguousarray(array, dtype=np.float32)
+    # A copy: the caller's may change later, and what is lazy must not.
+    values = np.array(array, dtype=np.float32, order="C")
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
         raise InvalidArgumentError(f"Of the {origin}, {have(len(bad), 'row')} NaN or infinite values: {some(bad)}.")

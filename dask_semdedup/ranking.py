@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,7 +256,8 @@ def choose_strategy(
     if strategy is None:
         return make_strategy(which_to_keep, sim_metric, id_field, random_seed)
     check_strategy(strategy)
-    return strategy
+    # The caller's may change later, and what is lazy must not.
+    return deepcopy(strategy)
 
 
 def check_strategy(strategy: object) -> None:

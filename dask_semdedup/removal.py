@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
@@ -17,6 +16,8 @@ from dask import _expr as core
 from dask._task_spec import Task, TaskRef
 from dask.dataframe.dask_expr._collection import new_collection
 from dask.dataframe.dask_expr._expr import Blockwise, Expr, Index, Projection, determine_column_projection
+from dask.dataframe.dask_expr._util import _BackendData
+from dask.dataframe.dask_expr.io.io import FromPandas
 from dask.dataframe.dispatch import concat
 from dask.typing import Key
 
@@ -90,9 +91,9 @@ def _to_dask(duplicates: Any) -> dd.DataFrame:
     if not isinstance(duplicates, pd.DataFrame) and not (is_cudf(duplicates) and hasattr(duplicates, "columns")):
         kind = type(duplicates).__name__
         raise InvalidArgumentError(f"duplicates must be a DataFrame of Dask, pandas or cuDF, not a {kind}.")
-    # Dask would make strings of objects, which may be integers or UUIDs.
-    with dask.config.set({"dataframe.convert-string": False}):
-        return dd.from_pandas(duplicates, npartitions=1, sort=False)
+    # `from_pandas` would make strings of objects, which may be integers or UUIDs.
+    frame = _BackendData(duplicates.copy())
+    return new_collection(FromPandas(frame, npartitions=1, sort=False, pyarrow_strings_enabled=False))
 
 
 def _select(duplicates: dd.DataFrame, id_field: str, eps: float | None) -> dd.DataFrame:

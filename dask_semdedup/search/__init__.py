@@ -7,6 +7,7 @@ the error bounds and the exact rescoring, and each engine is a module that does 
 from __future__ import annotations
 
 import importlib.util
+import os
 import threading
 from functools import cache
 
@@ -267,23 +268,49 @@ class _IeeeProducts:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._saved = self._swap("highest", False)
+                self._saved = _swap_precision("ieee", "ieee"), _swap_reduction(False)
             self._inside += 1
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._swap(*self._saved)
+                self._restore()
 
-    @staticmethod
-    def _swap(precision: str, reduced: bool) -> tuple[str, bool]:
-        """Set the two, and return what they were."""
-        cuda = torch.backends.cuda.matmul
-        before = torch.get_float32_matmul_precision(), cuda.allow_fp16_reduced_precision_reduction
-        torch.set_float32_matmul_precision(precision)
-        cuda.allow_fp16_reduced_precision_reduction = reduced
-        return before
+    def _restore(self) -> None:
+        precision, reduced = self._saved
+        _swap_precision(*precision)
+        _swap_reduction(reduced)
+
+    def leave(self) -> None:
+        """Restore the settings in a forked process, which has none of the threads within."""
+        self._lock = threading.Lock()
+        if self._inside:
+            self._inside = 0
+            self._restore()
+
+
+def _swap_precision(*new: str) -> tuple[str, ...]:
+    """Set how the backends multiply float32, and return how they did."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # Torch before 2.9 has one setting for both.
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest" if "ieee" in new else new[0])
+        return (precision,)
+    # Torch refuses to tell by the older name what was set by this one.
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = tuple(backend.fp32_precision for backend in backends)
+    for backend, precision in zip(backends, new, strict=True):
+        backend.fp32_precision = precision
+    return before
+
+
+def _swap_reduction(reduced: bool) -> bool:
+    """Set whether float16 products may be added up in float16, and return whether they might."""
+    cuda = torch.backends.cuda.matmul
+    before = cuda.allow_fp16_reduced_precision_reduction
+    cuda.allow_fp16_reduced_precision_reduction = reduced
+    return bool(before)
 
 
 ieee_products = _IeeeProducts()
+os.register_at_fork(after_in_child=ieee_products.leave)

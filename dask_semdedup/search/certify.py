@@ -17,6 +17,7 @@ and pairwise summation).
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -334,9 +335,14 @@ def _sampled_dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tens
 
 def _csr(offsets: torch.Tensor, columns: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """A sparse matrix of zeros with entries at `columns`."""
-    _hear_warnings_once()
+    # Two threads that come first at once would each restore what the other found, warnings ignored.
+    with _hearing:
+        _hear_warnings_once()
     values = torch.zeros(len(columns), dtype=torch.float32)
     return torch.sparse_csr_tensor(offsets, columns, values, size=size, check_invariants=False)
+
+
+_hearing = threading.Lock()
 
 
 @cache

@@ -132,6 +132,11 @@ def tiling(segments: np.ndarray, config: Config, stops: np.ndarray | None = None
         (n,) int64, where the candidates of each row end: see `dask_semdedup.search.nearest_earlier`. Query blocks
         before a segment's first query, and candidate blocks behind its last candidate, have no tiles.
 
+    Raises
+    ------
+    ValueError
+        If there are more tiles than an int32 can count.
+
     Examples
     --------
     Three query blocks of 128 meet 1, 1 and 2 blocks of 256 candidates:
@@ -140,7 +145,7 @@ def tiling(segments: np.ndarray, config: Config, stops: np.ndarray | None = None
     4
     """
     if len(segments) <= FEW_SEGMENTS and stops is None:
-        return Tiling(_groups_of_few(segments.tolist(), config))
+        return Tiling(_as_int32(_groups_of_few(segments.tolist(), config), segments))
     starts, lengths = segments[:-1], segments[1:] - segments[:-1]
     if lengths.min(initial=2) < 2:
         starts, lengths = starts[lengths > 1], lengths[lengths > 1]
@@ -158,13 +163,23 @@ def tiling(segments: np.ndarray, config: Config, stops: np.ndarray | None = None
     end = np.minimum(first_block + GROUP.value, blocks)
     ratio, most_blocks = config.candidates // config.queries, -(-most // config.candidates)
     tiles = _tiles_below(end, ratio, most_blocks) - _tiles_below(first_block, ratio, most_blocks)
-    record = np.zeros((len(blocks) + 1, FIELDS.value), dtype=np.int32)
+    record = np.zeros((len(blocks) + 1, FIELDS.value), dtype=np.int64)
     for field, values in enumerate((starts, lengths, first_block, end - first_block), start=1):
         record[:-1, field] = values
     record[:-1, 6] = most
     np.cumsum(tiles, out=record[1:, 0])
     np.cumsum(record[:-1, 4], out=record[1:, 5])
-    return Tiling(record)
+    return Tiling(_as_int32(record, segments))
+
+
+def _as_int32(record: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """Groups as the kernels read them."""
+    if record[-1, 0] > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{record[-1, 0]:,} tiles, of which a search can count {np.iinfo(np.int32).max:,}: its largest segment has "
+            f"{np.diff(segments).max():,} rows. Cluster more finely, or search fewer segments at once."
+        )
+    return record.astype(np.int32)
 
 
 def _groups_of_few(segments: list[int], config: Config) -> np.ndarray:
@@ -179,7 +194,7 @@ def _groups_of_few(segments: list[int], config: Config) -> np.ndarray:
             records.append((tile, start, length, first, end - first, block, length - 1))
             tile += _tiles_below(end, ratio, most_blocks) - _tiles_below(first, ratio, most_blocks)
             block += end - first
-    return np.array([*records, (tile, 0, 0, 0, 0, block, 0)], dtype=np.int32)
+    return np.array([*records, (tile, 0, 0, 0, 0, block, 0)], dtype=np.int64)
 
 
 def _queries_and_candidates(starts: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

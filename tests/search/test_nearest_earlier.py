@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -184,6 +186,42 @@ def test_settings_of_the_process_neither_disturb_the_search_nor_are_changed_by_i
     finally:
         torch.set_float32_matmul_precision("highest")
     oracle.assert_nearest_earlier(rows.numpy(), np.array([0, 700]), scores.numpy(), index.numpy())
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+@pytest.mark.parametrize(
+    ("name", "precision"), [("cuda.matmul", "tf32"), ("mkldnn.matmul", "bf16"), ("mkldnn", "bf16"), ("", "tf32")]
+)
+def test_nor_are_those_that_were_set_by_the_newer_names(name: str, precision: str) -> None:
+    # In a process of its own: these cannot all be taken back.
+    script = f"""
+import torch
+from dask_semdedup.search import ieee_products, nearest_earlier
+
+backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+torch.backends.{name}{"." if name else ""}fp32_precision = {precision!r}
+before = [backend.fp32_precision for backend in backends]
+nearest_earlier(torch.eye(3), torch.tensor([0, 3]))
+with ieee_products:
+    assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+assert [backend.fp32_precision for backend in backends] == before, before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_a_process_forked_during_a_search_has_its_settings_back() -> None:
+    script = """
+import os, torch
+from dask_semdedup.search import ieee_products
+
+torch.set_float32_matmul_precision("medium")
+with ieee_products:
+    child = os.fork()
+    if child == 0:
+        os._exit(torch.get_float32_matmul_precision() != "medium")
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 from unittest.mock import patch
 
 import hypothesis.strategies as st
@@ -224,6 +225,19 @@ def test_what_is_free_is_shared_with_cudf(allocator: str, expected: int) -> None
         patch.object(torch.cuda.memory, "get_allocator_backend", lambda: allocator),
     ):
         assert link.free_bytes() == expected
+
+
+def test_where_no_memory_is_free_rows_are_not_searched_two_by_two() -> None:
+    rows, seen = np.eye(100, dtype=np.float32), []
+
+    def jobs(segments: torch.Tensor, most: int) -> Iterator[Any]:
+        seen.append(most)
+        return _jobs(segments, most)
+
+    _jobs = streaming._jobs
+    with patch.object(streaming._Link, "free_bytes", lambda link: 0), patch.object(streaming, "_jobs", jobs):
+        streaming.nearest_earlier_from_host(torch.from_numpy(rows), torch.tensor([0, 100]), device="cpu")
+    assert seen == [streaming.FEWEST_ROWS]
 
 
 @pytest.mark.gpu

@@ -106,6 +106,16 @@ def test_few_segments_are_tiled_as_many_are(sizes: list[int], config: Config) ->
     assert triton_engine.choose_config(segments, torch.device("cpu")) == chosen
 
 
+@pytest.mark.parametrize("with_stops", [False, True])
+def test_more_tiles_than_can_be_counted_are_refused(with_stops: bool) -> None:
+    """Their numbers would wrap around."""
+    rows, config = 1_060_000, Config(16, 16)
+    stops = np.arange(rows) if with_stops else None
+    with pytest.raises(ValueError, match=r"2,194,\d{3},\d{3} tiles.*largest segment has 1,060,000 rows. Cluster more"):
+        tiling(np.array([0, rows]), config, stops)
+    assert tiling(np.array([0, rows - 20_000]), config, None if stops is None else stops[:-20_000]).n_tiles > 2.1e9
+
+
 def test_candidates_that_are_no_queries_have_no_tiles() -> None:
     """1,000 rows against 64: no more tiles than those of the 64."""
     stops = np.concatenate([np.zeros(1000, np.int64), np.full(64, 1000)])

@@ -267,6 +267,7 @@ def read_footers(
     cluster_column: str | None = None,
     *,
     nulls: bool = True,
+    complete: bool = False,
 ) -> list[FileStats]:
     """Read the footers of all files, each once, in the files' order.
 
@@ -280,6 +281,8 @@ def read_footers(
         A column in the files whose bounds and nulls are wanted.
     nulls
         Whether it is wanted which integer columns may hold nulls. If not, `FileStats.nullable` is empty.
+    complete
+        Whether the columns are all that there are: then no file may hold others than the first.
 
     Raises
     ------
@@ -295,7 +298,8 @@ def read_footers(
         footers = dict(zip(block, _fetch_footers(fs, block), strict=True))
         size = min(BLOCK, 1 + BLOCK_BYTES * len(footers) // (1 + sum(map(len, footers.values()))))
         if expected is None:
-            expected = _Leaves(first, _read_metadata(fs, first, footers[first]), columns, cluster_column, nulls)
+            metadata = _read_metadata(fs, first, footers[first])
+            expected = _Leaves(first, metadata, columns, cluster_column, nulls=nulls, complete=complete)
         by_path = _stats_of_block(fs, footers, expected)
         stats.extend(by_path[path] for path in footers)
     return stats
@@ -368,9 +372,16 @@ class _Leaves:
     """Where the wanted columns lie among the leaf columns of a Parquet schema."""
 
     def __init__(
-        self, path: str, metadata: pq.FileMetaData, columns: Sequence[str], cluster_column: str | None, nulls: bool
+        self,
+        path: str,
+        metadata: pq.FileMetaData,
+        columns: Sequence[str],
+        cluster_column: str | None,
+        *,
+        nulls: bool,
+        complete: bool,
     ) -> None:
-        self.path, self.schema = path, metadata.schema
+        self.path, self.schema, self.complete = path, metadata.schema, complete
         self.types = {field.name: field.type for field in _arrow_schema(path, metadata)}
         self.columns, self.cluster_column, self.nulls = columns, cluster_column, nulls
         spans, start = {}, 0
@@ -394,7 +405,13 @@ class _Leaves:
                     f"Column {name!r} is {types[name]} in {path} but {self.types[name]} in {self.path}. "
                     "Write all files with one schema, or name columns that agree."
                 )
-        return _Leaves(path, metadata, self.columns, self.cluster_column, self.nulls)
+        others = [name for name in types if name not in self.types and not name.startswith(INDEX_COLUMNS)]
+        if others and self.complete:
+            raise ClusterError(
+                f"Column {others[0]!r} of {path} is missing in {self.path}, which has {list(self.types)}. "
+                "Write all files with one schema, or name the columns to read."
+            )
+        return _Leaves(path, metadata, self.columns, self.cluster_column, nulls=self.nulls, complete=self.complete)
 
 
 def _count_leaves(type_: pa.DataType) -> int:

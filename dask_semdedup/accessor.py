@@ -364,6 +364,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         ([0, 1, 2], [1, 1, 1])
         """
         size = check_bytes("max_file_size", max_file_size)
+        if "/" in cluster_field or "=" in cluster_field:
+            raise InvalidArgumentError(f"cluster_field {cluster_field!r} cannot be part of a folder's name. Rename it.")
         aligned = align(self._ddf, cluster_field)
         check_cluster_dtype(self._ddf._meta[cluster_field])
         if len(self._ddf.columns) == 1:

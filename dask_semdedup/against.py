@@ -8,12 +8,14 @@ import numpy as np
 from dask.dataframe.dispatch import concat
 
 from dask_semdedup.embeddings import array_like, home_of, is_cudf, tensor_like, to_numpy, to_tensor
+from dask_semdedup.hashing import as_stored
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.pairwise import (
     check_clusters,
     check_unique,
     has_visits,
     home_field,
+    restored,
     score_frame,
     search_segments,
     segments_of,
@@ -80,13 +82,17 @@ def against_partition(
     check_device(device)
     if is_cudf(frame):
         share_memory_pool()
-    if len(frame) == 0 or len(reference) == 0:
-        return against_meta(
-            frame, reference, id_field=id_field, reference_id_field=reference_id_field, cluster_field=cluster_field
-        )
     sides = [(reference, reference_id_field), (frame, id_field)]
     for side, ids in sides:
         check_clusters(side[cluster_field], side[ids])
+    if len(frame) == 0 or len(reference) == 0:
+        # What cannot be compared is told of, also where nothing is there to compare it with.
+        for side, ids in sides:
+            named = {"name": embedding_field, "ids": side[ids], "clusters": side[cluster_field]}
+            to_tensor(side[embedding_field], **named, embedding_dim=embedding_dim)
+        return against_meta(
+            frame, reference, id_field=id_field, reference_id_field=reference_id_field, cluster_field=cluster_field
+        )
     if has_visits(frame, cluster_field):
         check_unique(frame, [cluster_field, home_field(cluster_field), id_field], id_field)
     orders = [_by_cluster_and_id(side, cluster_field, ids) for side, ids in sides]
@@ -157,9 +163,10 @@ def best_of_probes(frame: Any, *, cluster_field: str) -> Any:
       id  max_id  cosine_sim_score  centroid
     0  a       8               0.9         0
     """
-    best = frame.sort_values(["cosine_sim_score", "max_id"], ascending=[False, True])
+    best = frame.assign(**{name: as_stored(frame[name]) for name in ("id", "max_id")})
+    best = best.sort_values(["cosine_sim_score", "max_id"], ascending=[False, True])
     best = best.drop_duplicates([cluster_field, "id"]).sort_values([cluster_field, "id"])
-    return best.reset_index(drop=True)
+    return restored(best.reset_index(drop=True), frame.dtypes)
 
 
 def _by_cluster_and_id(frame: Any, cluster_field: str, id_field: str) -> Any:

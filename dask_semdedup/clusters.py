@@ -48,6 +48,7 @@ from dask_semdedup._parquet import (
     Fragment,
     Reader,
     RowGroup,
+    above_pattern,
     checksum,
     configured_string_dtype,
     is_local,
@@ -136,7 +137,7 @@ def read_clusters(
     backend : {"pandas", "cudf"}, optional
         What partitions are. By default Dask's configuration ``dataframe.backend``.
     columns : sequence of str, optional
-        The columns to read, in this order. By default all.
+        The columns to read, in this order. By default all that the first file has.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     partition_size : str or int, optional
@@ -190,7 +191,7 @@ def read_clusters(
     check_names("columns", columns)
     size = default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
-    folders = _clusters_of_folders(files, cluster_field)
+    folders = _clusters_beneath(fs, path, storage_options, files, cluster_field)
     reader = _reader(fs, files, folders, cluster_field, backend)
     wanted = reader.columns if columns is None else list(dict.fromkeys(columns))
     reader.check_columns(wanted)
@@ -321,6 +322,27 @@ def list_clusters(
     return Listing(fs, files, dict(sorted(by_cluster.items())))
 
 
+def _clusters_beneath(
+    fs: fsspec.AbstractFileSystem,
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    storage_options: Mapping[str, Any] | None,
+    files: Mapping[str, Mapping[str, Any]],
+    cluster_field: str,
+) -> dict[str, Any] | None:
+    """The same as `_clusters_of_folders`, unless there is but one above all files, which say themselves what they hold.
+
+    That is a folder around a clustering, as ``centroid=256`` around a run with so many.
+    """
+    folders = _clusters_of_folders(files, cluster_field)
+    if folders is None or not isinstance(path, str | os.PathLike):
+        return folders
+    above = above_pattern(fs, fsspec.url_to_fs(os.fspath(path), **(storage_options or {}))[1])
+    if any(_folder_name(file.removeprefix(above), f"/{cluster_field}=") is not None for file in files):
+        return folders
+    first, info = next(iter(files.items()))
+    return None if cluster_field in read_schema(fs, first, info["size"]).names else folders
+
+
 def _clusters_of_folders(files: Iterable[str], cluster_field: str) -> dict[str, Any] | None:
     """Cluster of each file by its folder's name; None where no file has one."""
     key = f"/{cluster_field}="
@@ -329,7 +351,7 @@ def _clusters_of_folders(files: Iterable[str], cluster_field: str) -> dict[str, 
     if len(outside) == len(names):
         return None
     if outside:
-        raise ClusterError(f"{len(outside)} files are in no folder {cluster_field}=<k>, others are: {some(outside)}.")
+        raise ClusterError(f"{have(len(outside), 'file')} no folder {cluster_field}=<k>, others have: {some(outside)}.")
     null = [file for file, name in names.items() if name in NULL_NAMES]
     if null:
         raise ClusterError(f"{have(len(null), 'file')} a null cluster in {cluster_field!r}: {some(null)}.")

@@ -221,7 +221,7 @@ def eps_curve(scores: dd.DataFrame, eps: Sequence[float]) -> dd.DataFrame:
         _count,
         combine=_add,
         aggregate=_to_curve,
-        meta=_to_curve(_count(column._meta, grid), grid),
+        meta=_to_curve(_count(column._meta, grid), grid).iloc[:0],
         chunk_kwargs={"grid": grid},
         aggregate_kwargs={"grid": grid},
         token="eps-curve",

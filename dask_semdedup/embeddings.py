@@ -616,6 +616,8 @@ class _PandasSource(_Source):
             odd = [isinstance(row, tuple(kinds)) for row in rows]
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise self.report.error(np.flatnonzero(odd), f"of type {names}", f"The column must hold {ACCEPTED}.")
+        if scalars := [position for position, row in enumerate(rows) if getattr(row, "ndim", 1) == 0]:
+            raise self.report.error(scalars, "that is a single number", f"The column must hold {ACCEPTED}.")
         return self._check_widths(np.fromiter(map(len, rows), np.int64, len(rows)), embedding_dim)
 
     def _object_pieces(self) -> Iterator[np.ndarray]:

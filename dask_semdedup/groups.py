@@ -11,18 +11,19 @@ from typing import Any
 
 import dask.dataframe as dd
 import numpy as np
+from dask.dataframe.dispatch import concat
 
 from dask_semdedup.duplicates import (
     SCORE_COLUMN,
     check_eps,
     check_score_columns,
-    find_duplicates,
+    is_duplicate,
     without_first_rows,
 )
 from dask_semdedup.embeddings import to_list
 from dask_semdedup.errors import IdError, InvalidArgumentError, have, some
 from dask_semdedup.expressions import is_against
-from dask_semdedup.ids import factorize
+from dask_semdedup.ids import factorize, is_in
 
 __all__ = ["find_groups", "resolve_groups"]
 
@@ -46,10 +47,26 @@ def find_groups(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
             "These are scores of `against`: a max_id there is a row of the reference, which is kept, so that there are "
             "no chains to follow. Use `duplicates`."
         )
-    duplicates = find_duplicates(scores, eps)[["id", "max_id", SCORE_COLUMN]]
-    others = duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
-    duplicates = others[["id", "max_id"]].repartition(npartitions=1)
-    return duplicates.map_partitions(resolve_groups, meta=resolve_groups(duplicates._meta), clear_divisions=True)
+    scores = scores[["id", "max_id", SCORE_COLUMN]]
+    linked = scores.map_partitions(_linked, eps, meta=_linked(scores._meta, eps)).repartition(npartitions=1)
+    return linked.map_partitions(_resolve, meta=_resolve(linked._meta), clear_divisions=True)
+
+
+def _linked(scores: Any, eps: float) -> Any:
+    """The duplicates, and the rows that are kept of which they are duplicates."""
+    is_other = is_duplicate(scores[SCORE_COLUMN], eps)
+    duplicates = without_first_rows(scores[is_other])[["id", "max_id"]]
+    kept = scores[~is_other][["id", "max_id"]]
+    kept = kept[is_in(kept["id"], duplicates["max_id"])]
+    return concat([duplicates.assign(is_kept=False), kept.assign(is_kept=True)], ignore_index=True)
+
+
+def _resolve(linked: Any) -> Any:
+    """Follow the chains, unless an id is that of a duplicate in one cluster and of a row that is kept in another."""
+    ids = linked["id"].dropna()
+    codes = factorize(ids)
+    _check_repeated(ids, codes, int(codes.max()) + 1 if len(codes) else 0)
+    return resolve_groups(linked[~linked["is_kept"]][["id", "max_id"]])
 
 
 def resolve_groups(duplicates: Any) -> Any:
@@ -139,6 +156,6 @@ def _check_repeated(ids: Any, own: Any, size: int) -> None:
     if count := int((counts > 1).sum()):
         repeated = ids.iloc[(counts[own] > 1).nonzero()[0]].drop_duplicates()
         raise IdError(
-            f"{count} of {int((counts > 0).sum())} ids repeat among the duplicates (ids {some(to_list(repeated))}). "
-            "Which row a max_id means cannot be told: give every row an id of its own."
+            f"{count} of {int((counts > 0).sum())} ids repeat among the duplicates and their preferred rows (ids "
+            f"{some(to_list(repeated))}). Which row a max_id means cannot be told: give every row an id of its own."
         )

@@ -12,9 +12,10 @@ import pandas as pd
 import pyarrow as pa
 
 from dask_semdedup.embeddings import home_of, is_cudf
+from dask_semdedup.errors import IdError
 from dask_semdedup.streams import outside
 
-__all__ = ["hash_ids", "ids_to_arrow", "plain_ids"]
+__all__ = ["as_stored", "hash_ids", "ids_to_arrow", "plain_ids"]
 
 # What `pandas.api.types.infer_dtype` calls columns of objects that Arrow takes for integers, strings or bytes.
 OBJECTS_OF_ARROW = ("integer", "string", "bytes", "empty")
@@ -96,6 +97,18 @@ def plain_ids(ids: Any) -> Any:
     return ids.astype(dtype)
 
 
+def as_stored(column: Any) -> Any:
+    """Give values of an extension type of Arrow, as UUIDs, as what they are stored as, which has an order.
+
+    Examples
+    --------
+    >>> as_stored(pd.Series([7, 8])).dtype
+    dtype('int64')
+    """
+    type_ = getattr(column.dtype, "pyarrow_dtype", None)
+    return column.astype(pd.ArrowDtype(type_.storage_type)) if isinstance(type_, pa.BaseExtensionType) else column
+
+
 def ids_to_arrow(ids: Any) -> pa.ChunkedArray:
     """Give ids as Arrow integers, large strings or large binaries; nulls stay null.
 
@@ -116,7 +129,7 @@ def ids_to_arrow(ids: Any) -> pa.ChunkedArray:
     ids = plain_ids(ids)
     if not is_cudf(ids) and ids.dtype == np.dtype(object) and pd.api.types.infer_dtype(ids) not in OBJECTS_OF_ARROW:
         ids = ids.astype(str).where(ids.notna())
-    array = ids.to_arrow() if is_cudf(ids) else pa.array(ids, from_pandas=True)
+    array = ids.to_arrow() if is_cudf(ids) else _to_arrow(ids)
     array = pa.chunked_array([array]) if isinstance(array, pa.Array) else array
     if isinstance(array.type, pa.BaseExtensionType):  # UUIDs
         array = array.cast(array.type.storage_type)
@@ -126,6 +139,19 @@ def ids_to_arrow(ids: Any) -> pa.ChunkedArray:
         return array
     kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
     return array.cast(pa.large_binary() if any(kind(array.type) for kind in kinds) else pa.large_string())
+
+
+def _to_arrow(ids: pd.Series) -> pa.Array | pa.ChunkedArray:
+    try:
+        return pa.array(ids, from_pandas=True)
+    except OverflowError:  # Objects that are integers from 2⁶³ on.
+        try:
+            return pa.array(ids, pa.uint64(), from_pandas=True)
+        except OverflowError as error:
+            raise IdError(
+                f"Column {ids.name!r}: integers that neither int64 nor uint64 holds all of. Make strings of them, with "
+                "astype(str)."
+            ) from error
 
 
 def _integers(chunk: pa.Array) -> np.ndarray:

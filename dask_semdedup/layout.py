@@ -7,6 +7,7 @@ file unless it is large, however many partitions it came from.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -172,6 +173,11 @@ def _runs(column: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
             f"Column {column.name!r}: {have(lost, 'row')} no cluster. Drop them, or assign them to clusters."
         )
     names = (clusters.to_pandas() if is_cudf(clusters) else clusters).tolist()
+    if len(alike := _alike(names)) > 0:
+        raise ClusterError(
+            f"Column {column.name!r}: clusters of different types have one name ({some(map(repr, alike))}), and would "
+            "share a folder. Convert the column with astype."
+        )
     if unreadable := [name for name in names if name in NULL_NAMES or (isinstance(name, int) and name not in INT64)]:
         rows = int(np.isin(codes, [names.index(name) for name in unreadable]).sum())
         raise ClusterError(
@@ -181,6 +187,12 @@ def _runs(column: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
     order = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[order], np.arange(len(clusters) + 1))
     return names, order, starts
+
+
+def _alike(names: list[Any]) -> list[Any]:
+    """Names that are written as others are."""
+    counts = Counter(map(str, names))
+    return [name for name in names if counts[str(name)] > 1]
 
 
 def _to_arrow(frame: Any) -> pa.Table:

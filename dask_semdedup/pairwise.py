@@ -23,6 +23,7 @@ from dask_semdedup.embeddings import (
     to_tensor,
 )
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.hashing import as_stored
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.placement import check_device, choose_device, cores_for, pairs_of, turn_on_gpu
 from dask_semdedup.ranking import RankingStrategy
@@ -40,6 +41,7 @@ __all__ = [
     "home_field",
     "pairwise_meta",
     "pairwise_partition",
+    "restored",
     "score_frame",
     "search_segments",
     "segments_of",
@@ -237,6 +239,8 @@ def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
     1   8       3               0.9         0
     """
     key = [cluster_field, "id"]
+    dtypes = frame.dtypes
+    frame = frame.assign(**{name: as_stored(frame[name]) for name in ("id", "max_id")})
     own = frame[frame[RANK_COLUMN] >= 0][[*key, RANK_COLUMN]]
     check_unique(own, key, "id")
     by = ["cosine_sim_score", RANK_COLUMN, "max_id"]
@@ -247,7 +251,20 @@ def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
     best = best.merge(own, on=key).sort_values([cluster_field, RANK_COLUMN])
     scores = best["cosine_sim_score"]
     best["cosine_sim_score"] = scores.where(scores > NO_CANDIDATE, np.float32(0))
-    return best[[*SCORE_COLUMNS, cluster_field]].reset_index(drop=True)
+    return restored(best[[*SCORE_COLUMNS, cluster_field]].reset_index(drop=True), dtypes)
+
+
+def restored(scores: Any, dtypes: Any) -> Any:
+    """Give ids that were compared `as_stored` their dtypes back.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> restored(pd.DataFrame({"id": [1], "max_id": [2]}), {"id": "int64", "max_id": "int64"}).dtypes.tolist()
+    [dtype('int64'), dtype('int64')]
+    """
+    changed = {name: dtypes[name] for name in ("id", "max_id") if scores[name].dtype != dtypes[name]}
+    return scores.astype(changed) if changed else scores
 
 
 def check_unique(frame: Any, key: list[str], id_field: str) -> None:
@@ -258,7 +275,8 @@ def check_unique(frame: Any, key: list[str], id_field: str) -> None:
     >>> import pandas as pd
     >>> check_unique(pd.DataFrame({"id": [7, 7], "centroid": [0, 1]}), ["centroid", "id"], "id")
     """
-    repeated = frame[id_field][frame.duplicated(key)]
+    key_columns = frame[key].assign(**{id_field: as_stored(frame[id_field])})
+    repeated = frame[id_field][key_columns.duplicated()]
     if len(repeated):
         raise ClusterError(
             f"{have(len(repeated), 'row')} an id that another row of the same cluster has (ids "

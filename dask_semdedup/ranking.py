@@ -14,7 +14,7 @@ import pyarrow as pa
 from dask_semdedup._validate import check_choice, check_seed
 from dask_semdedup.embeddings import is_cudf
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
-from dask_semdedup.hashing import hash_ids
+from dask_semdedup.hashing import as_stored, hash_ids
 from dask_semdedup.streams import current, finish, outside
 
 __all__ = ["DISTANCE_COLUMNS", "RankingStrategy", "check_strategy", "choose_strategy", "make_strategy"]
@@ -127,15 +127,16 @@ class RankingStrategy:
             advice = "Distances to the centroid come from k-means; without them rank with which_to_keep='random'."
         raise MissingColumnsError.build(self.required_columns, present, advice)
 
-    def rank_cluster(self, frame: Any, id_field: str = "id") -> Any:
+    def rank_cluster(self, frame: Any, id_field: str | None = None) -> Any:
         """Put the rows of one cluster in rank order.
 
         Parameters
         ----------
         frame : pandas.DataFrame or cudf.DataFrame
             The rows of one cluster.
-        id_field : str
-            Its column of ids, by which ties are broken.
+        id_field : str, optional
+            Its column of ids, by which ties are broken; by default ``id``. Where there is none of that name, ties stay
+            in the rows' order.
 
         Returns
         -------
@@ -156,9 +157,11 @@ class RankingStrategy:
         1   1      0.2
         2   3      0.2
         """
+        if id_field is None and (self.strategy == "random" or "id" in frame.columns):
+            id_field = "id"
         return frame.iloc[self.order(frame, cluster_field=None, id_field=id_field)].reset_index(drop=True)
 
-    def order(self, frame: Any, *, cluster_field: str | None, id_field: str) -> Any:
+    def order(self, frame: Any, *, cluster_field: str | None, id_field: str | None) -> Any:
         """Positions that put all clusters of a frame in order, and the rows of each in rank order: one sort.
 
         Parameters
@@ -166,8 +169,8 @@ class RankingStrategy:
         frame : pandas.DataFrame or cudf.DataFrame
         cluster_field : str or None
             The column of clusters, which will ascend; None if all rows are one cluster.
-        id_field : str
-            The column of ids, by which ties are broken.
+        id_field : str or None
+            The column of ids, by which ties are broken; None leaves them in the rows' order.
 
         Returns
         -------
@@ -188,13 +191,14 @@ class RankingStrategy:
         array([3, 1, 0, 2])
         """
         self.check_columns(frame.columns)
-        if id_field not in frame.columns:
+        if id_field is not None and id_field not in frame.columns:
             raise MissingColumnsError.build([id_field], frame.columns, "Pass the column of ids as id_field.")
         clusters = [] if cluster_field is None else [(frame[cluster_field], True)]
-        keys = [*clusters, *self._keys(frame, id_field), (frame[id_field], True)]
+        ids = [] if id_field is None else [(frame[id_field], True)]
+        keys = [*clusters, *self._keys(frame, id_field), *ids]
         return _cudf_order(keys) if is_cudf(frame) else _pandas_order(keys)
 
-    def _keys(self, frame: Any, id_field: str) -> list[tuple[Any, bool]]:
+    def _keys(self, frame: Any, id_field: str | None) -> list[tuple[Any, bool]]:
         """Columns to sort by, with their directions."""
         if self.strategy == "random":
             ids = frame[id_field]
@@ -363,8 +367,7 @@ def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _factorized(values: pd.Series | pd.Index, name: object) -> np.ndarray:
-    if isinstance(values.dtype, pd.ArrowDtype) and isinstance(values.dtype.pyarrow_dtype, pa.BaseExtensionType):
-        values = values.astype(pd.ArrowDtype(values.dtype.pyarrow_dtype.storage_type))  # of UUIDs, their bytes
+    values = as_stored(values)
     try:
         return pd.factorize(values, sort=True)[0]
     except (TypeError, pa.ArrowException) as error:

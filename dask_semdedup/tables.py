@@ -11,7 +11,6 @@ import re
 import warnings
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
@@ -106,7 +105,8 @@ def read_table(
     Raises
     ------
     ClusterError
-        If there are no files, one cannot be read, or several of the columns stand in the names of folders.
+        If there are no files, one cannot be read, some hold columns that others do not and `columns` does not say what
+        to read, or several of the columns stand in the names of folders.
     MissingColumnsError
         If a column is not there.
 
@@ -319,7 +319,7 @@ def _scan(
         if not set(columns) <= set(present):
             raise MissingColumnsError.build(columns, present, f"They are wanted of {first}.")
         schema = pa.schema([schema.field(name) for name in columns if name in schema.names])
-    stats = read_footers(fs, files, schema.names)
+    stats = read_footers(fs, files, schema.names, complete=columns is None)
     nullable = frozenset().union(*(file.nullable for file in stats))
     type_ = None
     if clusters:
@@ -484,15 +484,23 @@ def _blocks(path: str, nbytes: int, size: int) -> list[Block]:
 def _infer(fs: fsspec.AbstractFileSystem, block: Block, id_field: str, embedding_field: str) -> pa.Schema:
     """What the lines of a block hold: numbers of the embedding as float32, ids that need it as uint64; else text."""
     block = block._replace(length=block.length and min(block.length, INFERRED_BYTES))
-    schema = _parse(fs, block, None).schema
+    rows = _parse(fs, block, None)
+    schema = rows.schema
     types = {field.name: _as_written(field.type) for field in schema}
     if pa.types.is_list(types.get(embedding_field, pa.null())):
         types[embedding_field] = pa.list_(pa.float32())
     if types.get(id_field) == pa.float64():
         # So Arrow takes integers from 2⁶³ on, many of which are then one.
-        with suppress(ClusterError):
+        try:
             _parse(fs, block, pa.schema([(id_field, pa.uint64())]), "ignore")
             types[id_field] = pa.uint64()
+        except ClusterError as error:
+            if large := [id_ for id_ in rows[id_field].to_pylist() if id_ is not None and abs(id_) >= 2**53]:
+                raise InvalidArgumentError(
+                    f"Column {id_field!r} of {block.path}: {have(len(large), 'id')} a value that floats cannot tell "
+                    f"from others, such as {large[0]:.0f}. Write ids as text, or as integers that all fit in int64, or "
+                    "all in uint64."
+                ) from error
     return pa.schema(list(types.items()))
 
 

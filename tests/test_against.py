@@ -234,3 +234,24 @@ def test_keywords_of_no_method_are_named() -> None:
     frame = dd.from_pandas(pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]]}), npartitions=1)
     with pytest.raises(TypeError, match=r"against\(\) got .* 'n_cluster'\. Did you mean 'n_clusters'"):
         frame.semdedup.against(frame, n_cluster=3)
+
+
+@pytest.mark.parametrize("npartitions", [1, 3])
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [({"embeddings": [np.nan, 1.0]}, EmbeddingError, "NaN.*ids 3"), ({"centroid": None}, ClusterError, "1 row.*ids 3")],
+)
+def test_no_row_is_skipped_because_nothing_is_there_to_compare_it_with(npartitions, bad, error, message):
+    rows = [{"id": id_, "embeddings": [1.0, id_], "centroid": id_ // 3} for id_ in (1, 2, 3)]
+    rows[2] |= bad
+    new, old = (pd.DataFrame(part).astype({"centroid": "Int64"}) for part in (rows, rows[:2]))
+    ours, theirs = (
+        dd.from_pandas(
+            part.assign(embeddings=arrow_lists(np.stack(part["embeddings"]), pa.float32())), npartitions=npartitions
+        )
+        for part in (new, old)
+    )
+    with pytest.raises(error, match=message):
+        ours.semdedup.against(theirs, eps=None).compute()
+    with pytest.raises(error, match=message):
+        theirs.semdedup.against(ours, eps=None).compute()

@@ -836,7 +836,7 @@ class TestBadInput:
 
     def test_files_outside_of_the_layout(self, layout: tuple[Path, pd.DataFrame]) -> None:
         (layout[0] / "centroid=0/part.0.parquet").rename(layout[0] / "extra.parquet")
-        with pytest.raises(ClusterError, match=r"1 files are in no folder centroid=<k>, others are: .*extra.parquet"):
+        with pytest.raises(ClusterError, match=r"1 file has no folder centroid=<k>, others have: .*extra.parquet"):
             read_clusters(layout[0])
 
     def test_no_cluster_column(self, tmp_path: Path) -> None:

@@ -166,3 +166,11 @@ class TestCurve:
         line, _ = duplicates_curve(scores, 0.01, largest_eps=0.4).axes[0].lines
         curve = dd.from_pandas(scores, npartitions=2).semdedup.eps_curve(line.get_xdata()).compute()
         assert curve.share.tolist() == line.get_ydata().tolist()
+
+
+def test_the_curve_can_be_selected_from():
+    rows = {"id": [1, 2], "max_id": [1, 1], "cosine_sim_score": [0.0, 0.995]}
+    scores = dd.from_pandas(pd.DataFrame(rows), npartitions=1)
+    curve = scores.semdedup.eps_curve([0.001, 0.1])
+    assert len(curve._meta) == 0
+    assert curve[curve.eps.isin([0.1])].compute()["duplicates"].tolist() == [1]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_semdedup import hashing
+from dask_semdedup import IdError, hashing
 from dask_semdedup.hashing import BASE, hash_ids, ids_to_arrow
 
 BITS = (1 << 64) - 1
@@ -124,3 +124,10 @@ def test_uuids_hash_as_their_bytes_do(type_):
 
 def test_missing_ids_of_python_objects_stay_missing():
     assert ids_to_arrow(pd.Series([Decimal(1), None], dtype=object)).null_count == 1
+
+
+def test_objects_that_are_large_integers():
+    ids = pd.Series([2**63 + 1, 2**63 + 2, None], dtype=object)
+    assert ids_to_arrow(ids).to_pylist() == [2**63 + 1, 2**63 + 2, None]
+    with pytest.raises(IdError, match=r"Column 'doc': integers that neither int64 nor uint64 .*astype\(str\)"):
+        ids_to_arrow(pd.Series([2**63, -1], dtype=object, name="doc"))

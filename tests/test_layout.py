@@ -277,3 +277,29 @@ def test_partitions_of_two_schemas(tmp_path: Path) -> None:
 def test_bad_file_sizes(frame: pd.DataFrame, tmp_path: Path, size: object) -> None:
     with pytest.raises(InvalidArgumentError, match="max_file_size must be"):
         in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters", max_file_size=size)
+
+
+def test_clusters_of_one_name_do_not_share_a_folder(frame: pd.DataFrame, tmp_path: Path) -> None:
+    clusters = pd.Series([1, "1"] * 200, dtype=object)
+    with dask.config.set({"dataframe.convert-string": False}):
+        ddf = dd.from_pandas(frame.assign(centroid=clusters), npartitions=1)
+    with pytest.raises(ClusterError, match=r"'centroid': clusters of different types have one name \(1, '1'\)"):
+        ddf.semdedup.to_clusters(tmp_path / "clusters")
+
+
+def test_a_field_that_cannot_be_in_a_folders_name(frame: pd.DataFrame, tmp_path: Path) -> None:
+    ddf = in_partitions(frame.rename(columns={"centroid": "a/b"}))
+    with pytest.raises(InvalidArgumentError, match=r"cluster_field 'a/b' cannot be part of a folder's name"):
+        ddf.semdedup.to_clusters(tmp_path / "clusters", cluster_field="a/b")
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_folder_around_a_clustering_is_no_cluster(frame: pd.DataFrame, tmp_path: Path, aligned: bool) -> None:
+    folder = tmp_path / "centroid=256" / "flat"
+    folder.mkdir(parents=True)
+    rows = frame.sort_values("centroid") if aligned else frame
+    for part, start in enumerate(range(0, 400, 100)):
+        table = pa.Table.from_pandas(rows[start : start + 100], preserve_index=False).replace_schema_metadata()
+        pq.write_table(table, folder / f"{part}.parquet")
+    read = read_clusters(folder).compute().sort_values("id", ignore_index=True)
+    assert read["centroid"].tolist() == frame.sort_values("id")["centroid"].tolist()

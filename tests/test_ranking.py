@@ -249,3 +249,11 @@ def test_rows_of_equal_ids_and_values_keep_their_order():
     frame = pd.DataFrame({"id": [1] * 100 + [0] * 100, "score": 0.5, "row": np.arange(200)})
     rows = RankingStrategy(["score"], ascending=False).rank_cluster(frame)["row"]
     assert rows.tolist() == [*range(100, 200), *range(100)]
+
+
+def test_where_nothing_is_named_id_ties_stay_in_the_rows_order():
+    frame = pd.DataFrame({"doc": [9, 8, 7], "score": [0.5, 0.1, 0.5]})
+    assert RankingStrategy(["score"]).rank_cluster(frame)["doc"].tolist() == [8, 9, 7]
+    assert RankingStrategy(["score"]).rank_cluster(frame, id_field="doc")["doc"].tolist() == [8, 7, 9]
+    with pytest.raises(MissingColumnsError, match="'id'"):
+        RankingStrategy(["score"]).rank_cluster(frame, id_field="id")

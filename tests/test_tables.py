@@ -288,3 +288,24 @@ def test_the_column_that_may_not_be_null_is_part_of_the_frame(tmp_path: Path, ch
         else:
             with pytest.raises(InvalidArgumentError, match="1 row has no 'doc'"):
                 frame.compute()
+
+
+@pytest.mark.parametrize("names", [("2024", "2025"), ("2025", "2024")])
+def test_no_column_is_lost_because_the_first_file_lacks_it(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, columns in zip(names, (["id"], ["id", "url"]), strict=True):
+        pd.DataFrame({column: [f"{name} {column}"] for column in columns}).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ClusterError, match=r"Column 'url' of .*parquet is missing in .*parquet.*\['id'\]"):
+        read_table(tmp_path)
+    assert len(read_table(tmp_path, columns=["id"]).compute()) == 2
+
+
+@pytest.mark.parametrize("ids", [[2**63 + 1, 2**63 + 2, -5], [2**65 + 1, 2**65 + 2]])
+def test_ids_that_floats_cannot_tell_apart_are_refused(tmp_path: Path, ids: list[int]) -> None:
+    write_json(tmp_path / "a.jsonl", [{"id": id_} for id_ in ids])
+    with pytest.raises(InvalidArgumentError, match=r"Column 'id' of .*a.jsonl: 2 ids have .*Write ids as text"):
+        read_table(tmp_path)
+
+
+def test_ids_may_be_floats(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.jsonl", [{"id": 0.5}, {"id": 1.5}])
+    assert read_table(tmp_path)["id"].compute().tolist() == [0.5, 1.5]

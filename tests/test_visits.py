@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
+
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dask_semdedup  # noqa: F401  (registers the accessor)
+import dask_semdedup
 from dask_semdedup import ClusterError, InvalidArgumentError
 from dask_semdedup.pairwise import best_of_visits, pairwise_meta, pairwise_partition
 from dask_semdedup.ranking import RankingStrategy, make_strategy
@@ -159,3 +162,16 @@ def test_visits_are_not_clustered_again() -> None:
         ddf.semdedup.kmeans(2)
     once = ddf[ddf.centroid == ddf.home_centroid].drop(columns="home_centroid")
     assert len(once.semdedup.kmeans(centroids=np.eye(4)[:2])) == 60
+
+
+def test_ids_may_be_uuids(tmp_path):
+    ids = pa.array([uuid.UUID(int=number).bytes for number in (3, 2, 1, 0)], pa.uuid())
+    lists = pa.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"id": ids, "embeddings": lists}), tmp_path / "a.parquet")
+    table = dask_semdedup.read_table(tmp_path / "a.parquet")
+    kept = table.semdedup.deduplicate(centroids=np.eye(2), n_probe=2, eps=0.01).compute()
+    assert {id_.int for id_ in kept["id"]} in ({3, 2, 0}, {2, 1, 0})
+    found = table.semdedup.against(table, centroids=np.eye(2), n_probe=2, eps=None)
+    result = found.compute()
+    assert result.dtypes.to_dict() == found.dtypes.to_dict()
+    assert {row.id.int: row.max_id.int for row in result.itertuples()} == {3: 1, 2: 2, 1: 1, 0: 0}

@@ -68,7 +68,7 @@ SCORES = Contents("scores", _not_of_scores)
 
 
 def read_table(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     columns: Sequence[str] | None = None,
     *,
     id_field: str = "id",
@@ -82,9 +82,9 @@ def read_table(
 
     Parameters
     ----------
-    path : str or path-like
-        A file, a folder, or a pattern of them: local, or a URL that fsspec understands. JSON lines are files that end
-        in .jsonl, .ndjson or .json, or in one of these and .gz; there is an object on each line.
+    path : str, path-like or list of them
+        A file, a folder, a pattern, or a list of them: local, or a URL that fsspec understands. JSON lines are files
+        that end in .jsonl, .ndjson or .json, or in one of these and .gz; there is an object on each line.
     columns : sequence of str, optional
         The columns to read; by default all that the files hold. Of Parquet in folders named as ``lang=en``, one such
         column may be among them.
@@ -129,13 +129,16 @@ def read_table(
     check_names("columns", columns)
     options = dict(storage_options or {})
     fs, files, are_json = _list_table(path, options)
-    root = above_pattern(fs, fsspec.url_to_fs(os.fspath(path), **options)[1])
+    # What folders of several paths are named after is none of one table's columns.
+    root = None
+    if isinstance(path, str | os.PathLike):
+        root = above_pattern(fs, fsspec.url_to_fs(os.fspath(path), **options)[1])
     if are_json:
         ddf = _read_json(fs, files, columns, id_field, embedding_field, size)
     else:
         reader, fragments, sizes = _scan(fs, files, columns, root=root)
         ddf = _lazy(reader, _group(fragments, sizes, size), columns or reader.columns, checksum(files))
-    if columns is None:
+    if columns is None and root is not None:
         _warn_of_folders(root, files, ddf.columns)
     return ddf
 
@@ -256,7 +259,7 @@ def table_token(path: str | os.PathLike[str], storage_options: Mapping[str, Any]
 
 
 def _list_table(
-    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], storage_options: Mapping[str, Any] | None
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, Any], bool]:
     """The files of a table, and whether they are JSON lines; beside Parquet, what ends in .json is about the data."""
     kinds = PARQUET_SUFFIXES + JSON_SUFFIXES

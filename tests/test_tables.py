@@ -309,3 +309,10 @@ def test_ids_that_floats_cannot_tell_apart_are_refused(tmp_path: Path, ids: list
 def test_ids_may_be_floats(tmp_path: Path) -> None:
     write_json(tmp_path / "a.jsonl", [{"id": 0.5}, {"id": 1.5}])
     assert read_table(tmp_path)["id"].compute().tolist() == [0.5, 1.5]
+
+
+def test_several_paths_are_one_table(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pd.DataFrame({"id": [f"{name}{number}" for number in range(2)]}).to_parquet(tmp_path / f"{name}.parquet")
+    table = read_table([tmp_path / "b.parquet", str(tmp_path / "a.parquet")])
+    assert table["id"].compute().tolist() == ["a0", "a1", "b0", "b1"]

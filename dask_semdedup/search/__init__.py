@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+from contextlib import suppress
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -268,48 +270,61 @@ class _IeeeProducts:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._saved = _swap_precision("ieee", "ieee"), _swap_reduction(False)
+                self._saved = _Settings.now()
+                self._saved.replace()
             self._inside += 1
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._restore()
-
-    def _restore(self) -> None:
-        precision, reduced = self._saved
-        _swap_precision(*precision)
-        _swap_reduction(reduced)
+                self._saved.restore()
 
     def leave(self) -> None:
         """Restore the settings in a forked process, which has none of the threads within."""
         self._lock = threading.Lock()
         if self._inside:
             self._inside = 0
-            self._restore()
+            self._saved.restore()
 
 
-def _swap_precision(*new: str) -> tuple[str, ...]:
-    """Set how the backends multiply float32, and return how they did."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # Torch before 2.9 has one setting for both.
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest" if "ieee" in new else new[0])
-        return (precision,)
-    # Torch refuses to tell by the older name what was set by this one.
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = tuple(backend.fp32_precision for backend in backends)
-    for backend, precision in zip(backends, new, strict=True):
-        backend.fp32_precision = precision
-    return before
+class _Settings(NamedTuple):
+    """How torch multiplies: for all backends, unless a backend's own was set (from torch 2.9 on), and for each."""
+
+    precision: str | None
+    of_backends: tuple[str, ...]
+    reduced: bool
+
+    @classmethod
+    def now(cls) -> _Settings:
+        precision = None
+        # Torch refuses to tell the one where another was set by the newer name.
+        with suppress(RuntimeError):
+            precision = torch.get_float32_matmul_precision()
+        of_backends = tuple(backend.fp32_precision for backend in _backends())
+        return cls(precision, of_backends, bool(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction))
+
+    def replace(self) -> None:
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        if self.precision is not None:
+            torch.set_float32_matmul_precision("highest")
+            return
+        for backend in _backends():
+            backend.fp32_precision = "ieee"
+
+    def restore(self) -> None:
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = self.reduced
+        if self.precision is not None:
+            torch.set_float32_matmul_precision(self.precision)
+        for backend, precision in zip(_backends(), self.of_backends, strict=True):
+            backend.fp32_precision = precision
 
 
-def _swap_reduction(reduced: bool) -> bool:
-    """Set whether float16 products may be added up in float16, and return whether they might."""
-    cuda = torch.backends.cuda.matmul
-    before = cuda.allow_fp16_reduced_precision_reduction
-    cuda.allow_fp16_reduced_precision_reduction = reduced
-    return bool(before)
+def _backends() -> tuple[Any, ...]:
+    """Where torch multiplies float32, if each of them has a setting."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return ()
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 ieee_products = _IeeeProducts()

@@ -190,21 +190,36 @@ def test_settings_of_the_process_neither_disturb_the_search_nor_are_changed_by_i
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
 @pytest.mark.parametrize(
-    ("name", "precision"), [("cuda.matmul", "tf32"), ("mkldnn.matmul", "bf16"), ("mkldnn", "bf16"), ("", "tf32")]
+    "setting",
+    [
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+        "torch.backends.mkldnn.fp32_precision = 'bf16'",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "pass",
+    ],
 )
-def test_nor_are_those_that_were_set_by_the_newer_names(name: str, precision: str) -> None:
+def test_nor_are_those_that_were_set_by_other_names(setting: str) -> None:
     # In a process of its own: these cannot all be taken back.
     script = f"""
 import torch
 from dask_semdedup.search import ieee_products, nearest_earlier
 
-backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-torch.backends.{name}{"." if name else ""}fp32_precision = {precision!r}
-before = [backend.fp32_precision for backend in backends]
+def state():
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = None
+    return [older, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+
+{setting}
+before = state()
 nearest_earlier(torch.eye(3), torch.tensor([0, 3]))
 with ieee_products:
-    assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
-assert [backend.fp32_precision for backend in backends] == before, before
+    assert state() == ["highest", "ieee", "ieee"], state()
+assert state() == before, (before, state())
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 

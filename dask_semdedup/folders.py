@@ -19,7 +19,17 @@ from dask_semdedup._parquet import above_pattern, is_local
 from dask_semdedup._validate import stack_level
 from dask_semdedup.errors import InvalidArgumentError, some
 
-__all__ = ["MANIFEST", "Contents", "is_within", "real_path", "refuse_overlap", "replaced_when_done", "staged_folder"]
+__all__ = [
+    "MANIFEST",
+    "Contents",
+    "count_files",
+    "is_within",
+    "real_path",
+    "refuse_overlap",
+    "refuse_strangers",
+    "replaced_when_done",
+    "staged_folder",
+]
 
 
 # What tells of a folder's files, and that all of them are there.
@@ -228,12 +238,34 @@ def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Conte
     files = fs.find(output)
     if files and not overwrite:
         raise InvalidArgumentError(
-            f"Output {output!r} is not empty: {len(files):,} files. Pass overwrite=True, or --overwrite to the "
+            f"Output {output!r} is not empty: {count_files(len(files))}. Pass overwrite=True, or --overwrite to the "
             "command, to replace it, or name another folder."
         )
-    strangers = contents.strangers(fs, output, [file.removeprefix(f"{output}/") for file in files])
+    refuse_strangers(fs, output, contents, [file.removeprefix(f"{output}/") for file in files])
+
+
+def refuse_strangers(fs: fsspec.AbstractFileSystem, folder: str, contents: Contents, names: Sequence[str]) -> None:
+    """Keep a folder from being replaced that holds anything but contents of this kind.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming a few of the other files.
+    """
+    strangers = contents.strangers(fs, folder, names)
     if strangers:
         raise InvalidArgumentError(
-            f"Output {output!r} holds files that are not {contents.name} and would be lost: {some(strangers)}. "
-            "Remove it yourself, or name another folder."
+            f"Output {folder!r} holds files that are not {contents.name} and would be lost: {some(strangers)}. "
+            "Move them elsewhere, or name another folder."
         )
+
+
+def count_files(count: int) -> str:
+    """Say how many files there are.
+
+    Examples
+    --------
+    >>> count_files(1), count_files(2000)
+    ('1 file', '2,000 files')
+    """
+    return "1 file" if count == 1 else f"{count:,} files"

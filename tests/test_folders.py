@@ -113,6 +113,16 @@ def test_what_cannot_be_replaced_is_refused_at_once(
         pytest.fail("it was begun")
 
 
+@pytest.mark.parametrize(("count", "words"), [(1, "1 file"), (2, "2 files")])
+def test_files_in_the_way_are_counted(tmp_path: Path, count: int, words: str) -> None:
+    write(LOCAL, f"file://{tmp_path}/out", *map(str, range(count)))
+    with (
+        pytest.raises(InvalidArgumentError, match=rf"is not empty: {words}\."),
+        staged_folder(f"{tmp_path}/out", contents=ANYTHING, overwrite=False, storage_options=None),
+    ):
+        pytest.fail("it was begun")
+
+
 @pytest.mark.parametrize("source", ["{}", "file://{}/", "simplecache::file://{}", "{}/x", "{}/.."])
 def test_overlap_is_seen_through_any_name(tmp_path: Path, source: str) -> None:
     with pytest.raises(InvalidArgumentError, match="overlap"):

@@ -78,6 +78,15 @@ def test_pairs_stand_on_their_side_of_the_threshold(scores: pd.DataFrame, tmp_pa
     assert visible(page, 'id="kept"', 'id="before"') == sorted(values[values < np.float32(0.95)])[-4:][::-1]
 
 
+def test_the_page_says_how_to_drop_duplicates(scores: pd.DataFrame, tmp_path: Path) -> None:
+    write_report(scores, tmp_path, eps=0.05)
+    (line,) = re.findall("To drop them.*?<code>(.*?)</code>", read(tmp_path))
+    documents = dd.from_pandas(scores[["id"]], npartitions=2)
+    names = {"ddf": documents, "scores": dd.from_pandas(scores, npartitions=2)}
+    kept = eval(re.sub("<.*?>", "", line), names)
+    assert len(kept) == 80 - (scores["cosine_sim_score"] >= np.float32(0.95)).sum()
+
+
 def test_partitions_do_not_change_the_page(scores: pd.DataFrame, tmp_path: Path) -> None:
     distinct = scores.assign(cosine_sim_score=scores["cosine_sim_score"] - np.arange(80, dtype=np.float32) * 1e-5)
     write_report(distinct, tmp_path / "one")

@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from dask_semdedup.duplicates import EPS_GRID, SCORE_COLUMN, check_eps, threshold
 from dask_semdedup.errors import InvalidArgumentError, some
-from dask_semdedup.folders import Contents
+from dask_semdedup.folders import MANIFEST, Contents
 from dask_semdedup.gallery import (
     Pair,
     compare_texts,
@@ -45,6 +45,7 @@ __all__ = ["REPORT", "Documents", "write_report"]
 
 PAGE = "index.html"
 PICTURES = ("histogram", "duplicates", "clusters")
+REPORT_FILES = {PAGE, *(f"{name}.png" for name in PICTURES), MANIFEST}
 # What a page says that made it.
 GENERATOR = b'<meta name="generator" content="dask-semdedup '
 LARGEST_EPS = 0.2
@@ -55,10 +56,11 @@ CLUSTERS_LISTED = 10
 
 
 def _not_of_report(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[str]) -> list[str]:
-    """Files of other names; all, if the page is another's."""
-    if PAGE not in names or GENERATOR not in fs.cat_file(f"{folder}/{PAGE}"):
-        return list(names)
-    return sorted(set(names) - {PAGE, *(f"{name}.png" for name in PICTURES)})
+    """Files of other names; all, if the page is another's, but for those beside a manifest, which are of `run`."""
+    others = set(names) - REPORT_FILES
+    if PAGE in names and GENERATOR in fs.cat_file(f"{folder}/{PAGE}"):
+        return sorted(others)
+    return sorted(others | {PAGE}.intersection(names)) if MANIFEST in names else list(names)
 
 
 REPORT = Contents("a report", _not_of_report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from dask_semdedup.cli.options import (
     message_options,
     search_options,
 )
-from dask_semdedup.cli.steps import Outcome, Step, make_step, plan_steps
+from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, plan_steps
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have
 from dask_semdedup.folders import real_path, refuse_overlap
 
@@ -185,7 +186,8 @@ class Run:
 
     def steps(self) -> list[Step]:
         """All steps in their order, once INPUT is seen to have what they need."""
-        from dask_semdedup.tables import table_token
+        from dask_semdedup.report import REPORT
+        from dask_semdedup.tables import PART_FILE, table_token
 
         self._check_input()
         source = {"files": table_token(self.input_path, self.storage_options)}
@@ -197,15 +199,17 @@ class Run:
         ranking = self._parameters("which_to_keep", "sim_metric", "random_seed", "compute_dtype", "cluster_field")
         ranking["rank_by"] = None if self.ranking_strategy is None else repr(self.ranking_strategy)
         shown = self._parameters("eps", "text_field", "image_field")
-        first = [Step("embeddings", source | embedding, self._embed, costly=True)] if self.embed else []
+        parts = files_of_run(PART_FILE)
+        clusters = files_of_run(re.compile(f"[^/=]+=[^/]*/{PART_FILE.pattern}"))
+        first = [Step("embeddings", source | embedding, self._embed, parts, costly=True)] if self.embed else []
         before = tuple(step.name for step in first)
         return [
             *first,
-            Step("clusters", source | clustering, self._cluster, before, costly=True),
-            Step("scores", columns | ranking, self._score, ("clusters",), costly=True),
-            Step("duplicates", {"eps": self.eps}, self._find_duplicates, ("scores",)),
-            Step("deduplicated", source | self._parameters("id_field"), self._deduplicate, ("duplicates",)),
-            Step("report", source | shown, self._report, ("scores",)),
+            Step("clusters", source | clustering, self._cluster, clusters, before, costly=True),
+            Step("scores", columns | ranking, self._score, parts, ("clusters",), costly=True),
+            Step("duplicates", {"eps": self.eps}, self._find_duplicates, parts, ("scores",)),
+            Step("deduplicated", source | self._parameters("id_field"), self._deduplicate, parts, ("duplicates",)),
+            Step("report", source | shown, self._report, REPORT, ("scores",)),
         ]
 
     def _parameters(self, *names: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,10 +14,12 @@ from typing import Any
 import fsspec
 
 from dask_semdedup._parquet import is_hidden
-from dask_semdedup.errors import InvalidArgumentError
-from dask_semdedup.folders import MANIFEST, replaced_when_done
+from dask_semdedup.errors import InvalidArgumentError, some
+from dask_semdedup.folders import MANIFEST, Contents, count_files, refuse_strangers, replaced_when_done
 
 NO_REASON = ""
+# Below the folder of all steps: what tells that a run has worked there, even one that was killed in its first step.
+OF_RUN = re.compile(rf"[^/]+/{re.escape(MANIFEST)}|[^/]+\.partial-[0-9a-f]{{8}}(\.old)?")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Step:
         What its files depend on, as JSON has it.
     make
         Writes the files to the folder that it is given, and returns counts.
+    contents
+        What its folder may hold to be replaced.
     needs
         The steps whose files it reads.
     costly
@@ -40,6 +45,7 @@ class Step:
     name: str
     parameters: dict[str, Any]
     make: Callable[[str], dict[str, int]]
+    contents: Contents
     needs: tuple[str, ...] = ()
     costly: bool = False
 
@@ -97,7 +103,8 @@ def plan_steps(
     Raises
     ------
     InvalidArgumentError
-        If a folder was made by something else, or a costly step would have to be made anew, and nobody said so.
+        If a folder was made by something else, holds files that would be lost, or a costly step would have to be made
+        anew, and nobody said so.
     """
     fs, root = fsspec.url_to_fs(output, **storage_options)
     if fs.isfile(root):
@@ -106,7 +113,9 @@ def plan_steps(
     if redo_from is not None and redo_from not in names:
         raise InvalidArgumentError(f"There is no step {redo_from!r} in this run, only {', '.join(names)}.")
     redone = names[names.index(redo_from) :] if redo_from is not None else []
-    manifests = {step.name: _read_manifest(fs, f"{root}/{step.name}") for step in steps}
+    manifests = {step.name: _read_manifest(fs, f"{root}/{step.name}", step.contents) for step in steps}
+    if not any(manifests.values()):
+        _refuse_foreign(fs, root)
     reasons: dict[str, str] = {}
     for step in steps:
         made = [name for name in step.needs if reasons.get(name)]
@@ -116,7 +125,38 @@ def plan_steps(
             continue
         changes = _changes(manifest.parameters, step.parameters) or _losses(fs, f"{root}/{step.name}", manifest)
         reasons[step.name] = _reason(step, manifest, manifests, made, changes)
+    for step in steps:
+        if reasons[step.name]:
+            folder = f"{root}/{step.name}"
+            refuse_strangers(fs, folder, step.contents, _names(fs, folder))
     return reasons
+
+
+def files_of_run(pattern: re.Pattern[str]) -> Contents:
+    """Files of a step, which have such names and lie beside its manifest."""
+
+    def strangers(_fs: fsspec.AbstractFileSystem, _folder: str, names: Sequence[str]) -> list[str]:
+        return [file for file in names if MANIFEST not in names or not (file == MANIFEST or pattern.fullmatch(file))]
+
+    return Contents("of this step", strangers)
+
+
+def _names(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    return [path.removeprefix(f"{folder}/") for path in fs.find(folder)]
+
+
+def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
+    """Keep the folders of steps from being mixed into what others have made."""
+    names = _names(fs, root)
+    found = [name for name in names if not is_hidden(name, "")]
+    if not found:
+        return
+    folders = [path.rpartition("/")[2] for path in fs.ls(root, detail=False)]
+    if not any(map(OF_RUN.fullmatch, [*names, *folders])):
+        raise InvalidArgumentError(
+            f"OUTPUT {root!r} was not made by 'run', and is not empty: {count_files(len(found))}, as {some(found, 3)}. "
+            "Name another folder."
+        )
 
 
 def _reason(
@@ -149,7 +189,8 @@ def _losses(fs: fsspec.AbstractFileSystem, folder: str, manifest: Manifest) -> s
     files, nbytes = _measure(fs, folder)
     if files >= manifest.files and nbytes >= manifest.nbytes:
         return NO_REASON
-    return f"{files:,} files of {nbytes:,} bytes are there, {manifest.files:,} of {manifest.nbytes:,} were written"
+    were = f"{count_files(manifest.files)} of {manifest.nbytes:,} bytes"
+    return f"{were} were written, and {count_files(files)} of {nbytes:,} bytes found"
 
 
 def _measure(fs: fsspec.AbstractFileSystem, folder: str) -> tuple[int, int]:
@@ -171,7 +212,7 @@ def make_step(
     fs, root = fsspec.url_to_fs(output, **storage_options)
     folder = f"{root}/{step.name}"
     if reason == NO_REASON:
-        kept = _read_manifest(fs, folder)
+        kept = _read_manifest(fs, folder, step.contents)
         if kept is None:
             raise InvalidArgumentError(f"{folder} is gone since the run began.")
         return Outcome(kept, reason)
@@ -201,9 +242,10 @@ def _made_if_used(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[None]:
         raise
 
 
-def _read_manifest(fs: fsspec.AbstractFileSystem, folder: str) -> Manifest | None:
-    """What is kept of a step; None where there are no files."""
-    if not fs.exists(folder) or not (fs.isfile(folder) or fs.find(folder)):
+def _read_manifest(fs: fsspec.AbstractFileSystem, folder: str, contents: Contents) -> Manifest | None:
+    """What is kept of a step; None where there are no files, or none that another command has not made as well."""
+    names = _names(fs, folder)
+    if MANIFEST not in names and not contents.strangers(fs, folder, names):
         return None
     try:
         return Manifest(**json.loads(fs.cat_file(f"{folder}/{MANIFEST}")))

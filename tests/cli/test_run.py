@@ -424,6 +424,89 @@ def test_files_of_others_are_no_loss(source: Path, tmp_path: Path, invoke: Calla
     assert (tmp_path / "out" / "report" / "notes.txt").exists()
 
 
+@pytest.mark.parametrize("options", [["--eps", 0.9], ["--overwrite"]])
+@pytest.mark.parametrize(
+    "name", ["report/notes.txt", "deduplicated/joined.parquet", "duplicates/.notes", "duplicates/mine/part.0.parquet"]
+)
+def test_files_of_others_are_not_lost(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object], name: str
+) -> None:
+    invoke(source)
+    before, mine = tokens(tmp_path), tmp_path / "out" / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("the only copy")
+    result = invoke(source, *options)
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, mine.name, "would be lost")
+    assert MANIFEST not in result.stderr
+    assert mine.read_text() == "the only copy"
+    assert tokens(tmp_path) == before
+    mine.unlink()
+    assert invoke(source, *options).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "centroid=0/mine.parquet", "scores.parquet"])
+def test_files_of_others_among_clusters_are_not_lost(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], name: str
+) -> None:
+    invoke(source)
+    (tmp_path / "out" / "clusters" / name).write_text("the only copy")
+    assert_one_line(invoke(source, "--overwrite").stderr, "not of this step", name)
+    assert (tmp_path / "out" / "clusters" / name).exists()
+
+
+def test_no_file_of_a_step_is_in_its_way(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(source)
+    (tmp_path / "out" / "report" / "index.html").unlink()
+    assert invoke(source).exit_code == 0
+    assert (tmp_path / "out" / "report" / "index.html").exists()
+    (tmp_path / "out" / "report" / "index.html").write_text("my own page")
+    result = invoke(source, "--overwrite")
+    assert_one_line(result.stderr, "not a report", "index.html")
+    assert "png" not in result.stderr
+
+
+def test_a_report_of_its_own_makes_way(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    """`report` takes the place of a run's page, and the next run that of `report`'s."""
+    invoke(source)
+    page, arguments = tmp_path / "out" / "report" / "index.html", ["report", str(tmp_path / "out" / "scores")]
+    arguments += ["--data", str(source), "--text-field", "text"]
+    assert_one_line(CliRunner().invoke(cli.main, arguments).stderr, "--overwrite")
+    result = CliRunner().invoke(cli.main, [*arguments, "--overwrite"])
+    assert result.exit_code == 0, result.stderr
+    assert not (page.parent / MANIFEST).exists()
+    assert "text 1" in page.read_text()
+    result = invoke(source)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("reused") == len(STEPS) - 1
+    assert "text 1" not in page.read_text()
+    assert sorted(tokens(tmp_path)) == STEPS
+
+
+def test_output_of_others_is_refused(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1).to_parquet(tmp_path / "out")
+    for option in ([], ["--overwrite"]):
+        result = invoke(source, *option)
+        assert result.exit_code == 2
+        assert_one_line(result.stderr, "not made by 'run'", "1 file, as part.0.parquet", "another folder")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["part.0.parquet"]
+
+
+@pytest.mark.parametrize(
+    "name", [".gitignore", "mine/.git/config", "clusters.partial-0123abcd/part.0.parquet", "scores.partial-0123abcd/"]
+)
+def test_output_of_killed_runs_or_of_hidden_files_is_taken(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], name: str
+) -> None:
+    path = tmp_path / "out" / name
+    (path if name.endswith("/") else path.parent).mkdir(parents=True)
+    if not name.endswith("/"):
+        path.touch()
+    if "partial" in name:
+        (tmp_path / "out" / "notes.txt").touch()
+    assert invoke(source).exit_code == 0
+
+
 def test_null_ids_are_refused(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     rows = table().to_pandas()
     rows.loc[[5, 185], "id"] = None

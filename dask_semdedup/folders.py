@@ -238,8 +238,8 @@ def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Conte
     files = fs.find(output)
     if files and not overwrite:
         raise InvalidArgumentError(
-            f"Output {output!r} is not empty: {count_files(len(files))}. Pass overwrite=True, or --overwrite to the "
-            "command, to replace it, or name another folder."
+            f"Output {output!r} is not empty: {count_files(len(files))}. Pass overwrite=True to replace it, or "
+            "name another folder."
         )
     refuse_strangers(fs, output, contents, [file.removeprefix(f"{output}/") for file in files])
 

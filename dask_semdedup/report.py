@@ -23,7 +23,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from dask_semdedup.duplicates import EPS_GRID, SCORE_COLUMN, check_eps, threshold
-from dask_semdedup.errors import InvalidArgumentError, some
+from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.folders import MANIFEST, Contents
 from dask_semdedup.gallery import (
     Pair,
@@ -100,7 +100,13 @@ class Documents:
 
     def find(self, ids: pd.Index) -> pd.DataFrame:
         """The documents of these ids, by id."""
-        found = find_rows(self.path, ids, self.columns, id_field=self.id_field, storage_options=self.storage_options)
+        try:
+            found = find_rows(
+                self.path, ids, self.columns, id_field=self.id_field, storage_options=self.storage_options
+            )
+        except MissingColumnsError as error:
+            advice = "Name the columns of ids, texts and images as id_field, text_field and image_field."
+            raise MissingColumnsError(f"{error} {advice}") from error
         if len(ids) and not len(found):
             raise InvalidArgumentError(
                 f"None of {len(ids):,} ids of the scores, such as {some(ids, 3)}, is in column {self.id_field!r} of "

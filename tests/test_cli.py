@@ -26,6 +26,7 @@ from rich.progress import Progress
 import dask_semdedup
 from dask_semdedup import cli, folders
 from dask_semdedup.cli import application, files, options, pairwise
+from dask_semdedup.cli.wording import in_options
 from dask_semdedup.errors import InvalidArgumentError
 
 CLUSTERS, ROWS, DUPLICATES = 3, 20, 4
@@ -488,6 +489,43 @@ def test_bad_options_are_one_line(
     assert result.exit_code == 2
     assert_one_line(result.stderr, *words)
     assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--id-field", "doc"], ["['doc'] not found among ['id'", "as --id-field and --embedding-field"]),
+        (["--cluster-field", "cl"], ["'dask-semdedup run'", "as --cluster-field"]),
+        (["--rank-by", "qualty"], ["['qualty']", "as --rank-by"]),
+        (["--partition-size", "foo"], ["--partition-size must be bytes"]),
+        (["--embedding-dim", "9"], ["where --embedding-dim is 9"]),
+        (["--device", "cuda"], ["Use --device cpu or 'auto'"]),
+    ],
+)
+def test_errors_name_options(
+    clusters: str,
+    tmp_path: Path,
+    invoke: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = invoke(clusters, tmp_path / "scores", *options)
+    assert_one_line(result.stderr, *words)
+    for python in ("_field", "_size", "ddf", "strategy", "device="):
+        assert python not in result.stderr
+
+
+def test_an_occupied_output_names_the_option(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    invoke(clusters, tmp_path / "scores")
+    result = invoke(clusters, tmp_path / "scores")
+    assert_one_line(result.stderr, "1 file. Pass --overwrite to replace it, or name another folder.")
+
+
+def test_names_of_the_user_are_left_as_they_are() -> None:
+    message = "Column 'id_field' of /data/id_field/eps='a'.parquet, id_field.parquet and x/id_field."
+    assert in_options(message, pairwise.command.params) == message
 
 
 def test_missing_input_is_named(tmp_path: Path, invoke: Callable[..., Result]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from dask_semdedup.cli.wording import in_options
 from dask_semdedup.errors import SemDedupError
 
 EXIT_STATUS = 2
@@ -112,7 +113,7 @@ class Command(click.Command):
         except Exception as error:
             if ctx.meta.get("traceback"):
                 traceback.print_exception(error)
-            raise click.ClickException(_describe(error)) from error
+            raise click.ClickException(_describe(error, self)) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in sections; what is in none of them comes last."""
@@ -126,9 +127,11 @@ class Command(click.Command):
             formatter.write_dl(list(records.values()))
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, command: click.Command) -> str:
     """An error's message; its type too where the message was not written for the command's user."""
-    if isinstance(error, SemDedupError | OSError):
+    if isinstance(error, SemDedupError):
+        return in_options(str(error), command.params)
+    if isinstance(error, OSError):
         return str(error)
     return f"{type(error).__name__}: {error} (--traceback shows where)"
 

@@ -243,12 +243,12 @@ class Run:
         self.has_all_ids = True
 
     def _column_advice(self, columns: list[str]) -> str:
-        """Name the options whose columns INPUT lacks."""
+        """Name the parameters whose columns INPUT lacks."""
         fields = ["id_field", "text_field", "image_field", *([] if self.embed else ["embedding_field"])]
         missing = [name for name in fields if getattr(self, name) not in (None, *columns)]
-        advice = f"Name columns of INPUT as {' and '.join('--' + name.replace('_', '-') for name in missing)}"
+        advice = f"Name columns of INPUT as {' and '.join(missing)}"
         if "embedding_field" in missing:
-            advice += "; or, if it holds texts and no embeddings, pass --embed and --text-field"
+            advice += "; or, if it holds texts and no embeddings, pass --embed and text_field"
         return f"{advice}."
 
     def _folder(self, name: str) -> str:

@@ -71,6 +71,20 @@ def test_documents_are_shown(scores: Path, tmp_path: Path, invoke: Callable[...,
     assert "text <mark>119</mark>" in (tmp_path / "out" / "index.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--text-field", "body"], ["['body'] not found among ['id', 'words']", "texts.parquet", "--text-field"]),
+        (["--text-field", "words"], ["None of", "column of ids as --id-field"]),
+    ],
+)
+def test_wrong_columns_of_documents_name_options(
+    scores: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[str], words: list[str]
+) -> None:
+    pd.DataFrame({"id": [1000], "words": ["text"]}).to_parquet(tmp_path / "texts.parquet")
+    assert_one_line(invoke(scores, tmp_path / "out", "--data", tmp_path / "texts.parquet", *options).stderr, *words)
+
+
 def test_report_runs_on_a_cluster(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     with LocalCluster(n_workers=1, processes=False, protocol="tcp://", dashboard_address=":0") as cluster:
         result = invoke(scores, tmp_path / "one", "--scheduler", cluster.scheduler_address)
@@ -118,7 +132,7 @@ def test_output_stays_apart_from_the_scores(scores: Path, invoke: Callable[..., 
     ("options", "words"),
     [
         (["--text-field", "text"], ["--text-field", "--data"]),
-        (["--data", "nowhere.parquet"], ["text_field or image_field"]),
+        (["--data", "nowhere.parquet"], ["--text-field or --image-field"]),
         (["--data", "nowhere.parquet", "--text-field", "text"], ["nowhere.parquet"]),
         (["--eps", "3"], ["--eps"]),
     ],

@@ -197,9 +197,9 @@ def test_another_eps_uses_clusters_and_scores_again(
 @pytest.mark.parametrize(
     ("options", "step", "words"),
     [
-        (["--n-clusters", 5], "clusters", ["n_clusters 4 → 5", "--from clusters"]),
-        (["--which-to-keep", "easy"], "scores", ["which_to_keep hard → easy", "--from scores"]),
-        (["--rank-by", "quality"], "scores", ["rank_by", "--from scores"]),
+        (["--n-clusters", 5], "clusters", ["--n-clusters 4 → 5", "--from clusters"]),
+        (["--which-to-keep", "easy"], "scores", ["--which-to-keep hard → easy", "--from scores"]),
+        (["--rank-by", "quality"], "scores", ["--rank-by None → ", "--from scores"]),
     ],
 )
 def test_costly_steps_are_redone_on_request_only(
@@ -332,11 +332,12 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--embedding-field", "vectors"], ["vectors", "--embed"]),
-        (["--id-field", "key"], ["key"]),
+        (["--embedding-field", "vectors"], ["vectors", "as --embedding-field", "pass --embed and --text-field"]),
+        (["--id-field", "key"], ["key", "as --id-field."]),
         (["--text-field", "body"], ["body"]),
         (["--embed", "--text-field", "text"], ["embeddings", "already"]),
-        (["--n-clusters", 1000], ["1000"]),
+        (["--n-clusters", 1000], ["--n-clusters is 1000"]),
+        (["--random-seed", -1], ["--random-seed must be"]),
         (["--from", "embeddings"], ["embeddings", "clusters"]),
         (["--from", "scores", "--overwrite"], ["--from", "--overwrite"]),
         (["--eps", 3], ["--eps"]),

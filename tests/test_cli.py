@@ -138,6 +138,15 @@ def test_help_names_every_parameter_of_the_library() -> None:
         assert option in text
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("pairwise", "Seed of '--which-to-keep random'."), ("run", "Seed of k-means, and of '--which-to-keep random'.")],
+)
+def test_help_says_what_the_seed_is_of(command: str, words: str) -> None:
+    text = CliRunner().invoke(cli.main, [command, "--help"]).output
+    assert words in " ".join(text.split())
+
+
 # --- Options reach the library ---------------------------------------------------------------------------------------
 
 

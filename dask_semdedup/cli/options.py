@@ -99,9 +99,6 @@ keep_options = _together(
         help="Prefer rows by this column, smallest first or, with :desc, largest first; instead of --which-to-keep. "
         "Repeat it to settle ties.",
     ),
-    click.option(
-        "--random-seed", type=int, metavar="N", default=42, show_default=True, help="Seed of '--which-to-keep random'."
-    ),
 )
 search_options = _together(
     click.option(
@@ -172,6 +169,11 @@ document_options = _together(
         help="Column of images to show in the report: encoded bytes, such as PNG or JPEG, or paths of files.",
     ),
 )
+
+
+def seed_option(help_text: str) -> Callable[[Function], Function]:
+    """The option ``--random-seed``, of all that a command draws."""
+    return click.option("--random-seed", type=int, metavar="N", default=42, show_default=True, help=help_text)
 
 
 def eps_option(help_text: str) -> Callable[[Function], Function]:

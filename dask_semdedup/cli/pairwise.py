@@ -23,6 +23,7 @@ from dask_semdedup.cli.options import (
     keep_options,
     message_options,
     search_options,
+    seed_option,
 )
 from dask_semdedup.folders import staged_folder
 
@@ -53,6 +54,7 @@ Examples:
 @cluster_option
 @embedding_options
 @keep_options
+@seed_option("Seed of '--which-to-keep random'.")
 @eps_option("Count a row as a duplicate from a similarity of 1 - EPS on. Only the summary depends on it.")
 @search_options
 @execution_options

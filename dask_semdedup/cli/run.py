@@ -26,6 +26,7 @@ from dask_semdedup.cli.options import (
     keep_options,
     message_options,
     search_options,
+    seed_option,
 )
 from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, plan_steps
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have
@@ -89,6 +90,7 @@ Examples:
     help="Compare each row in its P nearest clusters: more duplicates are found, and it takes longer.",
 )
 @keep_options
+@seed_option("Seed of k-means, and of '--which-to-keep random'.")
 @eps_option("Drop a row from a similarity of 1 - EPS to a preferred row on.")
 @search_options
 @execution_options

@@ -458,6 +458,30 @@ def test_what_is_no_scheduler_is_named(clusters: str, tmp_path: Path, invoke: Ca
     assert_one_line(result.stderr, "'somewhere' is no address of a scheduler", "tcp://")
 
 
+@pytest.mark.parametrize("option", [["--workers", "1"], ["--scheduler", "tcp://10.0.0.1:8786"]])
+@pytest.mark.parametrize(
+    ("command", "remote"),
+    # The page of a report is written by this process.
+    [("pairwise", "input"), ("pairwise", "output"), ("run", "input"), ("run", "output"), ("report", "input")],
+)
+def test_memory_is_not_shared_between_processes(
+    clusters: str, tmp_path: Path, command: str, remote: str, option: list[str]
+) -> None:
+    scores = pd.DataFrame({"id": [1, 2], "max_id": [1, 1], "cosine_sim_score": np.float32([0, 1]), "centroid": 0})
+    source = {"pairwise": clusters, "run": f"{clusters}/centroid=0/part.parquet", "report": str(tmp_path / "scores")}
+    scores.to_parquet(tmp_path / "scores")
+    paths = {"input": source[command], "output": str(tmp_path / "out")}
+    if remote == "input":
+        fsspec.filesystem("memory").put(paths[remote], "/cli-shared/input", recursive=True)
+    paths[remote] = f"memory://cli-shared/{remote}"
+    result = CliRunner().invoke(cli.main, [command, *paths.values(), *option])
+    assert_one_line(result.stderr, f"{paths[remote]} is in the memory of this process", f"leave {option[0]} out")
+    assert not (tmp_path / "out").exists()
+    assert not fsspec.filesystem("memory").exists("/cli-shared/output")
+    with suppress(FileNotFoundError):
+        fsspec.filesystem("memory").rm("/cli-shared", recursive=True)
+
+
 def test_traceback_is_shown_on_request(poisoned: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     result = invoke(poisoned, tmp_path / "scores", "--traceback")
     assert result.exit_code == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def connect(scheduler: str | None, workers: int | None) -> Iterator[Client | None]:
-    """Yield a client of the cluster that is asked for, or None for the threads of this process."""
+def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | None] = ()) -> Iterator[Client | None]:
+    """Yield a client of the cluster that is asked for, or None for the threads of this process.
+
+    A cluster must reach all `paths`, where they are not None.
+    """
     if scheduler is None and workers is None:
         import dask_semdedup.search  # noqa: F401  (torch takes seconds to load: now rather than in the first task)
 
@@ -36,6 +39,7 @@ def connect(scheduler: str | None, workers: int | None) -> Iterator[Client | Non
         ):
             yield None
         return
+    _refuse_memory(paths, "--workers" if scheduler is None else "--scheduler")
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
@@ -49,6 +53,17 @@ def connect(scheduler: str | None, workers: int | None) -> Iterator[Client | Non
         Client(cluster) as client,
     ):
         yield client
+
+
+def _refuse_memory(paths: Iterable[str | None], flag: str) -> None:
+    """Refuse paths at which each process has files of its own."""
+    for path in paths:
+        # It may be below another file system, as a cache.
+        if path is not None and "memory://" in path:
+            raise InvalidArgumentError(
+                f"{path} is in the memory of this process, a file system that it does not share with the processes of "
+                f"{flag}. Name a path that all of them reach, or leave {flag} out."
+            )
 
 
 def _check_address(scheduler: str) -> None:

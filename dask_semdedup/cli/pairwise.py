@@ -110,7 +110,7 @@ def command(
             cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
         )
         listed = time.perf_counter() - start
-        with connect(scheduler, workers) as client:
+        with connect(scheduler, workers, [input_path, output_path]) as client:
             start = time.perf_counter() - listed
             if verbose:
                 log_to(progress.console)

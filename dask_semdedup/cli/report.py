@@ -92,7 +92,11 @@ def command(
     ):
         if verbose:
             log_to(progress.console)
-        with connect(scheduler, workers) as client, show_tasks(progress, "Reading", client=client):
+        # The page is written by this process.
+        with (
+            connect(scheduler, workers, [scores_path, data]) as client,
+            show_tasks(progress, "Reading", client=client),
+        ):
             tally = write_report(
                 scores,
                 folder,

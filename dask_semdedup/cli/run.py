@@ -133,7 +133,8 @@ def command(
         reasons = plan_steps(steps, run.output, redo_from=first, storage_options=storage_options)
         outcomes: dict[str, Outcome] = {}
         start = time.perf_counter()
-        with connect(scheduler, workers) if any(reasons.values()) else nullcontext() as run.client:
+        paths = [run.input_path, output_path]
+        with connect(scheduler, workers, paths) if any(reasons.values()) else nullcontext() as run.client:
             if verbose:
                 log_to(progress.console)
             for step in steps:

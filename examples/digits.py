@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -81,9 +82,10 @@ def nearest(scores: pd.DataFrame, similarity: float, count: int = 4) -> pd.DataF
     return scores.loc[(scores["cosine_sim_score"] - similarity).abs().nsmallest(count).index]
 
 
-def main() -> None:
-    """Write, score, draw."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="demo")
+def main(folder: Path) -> None:
+    """Write clusters of handwritten digits, their scores and a picture of them to FOLDER, "demo" by default."""
     digits = load_digits()
     write_clusters(digits.data, folder / "clusters")
     run_command(folder / "clusters", folder / "scores")

@@ -22,6 +22,14 @@ def test_demo_scores_the_digits_and_draws_them(tmp_path: Path) -> None:
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_demo_has_help_and_makes_no_folder_for_it(tmp_path: Path) -> None:
+    demo = [sys.executable, ROOT / "examples" / "digits.py", "--help"]
+    finished = subprocess.run(demo, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "[FOLDER]" in finished.stdout
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_is_kept_with_its_outputs(path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")

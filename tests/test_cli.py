@@ -412,17 +412,30 @@ def test_a_run_that_is_stopped_leaves_nothing(
 ) -> None:
     def stopped(folder: str, *_: object, **__: object) -> None:
         assert list(tmp_path.glob("scores.partial-*"))
-        signal.raise_signal(stop)
+        try:
+            signal.raise_signal(stop)
+        finally:  # Here running tasks are waited for, which no other may interrupt.
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
 
     # A shell's background jobs ignore interrupts.
-    original = signal.signal(stop, signal.default_int_handler if stop is signal.SIGINT else signal.SIG_DFL)
+    originals = {
+        number: signal.signal(number, handler)
+        for number, handler in [(signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)]
+    }
     before = signal.getsignal(stop)
     monkeypatch.setattr(pairwise, "summarise", stopped)
     try:
-        assert invoke(clusters, tmp_path / "scores").exit_code == 130
+        result = invoke(clusters, tmp_path / "scores")
+        assert result.exit_code == 130
+        assert [line for line in result.stderr.splitlines() if line] == [
+            "Stopping: waiting for running tasks.",
+            "Stopped. Nothing unfinished was left under a final name.",
+        ]
         assert signal.getsignal(stop) is before
     finally:
-        signal.signal(stop, original)
+        for number, handler in originals.items():
+            signal.signal(number, handler)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
 
 
@@ -442,12 +455,21 @@ def test_warnings_are_a_line_and_shown_once(
     assert lines[-3:] == ["Warning: few rows", "Warning: other rows", "Error: enough"]
 
 
+def test_interrupts_that_are_ignored_stay_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with application._stopped_by_signals():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_signal_that_comes_with_the_garbage_is_not_lost() -> None:
     def _gc_callback() -> None:
         with suppress(KeyboardInterrupt):  # As Python does with what is raised there.
             signal.raise_signal(signal.SIGTERM)
 
-    with application._stopped_by_sigterm():
+    with application._stopped_by_signals():
         _gc_callback()
         with pytest.raises(KeyboardInterrupt):
             time.sleep(10)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -50,7 +51,7 @@ class Application(click.Group):
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
         try:
-            with _stopped_by_sigterm(), _warnings_in_a_line():
+            with _stopped_by_signals(), _warnings_in_a_line():
                 status = super().main(args, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as help_text:
             help_text.show()
@@ -60,21 +61,43 @@ class Application(click.Group):
             sys.exit(EXIT_STATUS)
         except click.Abort:
             click.echo("Stopped. Nothing unfinished was left under a final name.", err=True)
+            # Python takes a while to end: what is heard then would be another exit status, or a traceback.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             sys.exit(INTERRUPTED)
         sys.exit(status if isinstance(status, int) else 0)
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Let what batch systems send, to end a job, do as an interrupt does, which leaves nothing unfinished."""
+def _stopped_by_signals() -> Iterator[None]:
+    """Let what batch systems send, to end a job, do as an interrupt does, which leaves nothing unfinished.
+
+    Only the first is heard: another would end the wait for running tasks, which then fail as the program exits.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    is_stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            return
+        if _collects_garbage(frame):
+            threading.Timer(0.05, signal.raise_signal, [number]).start()
+            return
+        is_stopping = True
+        with suppress(RuntimeError):  # The signal may have come as something else was printed.
+            click.echo("Stopping: waiting for running tasks.", err=True)
+        raise KeyboardInterrupt
+
+    # A shell's background jobs ignore interrupts, and go on to.
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -92,14 +115,13 @@ def _warnings_in_a_line() -> Iterator[None]:
         yield
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Interrupt the program, or a moment later if it is where Python drops what is raised: as it collects garbage."""
+def _collects_garbage(frame: FrameType | None) -> bool:
+    """Whether a frame is where Python drops what is raised: as it collects garbage."""
     while frame is not None:
         if frame.f_code.co_name in ("__del__", "_gc_callback"):
-            threading.Timer(0.05, signal.raise_signal, [number]).start()
-            return
+            return True
         frame = frame.f_back
-    raise KeyboardInterrupt
+    return False
 
 
 class Command(click.Command):

@@ -83,7 +83,7 @@ def command(
 
     INPUT is a folder of clustered embeddings: INPUT/centroid=<k>/*.parquet, or Parquet files with a cluster column.
     OUTPUT becomes a folder of Parquet files with the columns id, max_id (the most similar row preferred over this one),
-    cosine_sim_score and the cluster. It appears when all of it is written; a run that fails leaves nothing.
+    cosine_sim_score and the cluster. It appears when all of it is written; a run that fails leaves none.
 
     Both may be local paths or URLs that fsspec knows.
     """

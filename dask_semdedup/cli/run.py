@@ -119,7 +119,7 @@ def command(
 
     A folder appears when all of it is written, and keeps its parameters. The next run uses it again if they are the
     same. Where they are others, duplicates, deduplicated and report are made anew; embeddings, clusters and scores,
-    which take longer, only with --from or --overwrite.
+    which take longer, only with --from or --overwrite. A folder that holds other files too is never replaced.
     """
     refuse_contradictions(ctx)
     storage_options = options["storage_options"]

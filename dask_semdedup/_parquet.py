@@ -405,7 +405,12 @@ class _Leaves:
                     f"Column {name!r} is {types[name]} in {path} but {self.types[name]} in {self.path}. "
                     "Write all files with one schema, or name columns that agree."
                 )
-        others = [name for name in types if name not in self.types and not name.startswith(INDEX_COLUMNS)]
+        # What folders are named by may be in files too.
+        others = [
+            name
+            for name in types
+            if name not in self.types and not name.startswith(INDEX_COLUMNS) and f"/{name}=" not in path
+        ]
         if others and self.complete:
             raise ClusterError(
                 f"Column {others[0]!r} of {path} is missing in {self.path}, which has {list(self.types)}. "

@@ -329,17 +329,19 @@ def _clusters_beneath(
     files: Mapping[str, Mapping[str, Any]],
     cluster_field: str,
 ) -> dict[str, Any] | None:
-    """The same as `_clusters_of_folders`, unless there is but one above all files, which say themselves what they hold.
+    """As `_clusters_of_folders`, unless there is but one, above the folder of all files, which have the column.
 
     That is a folder around a clustering, as ``centroid=256`` around a run with so many.
     """
     folders = _clusters_of_folders(files, cluster_field)
     if folders is None or not isinstance(path, str | os.PathLike):
         return folders
-    above = above_pattern(fs, fsspec.url_to_fs(os.fspath(path), **(storage_options or {}))[1])
-    if any(_folder_name(file.removeprefix(above), f"/{cluster_field}=") is not None for file in files):
-        return folders
     first, info = next(iter(files.items()))
+    key = f"/{cluster_field}="
+    above = above_pattern(fs, fsspec.url_to_fs(os.fspath(path), **(storage_options or {}))[1])
+    is_beneath = any(_folder_name(file.removeprefix(above), key) is not None for file in files)
+    if is_beneath or f"/{first}".rsplit("/", 2)[-2].startswith(key[1:]):
+        return folders
     return None if cluster_field in read_schema(fs, first, info["size"]).names else folders
 
 

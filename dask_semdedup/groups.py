@@ -63,10 +63,14 @@ def _linked(scores: Any, eps: float) -> Any:
 
 def _resolve(linked: Any) -> Any:
     """Follow the chains, unless an id is that of a duplicate in one cluster and of a row that is kept in another."""
-    ids = linked["id"].dropna()
-    codes = factorize(ids)
-    _check_repeated(ids, codes, int(codes.max()) + 1 if len(codes) else 0)
-    return resolve_groups(linked[~linked["is_kept"]][["id", "max_id"]])
+    duplicates, kept = linked[~linked["is_kept"]], linked[linked["is_kept"]]
+    both = kept["id"][is_in(kept["id"], duplicates["id"])]
+    if len(both):
+        raise IdError(
+            f"{have(len(both), 'row')} an id that a duplicate has, and are preferred to others (ids "
+            f"{some(to_list(both))}). Which row a max_id means cannot be told: give every row an id of its own."
+        )
+    return resolve_groups(duplicates[["id", "max_id"]])
 
 
 def resolve_groups(duplicates: Any) -> Any:
@@ -156,6 +160,6 @@ def _check_repeated(ids: Any, own: Any, size: int) -> None:
     if count := int((counts > 1).sum()):
         repeated = ids.iloc[(counts[own] > 1).nonzero()[0]].drop_duplicates()
         raise IdError(
-            f"{count} of {int((counts > 0).sum())} ids repeat among the duplicates and their preferred rows (ids "
-            f"{some(to_list(repeated))}). Which row a max_id means cannot be told: give every row an id of its own."
+            f"{count} of {int((counts > 0).sum())} ids repeat among the duplicates (ids {some(to_list(repeated))}). "
+            "Which row a max_id means cannot be told: give every row an id of its own."
         )

@@ -245,7 +245,8 @@ def place_for(home: str) -> Iterator[None]:
 
 # Multiplications of a long search, a tenth of a second of an H200's time.
 LONG_SEARCH = 2.5e13
-_turns = {is_long: threading.Lock() for is_long in (False, True)}
+# Who needs both takes that of long ones first, so that short ones do not wait meanwhile.
+_turns = {is_long: threading.Lock() for is_long in (True, False)}
 
 
 @contextmanager

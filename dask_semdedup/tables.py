@@ -467,7 +467,7 @@ def _read_json(
     size: int,
 ) -> dd.DataFrame:
     blocks = [block for path, info in files.items() for block in _blocks(path, info["size"], size)]
-    schema = _infer(fs, blocks[0], id_field, embedding_field)
+    schema = _infer(fs, blocks[0], id_field, embedding_field, columns)
     if columns is not None and not set(columns) <= set(schema.names):
         raise MissingColumnsError.build(columns, schema.names, f"They are wanted of {blocks[0].path}.")
     # Any line may lack what others have.
@@ -484,7 +484,9 @@ def _blocks(path: str, nbytes: int, size: int) -> list[Block]:
     return [Block(path, start, length) for start in range(0, max(nbytes, 1), max(length, 1))]
 
 
-def _infer(fs: fsspec.AbstractFileSystem, block: Block, id_field: str, embedding_field: str) -> pa.Schema:
+def _infer(
+    fs: fsspec.AbstractFileSystem, block: Block, id_field: str, embedding_field: str, columns: Sequence[str] | None
+) -> pa.Schema:
     """What the lines of a block hold: numbers of the embedding as float32, ids that need it as uint64; else text."""
     block = block._replace(length=block.length and min(block.length, INFERRED_BYTES))
     rows = _parse(fs, block, None)
@@ -492,7 +494,7 @@ def _infer(fs: fsspec.AbstractFileSystem, block: Block, id_field: str, embedding
     types = {field.name: _as_written(field.type) for field in schema}
     if pa.types.is_list(types.get(embedding_field, pa.null())):
         types[embedding_field] = pa.list_(pa.float32())
-    if types.get(id_field) == pa.float64():
+    if types.get(id_field) == pa.float64() and (columns is None or id_field in columns):
         # So Arrow takes integers from 2⁶³ on, many of which are then one.
         try:
             _parse(fs, block, pa.schema([(id_field, pa.uint64())]), "ignore")

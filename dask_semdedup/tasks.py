@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import dask
 import dask.dataframe as dd
 import pandas as pd
+from dask import threaded
 from dask.base import get_scheduler
 from dask.system import CPU_COUNT
 
@@ -44,21 +45,33 @@ def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
     >>> compute_to_the_end(dd.from_pandas(pd.DataFrame({"rows": [3, 4]}), npartitions=2))["rows"].tolist()
     [3, 4]
     """
-    client = _client_for(frame)
-    if client is not None:
-        from distributed import futures_of
-
-        return pd.concat(results_of(client, futures_of(client.persist(frame))))
+    get = get_scheduler(collections=[frame])
+    distributed = sys.modules.get("distributed")
+    client = getattr(get, "__self__", None)
+    if distributed is not None and isinstance(client, distributed.Client):
+        with _out_of_the_way():
+            return pd.concat(results_of(client, distributed.futures_of(client.persist(frame))))
+    if get is not threaded.get:
+        return frame.compute()
     # A pool of its own, since leaving it waits for its threads.
     with ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool:
         return frame.compute(pool=pool)
 
 
-def _client_for(frame: dd.DataFrame) -> Client | None:
-    """The client that `compute` would take, or None for this process."""
-    distributed = sys.modules.get("distributed")
-    client = getattr(get_scheduler(collections=[frame]), "__self__", None)
-    return client if distributed is not None and isinstance(client, distributed.Client) else None
+@contextmanager
+def _out_of_the_way() -> Iterator[None]:
+    """Leave the worker's thread to others while this task, if it is one, waits for them, as `compute` does."""
+    from distributed import rejoin, secede
+
+    try:
+        secede()
+    except (KeyError, ValueError):  # Not in a task.
+        yield
+        return
+    try:
+        yield
+    finally:
+        rejoin()
 
 
 def results_of(client: Client, futures: Iterable[Future], advance: Callable[[], None] = lambda: None) -> list[Any]:

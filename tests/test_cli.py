@@ -475,6 +475,16 @@ def test_a_signal_that_comes_with_the_garbage_is_not_lost() -> None:
             time.sleep(10)
 
 
+def test_an_interrupt_that_python_drops_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "PATIENCE", 0.1)
+    with application._stopped_by_signals():
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.2)
+
+
 def test_what_is_no_scheduler_is_named(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     result = invoke(clusters, tmp_path / "scores", "--scheduler", "somewhere")
     assert_one_line(result.stderr, "'somewhere' is no address of a scheduler", "tcp://")
@@ -578,9 +588,21 @@ def test_an_occupied_output_names_the_option(clusters: str, tmp_path: Path, invo
     assert_one_line(result.stderr, "1 file. Pass --overwrite to replace it, or name another folder.")
 
 
-def test_names_of_the_user_are_left_as_they_are() -> None:
-    message = "Column 'id_field' of /data/id_field/eps='a'.parquet, id_field.parquet and x/id_field."
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Column 'id_field' of /data/id_field/eps='a'.parquet, id_field.parquet and x/id_field.",
+        "Required columns ['random_state', 'the id_field of it'] not found.",
+        "No files found at random_state/nothing, dask's own.",
+    ],
+)
+def test_names_of_the_user_are_left_as_they_are(message: str) -> None:
     assert in_options(message, pairwise.command.params) == message
+
+
+def test_parameters_of_other_names_are_options_too() -> None:
+    message = in_options("random_state must be Dask's id_field, not 'id_field'.", pairwise.command.params)
+    assert message == "--random-seed must be Dask's --id-field, not 'id_field'."
 
 
 def test_missing_input_is_named(tmp_path: Path, invoke: Callable[..., Result]) -> None:

@@ -149,3 +149,17 @@ def test_a_failure_waits_for_late_writers(client: Client, tmp_path: Path) -> Non
     with pytest.raises(ClusterError, match=r"1 row has no cluster"):
         ddf.semdedup.to_clusters(tmp_path / "clusters")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_clusters_may_be_written_from_within_a_task(tmp_path: Path) -> None:
+    """It does not keep the thread from those that write."""
+    frame = pd.DataFrame({"id": range(20), "centroid": [number % 3 for number in range(20)]})
+
+    def write() -> int:
+        return len(dd.from_pandas(frame, npartitions=4).semdedup.to_clusters(tmp_path / "clusters"))
+
+    with (
+        LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as one,
+    ):
+        assert one.submit(write).result(timeout=60) == 3

@@ -158,7 +158,7 @@ def test_circles_of_every_length_are_found(length: int, tail: int) -> None:
 
 def test_repeated_ids_are_counted_and_named() -> None:
     scores = pd.concat([make_scores({"b": "a", "c": "a", "d": "a"}), make_scores({"b": "a", "d": "c"})])
-    with pytest.raises(IdError, match=r"2 of 3 ids repeat among the duplicates and their preferred rows \(ids b, d\)"):
+    with pytest.raises(IdError, match=r"2 of 3 ids repeat among the duplicates \(ids b, d\)"):
         find(scores)
 
 
@@ -188,5 +188,12 @@ def test_duplicates_of_their_own_id_are_counted_and_named() -> None:
 def test_an_id_of_a_duplicate_and_of_a_row_that_is_kept_elsewhere(npartitions: int) -> None:
     """Rows 5 are a duplicate of 1, and the row kept for 6, which is nothing like 1."""
     scores = pd.DataFrame({"id": [1, 5, 5, 6], "max_id": [1, 1, 5, 5], "cosine_sim_score": [0.0, 0.999, 0.0, 0.999]})
-    with pytest.raises(IdError, match=r"1 of 3 ids repeat .*preferred rows \(ids 5\)"):
+    with pytest.raises(IdError, match=r"1 row has an id that a duplicate has, .*\(ids 5\)"):
         groups.find_groups(dd.from_pandas(scores, npartitions=npartitions), eps=0.01).compute()
+
+
+def test_a_row_that_is_kept_may_stand_there_twice() -> None:
+    """As after a merge with several rows for one."""
+    scores = pd.DataFrame({"id": [1, 1, 5, 6], "max_id": [1, 1, 1, 5], "cosine_sim_score": [0.0, 0.0, 0.999, 0.999]})
+    found = groups.find_groups(dd.from_pandas(scores, npartitions=1), eps=0.01).compute()
+    assert found.to_numpy().tolist() == [[5, 1, 2], [6, 1, 2]]

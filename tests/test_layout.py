@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import dask
@@ -303,3 +304,20 @@ def test_a_folder_around_a_clustering_is_no_cluster(frame: pd.DataFrame, tmp_pat
         pq.write_table(table, folder / f"{part}.parquet")
     read = read_clusters(folder).compute().sort_values("id", ignore_index=True)
     assert read["centroid"].tolist() == frame.sort_values("id")["centroid"].tolist()
+
+
+def test_a_scheduler_of_ones_own(frame: pd.DataFrame, tmp_path: Path) -> None:
+    def get(graph: Any, keys: Any) -> Any:
+        return dask.get(graph, keys)
+
+    with dask.config.set(scheduler=get):
+        assert len(in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters")) == 4
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_one_cluster_is_what_its_folder_says(frame: pd.DataFrame, tmp_path: Path, inside: bool) -> None:
+    folder = tmp_path / "centroid=7"
+    folder.mkdir()
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata()
+    pq.write_table(table, folder / "a.parquet")
+    assert set(read_clusters(folder if inside else folder / "a.parquet")["centroid"].compute()) == {7}

@@ -205,7 +205,7 @@ def test_long_searches_take_turns_with_each_other_only():
 
 
 @pytest.mark.parametrize(
-    ("work", "taken"), [(0, [True, False]), (placement.LONG_SEARCH, [False, True]), (None, [True, True])]
+    ("work", "taken"), [(0, [False, True]), (placement.LONG_SEARCH, [True, False]), (None, [True, True])]
 )
 def test_rows_in_host_memory_have_the_gpu_for_themselves(work, taken):
     with placement.turn_on_gpu("cuda", work):

@@ -316,3 +316,16 @@ def test_several_paths_are_one_table(tmp_path: Path) -> None:
         pd.DataFrame({"id": [f"{name}{number}" for number in range(2)]}).to_parquet(tmp_path / f"{name}.parquet")
     table = read_table([tmp_path / "b.parquet", str(tmp_path / "a.parquet")])
     assert table["id"].compute().tolist() == ["a0", "a1", "b0", "b1"]
+
+
+def test_ids_that_are_not_wanted_may_be_anything(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.jsonl", [{"id": 1e20, "text": "a"}])
+    assert read_table(tmp_path, columns=["text"])["text"].compute().tolist() == ["a"]
+
+
+def test_what_folders_are_named_by_may_be_in_some_files(tmp_path: Path) -> None:
+    for language, columns in (("de", {"id": [1]}), ("en", {"id": [2], "lang": ["en"]})):
+        (tmp_path / f"lang={language}").mkdir()
+        pd.DataFrame(columns).to_parquet(tmp_path / f"lang={language}" / "a.parquet")
+    with pytest.warns(UserWarning, match="named by lang"):
+        assert len(read_table(tmp_path).compute()) == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import math
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,8 @@ from dask_semdedup.errors import SemDedupError
 
 EXIT_STATUS = 2
 INTERRUPTED = 130
+# Seconds after an interrupt in which another one is taken for the same.
+PATIENCE = 10
 
 # The commands' parameters as their help groups them.
 SECTIONS = {
@@ -71,27 +75,30 @@ class Application(click.Group):
 def _stopped_by_signals() -> Iterator[None]:
     """Let what batch systems send, to end a job, do as an interrupt does, which leaves nothing unfinished.
 
-    Only the first is heard: another would end the wait for running tasks, which then fail as the program exits.
+    For some seconds only the first is heard: another would end the wait for running tasks, which then fail as the
+    program exits. Later ones do: the first may have come where Python drops exceptions, or a task may never end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    is_stopping = False
+    stopping_since = -math.inf
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_stopping
-        if is_stopping:
+        nonlocal stopping_since
+        if time.monotonic() - stopping_since < PATIENCE:
             return
         if _collects_garbage(frame):
             threading.Timer(0.05, signal.raise_signal, [number]).start()
             return
-        is_stopping = True
+        stopping_since = time.monotonic()
         with suppress(RuntimeError):  # The signal may have come as something else was printed.
             click.echo("Stopping: waiting for running tasks.", err=True)
         raise KeyboardInterrupt
 
     # A shell's background jobs ignore interrupts, and go on to.
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    # Those of a program around Python are unknown to it.
+    unheard = (signal.SIG_IGN, None)
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) not in unheard]
     before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield

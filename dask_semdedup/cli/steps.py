@@ -13,11 +13,14 @@ from typing import Any
 
 import fsspec
 
-from dask_semdedup._parquet import is_hidden
+from dask_semdedup._parquet import PARQUET_SUFFIXES, is_hidden
 from dask_semdedup.errors import InvalidArgumentError, some
 from dask_semdedup.folders import MANIFEST, Contents, count_files, refuse_strangers, replaced_when_done
 
 NO_REASON = ""
+# What file systems, their viewers and notebooks leave in any folder.
+LITTER = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|\.nfs[^/]*|\.ipynb_checkpoints/.*)")
+DATA = (*PARQUET_SUFFIXES, ".json", ".jsonl", ".ndjson", ".gz")
 # Below the folder of all steps: what tells that a run has worked there, even one that was killed in its first step.
 OF_RUN = re.compile(rf"[^/]+/{re.escape(MANIFEST)}|[^/]+\.partial-[0-9a-f]{{8}}(\.old)?")
 
@@ -128,7 +131,8 @@ def plan_steps(
     for step in steps:
         if reasons[step.name]:
             folder = f"{root}/{step.name}"
-            refuse_strangers(fs, folder, step.contents, _names(fs, folder))
+            names = [name for name in _names(fs, folder) if not LITTER.fullmatch(name)]
+            refuse_strangers(fs, folder, step.contents, names)
     return reasons
 
 
@@ -148,7 +152,8 @@ def _names(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
 def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
     """Keep the folders of steps from being mixed into what others have made."""
     names = _names(fs, root)
-    found = [name for name in names if not is_hidden(name, "")]
+    # Logs may be written there.
+    found = [name for name in names if not is_hidden(name, "") and ("/" in name or name.endswith(DATA))]
     if not found:
         return
     folders = [path.rpartition("/")[2] for path in fs.ls(root, detail=False)]

@@ -12,8 +12,11 @@ PHRASES = {
     "ddf.semdedup.kmeans() and, to keep them, .semdedup.to_clusters(path)": "'dask-semdedup run' does it",
     "in the ranking strategy": "as --rank-by",
     "in the frame, which has": "among",
-    "random_state": "random_seed",
+    ", or name the columns to read": "",
 }
+# Parameters that have another name.
+RENAMED = {"random_seed": "random_state"}
+QUOTED = re.compile(r"""((?<!\w)'[^']*'(?!\w)|"[^"]*")""")
 # Columns and paths, which may have the name of a parameter, are quoted or have slashes.
 BEFORE, AFTER = r"(?<![\w'\"/.=-])", r"(?![\w'\"/=-]|\.\w)"
 
@@ -29,12 +32,20 @@ def in_options(message: str, parameters: Sequence[click.Parameter]) -> str:
     """
     for phrase, words in PHRASES.items():
         message = message.replace(phrase, words)
-    for option in parameters:
-        if isinstance(option, click.Option) and option.name:
-            flag = option.opts[-1]
-            message = re.sub(rf"{BEFORE}{option.name}=True\b", flag, message)
-            message = re.sub(rf"{BEFORE}{option.name}='(\w+)'", rf"{flag} \1", message)
-            # Names without, such as device, are words too.
-            names = {name for name in (option.name, flag.strip("-").replace("-", "_")) if "_" in name}
-            message = re.sub(f"{BEFORE}({'|'.join(names)}){AFTER}", flag, message) if names else message
-    return message
+    options = [option for option in parameters if isinstance(option, click.Option) and option.name]
+    for option in options:
+        message = re.sub(rf"{BEFORE}{option.name}=True\b", option.opts[-1], message)
+        message = re.sub(rf"{BEFORE}{option.name}='(\w+)'", rf"{option.opts[-1]} \1", message)
+    pieces = QUOTED.split(message)
+    pieces[::2] = [_reworded(piece, options) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def _reworded(text: str, options: Sequence[click.Option]) -> str:
+    for option in options:
+        flag = option.opts[-1]
+        names = {option.name, flag.strip("-").replace("-", "_"), RENAMED.get(str(option.name))} - {None}
+        # Names without, such as device, are words too.
+        if names := {str(name) for name in names if "_" in str(name)}:
+            text = re.sub(f"{BEFORE}({'|'.join(sorted(names))}){AFTER}", flag, text)
+    return text

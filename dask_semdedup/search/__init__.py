@@ -276,7 +276,8 @@ class _IeeeProducts:
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
-            self._inside -= 1
+            # A process that was forked within has left before.
+            self._inside = max(0, self._inside - 1)
             if not self._inside:
                 self._saved.restore()
 

@@ -17,6 +17,7 @@ and pairwise summation).
 from __future__ import annotations
 
 import math
+import os
 import threading
 import warnings
 from dataclasses import dataclass
@@ -343,6 +344,15 @@ def _csr(offsets: torch.Tensor, columns: torch.Tensor, size: tuple[int, int]) ->
 
 
 _hearing = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """A forked process has none of the threads that may hold it."""
+    global _hearing
+    _hearing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @cache

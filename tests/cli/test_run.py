@@ -425,6 +425,23 @@ def test_files_of_others_are_no_loss(source: Path, tmp_path: Path, invoke: Calla
     assert (tmp_path / "out" / "report" / "notes.txt").exists()
 
 
+@pytest.mark.parametrize("name", ["report/.DS_Store", "scores/.ipynb_checkpoints/a-checkpoint.parquet", ".DS_Store"])
+def test_what_systems_leave_in_folders_is_no_reason_to_stop(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], name: str
+) -> None:
+    invoke(source)
+    litter = tmp_path / "out" / name
+    litter.parent.mkdir(exist_ok=True)
+    litter.touch()
+    assert invoke(source, "--overwrite").exit_code == 0
+
+
+def test_a_log_may_be_where_the_run_works(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.log").write_text("begun")
+    assert invoke(source).exit_code == 0
+
+
 @pytest.mark.parametrize("options", [["--eps", 0.9], ["--overwrite"]])
 @pytest.mark.parametrize(
     "name", ["report/notes.txt", "deduplicated/joined.parquet", "duplicates/.notes", "duplicates/mine/part.0.parquet"]

@@ -477,3 +477,11 @@ class TestCudf:
         frame = make_frame(11)
         ddf = dask_cudf.from_cudf(cudf.from_pandas(frame), npartitions=3, sort=False)
         assert_scores(ddf.semdedup.pairwise().to_backend("pandas"), expected_scores(frame))
+
+
+def test_a_ranking_that_changes_later_changes_nothing() -> None:
+    strategy = RankingStrategy(["id"])
+    scores = dd.from_pandas(make_frame(3), npartitions=1).semdedup.pairwise(ranking_strategy=strategy)
+    expected = scores.compute()
+    strategy.ascending = [False]
+    pd.testing.assert_frame_equal(scores.compute(), expected)

@@ -197,6 +197,7 @@ def test_embedding_dim_is_checked(as_column):
     [
         ("[1.0, 2.0]", "1 row of type str"),
         (1.5, "1 row of type float"),
+        (np.array(1.5), "1 row that is a single number"),
         (["a", "b"], "1 row with something else than a flat list of numbers"),
         ([1.0, None], "1 row with something else than a flat list of numbers"),
         ([[1.0], [2.0]], "1 row with something else than a flat list of numbers"),

@@ -628,3 +628,11 @@ def test_a_gpu_that_is_not_there(raw: pd.DataFrame, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InvalidArgumentError, match="sees no CUDA device"):
         in_partitions(raw).semdedup.kmeans(centroids=np.eye(6), device="cuda").compute()
+
+
+def test_centroids_that_change_later_change_nothing(raw: pd.DataFrame) -> None:
+    centroids = np.eye(6, dtype=np.float32)
+    clustered = in_partitions(raw).semdedup.kmeans(centroids=centroids)
+    expected = clustered["centroid"].compute()
+    centroids[:] = centroids[::-1].copy()
+    pd.testing.assert_series_equal(clustered["centroid"].compute(), expected)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -387,3 +389,18 @@ class TestPlan:
 
         aligned = align(lazily(documents[["id", "text"]].assign(centroid=documents.id % 3)), "centroid")
         assert is_aligned(aligned.semdedup.remove(ids(1)), "centroid")
+
+
+def test_frames_of_pandas_leave_dasks_configuration_alone() -> None:
+    """Also where several threads come at once."""
+    ddf, duplicates = dd.from_pandas(pd.DataFrame({"id": range(9)}), npartitions=2), pd.DataFrame({"id": [1, 2]})
+    together = threading.Barrier(4)
+
+    def remove(_: int) -> None:
+        together.wait()
+        ddf.semdedup.remove(duplicates)
+
+    with dask.config.set({"dataframe.convert-string": True}), ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            list(pool.map(remove, range(4)))
+            assert dask.config.get("dataframe.convert-string") is True

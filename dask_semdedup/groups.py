@@ -67,7 +67,7 @@ def _resolve(linked: Any) -> Any:
     both = kept["id"][is_in(kept["id"], duplicates["id"])]
     if len(both):
         raise IdError(
-            f"{have(len(both), 'row')} an id that a duplicate has, and are preferred to others (ids "
+            f"{have(len(both), 'row')} duplicates and the id of another row, which is a duplicate itself (ids "
             f"{some(to_list(both))}). Which row a max_id means cannot be told: give every row an id of its own."
         )
     return resolve_groups(duplicates[["id", "max_id"]])

@@ -173,7 +173,7 @@ def _runs(column: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
             f"Column {column.name!r}: {have(lost, 'row')} no cluster. Drop them, or assign them to clusters."
         )
     names = (clusters.to_pandas() if is_cudf(clusters) else clusters).tolist()
-    if len(alike := _alike(names)) > 0:
+    if alike := _alike(names):
         raise ClusterError(
             f"Column {column.name!r}: clusters of different types have one name ({some(map(repr, alike))}), and would "
             "share a folder. Convert the column with astype."

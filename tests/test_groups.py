@@ -188,7 +188,7 @@ def test_duplicates_of_their_own_id_are_counted_and_named() -> None:
 def test_an_id_of_a_duplicate_and_of_a_row_that_is_kept_elsewhere(npartitions: int) -> None:
     """Rows 5 are a duplicate of 1, and the row kept for 6, which is nothing like 1."""
     scores = pd.DataFrame({"id": [1, 5, 5, 6], "max_id": [1, 1, 5, 5], "cosine_sim_score": [0.0, 0.999, 0.0, 0.999]})
-    with pytest.raises(IdError, match=r"1 row has an id that a duplicate has, .*\(ids 5\)"):
+    with pytest.raises(IdError, match=r"1 row has duplicates and the id of another row, .*\(ids 5\)"):
         groups.find_groups(dd.from_pandas(scores, npartitions=npartitions), eps=0.01).compute()
 
 

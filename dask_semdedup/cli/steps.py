@@ -20,7 +20,6 @@ from dask_semdedup.folders import MANIFEST, Contents, count_files, refuse_strang
 NO_REASON = ""
 # What file systems, their viewers and notebooks leave in any folder.
 LITTER = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|\.nfs[^/]*|\.ipynb_checkpoints/.*)")
-DATA = (*PARQUET_SUFFIXES, ".json", ".jsonl", ".ndjson", ".gz")
 # Below the folder of all steps: what tells that a run has worked there, even one that was killed in its first step.
 OF_RUN = re.compile(rf"[^/]+/{re.escape(MANIFEST)}|[^/]+\.partial-[0-9a-f]{{8}}(\.old)?")
 
@@ -151,9 +150,12 @@ def _names(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
 
 def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
     """Keep the folders of steps from being mixed into what others have made."""
+    from dask_semdedup.tables import JSON_SUFFIXES
+
     names = _names(fs, root)
     # Logs may be written there.
-    found = [name for name in names if not is_hidden(name, "") and ("/" in name or name.endswith(DATA))]
+    data = PARQUET_SUFFIXES + JSON_SUFFIXES
+    found = [name for name in names if not is_hidden(name, "") and ("/" in name or name.endswith(data))]
     if not found:
         return
     folders = [path.rpartition("/")[2] for path in fs.ls(root, detail=False)]

@@ -13,12 +13,12 @@ import resource
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice, pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from dask.dataframe.utils import pyarrow_strings_enabled
@@ -33,8 +34,16 @@ from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup._footers import Group, read_alike
+from dask_semdedup._schemas import conform, in_frames, is_ordered, refuse, unify, without, without_index
 from dask_semdedup.embeddings import take
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, MissingDependencyError, some
+from dask_semdedup.errors import (
+    ClusterError,
+    InvalidArgumentError,
+    MissingColumnsError,
+    MissingDependencyError,
+    SemDedupError,
+    some,
+)
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.placement import cores_per_gpu
 from dask_semdedup.streams import current, finish, outside
@@ -62,20 +71,45 @@ STATE_KEYS = {
     *("CRC", "date_time", "sha"),
 }
 LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8}
-INDEX_COLUMNS = ("__index_level_", "__null_dask_index__")
+# Rows of a batch where a row group cannot be read as a whole.
+BATCH_ROWS = 2**14
 
 
 class Fragment(NamedTuple):
     """A piece of a partition: a file, or some of its row groups.
 
-    `nbytes` is the planned size in memory of a cluster's file; of others it is not needed.
+    Parameters
+    ----------
+    path, rows
+        The file, and the rows of the piece.
+    row_groups
+        Numbers of the row groups; None stands for all.
+    keys
+        Values in the names of folders, such as the cluster.
+    nbytes
+        The planned size in memory of a cluster's file; of others it is not needed.
+    size
+        Bytes of the file when it was listed; 0 where that is not known.
+    first_row
+        The number of the first row in the file.
     """
 
     path: str
     rows: int
     row_groups: tuple[int, ...] | None = None
-    cluster: int | str | None = None
+    keys: tuple[Any, ...] = ()
     nbytes: int = 0
+    size: int = 0
+    first_row: int = 0
+
+
+def fragments_of(file: FileStats, keys: tuple[Any, ...] = ()) -> list[Fragment]:
+    """Each row group of a file as a fragment."""
+    starts = accumulate((group.rows for group in file.row_groups), initial=0)
+    return [
+        Fragment(file.path, group.rows, (index,), keys, group.nbytes, file.size, start)
+        for index, (group, start) in enumerate(zip(file.row_groups, starts, strict=False))
+    ]
 
 
 def in_runs(fragments: Iterable[Fragment], nbytes: int) -> Iterator[list[Fragment]]:
@@ -83,13 +117,13 @@ def in_runs(fragments: Iterable[Fragment], nbytes: int) -> Iterator[list[Fragmen
 
     Examples
     --------
-    >>> fragments = [Fragment("a", 1, None, 0, 60), Fragment("b", 1, None, 0, 60), Fragment("c", 1, None, 1, 60)]
+    >>> fragments = [Fragment(name, 1, keys=(key,), nbytes=60) for name, key in [("a", 0), ("b", 0), ("c", 1)]]
     >>> [[fragment.path for fragment in run] for run in in_runs(fragments, 100)]
     [['a', 'b'], ['c']]
     """
     run: list[Fragment] = []
     held = 0
-    for _, cluster in groupby(fragments, attrgetter("cluster")):
+    for _, cluster in groupby(fragments, attrgetter("keys")):
         pieces = list(cluster)
         size = sum(piece.nbytes for piece in pieces)
         if run and held + size > nbytes:
@@ -115,13 +149,20 @@ class RowGroup(NamedTuple):
 
 
 class FileStats(NamedTuple):
-    """What a footer says: the row groups, the integer columns that may hold nulls, and the null clusters."""
+    """What a footer says of its file.
+
+    Beside the row groups: the integer columns that may hold nulls, the number of null clusters, the shape of the
+    schema, the ordered categories that are not written as such, and the size of the file.
+    """
 
     path: str
     rows: int
     row_groups: tuple[RowGroup, ...]
     nullable: frozenset[str]
     null_clusters: int = 0
+    shape: int = 0
+    unordered: frozenset[str] = frozenset()
+    size: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,55 +295,85 @@ def checksum(files: Mapping[str, Mapping[str, Any]]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Scan(NamedTuple):
+    """What the footers of a dataset's files say, for the columns that are to be read.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+        The columns and the types that all files can be brought to, with the metadata of the first.
+    files : list of FileStats
+        In the files' order.
+    nullable : frozenset of str
+        Integer and Boolean columns that may hold nulls.
+    problems : dict
+        From a column that cannot be read to the reason.
+    unordered : frozenset of str
+        Ordered categories whose order the files do not tell.
+    odd : frozenset of str
+        Files whose types are not those of the schema.
+    names : list of str
+        All columns of the files, also those that are not to be read.
+    """
+
+    schema: pa.Schema
+    files: list[FileStats]
+    nullable: frozenset[str]
+    problems: dict[str, str]
+    unordered: frozenset[str]
+    odd: frozenset[str]
+    names: list[str]
+
+    def check_columns(self, columns: Iterable[str], others: Iterable[str], advice: str) -> None:
+        """Raise for columns that are neither in the files nor among others, or that cannot be read."""
+        columns, present = list(columns), [*self.names, *others]
+        if not set(columns) <= set(present):
+            raise MissingColumnsError.build(columns, present, advice)
+        refuse(self.problems, columns, COLUMNS_ADVICE)
+
+
 def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
     """Arrow schema of a file, without index columns that pandas or Dask wrote only to restore an index."""
-    schema = _arrow_schema(path, _read_metadata(fs, path, _fetch_footer(fs, path, size)))
-    return pa.schema([field for field in schema if not field.name.startswith(INDEX_COLUMNS)])
+    return without_index(_arrow_schema(path, _read_metadata(fs, path, _fetch_footer(fs, path, size))))
 
 
-def read_footers(
+def scan_files(
     fs: fsspec.AbstractFileSystem,
     files: Mapping[str, Mapping[str, Any]],
-    columns: Sequence[str],
+    columns: Collection[str] | None = None,
     cluster_column: str | None = None,
     *,
     nulls: bool = True,
-    complete: bool = False,
-) -> list[FileStats]:
-    """Read the footers of all files, each once, in the files' order.
+) -> Scan:
+    """Read the footers of all files, each once, and find the schema that they agree on.
 
     Parameters
     ----------
     fs, files
         As `list_files` returns them.
     columns
-        The columns that are to be read.
+        The columns that are to be read, those that are there; None stands for all. Others are never looked at.
     cluster_column
         A column in the files whose bounds and nulls are wanted.
     nulls
-        Whether it is wanted which integer columns may hold nulls. If not, `FileStats.nullable` is empty.
-    complete
-        Whether the columns are all that there are: then no file may hold others than the first.
+        Whether it is wanted which integer columns may hold nulls. If not, `Scan.nullable` is empty.
 
     Raises
     ------
     ClusterError
-        If a file is not readable as Parquet, or its columns differ from those of the first file.
+        If a file is not readable as Parquet.
     """
+    shapes = _Shapes(columns, cluster_column, nulls=nulls)
     paths = list(files)
-    first, expected = paths[0], None
     stats: list[FileStats] = []
     size = FIRST_BLOCK
     while len(stats) < len(paths):
         block = {path: files[path]["size"] for path in paths[len(stats) : len(stats) + size]}
         footers = dict(zip(block, _fetch_footers(fs, block), strict=True))
         size = min(BLOCK, 1 + BLOCK_BYTES * len(footers) // (1 + sum(map(len, footers.values()))))
-        if expected is None:
-            metadata = _read_metadata(fs, first, footers[first])
-            expected = _Leaves(first, metadata, columns, cluster_column, nulls=nulls, complete=complete)
-        by_path = _stats_of_block(fs, footers, expected)
-        stats.extend(by_path[path] for path in footers)
-    return stats
+        by_path = _stats_of_block(fs, footers, shapes)
+        stats.extend(by_path[path]._replace(size=block[path]) for path in footers)
+    return shapes.scan(stats)
 
 
 def _fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> list[bytes]:
@@ -368,55 +439,77 @@ def _unreadable(path: str, error: Exception) -> ClusterError:
     return ClusterError(f"Cannot read {path} as Parquet (truncated, damaged or gone?): {error}")
 
 
-class _Leaves:
-    """Where the wanted columns lie among the leaf columns of a Parquet schema."""
+class _Shape:
+    """Where the wanted columns lie among the leaf columns of files of one schema."""
 
     def __init__(
         self,
+        number: int,
         path: str,
         metadata: pq.FileMetaData,
-        columns: Sequence[str],
+        columns: Collection[str] | None,
         cluster_column: str | None,
         *,
         nulls: bool,
-        complete: bool,
     ) -> None:
-        self.path, self.schema, self.complete = path, metadata.schema, complete
-        self.types = {field.name: field.type for field in _arrow_schema(path, metadata)}
-        self.columns, self.cluster_column, self.nulls = columns, cluster_column, nulls
-        spans, start = {}, 0
-        for name, type_ in self.types.items():
-            spans[name] = range(start, start := start + _count_leaves(type_))
-        self.cluster = spans[cluster_column][0] if cluster_column else None
-        self.widths = {index: _leaf_bytes(self.schema.column(index)) for name in columns for index in spans[name]}
-        self.integers = {name: spans[name][0] for name in columns if nulls and _is_integer(self.types[name])}
-
-    def of(self, path: str, metadata: pq.FileMetaData) -> _Leaves:
-        """The same for another file, whose wanted columns must be of the same types."""
-        if metadata.schema.equals(self.schema):
-            return self
-        types = {field.name: field.type for field in _arrow_schema(path, metadata)}
-        wanted = [*self.columns, self.cluster_column] if self.cluster_column else self.columns
-        for name in wanted:
-            if name not in types:
-                raise ClusterError(f"Column {name!r} of {self.path} is missing in {path}, which has {list(types)}.")
-            if types[name] != self.types[name]:
-                raise ClusterError(
-                    f"Column {name!r} is {types[name]} in {path} but {self.types[name]} in {self.path}. "
-                    "Write all files with one schema, or name columns that agree."
-                )
-        # What folders are named by may be in files too.
-        others = [
-            name
-            for name in types
-            if name not in self.types and not name.startswith(INDEX_COLUMNS) and f"/{name}=" not in path
+        self.number, self.path = number, path
+        schema = _arrow_schema(path, metadata)
+        self.names = without_index(schema).names
+        unwanted = set(self.names) - {*(self.names if columns is None else columns), cluster_column}
+        self.schema = without(without_index(schema), unwanted)
+        starts = [0, *accumulate(_count_leaves(field.type) for field in schema)]
+        self.leaves = starts[-1]
+        names = set(self.schema.names)
+        wanted = [
+            (field, range(*span)) for field, span in zip(schema, pairwise(starts), strict=True) if field.name in names
         ]
-        if others and self.complete:
-            raise ClusterError(
-                f"Column {others[0]!r} of {path} is missing in {self.path}, which has {list(self.types)}. "
-                "Write all files with one schema, or name the columns to read."
-            )
-        return _Leaves(path, metadata, self.columns, self.cluster_column, nulls=self.nulls, complete=self.complete)
+        self.widths = {index: _leaf_bytes(metadata.schema.column(index)) for _, span in wanted for index in span}
+        self.integers = {field.name: span[0] for field, span in wanted if nulls and _is_integer(field.type)}
+        self.ordered = {field.name: span[0] for field, span in wanted if is_ordered(field.type)}
+        self.cluster = next((span[0] for field, span in wanted if field.name == cluster_column), None)
+
+
+class _Shapes:
+    """The shapes of all files: few, of however many files."""
+
+    def __init__(self, columns: Collection[str] | None, cluster_column: str | None, *, nulls: bool) -> None:
+        self.columns, self.cluster_column, self.nulls = columns, cluster_column, nulls
+        self.by_schema: dict[pa.Schema, _Shape] = {}
+
+    def of(self, path: str, metadata: pq.FileMetaData) -> _Shape:
+        """The shape of a file."""
+        key = _arrow_schema(path, metadata).remove_metadata()
+        if key not in self.by_schema:
+            number = len(self.by_schema)
+            self.by_schema[key] = _Shape(number, path, metadata, self.columns, self.cluster_column, nulls=self.nulls)
+        return self.by_schema[key]
+
+    def scan(self, stats: list[FileStats]) -> Scan:
+        """What there is to say of all files together."""
+        shapes = list(self.by_schema.values())
+        unified = unify({shape.path: shape.schema for shape in shapes})
+        integers = {field.name for field in unified.schema if self.nulls and _is_integer(field.type)}
+        lacking = [frozenset(name for name in integers if _lacks(shape.schema, name)) for shape in shapes]
+        stats = [
+            file._replace(nullable=(file.nullable & integers) | (lacking[file.shape] if file.rows else frozenset()))
+            for file in stats
+        ]
+        types = {field.name: field.type for field in unified.schema}
+        odd = {shape.number for shape in shapes if {field.name: field.type for field in shape.schema} != types}
+        return Scan(
+            unified.schema,
+            stats,
+            frozenset[str]().union(*(file.nullable for file in stats)),
+            unified.problems,
+            unified.unordered.union(*(file.unordered for file in stats)),
+            frozenset(file.path for file in stats if file.shape in odd),
+            list(dict.fromkeys(name for shape in shapes for name in shape.names)),
+        )
+
+
+def _lacks(schema: pa.Schema, name: str) -> bool:
+    place = schema.get_field_index(name)
+    return place < 0 or bool(pa.types.is_null(schema.field(place).type))
 
 
 def _count_leaves(type_: pa.DataType) -> int:
@@ -439,72 +532,81 @@ def _is_integer(type_: pa.DataType) -> bool:
 
 
 def _stats_of_block(
-    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], expected: _Leaves
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], shapes: _Shapes
 ) -> dict[str, FileStats]:
     """What footers say: many that are built alike are read at once, and the rest one by one."""
     stats: dict[str, FileStats] = {}
     rest = list(footers)
     for _ in range(SHAPES):
         # Bounds are Arrow's business: it knows how they are sorted and written.
-        if len(rest) < MANY or expected.cluster is not None:
+        if len(rest) < MANY or shapes.cluster_column is not None:
             break
-        stats |= _stats_of_alike(fs, {path: footers[path] for path in rest}, expected)
+        stats |= _stats_of_alike(fs, {path: footers[path] for path in rest}, shapes)
         rest = [path for path in rest if path not in stats]
-    return stats | {path: _stats_of_one(fs, path, footers[path], expected)[0] for path in rest}
+    return stats | {path: _stats_of_one(fs, path, footers[path], shapes)[0] for path in rest}
 
 
 def _stats_of_alike(
-    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], expected: _Leaves
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], shapes: _Shapes
 ) -> dict[str, FileStats]:
     """What the first of the footers says, and those that are built like it."""
     paths = list(footers)
-    first, leaves = _stats_of_one(fs, paths[0], footers[paths[0]], expected)
+    first, shape = _stats_of_one(fs, paths[0], footers[paths[0]], shapes)
     alike, groups = read_alike(list(footers.values()))
-    stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, leaves)
+    stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, shape)
     # The others are believed if the first one is read as Arrow reads it.
     return {file.path: file for file in stats} if stats[:1] == [first] else {first.path: first}
 
 
-def _stats_of_groups(paths: Sequence[str], groups: Sequence[Group], leaves: _Leaves) -> list[FileStats]:
+def _stats_of_groups(paths: Sequence[str], groups: Sequence[Group], shape: _Shape) -> list[FileStats]:
     row_groups = []
     nullable = [frozenset[str]()] * len(paths)
     for rows, chunks in groups:
         nbytes, elements = np.zeros((2, len(paths)), dtype=np.int64)
-        for index, width in leaves.widths.items():
+        for index, width in shape.widths.items():
             nbytes += chunks[index].nbytes if width is None else chunks[index].values * width
             np.maximum(elements, chunks[index].values, out=elements)
         row_groups.append(map(RowGroup, rows.tolist(), nbytes.tolist(), elements.tolist()))
-        for name, index in leaves.integers.items():
+        for name, index in shape.integers.items():
             nulls = chunks[index].nulls
             for file in np.flatnonzero((rows > 0) & (True if nulls is None else nulls != 0)).tolist():
                 nullable[file] |= {name}
     rows = sum((group.rows for group in groups), np.zeros(len(paths), dtype=np.int64))
-    return list(map(FileStats, paths, rows.tolist(), zip(*row_groups, strict=True), nullable))
+    return [
+        FileStats(path, count, of_it, names, shape=shape.number)
+        for path, count, of_it, names in zip(paths, rows.tolist(), zip(*row_groups, strict=True), nullable, strict=True)
+    ]
 
 
-def _stats_of_one(
-    fs: fsspec.AbstractFileSystem, path: str, footer: bytes, expected: _Leaves
-) -> tuple[FileStats, _Leaves]:
+def _stats_of_one(fs: fsspec.AbstractFileSystem, path: str, footer: bytes, shapes: _Shapes) -> tuple[FileStats, _Shape]:
     """What Arrow reads in a footer, and where the columns lie in it."""
     metadata = _read_metadata(fs, path, footer)
-    leaves = expected.of(path, metadata)
+    shape = shapes.of(path, metadata)
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     nullable = frozenset(
-        name for name, index in leaves.integers.items() if any(_null_count(group, index) != 0 for group in groups)
+        name for name, index in shape.integers.items() if any(_null_count(group, index) != 0 for group in groups)
     )
-    cluster = leaves.cluster
+    unordered = frozenset(
+        name
+        for name, index in shape.ordered.items()
+        if any(group.num_rows and not group.column(index).has_dictionary_page for group in groups)
+    )
+    cluster = shape.cluster
     null_clusters = 0 if cluster is None else sum(_null_count(group, cluster) or 0 for group in groups)
-    row_groups = tuple(_row_group(group, leaves) for group in groups)
-    return FileStats(path, metadata.num_rows, row_groups, nullable, null_clusters), leaves
+    row_groups = tuple(_row_group(group, shape) for group in groups)
+    stats = FileStats(
+        path, metadata.num_rows, row_groups, nullable, null_clusters, shape=shape.number, unordered=unordered
+    )
+    return stats, shape
 
 
-def _row_group(group: Any, leaves: _Leaves) -> RowGroup:
+def _row_group(group: Any, shape: _Shape) -> RowGroup:
     nbytes = elements = 0
-    for index, width in leaves.widths.items():
+    for index, width in shape.widths.items():
         chunk = group.column(index)
         nbytes += chunk.total_uncompressed_size if width is None else chunk.num_values * width
         elements = max(elements, chunk.num_values)
-    return RowGroup(group.num_rows, nbytes, elements, *_bounds(group, leaves.cluster))
+    return RowGroup(group.num_rows, nbytes, elements, *_bounds(group, shape.cluster))
 
 
 def _bounds(group: Any, index: int | None) -> tuple[Any, Any]:
@@ -537,120 +639,193 @@ class Reader:
     fs
         The file system of the files.
     schema
-        Fields of the columns in the files.
+        Fields of the columns in the files, with the types that all files can be brought to.
     nullable
-        Integer and Boolean columns that may hold nulls, which NumPy cannot: they stay Arrow's.
-    cluster_field
-        Column that comes from the folders' names, or None.
-    cluster_type
-        Its type: `pa.int64()`, `pa.string()`, or None where there is no such column.
+        Integer, Boolean and floating-point columns that NumPy cannot hold as they are: they stay Arrow's.
+    folders
+        Fields of the columns that come from the folders' names, in the order of `Fragment.keys`.
     backend
         "pandas" or "cudf".
     string_dtype
         The pandas dtype of strings, or None for pandas' own choice.
+    problems
+        From a column that cannot be read to the reason.
+    unordered
+        Ordered categories whose order the files do not tell.
+    odd
+        Files whose types are not those of the schema, which Arrow reads for cuDF.
+    make_ids
+        A column of ids to be made, of the file's name below `root` and the row's number in it; or None.
+    root
+        The folder of all files.
     """
 
     fs: fsspec.AbstractFileSystem
     schema: pa.Schema
     nullable: frozenset[str] = frozenset()
-    cluster_field: str | None = None
-    cluster_type: pa.DataType | None = None
+    folders: pa.Schema = field(default_factory=lambda: pa.schema([]))
     backend: str = "pandas"
     string_dtype: pd.StringDtype[Any] | None = None
+    problems: Mapping[str, str] = field(default_factory=dict)
+    unordered: frozenset[str] = frozenset()
+    odd: frozenset[str] = frozenset()
+    make_ids: str | None = None
+    root: str = ""
+
+    @classmethod
+    def of(cls, fs: fsspec.AbstractFileSystem, scan: Scan, **options: Any) -> Reader:
+        """The reader of files that have been scanned."""
+        columns = {name: getattr(scan, name) for name in ("schema", "nullable", "problems", "unordered", "odd")}
+        return cls(fs, **columns, string_dtype=configured_string_dtype(), **options)
+
+    def with_arrow_floats(self) -> Reader:
+        """The reader whose floats are Arrow's: NumPy cannot tell null from NaN, and pandas writes both as null."""
+        floats = (field.name for field in self.schema if pa.types.is_floating(field.type))
+        return replace(self, nullable=self.nullable.union(floats))
 
     def __dask_tokenize__(self) -> object:
         # A file system's own token is another one in each thread and process.
-        return type(self.fs), self.fs.storage_options, [getattr(self, field.name) for field in fields(self)[1:]]
+        values = [getattr(self, field.name) for field in fields(self)[1:]]
+        return type(self.fs), self.fs.storage_options, self.schema.metadata, values
 
     @property
     def columns(self) -> list[str]:
-        """All columns, the one from the folders' names last."""
-        return [*self.schema.names, *([self.cluster_field] if self.cluster_field else [])]
-
-    def check_columns(self, columns: Iterable[str]) -> None:
-        """Raise `MissingColumnsError` for columns that the dataset does not have."""
-        columns = list(columns)
-        if not set(columns) <= set(self.columns):
-            raise MissingColumnsError.build(columns, self.columns, "Pass other `columns`.")
+        """All columns: ids that are made first, those from the folders' names last."""
+        return [*([self.make_ids] if self.make_ids else []), *self.schema.names, *self.folders.names]
 
     def meta(self, columns: Sequence[str]) -> Any:
         """Empty frame with the dtypes of every partition."""
-        table = self._decoded_schema(columns).empty_table()
+        table = self._schema_in_frames(columns).empty_table()
         if self.backend == "cudf":
-            if self.cluster_field in columns:
-                table = table.append_column(self.cluster_field, pa.array([], self.cluster_type))
+            for name in self.folders.names:
+                if name in columns:
+                    table = table.append_column(name, pa.array([], self.folders.field(name).type))
             return import_cudf().DataFrame.from_arrow(table)[list(columns)]
-        return self._to_pandas(table, (), columns)
+        return self.to_pandas(table, (), columns)
 
     def read(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         """Rows of the fragments in their order, with a new `RangeIndex`.
 
         What cuDF reads, it reads in the current CUDA stream, if it can: the frame is complete, and outlives it.
+
+        Raises
+        ------
+        ClusterError
+            If a column cannot be read, or a file is not what it was when it was planned.
         """
+        refuse(self.problems, columns, COLUMNS_ADVICE)
         if self.backend == "cudf":
             return self._read_cudf(fragments, columns)
-        schema = self._decoded_schema(columns)
-        if not schema.names:
-            return self._to_pandas(schema.empty_table(), fragments, columns)
-        tables = [read_fragment(self.fs, fragment, schema) for fragment in fragments]
-        read = [piece._replace(rows=len(table)) for piece, table in zip(fragments, tables, strict=True)]
-        return self._to_pandas(pa.concat_tables([schema.empty_table(), *tables]), read, columns)
+        return self.to_pandas(self._read_arrow(fragments, columns), fragments, columns)
 
-    def to_pandas(self, table: pa.Table) -> pd.DataFrame:
-        """The frame of an Arrow table of the schema, or of some of its columns."""
-        return self._to_pandas(table, (), table.column_names)
+    def _read_arrow(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> pa.Table:
+        schema = self._schema_in_frames(columns)
+        if not schema.names:
+            return schema.empty_table()
+        return pa.concat_tables([schema.empty_table(), *(read_fragment(self.fs, piece, schema) for piece in fragments)])
 
     def _read_cudf(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         if not fragments:
             return self.meta(columns)
         share_memory_pool()
-        in_files = [name for name in columns if name != self.cluster_field]
-        clusters = self._cudf_clusters(fragments) if self.cluster_field in columns else None
-        frame = read_fragments_cudf(self.fs, fragments, in_files)
-        if clusters is not None:
+        in_files = [name for name in columns if name in self.schema.names]
+        keys = {name: self._cudf_keys(fragments, name) for name in columns if name in self.folders.names}
+        # libcudf does not know the order of categories.
+        ordered = [name for name in in_files if is_ordered(self.schema.field(name).type)]
+        frame = self._read_cudf_files(fragments, [name for name in in_files if name not in ordered])
+        if ordered:
+            categories = self._from_arrow(fragments, ordered)
+            with outside("cuda"):
+                frame = frame.assign(**{name: categories[name] for name in ordered})
+        if keys:
             finish()
-            frame[self.cluster_field] = clusters
+            for name, column in keys.items():
+                frame[name] = column
         return frame[list(columns)]
 
-    def _cudf_clusters(self, fragments: Sequence[Fragment]) -> Any:
+    def _read_cudf_files(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+        """Columns of files: those of odd types by way of Arrow, which brings them to the types of the others."""
+        runs = [list(run) for _, run in groupby(fragments, lambda fragment: fragment.path in self.odd)]
+        frames = [
+            self._from_arrow(run, columns)
+            if columns and run[0].path in self.odd
+            else read_fragments_cudf(self.fs, run, columns)
+            for run in runs
+        ]
+        if len(frames) == 1:
+            return frames[0]
+        with outside("cuda"):
+            return import_cudf().concat(frames, ignore_index=True)
+
+    def _from_arrow(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+        table = self._read_arrow(fragments, columns)
+        with outside("cuda"):
+            return import_cudf().DataFrame.from_arrow(table)
+
+    def _cudf_keys(self, fragments: Sequence[Fragment], name: str) -> Any:
         cudf = import_cudf()
         import pylibcudf
 
-        clusters = pa.array([fragment.cluster for fragment in fragments], self.cluster_type)
-        column = cudf.Series.from_pylibcudf(pylibcudf.Column.from_arrow(clusters, stream=current()))
+        column = cudf.Series.from_pylibcudf(pylibcudf.Column.from_arrow(self._keys(fragments, name), stream=current()))
         return take(column, _cupy_repeat(np.array([fragment.rows for fragment in fragments])))
 
-    def _decoded_schema(self, columns: Sequence[str]) -> pa.Schema:
-        """Schema of those columns that come from the files, without what Arrow cannot take rows of."""
-        wanted = [self.schema.field(name) for name in columns if name != self.cluster_field]
-        return pa.schema([pa.field(field.name, _decoded(field.type)) for field in wanted])
+    def _keys(self, fragments: Sequence[Fragment], name: str) -> pa.Array:
+        """The value in the folders' names, one a fragment."""
+        place = self.folders.get_field_index(name)
+        return pa.array([fragment.keys[place] for fragment in fragments], self.folders.field(place).type)
 
-    def _to_pandas(self, table: pa.Table, fragments: Sequence[Fragment], columns: Sequence[str]) -> pd.DataFrame:
+    def _schema_in_frames(self, columns: Sequence[str]) -> pa.Schema:
+        """Schema of those columns that come from the files, of the types that they have in frames."""
+        types = in_cudf if self.backend == "cudf" else in_frames
+        wanted = [self.schema.field(name) for name in columns if name in self.schema.names]
+        return pa.schema([pa.field(field.name, types(field.type)) for field in wanted])
+
+    def to_pandas(self, table: pa.Table, fragments: Sequence[Fragment], columns: Sequence[str]) -> pd.DataFrame:
+        """The frame of what was read of fragments, with the columns that come from their names and rows."""
+        table = conform(table, self._schema_in_frames(table.column_names))
         series = {name: self._to_series(table[name], name) for name in table.column_names}
-        if self.cluster_field in columns:
-            series[self.cluster_field] = self._cluster_series(fragments)
+        for name in self.folders.names:
+            if name in columns:
+                rows = np.array([fragment.rows for fragment in fragments], dtype=np.int64)
+                keys = self._keys(fragments, name).take(pa.array(np.repeat(np.arange(len(rows)), rows)))
+                series[name] = self._to_series(pa.chunked_array([keys]), name)
+        if self.make_ids in columns:
+            ids = pa.chunked_array([made_ids(self.root, fragment) for fragment in fragments], pa.large_string())
+            series[str(self.make_ids)] = self._to_series(ids, str(self.make_ids))
         return pd.DataFrame({name: series[name] for name in columns}, copy=False)
 
     def _to_series(self, column: pa.ChunkedArray, name: str) -> pd.Series:
         dtype = _extension_dtype(column.type, name in self.nullable, self.string_dtype)
         return column.to_pandas(types_mapper=None if dtype is None else lambda _: dtype)
 
-    def _cluster_series(self, fragments: Sequence[Fragment]) -> pd.Series:
-        rows = np.array([fragment.rows for fragment in fragments], dtype=np.int64)
-        clusters = pa.array([fragment.cluster for fragment in fragments], self.cluster_type)
-        if self.cluster_type == pa.int64():
-            return pd.Series(np.repeat(clusters.to_numpy(), rows))
-        repeated = clusters.take(pa.array(np.repeat(np.arange(len(rows)), rows)))
-        return self._to_series(pa.chunked_array([repeated]), str(self.cluster_field))
+
+# What to do about a column that cannot be read, which only some of the work needs.
+COLUMNS_ADVICE = "Give it one type in all files, or name columns that agree."
 
 
-def _decoded(type_: pa.DataType) -> pa.DataType:
-    """The type of the values that dictionaries and views stand for."""
-    if pa.types.is_dictionary(type_):
-        return _decoded(type_.value_type)
-    if pa.types.is_string_view(type_):
-        return pa.large_string()
-    return pa.large_binary() if pa.types.is_binary_view(type_) else type_
+def made_ids(root: str, fragment: Fragment) -> pa.Array:
+    """Ids of a fragment's rows: the file's name below a folder, and the row's number in the file.
+
+    Examples
+    --------
+    >>> made_ids("data", Fragment("data/a.parquet", 2, first_row=10)).to_pylist()
+    ['a.parquet:10', 'a.parquet:11']
+    """
+    name = pa.scalar(fragment.path.removeprefix(root).lstrip("/"), pa.large_string())
+    rows = pa.array(np.arange(fragment.first_row, fragment.first_row + fragment.rows)).cast(pa.large_string())
+    return pc.binary_join_element_wise(name, rows, pa.scalar(":", pa.large_string()))
+
+
+def in_cudf(type_: pa.DataType) -> pa.DataType:
+    """The type that a column of a file has in frames of cuDF, which knows no fixed sizes and no extensions."""
+    types = pa.types
+    if isinstance(type_, pa.BaseExtensionType):
+        return in_cudf(type_.storage_type)
+    if types.is_dictionary(type_):
+        return type_ if type_.ordered else in_cudf(type_.value_type)
+    if types.is_large_list(type_) or types.is_fixed_size_list(type_):
+        return pa.list_(type_.value_field)
+    return pa.string() if types.is_string_view(type_) or types.is_large_string(type_) else type_
 
 
 def configured_string_dtype() -> pd.StringDtype[Any] | None:
@@ -665,9 +840,9 @@ def _extension_dtype(
     types = pa.types
     if types.is_string(type_) or types.is_large_string(type_):
         return string_dtype
-    if _is_integer(type_):
+    if _is_integer(type_) or types.is_floating(type_):
         return pd.ArrowDtype(type_) if nullable else None
-    if types.is_floating(type_) or types.is_timestamp(type_) or types.is_duration(type_):
+    if types.is_timestamp(type_) or types.is_duration(type_):
         return None
     return pd.ArrowDtype(type_)
 
@@ -675,22 +850,48 @@ def _extension_dtype(
 def read_fragment(fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.Schema) -> pa.Table:
     """Read one fragment's columns as an Arrow table of exactly the given schema.
 
-    Files are read one after another and without Arrow's threads, since Dask already runs a partition per core.
+    Files are read one after another and without Arrow's threads, since Dask already runs a partition per core. They
+    are not mapped into memory: a process that reads a page of a file that was cut meanwhile is killed.
     """
-    local = is_local(fs)
+    path = fragment.path
     try:
-        with (
-            nullcontext(fragment.path) if local else fs.open(fragment.path) as source,
-            pq.ParquetFile(source, memory_map=local, pre_buffer=not local) as file,
-        ):
-            if fragment.row_groups is None:
-                table = file.read(schema.names, use_threads=False)
-            else:
-                table = file.read_row_groups(list(fragment.row_groups), schema.names, use_threads=False)
-        table = table.select(schema.names).replace_schema_metadata(None)
-        return table if table.schema.equals(schema) else table.cast(schema)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise _unreadable(fragment.path, error) from error
+        with nullcontext(path) if is_local(fs) else fs.open(path) as source:
+            _check_size(path, fragment.size, os.path.getsize(path) if is_local(fs) else getattr(source, "size", None))
+            with pq.ParquetFile(source, pre_buffer=not is_local(fs)) as file:
+                table = _read_row_groups(file, fragment.row_groups, schema.names)
+    except (pa.ArrowException, OSError, LookupError, ValueError) as error:
+        if isinstance(error, SemDedupError):
+            raise
+        raise _unreadable(path, error) from error
+    if len(table) != fragment.rows:
+        raise _changed([path])
+    try:
+        return conform(table, schema)
+    except ClusterError as error:
+        raise ClusterError(f"{path}: {error}") from error
+
+
+def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, names: Sequence[str]) -> pa.Table:
+    groups = list(range(file.metadata.num_row_groups) if row_groups is None else row_groups)
+    present = [name for name in file.schema_arrow.names if name in names]
+    if not present:
+        rows = sum(file.metadata.row_group(index).num_rows for index in groups)
+        return pa.table({"": pa.nulls(rows)})
+    try:
+        return file.read_row_groups(groups, present, use_threads=False)
+    except pa.ArrowNotImplementedError:
+        # More than 2 GiB of strings within lists or structs come only in batches.
+        batches = file.iter_batches(BATCH_ROWS, groups, present, use_threads=False)
+        return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
+
+
+def _check_size(path: str, planned: int, found: int | None) -> None:
+    if planned and found is not None and found != planned:
+        raise _changed([path])
+
+
+def _changed(paths: Sequence[str]) -> ClusterError:
+    return ClusterError(f"{some(paths)} changed since the footers were read. Read the files anew.")
 
 
 @cache
@@ -753,7 +954,7 @@ def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragm
         with outside("cuda"):
             frame = cudf.concat(frames, ignore_index=True)
     if len(frame) != rows:
-        raise ClusterError(f"{_first_of(fragments)} changed since the footers were read.")
+        raise _changed([fragment.path for fragment in fragments])
     return frame
 
 
@@ -762,6 +963,8 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
     try:
         with _readers:
             if is_local(fs):
+                for fragment in fragments:
+                    _check_size(fragment.path, fragment.size, os.path.getsize(fragment.path))
                 return _read_with_libcudf(fragments, columns, groups)
             with outside("cuda"):
                 return import_cudf().read_parquet(
@@ -805,7 +1008,7 @@ def _check_rows(fragments: Sequence[Fragment], rows: Sequence[int]) -> None:
     """Raise `ClusterError` if a file has other rows than planned: its neighbours would get some of another cluster."""
     changed = [fragment.path for fragment, n in zip(fragments, rows, strict=False) if fragment.rows != n]
     if changed:
-        raise ClusterError(f"{some(changed)} changed since the footers were read: read the clusters anew.")
+        raise _changed(changed)
 
 
 def _cupy_repeat(counts: np.ndarray) -> Any:

@@ -50,17 +50,18 @@ from dask_semdedup._parquet import (
     RowGroup,
     above_pattern,
     checksum,
-    configured_string_dtype,
+    fragments_of,
     is_local,
     list_files,
-    read_footers,
     read_schema,
+    scan_files,
 )
+from dask_semdedup._schemas import without
 from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.embeddings import to_arrow, to_host
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.folders import real_path
-from dask_semdedup.layout import NULL_NAMES, integers_or_names
+from dask_semdedup.layout import NULL_NAMES, integers_or_names, key_type
 from dask_semdedup.memory import device_bytes
 from dask_semdedup.placement import partitions_per_gpu, visible_gpus
 
@@ -137,7 +138,7 @@ def read_clusters(
     backend : {"pandas", "cudf"}, optional
         What partitions are. By default Dask's configuration ``dataframe.backend``.
     columns : sequence of str, optional
-        The columns to read, in this order. By default all that the first file has.
+        The columns to read, in this order. By default all that there are.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     partition_size : str or int, optional
@@ -157,8 +158,8 @@ def read_clusters(
     Raises
     ------
     ClusterError
-        If there are no files, one cannot be read, the schemas of two differ, there is no cluster column, or rows have
-        a null cluster.
+        If there are no files, one cannot be read, two disagree about a column that is asked for, there is no cluster
+        column, or rows have a null cluster. If two disagree about another column, an error follows when it is computed.
     MissingColumnsError
         If a column in `columns` is not there.
     InvalidArgumentError
@@ -192,10 +193,8 @@ def read_clusters(
     size = default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
     folders = _clusters_beneath(fs, path, storage_options, files, cluster_field)
-    reader = _reader(fs, files, folders, cluster_field, backend)
-    wanted = reader.columns if columns is None else list(dict.fromkeys(columns))
-    reader.check_columns(wanted)
-    source = _scan(reader, files, folders, cluster_field, wanted, size)
+    source = _scan(fs, files, folders, cluster_field, columns, size, backend)
+    wanted = source.reader.columns if columns is None else list(dict.fromkeys(columns))
     reading = wanted if source.aligned else list(dict.fromkeys([*wanted, cluster_field]))
     ddf = new_collection(ReadClusters(source, reading))
     return ddf if source.aligned else align(ddf, cluster_field)[wanted]
@@ -398,11 +397,11 @@ class Source:
 
     def folder_around(self, fs: fsspec.AbstractFileSystem, folder: str) -> str | None:
         """The folder of these clusters, if another one within it would be taken for one of them; else None."""
-        if self.reader.cluster_field is None or type(fs) is not type(self.reader.fs):
+        if self.cluster_field not in self.reader.folders.names or type(fs) is not type(self.reader.fs):
             return None
         paths = (fragment.path for fragments in self.partitions for fragment in fragments)
         # The innermost key is that of the cluster.
-        roots = {path.rpartition(f"/{self.reader.cluster_field}=")[0] for path in paths}
+        roots = {path.rpartition(f"/{self.cluster_field}=")[0] for path in paths}
         return next((root for root in roots if real_path(fs, folder).startswith(f"{real_path(fs, root)}/")), None)
 
     def __dask_tokenize__(self) -> str:
@@ -430,53 +429,41 @@ class _Unit:
             self.elements += group.elements
 
 
-def _reader(
+def _scan(
     fs: fsspec.AbstractFileSystem,
     files: Mapping[str, Mapping[str, Any]],
     folders: Mapping[str, Any] | None,
     cluster_field: str,
-    backend: str,
-) -> Reader:
-    first, info = next(iter(files.items()))
-    schema = read_schema(fs, first, info["size"])
-    strings = configured_string_dtype()
-    if folders is None:
-        if cluster_field not in schema.names:
-            raise no_cluster_column(cluster_field, f"{first} and no folders {cluster_field}=<k>", schema.names)
-        return Reader(fs, schema, backend=backend, string_dtype=strings)
-    if cluster_field in schema.names:
-        schema = schema.remove(schema.get_field_index(cluster_field))
-    cluster_type = pa.int64() if isinstance(folders[first], int) else pa.string()
-    return Reader(fs, schema, frozenset(), cluster_field, cluster_type, backend, strings)
-
-
-def _scan(
-    reader: Reader,
-    files: Mapping[str, Mapping[str, Any]],
-    folders: Mapping[str, Any] | None,
-    cluster_field: str,
-    columns: Sequence[str],
+    columns: Sequence[str] | None,
     size: int,
+    backend: str,
 ) -> Source:
     """Read the footers and plan the partitions."""
     bounded = cluster_field if folders is None else None
-    in_files = [name for name in reader.schema.names if name in columns or name == bounded]
-    stats = read_footers(reader.fs, files, in_files, bounded, nulls=reader.backend == "pandas")
-    _check_null_clusters(stats, cluster_field)
-    reader = replace(reader, nullable=frozenset().union(*(file.nullable for file in stats)))
-    units = _units_of_bounds(stats, size) if folders is None else _units_of_folders(stats, folders)
+    scan = scan_files(fs, files, columns, bounded, nulls=backend == "pandas")
+    if bounded and bounded not in scan.names:
+        raise no_cluster_column(cluster_field, f"{next(iter(files))} and no folders {cluster_field}=<k>", scan.names)
+    scan.check_columns([*(columns or []), *([bounded] if bounded else [])], [cluster_field], "Pass other `columns`.")
+    _check_null_clusters(scan.files, cluster_field)
+    keys = pa.schema([])
+    if folders is not None:
+        keys = pa.schema({cluster_field: key_type(folders.values())})
+        scan = scan._replace(schema=without(scan.schema, [cluster_field]))
+    reader = Reader.of(fs, scan, folders=keys, backend=backend)
+    units = _units_of_bounds(scan.files, size) if folders is None else _units_of_folders(scan.files, folders)
     aligned = units is not None
     if units is None:
-        units = _units_of_row_groups(stats)
-    if reader.backend == "cudf":
+        units = _units_of_row_groups(scan.files)
+    if backend == "cudf":
         _check_cudf(units, cluster_field)
-    size = fitting_size(size, reader.backend, sum(unit.nbytes for unit in units))
+    size = fitting_size(size, backend, sum(unit.nbytes for unit in units))
     units.sort(key=attrgetter("key"))
     runs, giants = _runs([(place, unit.rows, unit.nbytes) for place, unit in enumerate(units)], size)
     partitions = tuple(
         _join(fragment for place in places for fragment in units[place].fragments) for places in _arranged(runs, giants)
     )
-    token = tokenize(checksum(files), reader, cluster_field, aligned, size, tuple(columns))
+    wanted = None if columns is None else tuple(columns)
+    token = tokenize(checksum(files), reader, cluster_field, aligned, size, wanted)
     return Source(reader, partitions, cluster_field, aligned, token)
 
 
@@ -518,7 +505,8 @@ def _units_of_folders(stats: Sequence[FileStats], folders: Mapping[str, Any]) ->
         if cluster not in units:
             units[cluster] = _Unit(cluster)
         nbytes = sum(group.nbytes for group in file.row_groups)
-        units[cluster].add(Fragment(file.path, file.rows, None, cluster, nbytes), file.row_groups)
+        piece = Fragment(file.path, file.rows, None, (cluster,), nbytes, file.size)
+        units[cluster].add(piece, file.row_groups)
     return list(units.values())
 
 
@@ -527,18 +515,23 @@ def _units_of_bounds(stats: Sequence[FileStats], size: int) -> list[_Unit] | Non
 
     A run of several clusters that is larger than a partition and could be cut gives None too: it is better shuffled.
     """
-    groups = [(group, file.path, index) for file in stats for index, group in enumerate(file.row_groups) if group.rows]
-    if any(group.low is None for group, _, _ in groups):
+    groups = [
+        (group, fragment)
+        for file in stats
+        for group, fragment in zip(file.row_groups, fragments_of(file), strict=True)
+        if group.rows
+    ]
+    if any(group.low is None for group, _ in groups):
         return None
     units: list[_Unit] = []
     high = None
-    for group, path, index in sorted(groups, key=lambda item: (item[0].low, item[0].high, item[1:])):
+    for group, fragment in sorted(groups, key=lambda item: (item[0].low, item[0].high, item[1])):
         if high is None or group.low > high:
             units.append(_Unit(group.low))
             high = group.high
-        elif units[-1].fragments[0].path != path:
+        elif units[-1].fragments[0].path != fragment.path:
             return None
-        units[-1].add(Fragment(path, group.rows, (index,)), [group])
+        units[-1].add(fragment, [group])
         high = max(high, group.high)
         if units[-1].nbytes > size and len(units[-1].fragments) > 1 and units[-1].key != high:
             return None
@@ -549,9 +542,9 @@ def _units_of_row_groups(stats: Sequence[FileStats]) -> list[_Unit]:
     """Every row group by itself, in the files' order."""
     units: list[_Unit] = []
     for file in stats:
-        for index, group in enumerate(file.row_groups):
+        for group, fragment in zip(file.row_groups, fragments_of(file), strict=True):
             units.append(_Unit(len(units)))
-            units[-1].add(Fragment(file.path, group.rows, (index,)), [group])
+            units[-1].add(fragment, [group])
     return units
 
 

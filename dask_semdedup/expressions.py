@@ -65,7 +65,7 @@ def _score_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequenc
 
     All at once too where a GPU does the work, or may, which is to be told of as much of it as there is.
     """
-    by_folder = reader.cluster_field == arguments["cluster_field"]
+    by_folder = arguments["cluster_field"] in reader.folders.names
     on_cpu = reader.backend == "pandas" and (arguments.get("device") == "cpu" or not has_cuda())
     if by_folder and on_cpu:
         with suppress(EmbeddingError):

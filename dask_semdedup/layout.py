@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,15 @@ from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.folders import Contents
 from dask_semdedup.tasks import compute_to_the_end
 
-__all__ = ["CLUSTERS", "NULL_NAMES", "check_cluster_dtype", "integers_or_names", "write_layout", "write_partition"]
+__all__ = [
+    "CLUSTERS",
+    "NULL_NAMES",
+    "check_cluster_dtype",
+    "integers_or_names",
+    "key_type",
+    "write_layout",
+    "write_partition",
+]
 
 INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 INT64 = range(-(2**63), 2**63)
@@ -85,6 +93,17 @@ def integers_or_names(names: Mapping[str, str]) -> dict[str, Any]:
     if all(map(INTEGER.fullmatch, distinct)) and all(int(name) in INT64 for name in distinct):
         return {path: int(name) for path, name in names.items()}
     return dict(names)
+
+
+def key_type(values: Iterable[Any]) -> pa.DataType:
+    """Arrow type of what `integers_or_names` gives.
+
+    Examples
+    --------
+    >>> key_type([3, -10]), key_type(["3", "010"])
+    (DataType(int64), DataType(string))
+    """
+    return pa.int64() if all(isinstance(value, int) for value in values) else pa.string()
 
 
 def write_layout(ddf: dd.DataFrame, folder: str, cluster_field: str, max_file_size: int, **options: Any) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from dask_semdedup._schemas import is_ordered
 from dask_semdedup._validate import check_choice, check_seed
 from dask_semdedup.embeddings import is_cudf
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
@@ -126,6 +130,21 @@ class RankingStrategy:
         if set(self.required_columns) & set(DISTANCE_COLUMNS.values()):
             advice = "Distances to the centroid come from k-means; without them rank with which_to_keep='random'."
         raise MissingColumnsError.build(self.required_columns, present, advice)
+
+    def check_order(self, unordered: Iterable[str]) -> None:
+        """Raise if one of the columns to rank by holds ordered categories of which files do not tell the order.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Naming the column, and what to do.
+
+        Examples
+        --------
+        >>> RankingStrategy(["quality"]).check_order([])
+        """
+        if lost := sorted(set(self.required_columns).intersection(unordered)):
+            raise _no_order(lost[0], "some of the files hold them without it, or are written without a dictionary")
 
     def rank_cluster(self, frame: Any, id_field: str | None = None) -> Any:
         """Put the rows of one cluster in rank order.
@@ -356,7 +375,9 @@ def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         missing = column.isna().to_numpy(dtype=bool)
         values = column.to_numpy(dtype, na_value=dtype.type(0)) if missing.any() else column.to_numpy(dtype)
         return missing, values.astype(np.uint8) if kind == "b" else values
-    if not isinstance(column.dtype, pd.CategoricalDtype):
+    if is_ordered(getattr(column.dtype, "pyarrow_dtype", pa.null())):
+        codes = _codes_of_dictionaries(column)
+    elif not isinstance(column.dtype, pd.CategoricalDtype):
         codes = _factorized(column, column.name)
     elif column.cat.ordered:
         codes = column.cat.codes.to_numpy()
@@ -364,6 +385,46 @@ def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
         # As the values they are, whose order does not depend on the partition.
         codes = np.append(_factorized(column.cat.categories, column.name), -1)[column.cat.codes]
     return codes < 0, codes
+
+
+def _codes_of_dictionaries(column: pd.Series) -> np.ndarray:
+    """Places of Arrow's ordered categories, which may have a dictionary in each chunk; null has -1."""
+    chunks = column.array.__arrow_array__().chunks
+    categories = pa.array(
+        _one_order([chunk.dictionary for chunk in chunks], column.name), column.dtype.pyarrow_dtype.value_type
+    )
+    codes = [
+        pc.index_in(chunk.dictionary, categories).take(chunk.indices).fill_null(-1).to_numpy(zero_copy_only=False)
+        for chunk in chunks
+    ]
+    return np.concatenate([np.empty(0, np.int32), *codes])
+
+
+def _one_order(dictionaries: Iterable[pa.Array], name: object) -> list[Any]:
+    """The one order in which the categories of all dictionaries stand."""
+    orders = list(dict.fromkeys(tuple(dictionary.to_pylist()) for dictionary in dictionaries))
+    if len(orders) < 2:
+        return list(*orders)
+    before = TopologicalSorter[Any]()
+    pairs = {pair for order in orders for pair in pairwise(order)}
+    for category in chain.from_iterable(orders):
+        before.add(category)
+    for low, high in pairs:
+        before.add(high, low)
+    try:
+        merged = list(before.static_order())
+    except CycleError as error:
+        raise _no_order(name, "files hold them in different orders") from error
+    if not pairs.issuperset(pairwise(merged)):
+        raise _no_order(name, "no file holds all of them")
+    return merged
+
+
+def _no_order(name: object, why: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"Column {name!r} holds ordered categories whose order is lost: {why}. Rank by numbers that stand for them, "
+        "or write all files with the same categories."
+    )
 
 
 def _factorized(values: pd.Series | pd.Index, name: object) -> np.ndarray:

@@ -24,7 +24,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dask_semdedup._parquet import FileStats, Fragment, Reader, import_cudf, read_footers, read_schema
+from dask_semdedup._parquet import FileStats, Fragment, Reader, Scan, import_cudf, scan_files
 from dask_semdedup._validate import check_positive, stack_level
 from dask_semdedup.clusters import (
     CUDF_ELEMENTS,
@@ -39,6 +39,7 @@ from dask_semdedup.duplicates import SCORE_COLUMNS
 from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, rows_not_finite, to_arrow
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.folders import is_within
+from dask_semdedup.layout import key_type
 from dask_semdedup.memory import share_memory_pool
 from dask_semdedup.pairwise import home_field, pairwise_partition
 from dask_semdedup.placement import HOMES, place_for
@@ -434,17 +435,16 @@ class PairwiseCosineSimilarityStage:
     def _read(self, footers: _Footers, backend: str) -> Any:
         """Read the clusters into one frame with a column that tells them apart."""
         clusters = footers.by_cluster
-        stats = [file for files in clusters.values() for file in files]
-        cluster_type = pa.int64() if all(isinstance(cluster, int) for cluster in clusters) else pa.string()
         reader = replace(
             footers.reader,
-            nullable=frozenset().union(*(file.nullable for file in stats)),
-            cluster_field=CLUSTER_FIELD,
-            cluster_type=cluster_type,
+            nullable=frozenset().union(*(file.nullable for files in clusters.values() for file in files)),
+            folders=pa.schema({CLUSTER_FIELD: key_type(clusters)}),
             backend=backend,
         )
         fragments = [
-            Fragment(file.path, file.rows, None, cluster) for cluster, files in clusters.items() for file in files
+            Fragment(file.path, file.rows, None, (cluster,), size=file.size)
+            for cluster, files in clusters.items()
+            for file in files
         ]
         return reader.read(fragments, [*self._columns(), CLUSTER_FIELD])
 
@@ -479,25 +479,26 @@ class PairwiseCosineSimilarityStage:
     def _scan(self, listing: Listing) -> _Footers:
         """Read the footers of files, and check that they have the columns."""
         fs, infos, by_cluster = listing
-        first = next(iter(infos))
-        schema = read_schema(fs, first, infos[first]["size"])
-        self._check_schema(schema, first)
-        footers = {footer.path: footer for footer in read_footers(fs, infos, self._columns())}
-        return _Footers(
-            Reader(fs, schema), {cluster: [footers[path] for path in paths] for cluster, paths in by_cluster.items()}
-        )
+        scan = scan_files(fs, infos, self._columns())
+        reader = Reader.of(fs, scan)
+        self._check_schema(scan, reader, next(iter(infos)))
+        files = {file.path: file for file in scan.files}
+        return _Footers(reader, {cluster: [files[path] for path in paths] for cluster, paths in by_cluster.items()})
 
-    def _check_schema(self, schema: pa.Schema, path: str) -> None:
-        if not {self.id_field, self.embedding_field} <= set(schema.names):
+    def _check_schema(self, scan: Scan, reader: Reader, path: str) -> None:
+        names = scan.names
+        if not {self.id_field, self.embedding_field} <= set(names):
             advice = f"Name the columns of ids and embeddings in {path} as id_field and embedding_field."
-            raise MissingColumnsError.build([self.id_field, self.embedding_field], schema.names, advice)
-        if HOME_FIELD in schema.names:
+            raise MissingColumnsError.build([self.id_field, self.embedding_field], names, advice)
+        if HOME_FIELD in names:
             raise ClusterError(
                 f"{path} has a column {HOME_FIELD!r}: its rows visit other clusters (k-means with n_probe), of which a "
                 "stage knows nothing. Use read_clusters(...).semdedup.pairwise(), or cluster with n_probe=1."
             )
-        self.ranking_strategy.check_columns(schema.names)
-        empty = Reader(None, schema).meta(list({self.id_field, self.embedding_field}))
+        self.ranking_strategy.check_columns(names)
+        scan.check_columns(self._columns(), [], "")
+        self.ranking_strategy.check_order(reader.unordered)
+        empty = reader.meta(list({self.id_field, self.embedding_field}))
         check_plain_dtype(empty[self.id_field], "id_field")
         check_embedding_dtype(empty[self.embedding_field], self.embedding_field, self.embedding_dim)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import io
 import os
 import re
-import warnings
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
@@ -29,15 +28,16 @@ from dask_semdedup._parquet import (
     above_pattern,
     checksum,
     configured_string_dtype,
+    fragments_of,
     list_files,
-    read_footers,
     read_schema,
+    scan_files,
 )
-from dask_semdedup._validate import check_bytes, check_names, stack_level
+from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.duplicates import SCORE_COLUMNS
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.folders import Contents
-from dask_semdedup.layout import NULL_NAMES, integers_or_names
+from dask_semdedup.layout import NULL_NAMES, integers_or_names, key_type
 
 __all__ = ["SCORES", "find_rows", "read_scores", "read_table", "table_token"]
 
@@ -73,6 +73,7 @@ def read_table(
     *,
     id_field: str = "id",
     embedding_field: str = "embeddings",
+    make_ids: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     partition_size: str | int = "128MiB",
 ) -> dd.DataFrame:
@@ -129,18 +130,13 @@ def read_table(
     check_names("columns", columns)
     options = dict(storage_options or {})
     fs, files, are_json = _list_table(path, options)
-    # What folders of several paths are named after is none of one table's columns.
-    root = None
-    if isinstance(path, str | os.PathLike):
-        root = above_pattern(fs, fsspec.url_to_fs(os.fspath(path), **options)[1])
+    roots = _roots(fs, path, options)
+    made = id_field if make_ids else None
     if are_json:
-        ddf = _read_json(fs, files, columns, id_field, embedding_field, size)
-    else:
-        reader, fragments, sizes = _scan(fs, files, columns, root=root)
-        ddf = _lazy(reader, _group(fragments, sizes, size), columns or reader.columns, checksum(files))
-    if columns is None and root is not None:
-        _warn_of_folders(root, files, ddf.columns)
-    return ddf
+        return _read_json(fs, files, columns, id_field, embedding_field, size)
+    reader, fragments = _scan(fs, files, columns, _keys_below(roots, files), make_ids=made, root=_common_root(roots))
+    reader = reader.with_arrow_floats()
+    return _lazy(reader, _group(fragments, size), columns or reader.columns, checksum(files))
 
 
 def read_scores(
@@ -188,17 +184,15 @@ def read_scores(
     """
     size = check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
-    first, info = next(iter(files.items()))
-    schema = read_schema(fs, first, info["size"])
-    if not set(SCORE_COLUMNS) <= set(schema.names):
-        raise MissingColumnsError.build(SCORE_COLUMNS, schema.names, f"{first} holds no scores of `pairwise`.")
-    columns, clusters = list(SCORE_COLUMNS), None
-    if cluster_field in schema.names:
+    first = next(iter(files))
+    names = read_schema(fs, first, files[first]["size"]).names
+    if not set(SCORE_COLUMNS) <= set(names):
+        raise MissingColumnsError.build(SCORE_COLUMNS, names, f"{first} holds no scores of `pairwise`.")
+    columns, keys = list(SCORE_COLUMNS), None
+    if cluster_field in names or (keys := _clusters_of_files(files, cluster_field)):
         columns.append(cluster_field)
-    else:
-        clusters = _clusters_of_files(files)
-    reader, fragments, sizes = _scan(fs, files, columns, cluster_field, clusters)
-    return _lazy(reader, _group(fragments, sizes, size), reader.columns, checksum(files))
+    reader, fragments = _scan(fs, files, columns, keys)
+    return _lazy(reader, _group(fragments, size), reader.columns, checksum(files))
 
 
 def find_rows(
@@ -284,103 +278,107 @@ def _as_objects(ids: pd.Series) -> pd.Series:
     return pd.Series(list(ids), ids.index, object) if isinstance(type_, pa.BaseExtensionType) else ids
 
 
-def _group(items: Sequence[Any], sizes: Sequence[int], most: int) -> list[tuple[Any, ...]]:
-    """Runs of items of at most so many bytes, or of one item."""
-    groups: list[list[Any]] = []
+def _group(fragments: Sequence[Fragment], most: int) -> list[tuple[Fragment, ...]]:
+    """Runs of fragments of at most so many bytes, or of one fragment."""
+    groups: list[list[Fragment]] = []
     total = 0
-    for item, size in zip(items, sizes, strict=True):
-        if not groups or total + size > most:
+    for fragment in fragments:
+        if not groups or total + fragment.nbytes > most:
             groups.append([])
             total = 0
-        groups[-1].append(item)
-        total += size
+        groups[-1].append(fragment)
+        total += fragment.nbytes
     return [tuple(group) for group in groups]
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
+class Keys(NamedTuple):
+    """Columns in the names of folders or files: their fields, and the values of each file, in that order."""
+
+    fields: pa.Schema
+    values: dict[str, tuple[Any, ...]]
+
+    @property
+    def nullable(self) -> frozenset[str]:
+        """The columns that some files have no value of."""
+        columns = zip(self.fields.names, zip(*self.values.values(), strict=True), strict=False)
+        return frozenset(name for name, values in columns if None in values)
+
+    def without(self, names: Collection[str]) -> Keys:
+        """The columns that are not of these names."""
+        kept = [place for place, name in enumerate(self.fields.names) if name not in names]
+        values = {path: tuple(of_file[place] for place in kept) for path, of_file in self.values.items()}
+        return Keys(pa.schema([self.fields.field(place) for place in kept]), values)
+
+
 def _scan(
     fs: fsspec.AbstractFileSystem,
     files: Mapping[str, Mapping[str, Any]],
     columns: Sequence[str] | None,
-    cluster_field: str | None = None,
-    clusters: Mapping[str, int | str] | None = None,
-    root: str | None = None,
-) -> tuple[Reader, list[Fragment], list[int]]:
-    """A reader of the files, their row groups, and the bytes of each.
-
-    A column may come from the files' names; one that is wanted and in no file, from those of folders below the root.
-    """
-    first, info = next(iter(files.items()))
-    schema = read_schema(fs, first, info["size"])
-    if columns is not None:
-        wanted = set(columns) - set(schema.names)
-        if root is not None and wanted:
-            cluster_field, clusters = _folder_column(root, files, wanted) or (None, None)
-        present = [*schema.names, *([cluster_field] if clusters else [])]
-        if not set(columns) <= set(present):
-            raise MissingColumnsError.build(columns, present, f"They are wanted of {first}.")
-        schema = pa.schema([schema.field(name) for name in columns if name in schema.names])
-    stats = read_footers(fs, files, schema.names, complete=columns is None)
-    nullable = frozenset().union(*(file.nullable for file in stats))
-    type_ = None
-    if clusters:
-        type_ = pa.int64() if all(isinstance(cluster, int) for cluster in clusters.values()) else pa.string()
-    reader = Reader(
-        fs, schema, nullable, cluster_field if clusters else None, type_, string_dtype=configured_string_dtype()
-    )
-    fragments = [
-        Fragment(file.path, group.rows, (index,), clusters[file.path] if clusters else None)
-        for file in stats
-        for index, group in enumerate(file.row_groups)
-    ]
-    return reader, fragments, [group.nbytes for file in stats for group in file.row_groups]
+    keys: Keys | None = None,
+    **options: Any,
+) -> tuple[Reader, list[Fragment]]:
+    """A reader of the files, and their row groups. What is in the files comes before what stands in names."""
+    scan = scan_files(fs, files, columns)
+    made = [options["make_ids"]] if options.get("make_ids") else []
+    if made and made[0] in scan.names:
+        raise InvalidArgumentError(
+            f"The files have a column {made[0]!r}, and ids are to be made of that name. Name another as id_field."
+        )
+    named = keys.fields if keys else pa.schema([])
+    scan.check_columns(columns or [], [*named.names, *made], f"They are wanted of {next(iter(files))}.")
+    reader = Reader.of(fs, scan, **options)
+    if keys is None:
+        return reader, [fragment for file in scan.files for fragment in fragments_of(file)]
+    keys = keys.without(scan.names)
+    reader = replace(reader, folders=keys.fields, nullable=reader.nullable | keys.nullable)
+    return reader, [fragment for file in scan.files for fragment in fragments_of(file, keys.values[file.path])]
 
 
-def _clusters_of_files(files: Mapping[str, Any]) -> dict[str, int | str] | None:
+def _clusters_of_files(files: Collection[str], cluster_field: str) -> Keys | None:
     """Cluster of each file by its name, integers where all are; None where a name has none."""
     matches = {path: CLUSTER_FILE.fullmatch(path.rsplit("/", 1)[-1]) for path in files}
     names = {path: unquote(match[1]) for path, match in matches.items() if match}
-    return None if len(names) < len(files) else integers_or_names(names)
+    if len(names) < len(files):
+        return None
+    clusters = integers_or_names(names)
+    fields = pa.schema({cluster_field: key_type(clusters.values())})
+    return Keys(fields, {path: (cluster,) for path, cluster in clusters.items()})
 
 
-def _values_of_folders(root: str, files: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What the folders of each file say below the root, as ``lang=en``."""
-    return {file: _key_values(file.removeprefix(root)) for file in files}
+def _roots(fs: fsspec.AbstractFileSystem, path: Any, options: Mapping[str, Any]) -> list[str]:
+    """The folders that paths or patterns stand for; those of files are the files themselves."""
+    paths = [path] if isinstance(path, str | os.PathLike) else path
+    return [above_pattern(fs, fsspec.url_to_fs(os.fspath(entry), **options)[1]) for entry in paths]
+
+
+def _common_root(roots: Sequence[str]) -> str:
+    """The folder of all files."""
+    if len(roots) == 1:
+        return roots[0] if not roots[0].endswith(PARQUET_SUFFIXES + JSON_SUFFIXES) else roots[0].rpartition("/")[0]
+    return os.path.commonpath(roots)
+
+
+def _keys_below(roots: Sequence[str], files: Collection[str]) -> Keys:
+    """Columns in the names of folders below the roots, as ``lang=en``: integers where all values are, else strings."""
+    values = {file: _key_values(file.removeprefix(_longest(roots, file))) for file in files}
+    columns = {}
+    for name in dict.fromkeys(name for found in values.values() for name in found):
+        known = {file: found[name] for file, found in values.items() if found.get(name, "") not in NULL_NAMES}
+        columns[name] = integers_or_names(known)
+    fields = pa.schema({name: key_type(column.values()) for name, column in columns.items()})
+    return Keys(fields, {file: tuple(column.get(file) for column in columns.values()) for file in files})
+
+
+def _longest(roots: Sequence[str], file: str) -> str:
+    return max((root for root in roots if file.startswith(root)), key=len, default="")
 
 
 def _key_values(relative: str) -> dict[str, str]:
     parts = (folder.partition("=") for folder in relative.split("/")[:-1])
     return {key: unquote(value) for key, found, value in parts if key and found}
-
-
-def _folder_column(root: str, files: Iterable[str], wanted: Collection[str]) -> tuple[str, dict[str, int | str]] | None:
-    """Of the columns that are wanted and in no file, the one in folders' names, and its value for each file."""
-    values = _values_of_folders(root, files)
-    keys = sorted({key for found in values.values() for key in found if key in wanted})
-    if not keys:
-        return None
-    bare = [file for file, found in values.items() if found.get(keys[0], "") in NULL_NAMES]
-    if len(keys) > 1 or bare:
-        where = f"; {have(len(bare), 'file')} no value, such as {some(bare, 1)}" if bare else ""
-        raise ClusterError(
-            f"In the names of folders only: {', '.join(keys)}{where}. One such column can be read, which "
-            "every file has. Read more with dd.read_parquet(path, dtype_backend='pyarrow')."
-        )
-    return keys[0], integers_or_names({file: found[keys[0]] for file, found in values.items()})
-
-
-def _warn_of_folders(root: str, files: Iterable[str], present: Sequence[str]) -> None:
-    """Say that columns in the names of folders are not read: to take them for clusters may be wrong."""
-    keys = {key for found in _values_of_folders(root, files).values() for key in found}
-    if left := sorted(keys - set(present)):
-        warnings.warn(
-            f"Folders of {root} are named by {', '.join(left)}, which is not read. Files of clusters are read by "
-            "read_clusters, or scored by 'dask-semdedup pairwise'; another such column of Parquet by "
-            "read_table(path, columns=[...]).",
-            stacklevel=stack_level(),
-        )
 
 
 def _lazy(reader: Reader | JsonReader, partitions: list[Any], columns: Sequence[str], token: str) -> dd.DataFrame:
@@ -455,7 +453,7 @@ class JsonReader:
         if self.id_field in columns and table[self.id_field].null_count:
             count = table[self.id_field].null_count
             raise InvalidArgumentError(f"{have(count, 'row')} no {self.id_field!r} in {block.path}.")
-        return self.arrow.to_pandas(table)
+        return self.arrow.to_pandas(table, (), columns)
 
 
 def _read_json(

@@ -7,6 +7,7 @@ frame whose dtypes are those of `Reader.meta`, because both come from the same c
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import resource
@@ -34,7 +35,7 @@ from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup._footers import Group, read_alike
-from dask_semdedup._schemas import conform, in_frames, is_ordered, refuse, unify, without, without_index
+from dask_semdedup._schemas import conform, in_frames, is_ordered, refuse, unify, without, without_index, without_order
 from dask_semdedup.embeddings import take
 from dask_semdedup.errors import (
     ClusterError,
@@ -221,13 +222,39 @@ def _match(
 ) -> dict[str, dict[str, Any]]:
     """The files that a pattern stands for, and the data in folders that it stands for."""
     files: dict[str, dict[str, Any]] = {}
-    for name, info in fs.glob(pattern, detail=True).items():
+    local = is_local(fs)
+    parts = pattern[len(above) :].lstrip("/").split("/")
+    matches = dict.fromkeys(_glob_locally(above, parts)) if local else fs.glob(pattern, detail=True)
+    for name, info in matches.items():
         if is_hidden(name, above):
             continue
-        # Local links may be to files or folders, or to nothing.
-        is_file = info["type"] == "file" and not is_local(fs)
+        # Local names may be of files, folders, or links to nothing.
+        is_file = not local and info["type"] == "file"
         files |= {name: info} if is_file else _find_data(fs, name, above, suffixes)
     return files
+
+
+def _glob_locally(folder: str, parts: Sequence[str]) -> Iterator[str]:
+    """Paths below a folder that match a pattern, part by part; unlike others, it raises for folders it cannot list."""
+    head, *rest = parts
+    if head == "**":
+        if not rest:
+            yield folder
+            return
+        yield from _glob_locally(folder, rest)
+    matches = re.compile(fnmatch.translate("*" if head == "**" else head)).match
+    with os.scandir(folder or "/") as entries:
+        found = sorted(entry.path for entry in entries if matches(entry.name) and not is_hidden(entry.name, ""))
+    for path in found:
+        if head != "**" and not rest:
+            yield path
+        elif os.path.isdir(path) and not _is_above(path, folder):
+            yield from _glob_locally(path, parts if head == "**" else rest)
+
+
+def _is_above(path: str, folder: str) -> bool:
+    """Whether a path is a link to a folder or to one that holds it."""
+    return os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/")
 
 
 def _find_data(
@@ -494,14 +521,16 @@ class _Shapes:
             file._replace(nullable=(file.nullable & integers) | (lacking[file.shape] if file.rows else frozenset()))
             for file in stats
         ]
-        types = {field.name: field.type for field in unified.schema}
+        unordered = unified.unordered.union(*(file.unordered for file in stats))
+        schema = without_order(unified.schema, unordered)
+        types = {field.name: field.type for field in schema}
         odd = {shape.number for shape in shapes if {field.name: field.type for field in shape.schema} != types}
         return Scan(
-            unified.schema,
+            schema,
             stats,
             frozenset[str]().union(*(file.nullable for file in stats)),
             unified.problems,
-            unified.unordered.union(*(file.unordered for file in stats)),
+            unordered,
             frozenset(file.path for file in stats if file.shape in odd),
             list(dict.fromkeys(name for shape in shapes for name in shape.names)),
         )

@@ -62,6 +62,14 @@ def without(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
     return pa.schema([field for field in schema if field.name not in names], schema.metadata)
 
 
+def without_order(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
+    """A schema whose dictionaries of some names are not ordered."""
+    for place, field in enumerate(schema):
+        if field.name in names and is_ordered(field.type):
+            schema = schema.set(place, field.with_type(pa.dictionary(field.type.index_type, field.type.value_type)))
+    return schema
+
+
 def unify(schemas: Mapping[str, pa.Schema]) -> Unified:
     """Find the schema to which the columns of all files can be brought, as far as their types mean the same.
 

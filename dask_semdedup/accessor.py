@@ -38,7 +38,10 @@ from dask_semdedup.placement import DEVICES
 from dask_semdedup.ranking import RankingStrategy, choose_strategy
 from dask_semdedup.removal import remove_duplicates
 from dask_semdedup.sampling import draw, partition_lengths, sample_embeddings
+from dask_semdedup.sources import check_sources, stored_schema
+from dask_semdedup.tasks import compute_to_the_end
 from dask_semdedup.text import DEFAULT_MODEL, check_embed_arguments, embed_meta, embed_partition
+from dask_semdedup.writing import PARTS, parts
 
 __all__ = ["SemDedupAccessor"]
 
@@ -281,6 +284,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         (2, 8)
         """
         self._check_embeddings(embedding_field, embedding_dim)
+        check_sources(self._ddf, [embedding_field])
         check_choice("device", device, DEVICES)
         check_fit_arguments(n_clusters, max_iter, tol, random_state, init, n_init, oversampling_factor)
         check_positive("max_samples_per_batch", max_samples_per_batch)
@@ -380,8 +384,51 @@ n_init, oversampling_factor, max_samples_per_batch, device
         with staged_folder(
             os.fspath(path), contents=CLUSTERS, overwrite=overwrite, storage_options=storage_options
         ) as folder:
-            write_layout(aligned, folder, cluster_field, size, **(storage_options or {}))
+            write_layout(aligned, folder, cluster_field, size, stored_schema(self._ddf), **(storage_options or {}))
         return cluster_files(path, storage_options, cluster_field=cluster_field)
+
+    def to_parquet(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the frame to Parquet files that every reader can read, one a partition, now.
+
+        Columns that `dask_semdedup.read_table` or `dask_semdedup.read_clusters` has read get the Arrow types that they
+        had in their files, and the files get the metadata of those: features of Hugging Face datasets, notes of
+        GeoPandas, pandas' own. Object columns of lists and arrays are written as lists, which `to_parquet` of Dask
+        refuses. The index is not written. The folder appears when all of it is written.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The folder; local, or a URL that fsspec understands.
+        overwrite : bool, default False
+            Whether to replace a folder that this method has written: of nothing but ``part.<i>.parquet``.
+        storage_options : mapping, optional
+            Arguments of the fsspec file system.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the folder is not free, or columns share a name.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import pandas as pd
+        >>> folder = os.path.join(tempfile.mkdtemp(), "kept")
+        >>> dd.from_pandas(pd.DataFrame({"id": [1, 2, 3]}), npartitions=1).semdedup.to_parquet(folder)
+        >>> pd.read_parquet(folder)["id"].tolist()
+        [1, 2, 3]
+        """
+        self._columns()
+        with staged_folder(
+            os.fspath(path), contents=PARTS, overwrite=overwrite, storage_options=storage_options
+        ) as folder:
+            compute_to_the_end(parts(self._ddf, folder, storage_options))
 
     def pairwise(
         self,
@@ -475,6 +522,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         check_positive("pairwise_batch_size", pairwise_batch_size)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
         self._check_schema(id_field, embedding_field, cluster_field, ranking, embedding_dim)
+        check_sources(self._ddf, [id_field, embedding_field, cluster_field, *ranking.required_columns], ranking)
         with_visits = has_visits(self._ddf._meta, cluster_field)
         home = [home_field(cluster_field)] if with_visits else []
         needed = {id_field, embedding_field, cluster_field, *home, *ranking.required_columns}
@@ -1019,6 +1067,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
         self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
         ranking.check_columns(dict.fromkeys([*self._ddf.columns, cluster_field, *DISTANCE_COLUMNS]))
+        check_sources(self._ddf, [id_field, embedding_field, *ranking.required_columns], ranking)
         clustered = self.kmeans(
             n_clusters,
             embedding_field=embedding_field,

@@ -19,8 +19,8 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from dask_semdedup._writer import write_table
 from dask_semdedup.embeddings import is_cudf, to_numpy
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.folders import Contents
@@ -40,9 +40,6 @@ INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 INT64 = range(-(2**63), 2**63)
 # Values in the names of folders that stand for none, to Hive and Arrow.
 NULL_NAMES = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})
-
-# Bytes of a row group: large enough to be read fast, small enough for a reader to take one at a time.
-ROW_GROUP_BYTES = 1 << 26
 
 FILE_OF_CLUSTER = re.compile(r"[^/=]+=[^/]*/[^/]+\.parquet")
 
@@ -106,7 +103,14 @@ def key_type(values: Iterable[Any]) -> pa.DataType:
     return pa.int64() if all(isinstance(value, int) for value in values) else pa.string()
 
 
-def write_layout(ddf: dd.DataFrame, folder: str, cluster_field: str, max_file_size: int, **options: Any) -> None:
+def write_layout(
+    ddf: dd.DataFrame,
+    folder: str,
+    cluster_field: str,
+    max_file_size: int,
+    stored: pa.Schema | None = None,
+    **options: Any,
+) -> None:
     """Write an aligned frame into a new folder.
 
     Parameters
@@ -119,6 +123,8 @@ def write_layout(ddf: dd.DataFrame, folder: str, cluster_field: str, max_file_si
         The cluster column. It becomes the folders' names and is not in the files.
     max_file_size : int
         Bytes in memory of what goes to one file; a cluster of more has several.
+    stored : pyarrow.Schema, optional
+        Of the files that the columns come from: they get its types, and the files its metadata.
     **options
         Of the fsspec file system.
 
@@ -139,7 +145,7 @@ def write_layout(ddf: dd.DataFrame, folder: str, cluster_field: str, max_file_si
     fs, root = fsspec.url_to_fs(folder, **options)
     fs.makedirs(root)
     meta = pd.DataFrame({"rows": pd.Series(dtype="int64"), "schema": pd.Series(dtype=object)})
-    written = ddf.map_partitions(write_partition, folder, cluster_field, max_file_size, options, meta=meta)
+    written = ddf.map_partitions(write_partition, folder, cluster_field, max_file_size, options, stored, meta=meta)
     # Optimised here, reading, assigning and writing a partition become one task; compute() alone may not fuse them.
     parts = compute_to_the_end(written.optimize())
     if not len(parts):
@@ -148,7 +154,12 @@ def write_layout(ddf: dd.DataFrame, folder: str, cluster_field: str, max_file_si
 
 
 def write_partition(
-    frame: Any, folder: str, cluster_field: str, max_file_size: int, options: dict[str, Any]
+    frame: Any,
+    folder: str,
+    cluster_field: str,
+    max_file_size: int,
+    options: dict[str, Any],
+    stored: pa.Schema | None = None,
 ) -> pd.DataFrame:
     """Write whole clusters, each into its folder, and return how many rows they have and their schema.
 
@@ -158,7 +169,7 @@ def write_partition(
         Whole clusters, in any order.
     folder : str
         The folder of all clusters, which exists.
-    cluster_field, max_file_size, options
+    cluster_field, max_file_size, options, stored
         As in `write_layout`.
 
     Examples
@@ -179,7 +190,7 @@ def write_partition(
         with suppress(FileExistsError):  # Dask runs a task again if its worker is lost.
             # Not its parents: a late writer of a run that has failed must not make the folder anew.
             fs.mkdir(path, create_parents=False)
-        _write_files(fs, path, table.take(order[start:stop]), max_file_size)
+        _write_files(fs, path, table.take(order[start:stop]), max_file_size, stored)
     return pd.DataFrame({"rows": [len(frame)], "schema": [table.schema]})
 
 
@@ -226,20 +237,14 @@ def _to_arrow(frame: Any) -> pa.Table:
     return table.combine_chunks().replace_schema_metadata()
 
 
-def _write_files(fs: fsspec.AbstractFileSystem, path: str, table: pa.Table, max_file_size: int) -> None:
+def _write_files(
+    fs: fsspec.AbstractFileSystem, path: str, table: pa.Table, max_file_size: int, stored: pa.Schema | None
+) -> None:
     """Write the rows of one cluster to as many files as they need, all but the last of one length."""
-    row_bytes = max(1, table.nbytes // len(table))
-    step = max(1, max_file_size // row_bytes)
-    # Embeddings do not repeat: a dictionary of them would only be given up after some work.
-    repeating = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    step = max(1, max_file_size * len(table) // max(1, table.nbytes))
     for number, start in enumerate(range(0, len(table), step)):
         with fs.open(f"{path}/part.{number}.parquet", "wb") as file:
-            pq.write_table(
-                table.slice(start, step),
-                file,
-                row_group_size=max(1, ROW_GROUP_BYTES // row_bytes),
-                use_dictionary=repeating,
-            )
+            write_table(table.slice(start, step), file, stored)
 
 
 def _check_schemas(schemas: list[pa.Schema]) -> None:

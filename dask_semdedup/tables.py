@@ -42,6 +42,15 @@ from dask_semdedup.layout import NULL_NAMES, integers_or_names, key_type
 __all__ = ["SCORES", "find_rows", "read_scores", "read_table", "table_token"]
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+# Files that others read, what they are, and what makes Parquet of them.
+CONVERSIONS = {
+    ".arrow": (
+        "an Arrow IPC file, as Hugging Face datasets save them",
+        "datasets.load_from_disk(folder).to_parquet('documents.parquet')",
+    ),
+    ".feather": ("a Feather file", "pandas.read_feather(path).to_parquet('documents.parquet')"),
+    ".csv": ("a CSV file", "pandas.read_csv(path).to_parquet('documents.parquet')"),
+}
 # How much of the first file the types are taken from.
 INFERRED_BYTES = 2**24
 # The stages' files, one a cluster.
@@ -256,16 +265,22 @@ def _list_table(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], storage_options: Mapping[str, Any] | None
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, Any], bool]:
     """The files of a table, and whether they are JSON lines; beside Parquet, what ends in .json is about the data."""
-    kinds = PARQUET_SUFFIXES + JSON_SUFFIXES
+    kinds = (*PARQUET_SUFFIXES, *JSON_SUFFIXES, *CONVERSIONS)
     fs, files = list_files(path, storage_options, kinds, kind="Parquet or JSON-lines")
+    others = {name for name in files if name.endswith(tuple(CONVERSIONS))}
     parquet = [name for name in files if name.endswith(PARQUET_SUFFIXES)]
     lines = {name: info for name, info in files.items() if name.endswith(JSON_SUFFIXES)}
-    if parquet:
-        lines = {name: info for name, info in lines.items() if not name.endswith((".json", ".json.gz"))}
+    if parquet or others:
+        lines = {name: info for name, info in lines.items() if not re.search(r"\.json(\.\w+)?$", name)}
+    if others and not parquet and not lines:
+        name = min(others)
+        what, conversion = CONVERSIONS[os.path.splitext(name)[1]]
+        raise ClusterError(f"{name} is {what}, which is not read. Convert it first: {conversion}.")
     if lines and parquet:
         raise ClusterError(f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(lines, 1)}). Part them.")
     # What is named may be Parquet whatever its name, unless it is beside lines.
-    return fs, lines or {name: files[name] for name in files if not name.endswith(JSON_SUFFIXES)}, bool(lines)
+    tables = {name: info for name, info in files.items() if name not in others and not name.endswith(JSON_SUFFIXES)}
+    return fs, lines or tables, bool(lines)
 
 
 def _select_ids(rows: pd.DataFrame, id_field: str, wanted: pd.Index) -> pd.DataFrame:
@@ -385,7 +400,7 @@ def _lazy(reader: Reader | JsonReader, partitions: list[Any], columns: Sequence[
     columns = list(columns)
     # Every partition has the columns' dtypes, so that Dask need not check them.
     return dd.from_map(
-        _ReadPart(reader, tokenize(token, columns, reader)),
+        ReadPart(reader, tokenize(token, columns, reader)),
         partitions or [()],
         columns=columns,
         meta=reader.meta(columns),
@@ -395,7 +410,7 @@ def _lazy(reader: Reader | JsonReader, partitions: list[Any], columns: Sequence[
 
 
 @dataclass(frozen=True)
-class _ReadPart:
+class ReadPart:
     """The task of reading a partition. Dask narrows `columns` to those that are needed."""
 
     reader: Reader | JsonReader

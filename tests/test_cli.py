@@ -24,7 +24,7 @@ from distributed import LocalCluster
 from rich.progress import Progress
 
 import dask_semdedup
-from dask_semdedup import cli, folders
+from dask_semdedup import cli, folders, writing
 from dask_semdedup.cli import application, files, options, pairwise
 from dask_semdedup.cli.wording import in_options
 from dask_semdedup.errors import InvalidArgumentError
@@ -364,14 +364,14 @@ def test_failed_run_leaves_the_old_scores(
 def test_failed_run_waits_for_its_writers(
     poisoned: str, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, on_cluster: bool
 ) -> None:
-    write, late = files.write_part, tmp_path / "late"
+    write, late = writing.write_part, tmp_path / "late"
 
     def write_slowly(scores: pd.DataFrame, *arguments: Any, partition_info: Any = None) -> pd.DataFrame:
         time.sleep(1)
         late.touch()
         return write(scores, *arguments, partition_info=partition_info)
 
-    monkeypatch.setattr(files, "write_part", write_slowly)
+    monkeypatch.setattr(writing, "write_part", write_slowly)
     options = ["--partition-size", "1kB"]
     with dask.config.set(num_workers=CLUSTERS), ExitStack() as stack:
         if on_cluster:
@@ -385,7 +385,7 @@ def test_failed_run_waits_for_its_writers(
 
 def test_late_writers_do_not_make_the_folder_anew(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        files.write_part(pd.DataFrame({"id": [1]}), str(tmp_path / "gone"), {})
+        writing.write_part(pd.DataFrame({"id": [1]}), str(tmp_path / "gone"), {})
     assert not list(tmp_path.iterdir())
 
 

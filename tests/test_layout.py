@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_semdedup import ClusterError, InvalidArgumentError, layout, read_clusters
+from dask_semdedup import ClusterError, InvalidArgumentError, _writer, layout, read_clusters
 from tests.test_accessor import arrow_lists
 from tests.test_kmeans import blobs, in_partitions
 
@@ -82,7 +82,7 @@ def test_a_large_cluster_has_more_files(frame: pd.DataFrame, tmp_path: Path) -> 
 
 
 def test_row_groups_are_bounded(frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "ROW_GROUP_BYTES", 2000)
+    monkeypatch.setattr(_writer, "ROW_GROUP_BYTES", 2000)
     files = in_partitions(frame).semdedup.to_clusters(tmp_path / "clusters")
     assert all(pq.read_metadata(file).num_row_groups > 2 for names in files.values() for file in names)
 

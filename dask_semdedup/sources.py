@@ -1,0 +1,72 @@
+"""What a lazy frame is read from, as far as this package reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import dask.dataframe as dd
+import pyarrow as pa
+from dask.dataframe.dask_expr.io.io import FromMap
+
+from dask_semdedup._parquet import COLUMNS_ADVICE, Reader
+from dask_semdedup._schemas import refuse
+from dask_semdedup.clusters import ReadClusters
+from dask_semdedup.ranking import RankingStrategy
+from dask_semdedup.tables import ReadPart
+
+__all__ = ["check_sources", "readers_of", "stored_schema"]
+
+
+def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
+    """The readers of Parquet files that a frame comes from.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> list(readers_of(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)))
+    []
+    """
+    for expr in ddf.expr.find_operations((ReadClusters, FromMap)):
+        if isinstance(expr, ReadClusters):
+            yield expr.source.reader
+        elif isinstance(expr.func, ReadPart) and isinstance(expr.func.reader, Reader):
+            yield expr.func.reader
+
+
+def stored_schema(ddf: dd.DataFrame) -> pa.Schema:
+    """The schema of those files that most of a frame's columns come from; an empty one where there are none.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> stored_schema(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)).names
+    []
+    """
+    schemas = [pa.schema([]), *(reader.schema for reader in readers_of(ddf))]
+    return max(schemas, key=lambda schema: len(set(schema.names).intersection(ddf.columns)))
+
+
+def check_sources(ddf: dd.DataFrame, columns: Sequence[str], ranking: RankingStrategy | None = None) -> None:
+    """Raise, before anything runs, for columns of a frame that its files do not let be read, or ranked by.
+
+    A column that has the name and dtype of one in the files is taken to be that one.
+
+    Raises
+    ------
+    ClusterError
+        If files disagree about a column.
+    InvalidArgumentError
+        If the order of categories to rank by is lost.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_sources(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1), ["id"])
+    """
+    for reader in readers_of(ddf):
+        doubtful = [name for name in reader.schema.names if name in reader.problems or name in reader.unordered]
+        dtypes = reader.meta(doubtful).dtypes
+        same = {name for name in doubtful if name in ddf.columns and ddf._meta.dtypes[name] == dtypes[name]}
+        refuse(reader.problems, same.intersection(columns), COLUMNS_ADVICE)
+        if ranking is not None:
+            ranking.check_order(reader.unordered & same)

@@ -224,7 +224,7 @@ def _match(
     files: dict[str, dict[str, Any]] = {}
     local = is_local(fs)
     parts = pattern[len(above) :].lstrip("/").split("/")
-    matches = dict.fromkeys(_glob_locally(above, parts)) if local else fs.glob(pattern, detail=True)
+    matches: dict[str, Any] = dict.fromkeys(_glob_locally(above, parts)) if local else fs.glob(pattern, detail=True)
     for name, info in matches.items():
         if is_hidden(name, above):
             continue

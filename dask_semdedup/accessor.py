@@ -19,7 +19,7 @@ from dask.dataframe.extensions import register_dataframe_accessor
 from dask_semdedup._validate import check_bytes, check_choice, check_keywords, check_positive, stack_level
 from dask_semdedup.clusters import ReadClusters, align, align_both, cluster_files, no_cluster_column
 from dask_semdedup.duplicates import EPS_GRID, SCORE_COLUMNS, check_eps, eps_curve, find_duplicates
-from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, is_cudf
+from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, dimensions_advice, is_cudf
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.expressions import AgainstScores, BestOfProbes, BestOfVisits, KMeansClusters, PairwiseScores
 from dask_semdedup.folders import staged_folder
@@ -41,7 +41,7 @@ from dask_semdedup.sampling import draw, partition_lengths, sample_embeddings
 from dask_semdedup.sources import check_sources, stored_schema
 from dask_semdedup.tasks import compute_to_the_end
 from dask_semdedup.text import DEFAULT_MODEL, check_embed_arguments, embed_meta, embed_partition
-from dask_semdedup.writing import PARTS, parts
+from dask_semdedup.writing import PARTS, parts, writable
 
 __all__ = ["SemDedupAccessor"]
 
@@ -1040,7 +1040,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Returns
         -------
         dask.dataframe.DataFrame
-            The rows that are kept, with all columns as they were, in their order and partitions.
+            The rows that are kept, with all columns as they were, in their order and partitions. Embeddings that were
+            Python objects are Arrow lists: Dask cannot write objects to Parquet.
 
         Raises
         ------
@@ -1068,7 +1069,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
         ranking.check_columns(dict.fromkeys([*self._ddf.columns, cluster_field, *DISTANCE_COLUMNS]))
         check_sources(self._ddf, [id_field, embedding_field, *ranking.required_columns], ranking)
-        clustered = self.kmeans(
+        ddf = writable(self._ddf, embedding_field)
+        clustered = ddf.semdedup.kmeans(
             n_clusters,
             embedding_field=embedding_field,
             cluster_field=cluster_field,
@@ -1089,7 +1091,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             compute_dtype=compute_dtype,
             device=device,
         )
-        return self.remove(scores, id_field=id_field, eps=eps)
+        return ddf.semdedup.remove(scores, id_field=id_field, eps=eps)
 
     def _check_schema(
         self,
@@ -1122,6 +1124,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         columns = self._columns()
         if not {id_field, embedding_field} <= set(columns):
             advice = "Name the columns of ids and embeddings as id_field and embedding_field."
+            if embedding_field not in columns:
+                advice += dimensions_advice(columns)
             raise MissingColumnsError.build([id_field, embedding_field], columns, advice)
         meta = self._ddf._meta
         check_plain_dtype(meta[id_field], "id_field")
@@ -1131,7 +1135,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         check_positive("embedding_dim", embedding_dim)
         columns = self._columns()
         if embedding_field not in columns:
-            advice = "Name the column of embeddings as embedding_field."
+            advice = "Name the column of embeddings as embedding_field." + dimensions_advice(columns)
             raise MissingColumnsError.build([embedding_field], columns, advice)
         check_embedding_dtype(self._ddf._meta[embedding_field], embedding_field, embedding_dim)
 

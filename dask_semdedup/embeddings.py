@@ -7,8 +7,9 @@ shared. On a CPU it is NumPy that converts and gathers: torch's threads would co
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "array_like",
+    "as_lists",
     "check_embedding_dtype",
     "check_plain_dtype",
     "column_like",
+    "dimensions_advice",
     "first_width",
     "frame_like",
     "home_of",
     "is_cudf",
     "is_string",
+    "list_type",
     "published",
     "rows_not_finite",
     "shares_memory",
@@ -50,10 +54,12 @@ __all__ = [
 # Rows that need work before they are float32 are handled so many numbers at a time: within a CPU's cache, and enough
 # for a GPU to be busy.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
-NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u2")}
+NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2")}
+# So many numbered columns are taken for dimensions.
+FEWEST_DIMENSIONS = 8
 # The most elements of an Arrow list array, whose offsets are int32.
 LIST_ELEMENTS = 2**31 - 1
-ACCEPTED = "lists of float16, float32 or float64, or of uint16 that carry float16 bits"
+ACCEPTED = "lists of float16, float32, float64 or small integers, or of uint16 that carry float16 bits"
 
 
 def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None = None) -> None:
@@ -87,16 +93,93 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
         raise EmbeddingError(
             f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Name the column of the "
             "embeddings. If it was an object column, Dask has made it one of strings when it built the frame: set "
-            'dask.config.set({"dataframe.convert-string": False}) before, or make it an Arrow list column.'
+            'dask.config.set({"dataframe.convert-string": False}) before, or make it an Arrow list column. If the '
+            f"strings are lists in JSON, parse them: ddf.assign({name}=ddf[{name!r}].map_partitions(lambda rows: "
+            "pd.Series([json.loads(row) for row in rows], rows.index, pd.ArrowDtype(pa.list_(pa.float32()))))."
+        )
+    if _is_vector_of_spark(dtype):
+        raise EmbeddingError(
+            f"Column {name!r} holds Spark's VectorUDT ({dtype}). Write it as an array: in Spark, "
+            f"df.withColumn({name!r}, pyspark.ml.functions.vector_to_array({name!r}, 'float32')); or, where all "
+            f"vectors are dense, ddf.assign({name}=ddf[{name!r}].struct.field('values'))."
         )
     if _element_type(dtype) not in NUMERIC:
         raise EmbeddingError(f"Column {name!r} has dtype {dtype}, not embeddings: it must hold {ACCEPTED}.")
-    width = getattr(getattr(dtype, "pyarrow_dtype", None), "list_size", None)
+    width = getattr(_storage(getattr(dtype, "pyarrow_dtype", pa.null())), "list_size", None)
     if None not in (width, embedding_dim) and width != embedding_dim:
         raise EmbeddingError(
             f"Column {name!r} has dtype {dtype}, of width {width}, where embedding_dim is {embedding_dim}. "
             "All embeddings must come from one model."
         )
+
+
+def list_type(column: pd.Series) -> pa.DataType | None:
+    """Arrow's type of a column of lists or arrays of numbers; None where it holds something else.
+
+    Examples
+    --------
+    >>> list_type(pd.Series([np.zeros(2, np.float32)])), list_type(pd.Series([[1, 2]])), list_type(pd.Series(["a"]))
+    (ListType(list<item: float>), ListType(list<item: double>), None)
+    """
+    try:
+        type_ = pa.array(column).type
+    except pa.ArrowException:
+        return None
+    if _element_type(pd.ArrowDtype(type_)) not in NUMERIC:
+        return None
+    # Numbers of Python that are whole in one row need not be in the next.
+    return pa.list_(pa.float64()) if type_.value_type == pa.int64() else type_
+
+
+def as_lists(column: pd.Series, type_: pa.DataType, name: str) -> pd.Series:
+    """Give a pandas column of lists and arrays as one of Arrow lists of a type.
+
+    Raises
+    ------
+    EmbeddingError
+        If rows are no such lists.
+
+    Examples
+    --------
+    >>> as_lists(pd.Series([[3.0, 4.0], None]), pa.list_(pa.float32()), "embeddings").dtype
+    list<item: float>[pyarrow]
+    """
+    try:
+        lists = pa.chunked_array([pa.array(column, type_, from_pandas=True)])
+    except (pa.ArrowException, TypeError) as error:
+        to_tensor(column, name=name)  # which names the rows, unless they can be embeddings
+        raise EmbeddingError(
+            f"Column {name!r} cannot be made one of {type_}, the type of its first row: {error}."
+        ) from error
+    return pd.Series(pd.array(lists, dtype=pd.ArrowDtype(type_)), column.index, name=column.name)
+
+
+def dimensions_advice(columns: Iterable[object]) -> str:
+    """How to join columns that look like the dimensions of embeddings; nothing where there are none.
+
+    Examples
+    --------
+    >>> dimensions_advice(["id", *(f"x{number}" for number in range(384))])
+    ' If x0 to x383 are the dimensions of embeddings, join them: ddf.assign(embeddings=ddf[[f"x{i}" for i in range(0, \
+384)]].map_partitions(lambda rows: pd.Series(list(rows.to_numpy("float32")), rows.index, \
+pd.ArrowDtype(pa.list_(pa.float32()))))).'
+    >>> dimensions_advice(["id", "text"])
+    ''
+    """
+    numbers: dict[str, list[int]] = {}
+    for match in (re.fullmatch(r"(.*?)(0|[1-9]\d*)", str(column)) for column in columns):
+        if match:
+            numbers.setdefault(match[1], []).append(int(match[2]))
+    for prefix, found in numbers.items():
+        first, last = min(found), max(found)
+        if len(found) >= FEWEST_DIMENSIONS and last - first + 1 == len(found):
+            joined = 'pd.Series(list(rows.to_numpy("float32")), rows.index, pd.ArrowDtype(pa.list_(pa.float32())))'
+            return (
+                f" If {prefix}{first} to {prefix}{last} are the dimensions of embeddings, join them: "
+                f'ddf.assign(embeddings=ddf[[f"{prefix}{{i}}" for i in range({first}, {last + 1})]].map_partitions('
+                f"lambda rows: {joined}))."
+            )
+    return ""
 
 
 def check_plain_dtype(meta_column: Any, parameter: str) -> None:
@@ -521,12 +604,22 @@ class _Report:
         return f", cluster {some(dict.fromkeys(to_list(self.clusters.iloc[positions])))}"
 
 
+def _is_vector_of_spark(dtype: Any) -> bool:
+    type_ = getattr(dtype, "pyarrow_dtype", pa.null())
+    return pa.types.is_struct(type_) and {"type", "size", "indices", "values"} <= {field.name for field in type_}
+
+
+def _storage(type_: pa.DataType) -> pa.DataType:
+    """What an extension type, as of tensors, is stored as."""
+    return type_.storage_type if isinstance(type_, pa.BaseExtensionType) else type_
+
+
 def _element_type(dtype: Any) -> np.dtype | None:
     """The type of the numbers in a list column; what an object column holds shows only in its rows."""
     if dtype == np.dtype(object):
         return np.dtype(np.float64)
     if isinstance(dtype, pd.ArrowDtype):
-        lists = dtype.pyarrow_dtype
+        lists = _storage(dtype.pyarrow_dtype)
         kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
         return np.dtype(lists.value_type.to_pandas_dtype()) if any(kind(lists) for kind in kinds) else None
     element = getattr(dtype, "element_type", None)  # cudf.ListDtype
@@ -593,7 +686,8 @@ class _PandasSource(_Source):
         return self._object_pieces() if self.is_object else self._list_pieces()
 
     def _chunks(self) -> list[pa.Array]:
-        return self.column.array.__arrow_array__().chunks
+        chunks = self.column.array.__arrow_array__().chunks
+        return [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in chunks]
 
     def _check_lists(self, embedding_dim: int | None) -> int:
         lengths = [pc.list_value_length(chunk).to_numpy() for chunk in self._chunks()]

@@ -389,10 +389,9 @@ def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 
 def _codes_of_dictionaries(column: pd.Series) -> np.ndarray:
     """Places of Arrow's ordered categories, which may have a dictionary in each chunk; null has -1."""
-    chunks = column.array.__arrow_array__().chunks
-    categories = pa.array(
-        _one_order([chunk.dictionary for chunk in chunks], column.name), column.dtype.pyarrow_dtype.value_type
-    )
+    dictionaries = column.array.__arrow_array__()
+    chunks = dictionaries.chunks
+    categories = pa.array(_one_order([chunk.dictionary for chunk in chunks], column.name), dictionaries.type.value_type)
     codes = [
         pc.index_in(chunk.dictionary, categories).take(chunk.indices).fill_null(-1).to_numpy(zero_copy_only=False)
         for chunk in chunks

@@ -26,11 +26,9 @@ def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
     >>> list(readers_of(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)))
     []
     """
-    for expr in ddf.expr.find_operations((ReadClusters, FromMap)):
-        if isinstance(expr, ReadClusters):
-            yield expr.source.reader
-        elif isinstance(expr.func, ReadPart) and isinstance(expr.func.reader, Reader):
-            yield expr.func.reader
+    yield from (read.source.reader for read in ddf.expr.find_operations(ReadClusters))
+    functions = (read.func for read in ddf.expr.find_operations(FromMap))
+    yield from (read.reader for read in functions if isinstance(read, ReadPart) and isinstance(read.reader, Reader))
 
 
 def stored_schema(ddf: dd.DataFrame) -> pa.Schema:

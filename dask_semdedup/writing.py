@@ -8,7 +8,9 @@ from typing import Any
 
 import dask.dataframe as dd
 import fsspec
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 from dask.dataframe.utils import has_known_categories
 
 from dask_semdedup._validate import stack_level
@@ -75,14 +77,14 @@ def writable(ddf: dd.DataFrame, embedding_field: str) -> dd.DataFrame:
     list<item: double>[pyarrow]
     """
     meta = ddf._meta
-    objects = [] if is_cudf(meta) else [name for name, dtype in meta.dtypes.items() if dtype == object]
+    objects = [] if is_cudf(meta) else [name for name, dtype in meta.dtypes.items() if dtype == np.dtype(object)]
     categories = [name for name, dtype in meta.dtypes.items() if isinstance(dtype, pd.CategoricalDtype)]
     unknown = [name for name in categories if not has_known_categories(meta[name])]
     if others := [name for name in [*objects, *unknown] if name != embedding_field]:
         warnings.warn(
-            f"Dask's to_parquet cannot write columns of Python objects or unknown categories ({some(others)}). Write the "
-            "rows that are kept with .semdedup.to_parquet(path), or read the files with dask_semdedup.read_table(path) "
-            "or dtype_backend='pyarrow'.",
+            f"Dask's to_parquet cannot write columns of Python objects or unknown categories ({some(others)}). Write "
+            "the rows that are kept with .semdedup.to_parquet(path), or read the files with "
+            "dask_semdedup.read_table(path) or dtype_backend='pyarrow'.",
             stacklevel=stack_level(),
         )
     if embedding_field not in objects:

@@ -47,7 +47,7 @@ class RankingStrategy:
     Raises
     ------
     InvalidArgumentError
-        For an unknown strategy, no columns to sort by, or a length of `ascending` that is not theirs.
+        For no columns to sort by, or a length of `ascending` that is not theirs; for an unknown strategy when it is used.
 
     Notes
     -----
@@ -71,7 +71,6 @@ class RankingStrategy:
         if isinstance(self.ascending, bool | np.bool_):
             self.ascending = [bool(self.ascending)] * len(self.metadata_cols)
         self.ascending = [bool(value) for value in self.ascending]
-        check_choice("strategy", self.strategy, STRATEGIES)
         if len(self.ascending) != len(self.metadata_cols):
             raise InvalidArgumentError(
                 f"Length of ascending ({len(self.ascending)}) must match that of metadata_cols "
@@ -166,6 +165,8 @@ class RankingStrategy:
         ------
         MissingColumnsError
             If the columns to rank by, or the ids, are not there.
+        InvalidArgumentError
+            If the strategy is unknown, or the values of a column cannot be compared with each other.
 
         Examples
         --------
@@ -201,7 +202,7 @@ class RankingStrategy:
         MissingColumnsError
             If the columns to rank by, or the ids, are not there.
         InvalidArgumentError
-            If the values of a column cannot be compared with each other.
+            If the strategy is unknown, or the values of a column cannot be compared with each other.
 
         Examples
         --------
@@ -209,6 +210,7 @@ class RankingStrategy:
         >>> RankingStrategy(["score"]).order(frame, cluster_field="centroid", id_field="id")
         array([3, 1, 0, 2])
         """
+        self._check_kind()
         self.check_columns(frame.columns)
         if id_field is not None and id_field not in frame.columns:
             raise MissingColumnsError.build([id_field], frame.columns, "Pass the column of ids as id_field.")
@@ -216,6 +218,10 @@ class RankingStrategy:
         ids = [] if id_field is None else [(frame[id_field], True)]
         keys = [*clusters, *self._keys(frame, id_field), *ids]
         return _cudf_order(keys) if is_cudf(frame) else _pandas_order(keys)
+
+    def _check_kind(self) -> None:
+        """Raise for an unknown `strategy`: as with NeMo Curator, not before it is used."""
+        check_choice("Invalid strategy: strategy", self.strategy, STRATEGIES)
 
     def _keys(self, frame: Any, id_field: str | None) -> list[tuple[Any, bool]]:
         """Columns to sort by, with their directions."""
@@ -284,12 +290,12 @@ def choose_strategy(
 
 
 def check_strategy(strategy: object) -> None:
-    """Raise unless a `ranking_strategy` is one.
+    """Raise unless a `ranking_strategy` is one, and of a known kind.
 
     Raises
     ------
     InvalidArgumentError
-        Saying how to make one.
+        Saying how to make one, or which kinds there are.
 
     Examples
     --------
@@ -299,6 +305,7 @@ def check_strategy(strategy: object) -> None:
         raise InvalidArgumentError(
             f"ranking_strategy must be a RankingStrategy, as RankingStrategy(['score']), not {strategy!r}."
         )
+    strategy._check_kind()
 
 
 def _cudf_order(keys: list[tuple[Any, bool]]) -> Any:

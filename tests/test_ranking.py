@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
-from dask_semdedup.ranking import RankingStrategy, make_strategy
+from dask_semdedup.ranking import RankingStrategy, check_strategy, make_strategy
 
 GOLDEN = pd.DataFrame(
     {
@@ -217,7 +217,6 @@ def test_missing_ids_are_named():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: RankingStrategy(["a"], strategy="best"), r"strategy must be one of 'sort', 'random', not 'best'"),
         (lambda: RankingStrategy(["a", "b"], [True]), r"Length of ascending \(1\) must match .*metadata_cols \(2"),
         (lambda: RankingStrategy([]), "metadata_cols is empty"),
         (lambda: make_strategy("soft"), "which_to_keep must be one of 'hard', 'easy', 'random', not 'soft'"),
@@ -230,6 +229,15 @@ def test_bad_arguments_are_refused(build, message):
         build()
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("use", [lambda strategy: strategy.rank_cluster(GOLDEN), check_strategy])
+def test_an_unknown_strategy_is_refused_when_it_is_used(use):
+    strategy = RankingStrategy(["id"], strategy="best")
+    with pytest.raises(
+        InvalidArgumentError, match=r"Invalid strategy: strategy must be one of 'sort', 'random', not 'best'"
+    ):
+        use(strategy)
 
 
 def test_attributes_are_as_given():

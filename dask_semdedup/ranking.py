@@ -47,7 +47,8 @@ class RankingStrategy:
     Raises
     ------
     InvalidArgumentError
-        For no columns to sort by, or a length of `ascending` that is not theirs; for an unknown strategy when it is used.
+        For no columns to sort by, or a length of `ascending` that is not theirs; for an unknown strategy as soon as it
+        is used.
 
     Notes
     -----

@@ -1,7 +1,8 @@
 """Stage classes of NeMo Curator's ``semantic.pairwise`` module, name for name, run by Dask.
 
-For those who switch from there: the same arguments, defaults and file layout. What differs is that scores are exact,
-are those of normalised rows, may be negative, and do not depend on the order of files; and that no GPU is needed.
+For those who switch from there: the same arguments, defaults, life cycle and file layout. What differs is that scores
+are exact, are those of normalised rows, may be negative, and do not depend on the order of files; and that no GPU is
+needed. `dask_semdedup.curator` has the same stages for NeMo Curator's own pipelines.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, pairwise, starmap
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import dask
 import fsspec
@@ -25,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_semdedup._parquet import FileStats, Fragment, Reader, Scan, import_cudf, scan_files
-from dask_semdedup._validate import check_positive, stack_level
+from dask_semdedup._validate import check_choice, check_positive, stack_level
 from dask_semdedup.clusters import (
     CUDF_ELEMENTS,
     Listing,
@@ -47,6 +49,8 @@ from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strate
 from dask_semdedup.streams import outside
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import torch
 
 __all__ = [
@@ -55,6 +59,7 @@ __all__ = [
     "PairwiseCosineSimilarityStage",
     "PairwiseStage",
     "RankingStrategy",
+    "Resources",
     "pairwise_cosine_similarity_batched",
 ]
 
@@ -62,6 +67,8 @@ __all__ = [
 CLUSTER_FIELD = "__cluster__"
 # Of the layout whose folders are named centroid=<k>, the only one that is read.
 HOME_FIELD = home_field("centroid")
+# What NeMo Curator's stage can be asked to multiply in.
+COMPUTE_DTYPES = ("auto", "float16", "float32")
 
 logger = logging.getLogger("dask_semdedup")
 
@@ -147,7 +154,66 @@ class FileGroupTask:
         return len(self.data)
 
 
-class ClusterWiseFilePartitioningStage:
+@dataclass(frozen=True)
+class Resources:
+    """What a worker of a stage takes, for executors that ask. Dask is told when it starts its workers.
+
+    Parameters
+    ----------
+    cpus, gpus : float
+        Cores and GPUs.
+
+    Examples
+    --------
+    >>> Resources(cpus=2.0).requires_gpu
+    False
+    """
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    @property
+    def requires_gpu(self) -> bool:
+        """Whether a worker needs a GPU."""
+        return self.gpus > 0
+
+
+class _Stage:
+    """What an executor reads and calls beside the work itself: the life cycle of NeMo Curator's stages.
+
+    Nothing is prepared or put away: stages open files, and use a device, only while they work.
+    """
+
+    name: str
+    resources = Resources()
+    batch_size = 1
+
+    def inputs(self) -> tuple[list[str], list[str]]:
+        """Attributes of a task, and columns of its data, that the stage reads."""
+        return ["data"], []
+
+    def outputs(self) -> tuple[list[str], list[str]]:
+        """Attributes of a task, and columns of its data, that the stage sets."""
+        return ["data"], []
+
+    def setup_on_node(self, node_info: Any = None, worker_metadata: Any = None) -> None:
+        """Prepare a machine: nothing to do."""
+
+    def setup(self, worker_metadata: Any = None) -> None:
+        """Prepare a worker: nothing to do."""
+
+    def teardown(self) -> None:
+        """Put away what `setup` prepared: nothing to do."""
+
+    def with_(self, name: str | None = None, resources: Any = None, batch_size: int | None = None) -> Self:
+        """Give a copy of the stage with other attributes; None leaves one as it is."""
+        changed = copy(self)
+        changes = {"name": name, "resources": resources, "batch_size": batch_size}
+        vars(changed).update({attribute: value for attribute, value in changes.items() if value is not None})
+        return changed
+
+
+class ClusterWiseFilePartitioningStage(_Stage):
     """From the k-means layout, ``<input_path>/centroid=<k>/*.parquet``, to one task a cluster.
 
     Parameters
@@ -196,6 +262,10 @@ class ClusterWiseFilePartitioningStage:
         """
         return self._tasks(self._list())
 
+    def process_batch(self, tasks: Sequence[Any]) -> list[FileGroupTask]:
+        """List the files of each cluster, as `process` does, for each task."""
+        return [task for one in tasks for task in self.process(one)]
+
     def _list(self) -> Listing:
         return list_clusters(self.input_path, self.storage_options)
 
@@ -234,7 +304,7 @@ class _Footers:
         ]
 
 
-class PairwiseCosineSimilarityStage:
+class PairwiseCosineSimilarityStage(_Stage):
     """From the files of a cluster to its scores, ``<output_path>/cluster_<k>.parquet``.
 
     Parameters
@@ -254,6 +324,9 @@ class PairwiseCosineSimilarityStage:
     read_kwargs, write_kwargs : dict, optional
         Arguments of ``read_parquet`` of pandas (of cuDF, where Dask's configuration ``dataframe.backend`` says so)
         and of ``to_parquet`` of pandas, and ``storage_options`` for the fsspec file system.
+    compute_dtype : {"auto", "float16", "float32"}, default "float32"
+        Taken as NeMo Curator's stage takes it, and without effect: the answer is always the exact one, at the speed of
+        half precision.
 
     Raises
     ------
@@ -262,7 +335,7 @@ class PairwiseCosineSimilarityStage:
         `write_kwargs` ``index``.
     """
 
-    name = "pairwise_cosine_similarity_stage"
+    name = "PairwiseCosineSimilarityStage"
 
     def __init__(
         self,
@@ -275,8 +348,10 @@ class PairwiseCosineSimilarityStage:
         embedding_dim: int | None = None,
         read_kwargs: dict[str, Any] | None = None,
         write_kwargs: dict[str, Any] | None = None,
+        compute_dtype: str = "float32",
     ) -> None:
         check_strategy(ranking_strategy)
+        check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
         check_positive("pairwise_batch_size", pairwise_batch_size)
         check_positive("embedding_dim", embedding_dim)
         self.id_field = id_field
@@ -286,6 +361,7 @@ class PairwiseCosineSimilarityStage:
         self.pairwise_batch_size = pairwise_batch_size
         self.verbose = verbose
         self.embedding_dim = embedding_dim
+        self.compute_dtype = compute_dtype
         self.read_kwargs = _allowed("read_kwargs", read_kwargs, "columns", "assign_id")
         self.write_kwargs = _allowed("write_kwargs", write_kwargs, "index", "partition_cols")
         self.input_storage_options = self.read_kwargs.pop("storage_options", None)
@@ -517,7 +593,7 @@ class PairwiseCosineSimilarityStage:
 
 
 @dataclass
-class PairwiseStage:
+class PairwiseStage(_Stage):
     """Pairwise similarity of all clusters in a folder.
 
     Parameters
@@ -544,6 +620,8 @@ class PairwiseStage:
         Whether distances are in the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``.
     random_seed : int, default 42
         Of ``which_to_keep="random"``.
+    compute_dtype : {"auto", "float16", "float32"}, default "float32"
+        As for `PairwiseCosineSimilarityStage`.
 
     Raises
     ------
@@ -579,6 +657,11 @@ class PairwiseStage:
     which_to_keep: str = "hard"
     sim_metric: str = "cosine"
     random_seed: int = 42
+    compute_dtype: str = "float32"
+    _changes: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+
+    name = "PairwiseStage"
+    _parts: ClassVar[tuple[Any, Any]] = (ClusterWiseFilePartitioningStage, PairwiseCosineSimilarityStage)
 
     def __post_init__(self) -> None:
         self.ranking_strategy = choose_strategy(
@@ -601,10 +684,10 @@ class PairwiseStage:
         >>> [type(part).__name__ for part in stage.decompose()]
         ['ClusterWiseFilePartitioningStage', 'PairwiseCosineSimilarityStage']
         """
-        assert self.ranking_strategy is not None
-        return [
-            ClusterWiseFilePartitioningStage(self.input_path, (self.read_kwargs or {}).get("storage_options")),
-            PairwiseCosineSimilarityStage(
+        partitioning, similarity = self._parts
+        stages = [
+            partitioning(self.input_path, (self.read_kwargs or {}).get("storage_options")),
+            similarity(
                 id_field=self.id_field,
                 embedding_field=self.embedding_field,
                 output_path=self.output_path,
@@ -614,8 +697,36 @@ class PairwiseStage:
                 embedding_dim=self.embedding_dim,
                 read_kwargs=self.read_kwargs,
                 write_kwargs=self.write_kwargs,
+                compute_dtype=self.compute_dtype,
             ),
         ]
+        return [stage.with_(**self._changes.get(stage.name, {})) for stage in stages]
+
+    def with_(self, changes: Mapping[str, dict[str, Any]]) -> Self:  # type: ignore[override]
+        """Give a copy of the stage whose parts have other attributes.
+
+        Parameters
+        ----------
+        changes : mapping
+            From names of the stages that it is made of to arguments of their ``with_``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If no part has one of the names.
+
+        Examples
+        --------
+        >>> stage = PairwiseStage("id", "embeddings", "kmeans_results", "pairwise_results")
+        >>> [part.batch_size for part in stage.with_({"PairwiseCosineSimilarityStage": {"batch_size": 8}}).decompose()]
+        [1, 8]
+        """
+        names = [part.name for part in self._parts]
+        if unknown := [name for name in changes if name not in names]:
+            raise InvalidArgumentError(f"PairwiseStage has no part {some(map(repr, unknown))}: it has {some(names)}.")
+        changed = copy(self)
+        changed._changes = {name: self._changes.get(name, {}) | changes.get(name, {}) for name in names}
+        return changed
 
     def run(self, client: Any = None) -> list[FileGroupTask]:
         """Score all clusters with Dask. Small clusters share a task of it.

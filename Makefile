@@ -2,14 +2,17 @@
 # make test   every test that needs no GPU             make bench     the benchmarks on this CPU
 # make lint   format, lint and types                   make clean     remove what the others made
 # make docs   the documentation, docs/_build/html/index.html
+# make test-curator   the tests in NeMo Curator's own pipelines, on the CPU
 #
-# Each target that needs it creates .venv first: Python 3.11 or newer is all a machine must have.
+# Each target that needs it creates .venv first: Python 3.11 or newer is all a machine must have. That of test-curator is
+# .venv-curator: NeMo Curator brings Ray and a hundred more packages.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+CURATOR := .venv-curator
 
-.PHONY: demo test lint docs test-gpu bench install clean
+.PHONY: demo test lint docs test-gpu test-curator bench install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py demo
@@ -31,6 +34,10 @@ test-gpu:
 	python -m pytest -m gpu tests/test_cudf.py -k TestLaggingStreams
 	python -m pytest -m gpu tests -k "not TestLaggingStreams"
 
+# NeMo Curator starts the program 'ray', which must be on PATH.
+test-curator: $(CURATOR)/.installed
+	PATH="$(CURDIR)/$(CURATOR)/bin:$$PATH" $(CURATOR)/bin/python -m pytest tests/curator dask_semdedup/curator.py
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/search.py --device cpu
 	$(BIN)/python benchmarks/end_to_end.py
@@ -43,5 +50,11 @@ $(INSTALLED): setup.cfg constraints.txt
 		--constraint constraints.txt --editable '.[test,docs,notebooks]'
 	touch $@
 
+$(CURATOR)/.installed: setup.cfg constraints.txt
+	test -x $(CURATOR)/bin/python || $(PYTHON) -m venv $(CURATOR)
+	$(CURATOR)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[curator]' nemo-curator==1.4.0 hypothesis pytest
+	touch $@
+
 clean:
-	rm -rf .venv demo build docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv $(CURATOR) demo build docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

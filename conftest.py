@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-# Triton comes with torch's CUDA builds only, and its kernels cannot be imported without it.
-collect_ignore = [] if find_spec("triton") else ["dask_semdedup/search/triton_engine.py"]
+# What can be imported only beside a library that is not always there: Triton comes with torch's CUDA builds.
+NEEDS = {"dask_semdedup/curator.py": "nemo_curator", "dask_semdedup/search/triton_engine.py": "triton"}
+collect_ignore = [path for path, library in NEEDS.items() if not find_spec(library)]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import importlib
 import logging
 import pickle
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,13 +22,20 @@ import torch
 from hypothesis import given
 
 from dask_semdedup import clusters, stages
-from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import (
+    ClusterError,
+    EmbeddingError,
+    InvalidArgumentError,
+    MissingColumnsError,
+    MissingDependencyError,
+)
 from dask_semdedup.ranking import RankingStrategy, make_strategy
 from dask_semdedup.stages import (
     ClusterWiseFilePartitioningStage,
     FileGroupTask,
     PairwiseCosineSimilarityStage,
     PairwiseStage,
+    Resources,
     pairwise_cosine_similarity_batched,
 )
 from tests.oracle import assert_nearest_earlier
@@ -269,6 +279,7 @@ def test_write_kwargs_of_the_stage_itself_are_refused():
     ("argument", "message"),
     [
         ({"pairwise_batch_size": 0}, "pairwise_batch_size must be a positive integer or None, not 0"),
+        ({"compute_dtype": "int8"}, "compute_dtype must be one of 'auto', 'float16', 'float32', not 'int8'"),
         ({"embedding_dim": 2.5}, "embedding_dim must be a positive integer or None, not 2.5"),
         ({"ranking_strategy": "hard"}, "ranking_strategy must be a RankingStrategy, as .* not 'hard'"),
     ],
@@ -543,6 +554,71 @@ def test_run_on_a_client(golden, tmp_path):
     ):
         results = stage.run(client)
     check_hard(results[0].data[0])
+
+
+def test_an_executor_finds_the_life_cycle_of_a_stage(golden, tmp_path):
+    tasks = [None]
+    for stage in PairwiseStage("id", "embeddings", str(golden), str(tmp_path)).decompose():
+        assert (stage.resources, stage.resources.requires_gpu, stage.batch_size) == (
+            Resources(cpus=1, gpus=0),
+            False,
+            1,
+        )
+        assert (stage.inputs(), stage.outputs()) == ((["data"], []), (["data"], []))
+        stage.setup_on_node(node_info=None, worker_metadata=None)
+        stage.setup(worker_metadata=None)
+        tasks = stage.process_batch(tasks)
+        stage.teardown()
+    assert [result._metadata["centroid_id"] for result in tasks] == [0, 9, 10]
+    check_hard(tasks[0].data[0])
+
+
+def test_stages_have_the_names_that_users_change_them_by():
+    stage = PairwiseStage("id", "embeddings", "in", "out")
+    names = [part.name for part in stage.decompose()]
+    assert names == ["pairwise_file_partitioning", "PairwiseCosineSimilarityStage"]
+    changed = stage.with_({names[1]: {"resources": Resources(cpus=2, gpus=0.5)}}).with_({names[1]: {"batch_size": 4}})
+    partitioning, similarity = changed.decompose()
+    assert (similarity.resources.gpus, similarity.batch_size, similarity.name) == (0.5, 4, names[1])
+    assert partitioning.batch_size == 1
+    assert stage.decompose()[1].batch_size == 1
+    with pytest.raises(InvalidArgumentError, match="no part 'x': it has pairwise_file_partitioning, Pairwise"):
+        stage.with_({"x": {}})
+
+
+def test_with_gives_a_copy():
+    stage = similarity("out")
+    changed = stage.with_(name="scores", batch_size=8)
+    assert (changed.name, changed.batch_size, changed.output_path) == ("scores", 8, "out")
+    assert (stage.name, stage.batch_size) == ("PairwiseCosineSimilarityStage", 1)
+    assert type(stage).batch_size == 1
+
+
+@pytest.mark.parametrize("compute_dtype", ["auto", "float16", "float32"])
+def test_the_answer_is_exact_whatever_dtype_is_asked_for(tmp_path, compute_dtype):
+    # Half precision takes the first two for one.
+    rows = [[1.0, 0.0], [np.cos(1e-3), np.sin(1e-3)], [np.cos(3e-3), np.sin(3e-3)]]
+    frame = pd.DataFrame({"id": [0, 1, 2], "embeddings": rows, "centroid": 0, "cosine_dist_to_cent": [0.0, 0.1, 0.2]})
+    root = write_layout(tmp_path / "in", {0: [frame]})
+    stage = PairwiseStage(
+        "id", "embeddings", str(root), str(tmp_path / "out"), which_to_keep="easy", compute_dtype=compute_dtype
+    )
+    scores = pd.read_parquet(stage.run()[0].data[0])
+    assert scores["max_id"].tolist() == [0, 0, 1]
+    np.testing.assert_allclose(scores["cosine_sim_score"], [0, np.cos(1e-3), np.cos(2e-3)], atol=1e-7)
+
+
+def test_an_unknown_strategy_is_refused_when_either_stage_is_made():
+    ranking = RankingStrategy(["id"], strategy="best")
+    for make in (PairwiseCosineSimilarityStage, partial(PairwiseStage, input_path="in")):
+        with pytest.raises(InvalidArgumentError, match="Invalid strategy"):
+            make(ranking_strategy=ranking, **NAMES)
+
+
+@pytest.mark.skipif(find_spec("nemo_curator") is not None, reason="NeMo Curator is there")
+def test_stages_of_pipelines_say_what_they_need():
+    with pytest.raises(MissingDependencyError, match=r"pip install 'dask-semdedup\[curator\]'"):
+        importlib.import_module("dask_semdedup.curator")
 
 
 def test_rows_that_visit_other_clusters_are_refused(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
@@ -29,7 +30,7 @@ from dask_semdedup.expressions import is_against
 from dask_semdedup.hashing import hash_ids
 from dask_semdedup.ids import are_equal, check_same_kind, is_in, repeats
 
-__all__ = ["remove_duplicates"]
+__all__ = ["check_ids", "remove_duplicates"]
 
 HASH_COLUMN = "_semdedup_id_hash"
 
@@ -72,6 +73,41 @@ def remove_duplicates(
     repeated = found.map_partitions(repeated_ids, meta=ids._meta).repartition(npartitions=1)
     checked = CheckedIds(duplicates.expr, repeated.expr)
     return new_collection(RowsKept(ddf.expr, checked, id_field=id_field, duplicates_id_field=duplicates_id_field))
+
+
+def check_ids(ddf: dd.DataFrame, id_field: str) -> None:
+    """Look at all ids now, and raise if rows have none, or share one.
+
+    Eight bytes a row come together in this process.
+
+    Raises
+    ------
+    IdError
+        Naming a few of the ids.
+
+    Examples
+    --------
+    >>> check_ids(dd.from_pandas(pd.DataFrame({"id": ["a", "b"]}), npartitions=2), "id")
+    """
+    ids = ddf[id_field]
+    meta = hash_column(ids._meta)
+    missing, hashes = dask.compute(ids.isna().sum(), ids.dropna().map_partitions(hash_column, meta=meta))
+    if missing:
+        raise IdError(f"Column {id_field!r}: {have(int(missing), 'row')} a null id. Give every row an id, or drop it.")
+    values, counts = np.unique(hashes.to_numpy(), return_counts=True)
+    if (counts == 1).all():
+        return
+    doubtful = ids.map_partitions(_of_hashes, values[counts > 1], meta=ids._meta).compute()
+    if count := len(repeated := doubtful[repeats(doubtful)].drop_duplicates()):
+        stand = "1 id stands" if count == 1 else f"{count:,} ids stand"
+        raise IdError(
+            f"Column {id_field!r}: {stand} in several rows ({some(to_list(repeated))}). Name a column whose ids are "
+            "unique as id_field, or have ids made, by make_ids and an id_field that is not there."
+        )
+
+
+def _of_hashes(ids: Any, hashes: np.ndarray) -> Any:
+    return ids[hash_column(ids).isin(hashes)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ class Documents:
         Column of ids.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
+    make_ids : bool, default False
+        Whether the ids were made, by `read_table`.
     """
 
     path: str
@@ -88,6 +90,7 @@ class Documents:
     image_field: str | None = None
     id_field: str = "id"
     storage_options: Mapping[str, Any] | None = None
+    make_ids: bool = False
 
     def __post_init__(self) -> None:
         if not self.columns:
@@ -102,7 +105,12 @@ class Documents:
         """The documents of these ids, by id."""
         try:
             found = find_rows(
-                self.path, ids, self.columns, id_field=self.id_field, storage_options=self.storage_options
+                self.path,
+                ids,
+                self.columns,
+                id_field=self.id_field,
+                make_ids=self.make_ids,
+                storage_options=self.storage_options,
             )
         except MissingColumnsError as error:
             advice = "Name the columns of ids, texts and images as id_field, text_field and image_field."

@@ -96,12 +96,15 @@ def read_table(
         A file, a folder, a pattern, or a list of them: local, or a URL that fsspec understands. JSON lines are files
         that end in .jsonl, .ndjson or .json, or in one of these and .gz; there is an object on each line.
     columns : sequence of str, optional
-        The columns to read; by default all that the files hold. Of Parquet in folders named as ``lang=en``, one such
-        column may be among them.
+        The columns to read; by default all that the files hold, and those in the names of folders, as ``lang=en``.
     id_field : str, default "id"
-        Column that may not be null in JSON.
+        Column that may not be null in JSON, or that is made.
     embedding_field : str, default "embeddings"
         Column that becomes float32 where it is lists of numbers in JSON.
+    make_ids : bool, default False
+        Make ids, as the first column, `id_field`: strings of the file's path below the folder that is read, and the
+        row's number in the file, as ``en/part-3.parquet:17``. They stay the same as long as the file does, whatever
+        other files there are.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     partition_size : str or int, default "128MiB"
@@ -110,20 +113,28 @@ def read_table(
     Returns
     -------
     dask.dataframe.DataFrame
-        Lists are Arrow's, as are integers that may be null.
+        Lists are Arrow's, as are floats, categories that have an order, and integers that may be null: what is read is
+        what stands in the files, and `to_parquet` of the accessor writes it back with the same types.
 
     Raises
     ------
     ClusterError
-        If there are no files, one cannot be read, some hold columns that others do not and `columns` does not say what
-        to read, or several of the columns stand in the names of folders.
+        If there are no files, one cannot be read, or two disagree about one of `columns`. If two disagree about another
+        column, that is an error when it is computed.
     MissingColumnsError
         If a column is not there.
+    InvalidArgumentError
+        If ids are to be made under a name that is taken.
 
-    Warns
+    Notes
     -----
-    UserWarning
-        If columns stand in the names of folders only, and `columns` does not say what to read.
+    Files need not have one schema. Columns that a file lacks, or that are null in all of it, are null; integers, floats,
+    decimals and their lists are read as the widest type that there is [1]_. What disagrees beyond that, as integers with
+    strings, is an error.
+
+    References
+    ----------
+    .. [1] Apache Arrow, `pyarrow.unify_schemas`, with ``promote_options="permissive"``.
 
     Examples
     --------
@@ -210,6 +221,7 @@ def find_rows(
     columns: Sequence[str],
     *,
     id_field: str = "id",
+    make_ids: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Fetch the rows of a few ids from a table, partition by partition.
@@ -226,7 +238,7 @@ def find_rows(
         What is wanted of them.
     id_field : str, default "id"
         Column of ids.
-    storage_options
+    make_ids, storage_options
         As for `read_table`.
 
     Returns
@@ -248,7 +260,7 @@ def find_rows(
     {1: 'a', 3: 'c'}
     """
     needed = list(dict.fromkeys([id_field, *columns]))
-    table = read_table(path, needed, id_field=id_field, storage_options=storage_options)
+    table = read_table(path, needed, id_field=id_field, make_ids=make_ids, storage_options=storage_options)
     wanted = pd.Index(list(dict.fromkeys(ids)))
     found = table.map_partitions(_select_ids, id_field, wanted, meta=table._meta).compute()
     found[id_field] = _as_objects(found[id_field])

@@ -60,6 +60,11 @@ def _remember_traceback(ctx: click.Context, _param: click.Parameter, value: bool
 
 
 id_option = click.option("--id-field", metavar="COLUMN", default="id", show_default=True, help="Column of ids.")
+make_ids_option = click.option(
+    "--make-ids",
+    is_flag=True,
+    help="Make ids, as --id-field: the name of a row's file, and the row's number in it.",
+)
 cluster_option = click.option(
     "--cluster-field",
     metavar="COLUMN",

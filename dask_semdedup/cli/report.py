@@ -14,6 +14,7 @@ from dask_semdedup.cli.options import (
     eps_option,
     execution_options,
     id_option,
+    make_ids_option,
     message_options,
 )
 from dask_semdedup.errors import InvalidArgumentError
@@ -41,6 +42,7 @@ Examples:
 )
 @document_options
 @id_option
+@make_ids_option
 @cluster_option
 @execution_options
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds a report already, and nothing else.")
@@ -56,6 +58,7 @@ def command(
     text_field: str | None,
     image_field: str | None,
     id_field: str,
+    make_ids: bool,
     cluster_field: str,
     storage_options: dict[str, Any],
     scheduler: str | None,
@@ -79,7 +82,7 @@ def command(
     output = output_path or _beside(scores_path)
     documents = None
     if data is not None:
-        documents = Documents(data, text_field, image_field, id_field, storage_options)
+        documents = Documents(data, text_field, image_field, id_field, storage_options, make_ids)
     elif text_field or image_field:
         raise InvalidArgumentError("--text-field and --image-field are columns of --data: name it too.")
     # What is read comes first: where it is not there, nothing is wrong with OUTPUT.

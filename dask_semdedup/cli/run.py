@@ -24,13 +24,16 @@ from dask_semdedup.cli.options import (
     execution_options,
     id_option,
     keep_options,
+    make_ids_option,
     message_options,
     search_options,
     seed_option,
 )
 from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, plan_steps
-from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have
+from dask_semdedup.embeddings import dimensions_advice
+from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.folders import real_path, refuse_overlap
+from dask_semdedup.ranking import DISTANCE_COLUMNS
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -73,6 +76,14 @@ Examples:
     help="The sentence-transformers model of --embed, or its path.",
 )
 @id_option
+@make_ids_option
+@click.option(
+    "--column",
+    "columns",
+    metavar="COLUMN",
+    multiple=True,
+    help="Keep this column of INPUT, beside ids and embeddings; repeat it for several.  [default: all]",
+)
 @cluster_option
 @embedding_options
 @click.option(
@@ -165,6 +176,8 @@ class Run:
     embed: bool
     model: str
     id_field: str
+    make_ids: bool
+    columns: tuple[str, ...]
     cluster_field: str
     embedding_field: str
     embedding_dim: int | None
@@ -195,13 +208,16 @@ class Run:
         self._check_input()
         source = {"files": table_token(self.input_path, self.storage_options)}
         columns = self._parameters("id_field", "embedding_field")
-        embedding = self._parameters("text_field", "model", "embedding_field")
-        clustering = self._parameters(
-            "embedding_field", "cluster_field", "embedding_dim", "n_clusters", "n_probe", "random_seed"
+        source |= self._parameters("make_ids")
+        ranked = {"rank_by": ", ".join(self._ranked_by()) or None}
+        embedding = self._parameters("id_field", "text_field", "model", "embedding_field") | ranked
+        clustering = ranked | self._parameters(
+            "id_field", "embedding_field", "cluster_field", "embedding_dim", "n_clusters", "n_probe", "random_seed"
         )
         ranking = self._parameters("which_to_keep", "sim_metric", "random_seed", "compute_dtype", "cluster_field")
         ranking["rank_by"] = None if self.ranking_strategy is None else repr(self.ranking_strategy)
         shown = self._parameters("eps", "text_field", "image_field")
+        kept = self._parameters("id_field") | {"columns": list(self.columns)}
         parts = files_of_run(PART_FILE)
         clusters = files_of_run(re.compile(f"[^/=]+=[^/]*/{PART_FILE.pattern}"))
         first = [Step("embeddings", source | embedding, self._embed, parts, costly=True)] if self.embed else []
@@ -211,7 +227,7 @@ class Run:
             Step("clusters", source | clustering, self._cluster, clusters, before, costly=True),
             Step("scores", columns | ranking, self._score, parts, ("clusters",), costly=True),
             Step("duplicates", {"eps": self.eps}, self._find_duplicates, parts, ("scores",)),
-            Step("deduplicated", source | self._parameters("id_field"), self._deduplicate, parts, ("duplicates",)),
+            Step("deduplicated", source | kept, self._deduplicate, parts, ("duplicates",)),
             Step("report", source | shown, self._report, REPORT, ("scores",)),
         ]
 
@@ -220,11 +236,17 @@ class Run:
 
     def _check_input(self) -> None:
         """Miss columns now rather than after hours."""
-        columns = list(self._read_input().columns)
+        from dask_semdedup.sources import check_sources
+
+        ddf = self._read_input()
+        columns = list(ddf.columns)
         shown = [name for name in (self.text_field, self.image_field) if name is not None]
-        needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field])]
+        needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field]), *self._ranked_by()]
         if not set(needed) <= set(columns):
             raise MissingColumnsError.build(needed, columns, self._column_advice(columns))
+        kept = self._read_input(self._kept())
+        check_sources(kept, list(kept.columns))
+        check_sources(ddf, needed, self.ranking_strategy)
         if self.embed and self.text_field is None:
             raise InvalidArgumentError("--embed needs --text-field, the column to embed.")
         if self.embed and self.embedding_field in columns:
@@ -233,40 +255,51 @@ class Run:
                 "--embedding-field."
             )
 
+    def _ranked_by(self) -> list[str]:
+        """The columns of INPUT that rows are ranked by."""
+        made = [*DISTANCE_COLUMNS.values(), self.id_field]
+        return [name for name in getattr(self.ranking_strategy, "required_columns", []) if name not in made]
+
+    def _kept(self) -> list[str] | None:
+        """The columns of the rows that are kept; None stands for all."""
+        if not self.columns:
+            return None
+        return list(dict.fromkeys([self.id_field, *self.columns, *([] if self.embed else [self.embedding_field])]))
+
     def _check_ids(self) -> None:
-        """Miss ids before hours of work, once: rows that are dropped are known by them."""
-        if self.has_all_ids:
+        """Miss ids, and find those that repeat, before hours of work: rows that are dropped are known by them."""
+        from dask_semdedup.removal import check_ids
+
+        if self.has_all_ids or self.make_ids:
             return
         with show_tasks(self.progress, "Looking at ids", client=self.client):
-            count = int(self._read_input()[self.id_field].isna().sum().compute())
-        if count:
-            raise IdError(
-                f"Column {self.id_field!r}: {have(count, 'row')} a null id. Give every row an id, or drop it."
-            )
+            check_ids(self._read_input([self.id_field]), self.id_field)
         self.has_all_ids = True
 
     def _column_advice(self, columns: list[str]) -> str:
         """Name the parameters whose columns INPUT lacks."""
         fields = ["id_field", "text_field", "image_field", *([] if self.embed else ["embedding_field"])]
         missing = [name for name in fields if getattr(self, name) not in (None, *columns)]
-        advice = f"Name columns of INPUT as {' and '.join(missing)}"
+        advice = f"Name columns of INPUT as {' and '.join(missing)}" if missing else "Rank by columns of INPUT"
         if "embedding_field" in missing:
             advice += "; or, if it holds texts and no embeddings, pass --embed and text_field"
-        return f"{advice}."
+        return f"{advice}.{dimensions_advice(columns) if 'embedding_field' in missing else ''}"
 
     def _folder(self, name: str) -> str:
         return f"{self.output}/{name}"
 
-    def _read_input(self) -> dd.DataFrame:
-        return self._read_table(self.input_path)
+    def _read_input(self, columns: list[str] | None = None) -> dd.DataFrame:
+        return self._read_table(self.input_path, columns, make_ids=self.make_ids)
 
-    def _read_table(self, path: str) -> dd.DataFrame:
+    def _read_table(self, path: str, columns: list[str] | None = None, *, make_ids: bool = False) -> dd.DataFrame:
         from dask_semdedup.tables import read_table
 
         return read_table(
             path,
+            columns,
             id_field=self.id_field,
             embedding_field=self.embedding_field,
+            make_ids=make_ids,
             storage_options=self.storage_options,
             partition_size=self.partition_size or "128MiB",
         )
@@ -285,18 +318,22 @@ class Run:
 
     def _embed(self, folder: str) -> dict[str, int]:
         self._check_ids()
-        frame = self._read_input().semdedup.embed(
+        needed = list(dict.fromkeys([self.id_field, str(self.text_field), *self._ranked_by()]))
+        frame = self._read_input(needed).semdedup.embed(
             self.text_field, model=self.model, embedding_field=self.embedding_field, device=self.device
         )
-        return {"rows": self._write(frame, folder, "Embedding")}
+        unneeded = {self.text_field} - {self.id_field, *self._ranked_by()}
+        return {"rows": self._write(frame.drop(columns=list(unneeded)), folder, "Embedding")}
 
     def _cluster(self, folder: str) -> dict[str, int]:
         from dask_semdedup.clusters import cluster_files
 
         self._check_ids()
-        source = self._folder("embeddings") if self.embed else self.input_path
+        # The other columns are read where they are, when rows are kept or shown.
+        needed = list(dict.fromkeys([self.id_field, self.embedding_field, *self._ranked_by()]))
+        embedded = self._read_table(self._folder("embeddings"), needed) if self.embed else self._read_input(needed)
         with show_tasks(self.progress, "Clustering", client=self.client):
-            clustered = self._read_table(source).semdedup.kmeans(
+            clustered = embedded.semdedup.kmeans(
                 self.n_clusters,
                 embedding_field=self.embedding_field,
                 cluster_field=self.cluster_field,
@@ -351,7 +388,7 @@ class Run:
         from dask_semdedup.tables import read_table
 
         duplicates = read_table(self._folder("duplicates"), storage_options=self.storage_options)
-        kept = self._read_input().semdedup.remove(duplicates, self.id_field)
+        kept = self._read_input(self._kept()).semdedup.remove(duplicates, self.id_field)
         rows = self._write(kept, folder, "Removing")
         scored, dropped = self.counts["scores"]["rows"], self.counts["duplicates"]["duplicates"]
         if rows + dropped != scored:
@@ -367,7 +404,7 @@ class Run:
         documents = None
         if self.text_field or self.image_field:
             documents = Documents(
-                self.input_path, self.text_field, self.image_field, self.id_field, self.storage_options
+                self.input_path, self.text_field, self.image_field, self.id_field, self.storage_options, self.make_ids
             )
         with show_tasks(self.progress, "Reporting", client=self.client):
             tally = write_report(

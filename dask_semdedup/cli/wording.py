@@ -12,7 +12,6 @@ PHRASES = {
     "ddf.semdedup.kmeans() and, to keep them, .semdedup.to_clusters(path)": "'dask-semdedup run' does it",
     "in the ranking strategy": "as --rank-by",
     "in the frame, which has": "among",
-    ", or name the columns to read": "",
 }
 # Parameters that have another name.
 RENAMED = {"random_seed": "random_state"}
@@ -33,6 +32,8 @@ def in_options(message: str, parameters: Sequence[click.Parameter]) -> str:
     for phrase, words in PHRASES.items():
         message = message.replace(phrase, words)
     options = [option for option in parameters if isinstance(option, click.Option) and option.name]
+    if any(option.name == "columns" for option in options):
+        message = message.replace("or name columns that agree", "or keep others: name each as --column")
     for option in options:
         message = re.sub(rf"{BEFORE}{option.name}=True\b", option.opts[-1], message)
         message = re.sub(rf"{BEFORE}{option.name}='(\w+)'", rf"{option.opts[-1]} \1", message)

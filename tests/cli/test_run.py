@@ -153,18 +153,24 @@ def test_texts_are_embedded_first(
 
     def embed(accessor: SemDedupAccessor, text_field: str, *, embedding_field: str, **options: Any) -> dd.DataFrame:
         asked.update(options, text_field=text_field)
-        frame = accessor._ddf
-        return frame.rename(columns={"vector": embedding_field})
+        texts = accessor._ddf[text_field]
+        return accessor._ddf.assign(**{embedding_field: texts.map_partitions(look_up, meta=vectors.iloc[:0])})
+
+    def look_up(texts: pd.Series) -> pd.Series:
+        return vectors.loc[texts].set_axis(texts.index)
 
     monkeypatch.setattr(SemDedupAccessor, "embed", embed, raising=False)
-    raw = pq.read_table(source).rename_columns(["id", "text", "vector", "quality"])
-    pq.write_table(raw, source)
+    raw = pq.read_table(source)
+    lists = pd.array(raw["embeddings"], dtype=pd.ArrowDtype(raw["embeddings"].type))
+    vectors = pd.Series(lists, raw["text"].to_pylist(), name="embeddings")
+    vectors = vectors[~vectors.index.duplicated()]
+    pq.write_table(raw.drop_columns("embeddings"), source)
     assert_one_line(invoke(source).stderr, "embeddings", "--embed")
     assert_one_line(invoke(source, "--embed").stderr, "--text-field")
     result = invoke(source, "--embed", "--text-field", "text", "--model", "a/model")
     assert result.exit_code == 0, result.stderr
     assert asked == {"text_field": "text", "model": "a/model", "device": "auto"}
-    assert list(kept(tmp_path).columns) == raw.column_names
+    assert list(kept(tmp_path).columns) == ["id", "text", "quality"]
     assert len(kept(tmp_path)) == ROWS - COPIES
     assert "embeddings" in tokens(tmp_path)
 
@@ -199,7 +205,8 @@ def test_another_eps_uses_clusters_and_scores_again(
     [
         (["--n-clusters", 5], "clusters", ["--n-clusters 4 → 5", "--from clusters"]),
         (["--which-to-keep", "easy"], "scores", ["--which-to-keep hard → easy", "--from scores"]),
-        (["--rank-by", "quality"], "scores", ["--rank-by None → ", "--from scores"]),
+        # Clusters hold no other columns than those that rows are ranked by.
+        (["--rank-by", "quality"], "clusters", ["--rank-by None → quality", "--from clusters"]),
     ],
 )
 def test_costly_steps_are_redone_on_request_only(
@@ -404,7 +411,7 @@ def test_other_ids_are_looked_at_too(source: Path, tmp_path: Path, invoke: Calla
     rows.loc[5, "id"] = None
     rows.to_parquet(source)
     assert invoke(source, "--id-field", "other").exit_code == 0
-    assert_one_line(invoke(source, "--from", "scores").stderr, "'id': 1 row has a null id")
+    assert_one_line(invoke(source, "--from", "clusters").stderr, "'id': 1 row has a null id")
 
 
 def test_output_may_be_a_link(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:

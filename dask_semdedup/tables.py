@@ -128,9 +128,9 @@ def read_table(
 
     Notes
     -----
-    Files need not have one schema. Columns that a file lacks, or that are null in all of it, are null; integers, floats,
-    decimals and their lists are read as the widest type that there is [1]_. What disagrees beyond that, as integers with
-    strings, is an error.
+    Files need not have one schema. Columns that a file lacks, or that are null in all of it, are null; integers,
+    floats, decimals and their lists are read as the widest type that there is [1]_. What disagrees beyond that, as
+    integers with strings, is an error.
 
     References
     ----------

@@ -5,10 +5,8 @@ Nothing here knows about clusters as `clusters` does: partitions are runs of row
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -19,7 +17,6 @@ import fsspec
 import pandas as pd
 import pyarrow as pa
 from dask.tokenize import tokenize
-from fsspec.utils import read_block
 
 from dask_semdedup._parquet import (
     PARQUET_SUFFIXES,
@@ -37,11 +34,11 @@ from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.duplicates import SCORE_COLUMNS
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.folders import Contents
+from dask_semdedup.jsonlines import JSON_SUFFIXES, JsonReader, read_json
 from dask_semdedup.layout import NULL_NAMES, integers_or_names, key_type
 
 __all__ = ["SCORES", "find_rows", "read_scores", "read_table", "table_token"]
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 # Files that others read, what they are, and what makes Parquet of them.
 CONVERSIONS = {
     ".arrow": (
@@ -51,8 +48,6 @@ CONVERSIONS = {
     ".feather": ("a Feather file", "pandas.read_feather(path).to_parquet('documents.parquet')"),
     ".csv": ("a CSV file", "pandas.read_csv(path).to_parquet('documents.parquet')"),
 }
-# How much of the first file the types are taken from.
-INFERRED_BYTES = 2**24
 # The stages' files, one a cluster.
 CLUSTER_FILE = re.compile(r"cluster_(.+)\.parquet")
 # Those of the command, and of Dask.
@@ -88,13 +83,13 @@ def read_table(
 ) -> dd.DataFrame:
     """Read Parquet or JSON lines as a lazy frame of pandas partitions.
 
-    Only Parquet footers are read now, and the first block of JSON lines, from which the types are taken.
+    Only Parquet footers are read now, and a sample of JSON lines, from which the types are taken.
 
     Parameters
     ----------
     path : str, path-like or list of them
         A file, a folder, a pattern, or a list of them: local, or a URL that fsspec understands. JSON lines are files
-        that end in .jsonl, .ndjson or .json, or in one of these and .gz; there is an object on each line.
+        that end in .jsonl, .ndjson or .json, or in one of these and .gz or .zst; there is an object on each line.
     columns : sequence of str, optional
         The columns to read; by default all that the files hold, and those in the names of folders, as ``lang=en``.
     id_field : str, default "id"
@@ -114,7 +109,9 @@ def read_table(
     -------
     dask.dataframe.DataFrame
         Lists are Arrow's, as are floats, categories that have an order, and integers that may be null: what is read is
-        what stands in the files, and `to_parquet` of the accessor writes it back with the same types.
+        what stands in the files, and `to_parquet` of the accessor writes it back with the same types. Numbers in JSON
+        that neither int64 nor uint64 nor float64 gives back, as integers from 2⁶⁴ on or decimals of more than 17 digits,
+        make their column text.
 
     Raises
     ------
@@ -433,134 +430,3 @@ class ReadPart:
 
     def __dask_tokenize__(self) -> str:
         return self.token
-
-
-# --- JSON lines ------------------------------------------------------------------------------------------------------
-
-
-class Block(NamedTuple):
-    """A piece of a file of JSON lines: the lines that begin in these bytes, or all of a compressed file."""
-
-    path: str
-    start: int = 0
-    length: int | None = None
-
-
-@dataclass(frozen=True)
-class JsonReader:
-    """Reads blocks of JSON lines, always with the same dtypes.
-
-    Parameters
-    ----------
-    fs
-        The file system of the files.
-    schema
-        What each line holds.
-    arrow
-        Turns Arrow tables of that schema into pandas.
-    id_field
-        A column that may not be null.
-    """
-
-    fs: fsspec.AbstractFileSystem
-    schema: pa.Schema
-    arrow: Reader
-    id_field: str
-
-    def __dask_tokenize__(self) -> Any:
-        return tokenize(self.arrow, self.id_field)
-
-    def meta(self, columns: Sequence[str]) -> pd.DataFrame:
-        """Empty frame with the dtypes of every partition."""
-        return cast(pd.DataFrame, self.arrow.meta(columns))
-
-    def read(self, block: Block, columns: Sequence[str]) -> pd.DataFrame:
-        """Rows of a block, with a new `RangeIndex`."""
-        table = _parse(self.fs, block, self.schema).select(list(columns))
-        if self.id_field in columns and table[self.id_field].null_count:
-            count = table[self.id_field].null_count
-            raise InvalidArgumentError(f"{have(count, 'row')} no {self.id_field!r} in {block.path}.")
-        return self.arrow.to_pandas(table, (), columns)
-
-
-def _read_json(
-    fs: fsspec.AbstractFileSystem,
-    files: Mapping[str, Mapping[str, Any]],
-    columns: Sequence[str] | None,
-    id_field: str,
-    embedding_field: str,
-    size: int,
-) -> dd.DataFrame:
-    blocks = [block for path, info in files.items() for block in _blocks(path, info["size"], size)]
-    schema = _infer(fs, blocks[0], id_field, embedding_field, columns)
-    if columns is not None and not set(columns) <= set(schema.names):
-        raise MissingColumnsError.build(columns, schema.names, f"They are wanted of {blocks[0].path}.")
-    # Any line may lack what others have.
-    nullable = frozenset(set(schema.names) - {id_field})
-    arrow = Reader(fs, schema, nullable, string_dtype=configured_string_dtype())
-    return _lazy(JsonReader(fs, schema, arrow, id_field), blocks, columns or schema.names, checksum(files))
-
-
-def _blocks(path: str, nbytes: int, size: int) -> list[Block]:
-    if path.endswith(".gz"):
-        return [Block(path)]
-    count = max(1, -(-nbytes // size))
-    length = -(-nbytes // count)
-    return [Block(path, start, length) for start in range(0, max(nbytes, 1), max(length, 1))]
-
-
-def _infer(
-    fs: fsspec.AbstractFileSystem, block: Block, id_field: str, embedding_field: str, columns: Sequence[str] | None
-) -> pa.Schema:
-    """What the lines of a block hold: numbers of the embedding as float32, ids that need it as uint64; else text."""
-    block = block._replace(length=block.length and min(block.length, INFERRED_BYTES))
-    rows = _parse(fs, block, None)
-    schema = rows.schema
-    types = {field.name: _as_written(field.type) for field in schema}
-    if pa.types.is_list(types.get(embedding_field, pa.null())):
-        types[embedding_field] = pa.list_(pa.float32())
-    if types.get(id_field) == pa.float64() and (columns is None or id_field in columns):
-        # So Arrow takes integers from 2⁶³ on, many of which are then one.
-        try:
-            _parse(fs, block, pa.schema([(id_field, pa.uint64())]), "ignore")
-            types[id_field] = pa.uint64()
-        except ClusterError as error:
-            if large := [id_ for id_ in rows[id_field].to_pylist() if id_ is not None and abs(id_) >= 2**53]:
-                raise InvalidArgumentError(
-                    f"Column {id_field!r} of {block.path}: {have(len(large), 'id')} a value that floats cannot tell "
-                    f"from others, such as {large[0]:.0f}. Write ids as text, or as integers that all fit in int64, or "
-                    "all in uint64."
-                ) from error
-    return pa.schema(list(types.items()))
-
-
-def _as_written(type_: pa.DataType) -> pa.DataType:
-    """Text for what only looks like a time, and where all is null, which may yet be text."""
-    if pa.types.is_list(type_):
-        return pa.list_(_as_written(type_.value_type))
-    if pa.types.is_struct(type_):
-        return pa.struct([pa.field(field.name, _as_written(field.type)) for field in type_])
-    return pa.string() if pa.types.is_null(type_) or pa.types.is_timestamp(type_) else type_
-
-
-def _parse(
-    fs: fsspec.AbstractFileSystem, block: Block, schema: pa.Schema | None, others: str | None = None
-) -> pa.Table:
-    """The lines of a block, all of them of a schema; `others` says what is done where they hold more."""
-    from pyarrow import json
-
-    try:
-        with fs.open(block.path, "rb", compression="infer") as file:
-            text = file.read() if block.length is None else read_block(file, block.start, block.length, b"\n")
-        if not text.strip():
-            return (schema or pa.schema([])).empty_table()
-        others = others or ("error" if schema else "infer")
-        options = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=others)
-        # A line is in one block of the parser: it may be as long as the text.
-        reading = json.ReadOptions(use_threads=False, block_size=min(max(len(text), 1), 2**31 - 1))
-        return json.read_json(io.BytesIO(text), read_options=reading, parse_options=options)
-    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
-        raise ClusterError(
-            f"Cannot read {block.path} as JSON lines ({error}). Each line must be an object, with the columns and "
-            "types of the first lines of all."
-        ) from error

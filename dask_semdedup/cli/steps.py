@@ -150,7 +150,7 @@ def _names(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
 
 def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
     """Keep the folders of steps from being mixed into what others have made."""
-    from dask_semdedup.tables import JSON_SUFFIXES
+    from dask_semdedup.jsonlines import JSON_SUFFIXES
 
     names = _names(fs, root)
     # Logs may be written there.

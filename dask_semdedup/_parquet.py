@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from itertools import accumulate, groupby, islice, pairwise
+from itertools import accumulate, groupby, islice, pairwise, repeat
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from dask.dataframe.utils import pyarrow_strings_enabled
 from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_semdedup._footers import Group, read_alike
+from dask_semdedup._footers import Bounded, FooterError, Group, read_alike, read_footer
 from dask_semdedup._schemas import conform, in_frames, is_ordered, refuse, unify, without, without_index, without_order
 from dask_semdedup.embeddings import take
 from dask_semdedup.errors import (
@@ -424,22 +424,23 @@ def _fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> l
 
 def _fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
     """The footer of a file, to the file's end; nothing where that does not look like the end of a Parquet file."""
+    # S3's file system has another parameter at the second place.
     fetch, guess = (_read_range, LOCAL_GUESS) if is_local(fs) else (fs.cat_file, FOOTER_GUESS)
     try:
-        tail: bytes = fetch(path, max(0, size - guess), size)
+        tail: bytes = fetch(path, start=max(0, size - guess), end=size)
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if not tail.endswith(MAGIC) or length > size:
             return b""
-        return tail[-length:] if length <= len(tail) else fetch(path, size - length, size)
+        return tail[-length:] if length <= len(tail) else fetch(path, start=size - length, end=size)
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def _read_range(path: str, start: int, stop: int) -> bytes:
+def _read_range(path: str, start: int, end: int) -> bytes:
     """Bytes of a local file, in as few calls as it takes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return os.pread(descriptor, stop - start, start)
+        return os.pread(descriptor, end - start, start)
     finally:
         os.close(descriptor)
 
@@ -451,15 +452,18 @@ def _read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> p
             return pq.read_metadata(pa.BufferReader(footer))
         with fs.open(path) as file:
             return pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
 
 def _arrow_schema(path: str, metadata: pq.FileMetaData) -> pa.Schema:
     try:
-        return metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError) as error:
+        schema = metadata.schema.to_arrow_schema()
+        # This decodes all names, of fields in fields too.
+        schema.to_string(show_field_metadata=False, show_schema_metadata=False)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
+    return schema
 
 
 def _unreadable(path: str, error: Exception) -> ClusterError:
@@ -494,6 +498,8 @@ class _Shape:
         self.integers = {field.name: span[0] for field, span in wanted if nulls and _is_integer(field.type)}
         self.ordered = {field.name: span[0] for field, span in wanted if is_ordered(field.type)}
         self.cluster = next((span[0] for field, span in wanted if field.name == cluster_column), None)
+        cluster = self.cluster
+        self.bounded = None if cluster is None else Bounded.of(metadata.schema.column(cluster), cluster)
 
 
 class _Shapes:
@@ -567,8 +573,7 @@ def _stats_of_block(
     stats: dict[str, FileStats] = {}
     rest = list(footers)
     for _ in range(SHAPES):
-        # Bounds are Arrow's business: it knows how they are sorted and written.
-        if len(rest) < MANY or shapes.cluster_column is not None:
+        if len(rest) < MANY:
             break
         stats |= _stats_of_alike(fs, {path: footers[path] for path in rest}, shapes)
         rest = [path for path in rest if path not in stats]
@@ -581,77 +586,54 @@ def _stats_of_alike(
     """What the first of the footers says, and those that are built like it."""
     paths = list(footers)
     first, shape = _stats_of_one(fs, paths[0], footers[paths[0]], shapes)
-    alike, groups = read_alike(list(footers.values()))
+    alike, groups = read_alike(list(footers.values()), shape.bounded)
     stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, shape)
-    # The others are believed if the first one is read as Arrow reads it.
+    # The others are believed if the first one is read as it is by itself.
     return {file.path: file for file in stats} if stats[:1] == [first] else {first.path: first}
 
 
-def _stats_of_groups(paths: Sequence[str], groups: Sequence[Group], shape: _Shape) -> list[FileStats]:
+def _stats_of_one(fs: fsspec.AbstractFileSystem, path: str, footer: bytes, shapes: _Shapes) -> tuple[FileStats, _Shape]:
+    """What one footer says, and where the columns lie in it."""
+    shape = shapes.of(path, _read_metadata(fs, path, footer))
+    try:
+        # There was none where the file has grown since the listing.
+        groups = read_footer(footer or _fetch_footer(fs, path, fs.size(path)), shape.leaves, shape.bounded)
+    except FooterError as error:
+        raise _unreadable(path, error) from error
+    return _stats_of_groups([path], groups, shape)[0], shape
+
+
+def _stats_of_groups(paths: Sequence[str], groups: Sequence[Group[Any]], shape: _Shape) -> list[FileStats]:
+    """What the row groups of alike files say; numbers are arrays of all files, or of one file Python's."""
     row_groups = []
-    nullable = [frozenset[str]()] * len(paths)
-    for rows, chunks in groups:
+    nullable, unordered = ([frozenset[str]()] * len(paths) for _ in range(2))
+    rows, null_clusters = np.zeros((2, len(paths)), dtype=np.int64)
+    for group in groups:
         nbytes, elements = np.zeros((2, len(paths)), dtype=np.int64)
         for index, width in shape.widths.items():
-            nbytes += chunks[index].nbytes if width is None else chunks[index].values * width
-            np.maximum(elements, chunks[index].values, out=elements)
-        row_groups.append(map(RowGroup, rows.tolist(), nbytes.tolist(), elements.tolist()))
+            chunk = group.chunks[index]
+            nbytes += chunk.nbytes if width is None else chunk.values * width
+            np.maximum(elements, chunk.values, out=elements)
+        bounds: Iterable[tuple[Any, Any]] = repeat((None, None), len(paths))
+        if shape.cluster is not None:
+            chunk = group.chunks[shape.cluster]
+            null_clusters += 0 if chunk.nulls is None else chunk.nulls
+            bounds = chunk.bounds or bounds
+        here = group.rows + np.zeros_like(rows)
+        rows += here
+        numbers = zip(here.tolist(), nbytes.tolist(), elements.tolist(), bounds, strict=True)
+        row_groups.append([RowGroup(n, size, longest, *pair) for n, size, longest, pair in numbers])
         for name, index in shape.integers.items():
-            nulls = chunks[index].nulls
-            for file in np.flatnonzero((rows > 0) & (True if nulls is None else nulls != 0)).tolist():
+            nulls = group.chunks[index].nulls
+            for file in np.flatnonzero((here > 0) & (True if nulls is None else nulls != 0)).tolist():
                 nullable[file] |= {name}
-    rows = sum((group.rows for group in groups), np.zeros(len(paths), dtype=np.int64))
-    return [
-        FileStats(path, count, of_it, names, shape=shape.number)
-        for path, count, of_it, names in zip(paths, rows.tolist(), zip(*row_groups, strict=True), nullable, strict=True)
-    ]
-
-
-def _stats_of_one(fs: fsspec.AbstractFileSystem, path: str, footer: bytes, shapes: _Shapes) -> tuple[FileStats, _Shape]:
-    """What Arrow reads in a footer, and where the columns lie in it."""
-    metadata = _read_metadata(fs, path, footer)
-    shape = shapes.of(path, metadata)
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    nullable = frozenset(
-        name for name, index in shape.integers.items() if any(_null_count(group, index) != 0 for group in groups)
-    )
-    unordered = frozenset(
-        name
-        for name, index in shape.ordered.items()
-        if any(group.num_rows and not group.column(index).has_dictionary_page for group in groups)
-    )
-    cluster = shape.cluster
-    null_clusters = 0 if cluster is None else sum(_null_count(group, cluster) or 0 for group in groups)
-    row_groups = tuple(_row_group(group, shape) for group in groups)
-    stats = FileStats(
-        path, metadata.num_rows, row_groups, nullable, null_clusters, shape=shape.number, unordered=unordered
-    )
-    return stats, shape
-
-
-def _row_group(group: Any, shape: _Shape) -> RowGroup:
-    nbytes = elements = 0
-    for index, width in shape.widths.items():
-        chunk = group.column(index)
-        nbytes += chunk.total_uncompressed_size if width is None else chunk.num_values * width
-        elements = max(elements, chunk.num_values)
-    return RowGroup(group.num_rows, nbytes, elements, *_bounds(group, shape.cluster))
-
-
-def _bounds(group: Any, index: int | None) -> tuple[Any, Any]:
-    statistics = None if index is None else group.column(index).statistics
-    if statistics is None or not statistics.has_min_max or statistics.logical_type.type == "FLOAT16":
-        # Of half precision they are given as bytes, whose order is not that of the numbers.
-        return None, None
-    return statistics.min, statistics.max
-
-
-def _null_count(group: Any, index: int) -> int | None:
-    """Number of nulls in a column chunk, or None where the file does not say."""
-    if group.num_rows == 0:
-        return 0
-    statistics = group.column(index).statistics
-    return statistics.null_count if statistics is not None and statistics.has_null_count else None
+        for name, index in shape.ordered.items():
+            if not group.chunks[index].has_dictionary:
+                for file in np.flatnonzero(here).tolist():
+                    unordered[file] |= {name}
+    by_file = zip(*row_groups, strict=True) if row_groups else repeat((), len(paths))
+    columns = (paths, rows.tolist(), by_file, nullable, null_clusters.tolist(), repeat(shape.number), unordered)
+    return list(map(FileStats, *columns))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -821,7 +803,8 @@ class Reader:
         if self.make_ids in columns:
             ids = pa.chunked_array([made_ids(self.root, fragment) for fragment in fragments], pa.large_string())
             series[str(self.make_ids)] = self._to_series(ids, str(self.make_ids))
-        return pd.DataFrame({name: series[name] for name in columns}, copy=False)
+        index = pd.RangeIndex(sum(fragment.rows for fragment in fragments))
+        return pd.DataFrame({name: series[name] for name in columns}, index, copy=False)
 
     def _to_series(self, column: pa.ChunkedArray, name: str) -> pd.Series:
         dtype = _extension_dtype(column.type, name in self.nullable, self.string_dtype)
@@ -830,6 +813,15 @@ class Reader:
 
 # What to do about a column that cannot be read, which only some of the work needs.
 COLUMNS_ADVICE = "Give it one type in all files, or name columns that agree."
+
+
+def taken_for_ids(name: str | None, present: Collection[str]) -> list[str]:
+    """The column of ids that is to be made, if one is; it may not be there."""
+    if name in present:
+        raise InvalidArgumentError(
+            f"The files have a column {name!r}, and ids are to be made of that name. Name another as id_field."
+        )
+    return [] if name is None else [name]
 
 
 def made_ids(root: str, fragment: Fragment) -> pa.Array:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from urllib.parse import unquote
 
 import dask.dataframe as dd
@@ -24,18 +24,19 @@ from dask_semdedup._parquet import (
     Reader,
     above_pattern,
     checksum,
-    configured_string_dtype,
     fragments_of,
     list_files,
     read_schema,
     scan_files,
+    taken_for_ids,
 )
 from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.duplicates import SCORE_COLUMNS
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.errors import ClusterError, MissingColumnsError, some
+from dask_semdedup.folder_keys import Keys, keys_below
 from dask_semdedup.folders import Contents
 from dask_semdedup.jsonlines import JSON_SUFFIXES, JsonReader, read_json
-from dask_semdedup.layout import NULL_NAMES, integers_or_names, key_type
+from dask_semdedup.layout import integers_or_names, key_type
 
 __all__ = ["SCORES", "find_rows", "read_scores", "read_table", "table_token"]
 
@@ -110,8 +111,8 @@ def read_table(
     dask.dataframe.DataFrame
         Lists are Arrow's, as are floats, categories that have an order, and integers that may be null: what is read is
         what stands in the files, and `to_parquet` of the accessor writes it back with the same types. Numbers in JSON
-        that neither int64 nor uint64 nor float64 gives back, as integers from 2⁶⁴ on or decimals of more than 17 digits,
-        make their column text.
+        that neither int64 nor uint64 nor float64 gives back, as integers from 2⁶⁴ on or decimals of more than 17
+        digits, make their column text.
 
     Raises
     ------
@@ -148,10 +149,11 @@ def read_table(
     options = dict(storage_options or {})
     fs, files, are_json = _list_table(path, options)
     roots = _roots(fs, path, options)
-    made = id_field if make_ids else None
+    keys, ids = keys_below(roots, files), {"make_ids": id_field if make_ids else None, "root": _common_root(roots)}
     if are_json:
-        return _read_json(fs, files, columns, id_field, embedding_field, size)
-    reader, fragments = _scan(fs, files, columns, _keys_below(roots, files), make_ids=made, root=_common_root(roots))
+        lines, blocks = read_json(fs, files, columns, keys, id_field, embedding_field, size, **ids)
+        return _lazy(lines, blocks, columns or lines.columns, checksum(files))
+    reader, fragments = _scan(fs, files, columns, keys, **ids)
     reader = reader.with_arrow_floats()
     return _lazy(reader, _group(fragments, size), columns or reader.columns, checksum(files))
 
@@ -318,25 +320,6 @@ def _group(fragments: Sequence[Fragment], most: int) -> list[tuple[Fragment, ...
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-class Keys(NamedTuple):
-    """Columns in the names of folders or files: their fields, and the values of each file, in that order."""
-
-    fields: pa.Schema
-    values: dict[str, tuple[Any, ...]]
-
-    @property
-    def nullable(self) -> frozenset[str]:
-        """The columns that some files have no value of."""
-        columns = zip(self.fields.names, zip(*self.values.values(), strict=True), strict=False)
-        return frozenset(name for name, values in columns if None in values)
-
-    def without(self, names: Collection[str]) -> Keys:
-        """The columns that are not of these names."""
-        kept = [place for place, name in enumerate(self.fields.names) if name not in names]
-        values = {path: tuple(of_file[place] for place in kept) for path, of_file in self.values.items()}
-        return Keys(pa.schema([self.fields.field(place) for place in kept]), values)
-
-
 def _scan(
     fs: fsspec.AbstractFileSystem,
     files: Mapping[str, Mapping[str, Any]],
@@ -346,11 +329,7 @@ def _scan(
 ) -> tuple[Reader, list[Fragment]]:
     """A reader of the files, and their row groups. What is in the files comes before what stands in names."""
     scan = scan_files(fs, files, columns)
-    made = [options["make_ids"]] if options.get("make_ids") else []
-    if made and made[0] in scan.names:
-        raise InvalidArgumentError(
-            f"The files have a column {made[0]!r}, and ids are to be made of that name. Name another as id_field."
-        )
+    made = taken_for_ids(options.get("make_ids"), scan.names)
     named = keys.fields if keys else pa.schema([])
     scan.check_columns(columns or [], [*named.names, *made], f"They are wanted of {next(iter(files))}.")
     reader = Reader.of(fs, scan, **options)
@@ -383,26 +362,6 @@ def _common_root(roots: Sequence[str]) -> str:
     if len(roots) == 1:
         return roots[0] if not roots[0].endswith(PARQUET_SUFFIXES + JSON_SUFFIXES) else roots[0].rpartition("/")[0]
     return os.path.commonpath(roots)
-
-
-def _keys_below(roots: Sequence[str], files: Collection[str]) -> Keys:
-    """Columns in the names of folders below the roots, as ``lang=en``: integers where all values are, else strings."""
-    values = {file: _key_values(file.removeprefix(_longest(roots, file))) for file in files}
-    columns = {}
-    for name in dict.fromkeys(name for found in values.values() for name in found):
-        known = {file: found[name] for file, found in values.items() if found.get(name, "") not in NULL_NAMES}
-        columns[name] = integers_or_names(known)
-    fields = pa.schema({name: key_type(column.values()) for name, column in columns.items()})
-    return Keys(fields, {file: tuple(column.get(file) for column in columns.values()) for file in files})
-
-
-def _longest(roots: Sequence[str], file: str) -> str:
-    return max((root for root in roots if file.startswith(root)), key=len, default="")
-
-
-def _key_values(relative: str) -> dict[str, str]:
-    parts = (folder.partition("=") for folder in relative.split("/")[:-1])
-    return {key: unquote(value) for key, found, value in parts if key and found}
 
 
 def _lazy(reader: Reader | JsonReader, partitions: list[Any], columns: Sequence[str], token: str) -> dd.DataFrame:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import random
+import re
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_semdedup import ClusterError, _parquet, read_clusters
-from dask_semdedup._footers import read_alike
-from dask_semdedup._parquet import FileStats, list_files, read_footers
+from dask_semdedup import ClusterError, _footers, _parquet, read_clusters
+from dask_semdedup._footers import MOST, Bounded, FooterError, read_alike, read_footer
+from dask_semdedup._parquet import FileStats, list_files, read_schema, scan_files
 
 VALUES: dict[pa.DataType, st.SearchStrategy[Any]] = {
     pa.int64(): st.integers(-(2**63), 2**63 - 1),
@@ -100,6 +104,187 @@ def of_ours(groups: list[Any], file: int) -> list[tuple[int, list[tuple[int, int
     ]
 
 
+INTEGERS = {
+    f"{sign}int{bits}": (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    for sign in ("", "u")
+    for bits in (8, 16, 32, 64)
+}
+
+
+@st.composite
+def bounded_columns(draw: st.DrawFn) -> list[pa.Array]:
+    """Some columns of one type whose bounds are read: integers of all widths and text, with nulls or without."""
+    name = draw(st.sampled_from([*INTEGERS, "string", "large_string"]))
+    values = st.integers(*INTEGERS[name]) if name in INTEGERS else st.text(max_size=100)
+    columns = draw(st.lists(st.lists(st.none() | values, max_size=6), min_size=1, max_size=5))
+    return [pa.array(column, getattr(pa, name)()) for column in columns]
+
+
+def bounds_of_arrow(footer: bytes) -> list[tuple[Any, Any]]:
+    metadata = pq.read_metadata(pa.BufferReader(footer))
+    statistics = [metadata.row_group(index).column(0).statistics for index in range(metadata.num_row_groups)]
+    return [(each.min, each.max) if each and each.has_min_max else (None, None) for each in statistics]
+
+
+def bounds_of_ours(groups: list[Any], file: int = 0) -> list[tuple[Any, Any]]:
+    return [group.chunks[0].bounds[file] if group.chunks[0].bounds else (None, None) for group in groups]
+
+
+def bounded_of(footer: bytes) -> Bounded | None:
+    return Bounded.of(pq.read_metadata(pa.BufferReader(footer)).schema.column(0), 0)
+
+
+def varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+
+def thrift(fields: dict[int, Any]) -> bytes:
+    """A struct of numbers, bytes, structs and lists of structs; the fields' numbers are written out."""
+    written = b""
+    for number, value in fields.items():
+        if isinstance(value, int):
+            kind, content = 6, varint(value << 1 if value >= 0 else (-value << 1) - 1)
+        elif isinstance(value, bytes):
+            kind, content = 8, varint(len(value)) + value
+        elif isinstance(value, dict):
+            kind, content = 12, thrift(value)
+        else:
+            kind, content = 9, b"\xfc" + varint(len(value)) + b"".join(map(thrift, value))
+        written += bytes([kind]) + varint(number << 1) + content
+    return written + b"\0"
+
+
+def built(chunk: dict[int, Any], *, rows: int = 3, **file: Any) -> bytes:
+    """A footer of one row group of three rows with one column."""
+    chunk = {5: 3, 6: 30, **chunk}
+    return thrift({2: [], 3: rows, 4: [{1: [{3: chunk}], 3: 3}], **file.get("more", {})}) + bytes(8)
+
+
+class TestReadFooter:
+    @given(tables(), OPTIONS)
+    def test_numbers_are_those_of_arrow(self, tables: list[pa.Table], options: dict[str, Any]) -> None:
+        for table in tables:
+            footer = footer_of(file_of(table, **options))
+            expected, metadata = of_arrow(footer), pq.read_metadata(pa.BufferReader(footer))
+            groups = read_footer(footer, len(metadata.schema))
+            assert [(group.rows, [chunk[:3] for chunk in group.chunks]) for group in groups] == expected
+            assert [[chunk.has_dictionary for chunk in group.chunks] for group in groups] == [
+                [metadata.row_group(group).column(index).has_dictionary_page for index in range(len(metadata.schema))]
+                for group in range(metadata.num_row_groups)
+            ]
+
+    @given(bounded_columns(), OPTIONS)
+    def test_bounds_are_those_of_arrow(self, columns: list[pa.Array], options: dict[str, Any]) -> None:
+        footers = [footer_of(file_of(pa.table({"k": column}), **options)) for column in columns]
+        bounded = bounded_of(footers[0])
+        assert bounded
+        for footer in footers:
+            assert bounds_of_ours(read_footer(footer, 1, bounded)) == bounds_of_arrow(footer)
+        alike, groups = read_alike(footers, bounded)
+        for position, file in enumerate(alike.tolist()):
+            assert bounds_of_ours(groups, position) == bounds_of_arrow(footers[file])
+
+    @pytest.mark.parametrize(
+        "column",
+        [
+            pa.array([1.5]),
+            pa.array([1.5], pa.float16()),
+            pa.array([True]),
+            pa.array([b"a"]),
+            pa.array([1], pa.date32()),
+            pa.array([1], pa.timestamp("ns")),
+            pa.array([1], pa.time32("ms")),
+            pa.array([1], pa.decimal128(5)),
+            pa.array([1], pa.decimal32(5)),
+            pa.array([b"a" * 16], pa.uuid()),
+        ],
+        ids=lambda column: str(column.type),
+    )
+    @pytest.mark.parametrize("as_integer", [False, True])
+    def test_bounds_of_other_types_are_not_read(self, column: pa.Array, as_integer: bool) -> None:
+        footer = footer_of(file_of(pa.table({"k": column}), store_decimal_as_integer=as_integer))
+        assert bounded_of(footer) is None
+
+    def test_of_what_lies_between_columns_and_bounds_only_those_of_the_column_are_read(self) -> None:
+        footer = footer_of(file_of(pa.table({"x": [[1, 2]], "k": [7], "y": [8]})))
+        (group,) = read_footer(footer, 3, Bounded(1, 8, is_signed=True))
+        assert [chunk.bounds for chunk in group.chunks] == [[], [(7, 7)], []]
+
+    def test_bounds_by_the_rules_of_the_column(self) -> None:
+        """Those by the new rules count if the column says that it follows them; those by the old only if signed."""
+        one, two, three = (value.to_bytes(4, "little") for value in (1, 2, 3))
+        ordered = {"more": {7: [{1: {}}]}}
+        signed, unsigned, text = Bounded(0, 4, is_signed=True), Bounded(0, 4), Bounded(0, 0)
+
+        def bounds(statistics: dict[int, bytes], bounded: Bounded, **file: Any) -> Any:
+            footer = built({12: statistics}, **file)
+            found = bounds_of_ours(read_footer(footer, 1, bounded))
+            assert [bounds_of_ours(read_alike([footer] * 2, bounded)[1], position) for position in (0, 1)] == [
+                found
+            ] * 2
+            return found[0]
+
+        both = {1: three, 2: two, 5: two, 6: one}
+        assert bounds(both, signed, **ordered) == (1, 2)
+        assert bounds(both, signed) == (2, 3)
+        assert bounds(both, unsigned, **ordered) == (1, 2)
+        assert bounds(both, unsigned) == bounds(both, text) == (None, None)
+        assert bounds({1: three, 2: two}, signed, **ordered) == (2, 3)
+        assert bounds({1: three, 2: two}, unsigned, **ordered) == (None, None)
+        assert bounds({5: two}, signed, **ordered) == bounds({}, signed, **ordered) == (None, None)
+        # What is cut is a bound; what is no text or number, or the wrong way round, is none.
+        assert bounds({5: b"b", 6: b"aa"}, text, **ordered) == ("aa", "b")
+        assert bounds({5: b"b\xff", 6: b"aa"}, text, **ordered) == (None, None)
+        assert bounds({5: two + b"\0", 6: one}, signed, **ordered) == (None, None)
+        assert bounds({5: one, 6: two}, signed, **ordered) == (None, None)
+
+    @pytest.mark.parametrize(
+        ("footer", "message"),
+        [
+            (built({}, rows=4), "its row groups have other rows than the file"),
+            (built({5: -1}), "a column has an impossible number of values"),
+            (built({6: MOST}), "a column has an impossible number of values, bytes"),
+            (built({12: {3: -1}}), "a column has an impossible number of values, bytes or nulls"),
+            (built({12: {3: 2**64}}), "a column has an impossible number of values, bytes or nulls"),
+            (built({12: {3: 2**80}}), "a number is too long"),
+            (thrift({2: [], 3: 0, 4: [{1: [{3: {5: 0, 6: 0}}], 3: n} for n in (-1, 1)]}) + bytes(8), "number of rows"),
+            (thrift({2: [], 3: 3, 4: [{1: [{}], 3: 3}]}) + bytes(8), "one of its structs has no field 3"),
+            (thrift({2: [], 3: 3, 4: [{1: [{3: {5: 3}}], 3: 3}]}) + bytes(8), "one of its structs has no field 6"),
+            (thrift({2: [], 3: 3, 4: [{3: 3}]}) + bytes(8), "one of its structs has no field 1"),
+            (thrift({2: [], 3: 0}) + bytes(8), "one of its structs has no field 4"),
+            (thrift({2: [], 4: []}) + bytes(8), "one of its structs has no field 3"),
+            (
+                thrift({2: [], 3: 3, 4: [{1: [{3: {5: 3, 6: 3}}] * 2, 3: 3}]}) + bytes(8),
+                "has 2 columns, and the schema 1",
+            ),
+            (thrift({2: [], 3: 3, 4: [{1: [], 3: 3}]}) + bytes(8), "row group 0 has 0 columns, and the schema 1"),
+            (b"", "ends too early"),
+            (built({})[:-12] + bytes(8), "ends too early"),
+            (b"\x18\xff\xff\xff\x7f" + bytes(8), "a length is more than what is left"),
+            # A list of 2**60 doubles, or of 2**60 structs.
+            (b"\x19\xf7" + varint(2**60) + bytes(9), "a length is more than what is left"),
+            (b"\x49\xfc" + varint(2**60) + bytes(9), "a length is more than what is left"),
+            (b"\x49\x25" + bytes(9), "a list of structs is one of type 5"),
+            (b"\x1c" * 1000 + bytes(8), "structs and lists lie in one another"),
+            (b"\x19\x19" * 1000 + bytes(8), "structs and lists lie in one another"),
+            (b"\x1b" + bytes(9), "a value is of type 11, which Parquet does not use"),
+            (b"\xff" * 100, "a value is of type 15"),
+            (b"\x06" + b"\xff" * 100, "a number is too long"),
+        ],
+    )
+    def test_damage_is_told(self, footer: bytes, message: str) -> None:
+        with pytest.raises(FooterError, match=message):
+            read_footer(footer, 1)
+
+    @given(st.binary(max_size=300))
+    def test_any_bytes_are_read_or_refused(self, data: bytes) -> None:
+        try:
+            read_footer(data, 1, Bounded(0, 8))
+        except FooterError:
+            return
+        assert data  # it has at least an end
+
+
 class TestReadAlike:
     @given(tables(), OPTIONS)
     def test_numbers_are_those_of_arrow(self, tables: list[pa.Table], options: dict[str, Any]) -> None:
@@ -142,16 +327,17 @@ class TestReadAlike:
         """Structs that are as long and could be read over by the same steps, but say something else."""
 
         def struct(*fields: int) -> bytes:
-            return b"\x28\x01s" + bytes(fields) + bytes(8)  # the schema, as if it were text
+            # The schema, as if it were text; no rows, in no row groups.
+            return b"\x28\x01s\x16\0\x19\x0c" + bytes(fields) + bytes(8)
 
-        number = [(0x16, 4, 0), (0x16, 6, 0), (0x16, 0x80, 9, 0)]  # field 3, a long integer
+        number = [(0x16, 4, 0), (0x16, 6, 0), (0x16, 0x80, 9, 0)]  # field 5, a long integer
         assert read_alike([struct(*fields) for fields in [*number, (0x15, 6, 0), (0x26, 6, 0)]])[0].tolist() == [
             0,
             1,
             2,
         ]
-        items = [(0x39, 0x25, 2, 4, 0), (0x39, 0x25, 6, 8, 0)]  # field 5, a list of two integers
-        others = [(0x39, 0x15, 2, 4, 0), (0x39, 0x26, 2, 4, 0), (0x39, 0x25, 2, 4, 1)]
+        items = [(0x19, 0x25, 2, 4, 0), (0x19, 0x25, 6, 8, 0)]  # field 5, a list of two integers
+        others = [(0x19, 0x15, 2, 4, 0), (0x19, 0x26, 2, 4, 0), (0x19, 0x25, 2, 4, 1)]
         assert read_alike([struct(*fields) for fields in items + others])[0].tolist() == [0, 1]
 
     @given(st.data())
@@ -165,6 +351,16 @@ class TestReadAlike:
         alike, groups = read_alike(footers)
         assert set(alike.tolist()) in ({0, 5}, {0, 1, 5})
         assert of_ours(groups, -1) == of_arrow(footer)
+
+    def test_each_has_to_have_as_many_rows_as_its_row_groups(self) -> None:
+        footers = [built({}), built({}, rows=5), built({5: -1}), built({12: {3: 1}}), built({6: 31})]
+        assert read_alike(footers)[0].tolist() == [0, 4]
+
+    def test_a_length_may_not_lead_back(self) -> None:
+        """Arithmetic of 64 bits could go on before the length, to where another footer has the same."""
+        sound = thrift({2: [], 3: 0, 4: [], 5: b"a"})
+        back = sound[:-3] + varint(2**64 - 1) + sound[-2:]
+        assert read_alike([footer + bytes(8) for footer in (sound, back, sound)])[0].tolist() == [0, 2]
 
     def test_of_types_unknown_to_parquet_nothing_is_read(self) -> None:
         a_map = bytes([0x1B, 0])
@@ -195,7 +391,7 @@ def many_shapes() -> dict[str, bytes]:
 
 
 def stats_of(path: Path | str, **options: Any) -> list[FileStats]:
-    return read_footers(*list_files(path), ["id", "x", "text"], **options)
+    return scan_files(*list_files(path), ["id", "x", "text"], **options).files
 
 
 @pytest.fixture
@@ -248,21 +444,38 @@ class TestReadFooters:
 
         monkeypatch.setattr(_parquet, "_read_metadata", counted)
         assert sum(file.rows for file in stats_of(path)) == 100
-        assert len(calls) == 3  # the first file's schema, and the first numbers of each of two blocks
+        assert len(calls) == 2  # the schema of the first file of each of two blocks
 
     @pytest.mark.usefixtures("side_by_side")
-    def test_what_arrow_reads_differently_is_not_believed(
+    def test_what_is_read_differently_by_itself_is_not_believed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = write_files(tmp_path / "in", many_shapes())
         expected = stats_of(path)
 
-        def wrong(footers: list[bytes]) -> Any:
-            alike, groups = read_alike(footers)
+        def wrong(footers: list[bytes], bounded: Any) -> Any:
+            alike, groups = read_alike(footers, bounded)
             return alike, [group._replace(rows=group.rows + 1) for group in groups]
 
         monkeypatch.setattr(_parquet, "read_alike", wrong)
         assert stats_of(path) == expected
+
+    def test_bounds_and_nulls_of_a_column_side_by_side(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write_files(tmp_path / "in", many_shapes())
+        expected = stats_of(path, cluster_column="id")
+        assert {(group.low, group.high) for file in expected for group in file.row_groups} >= {(0, 3), (None, None)}
+        assert {file.null_clusters for file in expected} == {0, 1}
+        monkeypatch.setattr(_parquet, "MANY", 2)
+        assert stats_of(path, cluster_column="id") == expected
+
+    @pytest.mark.usefixtures("side_by_side")
+    def test_each_file_has_to_have_as_many_rows_as_its_row_groups(self, tmp_path: Path) -> None:
+        file = file_of(pa.table({"id": [1, 2], "x": [[1.0], [2.0]], "text": ["a", "b"]}))
+        rows = file.rindex(b"\x16\x04\x19\x1c")  # two rows, in a list of one row group
+        files = {f"{number}.parquet": file for number in range(8)}
+        files["6.parquet"] = file[: rows + 1] + b"\x06" + file[rows + 2 :]
+        with pytest.raises(ClusterError, match=r"Cannot read .*6.parquet as Parquet .*other rows than the file"):
+            stats_of(write_files(tmp_path / "in", files))
 
     @pytest.mark.usefixtures("side_by_side")
     def test_nulls_need_not_be_counted(self, tmp_path: Path) -> None:
@@ -273,8 +486,12 @@ class TestReadFooters:
     @pytest.mark.usefixtures("side_by_side")
     def test_another_schema_is_named(self, tmp_path: Path) -> None:
         files = many_shapes() | {"99.parquet": file_of(pa.table({"id": [1.0], "x": [[1.0]], "text": ["a"]}))}
-        with pytest.raises(ClusterError, match=r"Column 'id' is double in .*99.parquet but int64 in .*00.parquet"):
-            stats_of(write_files(tmp_path / "in", files))
+        scan = scan_files(*list_files(write_files(tmp_path / "in", files)), ["id", "x", "text"])
+        assert scan.schema.field("id").type == pa.float64()
+        assert scan.odd == {file.path for file in scan.files if not file.path.endswith("99.parquet")}
+        files |= {"98.parquet": file_of(pa.table({"id": ["b"], "x": [[1.0]], "text": ["a"]}))}
+        scan = scan_files(*list_files(write_files(tmp_path / "in", files)), ["id", "x", "text"])
+        assert re.search(r"Column 'id' is string in .*98.parquet but int64 in .*00.parquet", scan.problems["id"])
 
     def test_a_footer_longer_than_the_first_guess(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_files(tmp_path / "in", many_shapes())
@@ -309,9 +526,9 @@ class TestFetching:
         path = write_files(tmp_path / "in", many_shapes())
         read, threads = _parquet._read_range, set()
 
-        def noted(*args: Any) -> bytes:
+        def noted(*args: Any, **kwargs: Any) -> bytes:
             threads.add(threading.current_thread())
-            return read(*args)
+            return read(*args, **kwargs)
 
         monkeypatch.setattr(_parquet, "SLOW", math.inf)
         monkeypatch.setattr(_parquet, "_read_range", noted)
@@ -376,7 +593,7 @@ class TestDamage:
         start = file.index(b"ARROW:schema") + 20
         damaged = file[:start] + content * 40 + file[start + 40 :]
         path = write_files(tmp_path / "centroid=0", {"a.parquet": damaged})
-        for read in (read_clusters, lambda path: read_footers(*list_files(path), ["id"])):
+        for read in (read_clusters, lambda path: scan_files(*list_files(path), ["id"])):
             with pytest.raises(ClusterError, match=r"Cannot read .*a.parquet as Parquet .truncated"):
                 read(path)
 
@@ -385,10 +602,90 @@ class TestDamage:
         fs, files = list_files(path)
         (path / "07.parquet").unlink()
         with pytest.raises(ClusterError, match=r"Cannot read .*07.parquet as Parquet .truncated.*No such file"):
-            read_footers(fs, files, ["id"])
+            scan_files(fs, files, ["id"])
 
     def test_a_file_replaced_since_the_listing_is_read_anew(self, tmp_path: Path) -> None:
         path = write_files(tmp_path / "in", many_shapes())
         fs, files = list_files(path)
         write_files(path, {"07.parquet": file_of(pa.table({"id": range(1000)}))})
-        assert read_footers(fs, files, ["id"])[7].rows == 1000
+        assert scan_files(fs, files, ["id"]).files[7].rows == 1000
+
+
+def sound_footer() -> bytes:
+    """Of a column of each kind that is read, with nulls and with bounds, in two row groups."""
+    clusters, lists = pa.array([1, 2, 3], pa.uint16()), pa.array([[1.0, 2.0], [0.5], []], pa.list_(pa.float32()))
+    table = pa.table({"id": pa.array([7, None, 9]), "k": clusters, "x": lists, "text": ["a", "b", None]})
+    return footer_of(file_of(table, row_group_size=2))
+
+
+def some_bytes_wrong(footer: bytes, n: int) -> Iterator[bytes]:
+    """The footer, n times, with one or a few of its bytes replaced by random ones."""
+    rng = random.Random(0)
+    for _ in range(n):
+        damaged = bytearray(footer)
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            damaged[rng.randrange(len(footer) - 8)] = rng.randrange(256)
+        yield bytes(damaged)
+
+
+class Noting(_footers._One):
+    """Notes where the integers are, and the lengths."""
+
+    struct = _footers._Thrift.struct
+
+    def unsigned(self) -> int:
+        start, value = self.at, super().unsigned()
+        self.places.append((start, self.at))
+        return value
+
+
+def one_integer_wrong(footer: bytes) -> Iterator[bytes]:
+    """The footer with each of its integers, lengths among them, replaced by some others."""
+    noting = Noting(footer)
+    noting.places: list[tuple[int, int]] = []
+    noting.struct({})
+    assert len(noting.places) > 200
+    for start, stop in noting.places:
+        for value in (0, 5, 2**31, 2**41, 2**64 - 1):
+            body = footer[:start] + varint(value) + footer[stop:-8]
+            yield body + len(body).to_bytes(4, "little") + b"PAR1"
+
+
+def read_damaged() -> None:
+    """Read damaged footers, alone and among sound ones; print how many were refused and how many were read."""
+    fs, sound = fsspec.filesystem("memory"), sound_footer()
+    _parquet.MANY = 2
+    fs.pipe({f"/damaged/{number}.parquet": sound for number in range(6)})
+
+    def read(*numbers: int) -> list[FileStats]:
+        files = {f"/damaged/{number}.parquet": fs.info(f"/damaged/{number}.parquet") for number in numbers}
+        path, info = next(iter(files.items()))
+        names = read_schema(fs, path, info["size"]).names
+        return scan_files(fs, files, names, "k" if "k" in names else None).files
+
+    expected = read(*range(6))
+    refused = total = 0
+    for total, footer in enumerate([*some_bytes_wrong(sound, 2000), *one_integer_wrong(sound)], 1):
+        print(total, footer.hex(), file=sys.stderr)
+        fs.pipe_file("/damaged/3.parquet", footer)
+        for numbers in [(3,), range(6)] if total % 16 == 0 else [(3,)]:
+            try:
+                stats = read(*numbers)
+            except ClusterError as error:
+                if "/damaged/3.parquet" not in str(error):
+                    raise
+                refused += numbers == (3,)
+            else:
+                assert all(file.rows == sum(group.rows for group in file.row_groups) for file in stats)
+                assert all(stats[number] == expected[number] for number in numbers if number != 3)
+    print(refused, total)
+
+
+def test_no_damage_ends_the_process() -> None:
+    """In a process of its own, since a C++ exception that nobody catches ends it."""
+    command = [sys.executable, "-c", "from tests.test_footers import read_damaged; read_damaged()"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
+    assert run.returncode == 0, run.stderr[-3000:]
+    refused, total = map(int, run.stdout.split())
+    assert total > 3000
+    assert total / 2 < refused < total

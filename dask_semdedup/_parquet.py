@@ -838,7 +838,7 @@ def made_ids(root: str, fragment: Fragment) -> pa.Array:
 
 
 def in_cudf(type_: pa.DataType) -> pa.DataType:
-    """The type that a column of a file has in frames of cuDF, which knows no fixed sizes and no extensions."""
+    """The type that a column of a file has in frames of cuDF, which knows no fixed sizes, extensions, or binaries."""
     types = pa.types
     if isinstance(type_, pa.BaseExtensionType):
         return in_cudf(type_.storage_type)
@@ -846,7 +846,14 @@ def in_cudf(type_: pa.DataType) -> pa.DataType:
         return type_ if type_.ordered else in_cudf(type_.value_type)
     if types.is_large_list(type_) or types.is_fixed_size_list(type_):
         return pa.list_(type_.value_field)
-    return pa.string() if types.is_string_view(type_) or types.is_large_string(type_) else type_
+    strings = (
+        types.is_string_view,
+        types.is_large_string,
+        types.is_binary,
+        types.is_large_binary,
+        types.is_binary_view,
+    )
+    return pa.string() if any(is_string(type_) for is_string in strings) else type_
 
 
 def configured_string_dtype() -> pd.StringDtype[Any] | None:

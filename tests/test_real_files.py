@@ -555,3 +555,56 @@ def test_other_formats_are_refused_with_the_line_that_converts_them(tmp_path: Pa
     # Beside Parquet they are no data.
     write_parts(tmp_path, documents())
     assert len(read_table(tmp_path)) == 3
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    """Frames of cuDF are read from the same files, to the same scores and in the same order."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        pytest.importorskip("cudf")
+        double = documents(quality=ordered([1, 2, 0])).set_column(1, "embeddings", VECTORS.cast(pa.list_(pa.float64())))
+        double = double.set_column(0, "id", pa.array([4, 5, 6], pa.int16()))
+        fixed = documents(quality=ordered([0, 0, 1], ["low", "mid"]), text=[b"a", b"b", b"c"])
+        fixed = fixed.set_column(1, "embeddings", VECTORS.cast(pa.list_(pa.float32(), 2)))
+        fixed = fixed.set_column(0, "id", pa.array([7, 8, 9]))
+        empty = pa.table({name: pa.nulls(0) for name in ("id", "embeddings")})
+        write_parts(tmp_path / "centroid=0", empty, documents(quality=ordered([1, 2, 0])), double)
+        write_parts(tmp_path / "centroid=1", fixed)
+        return tmp_path
+
+    def scores(self, path: Path, backend: str, **options: Any) -> pd.DataFrame:
+        scores = read_clusters(path, backend=backend).semdedup.pairwise(**options).compute()
+        return scores.to_pandas() if backend == "cudf" else scores
+
+    @pytest.mark.parametrize(
+        "options", [{"which_to_keep": "random"}, {"ranking_strategy": BEST_FIRST}], ids=["any", "best"]
+    )
+    def test_files_that_agree_are_one_table(self, path: Path, options: dict[str, Any]) -> None:
+        expected, found = (self.scores(path, backend, **options) for backend in ("pandas", "cudf"))
+        assert found["id"].tolist() == expected["id"].tolist()
+        assert found["max_id"].tolist() == expected["max_id"].tolist()
+        np.testing.assert_allclose(found["cosine_sim_score"], expected["cosine_sim_score"], atol=2e-6)
+
+    def test_meta_is_what_partitions_are(self, path: Path) -> None:
+        ddf = read_clusters(path, backend="cudf", columns=["id", "embeddings", "quality", "centroid"])
+        rows = ddf.compute()
+        assert ddf.dtypes.astype(str).to_dict() == rows.dtypes.astype(str).to_dict()
+        assert rows["quality"].to_pandas().tolist()[:3] == ["mid", "high", "low"]
+
+    @pytest.mark.parametrize("how", ["doubled", "cut"])
+    def test_files_that_change_are_named(self, path: Path, how: str) -> None:
+        ddf = read_clusters(path, backend="cudf")
+        TestFilesThatChange().change(path / "centroid=1" / "0.parquet", how)
+        with pytest.raises(ClusterError, match=r"0.parquet"):
+            ddf[["id"]].compute()
+
+    def test_stages_too(self, path: Path, tmp_path: Path) -> None:
+        import dask
+
+        with dask.config.set({"dataframe.backend": "cudf"}):
+            tasks = PairwiseStage("id", "embeddings", str(path), f"{path}-out", ranking_strategy=BEST_FIRST).run()
+        expected = self.scores(path, "pandas", ranking_strategy=BEST_FIRST)
+        found = [id_ for task in tasks for id_ in pd.read_parquet(task.data[0])["id"]]
+        assert found == expected["id"].tolist()

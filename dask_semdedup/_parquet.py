@@ -398,8 +398,8 @@ def scan_files(
         block = {path: files[path]["size"] for path in paths[len(stats) : len(stats) + size]}
         footers = dict(zip(block, _fetch_footers(fs, block), strict=True))
         size = min(BLOCK, 1 + BLOCK_BYTES * len(footers) // (1 + sum(map(len, footers.values()))))
-        by_path = _stats_of_block(fs, footers, shapes)
-        stats.extend(by_path[path]._replace(size=block[path]) for path in footers)
+        by_path = _stats_of_block(fs, footers, block, shapes)
+        stats.extend(by_path[path] for path in footers)
     return shapes.scan(stats)
 
 
@@ -523,10 +523,11 @@ class _Shapes:
         unified = unify({shape.path: shape.schema for shape in shapes})
         integers = {field.name for field in unified.schema if self.nulls and _is_integer(field.type)}
         lacking = [frozenset(name for name in integers if _lacks(shape.schema, name)) for shape in shapes]
-        stats = [
-            file._replace(nullable=(file.nullable & integers) | (lacking[file.shape] if file.rows else frozenset()))
-            for file in stats
-        ]
+        if any(lacking) or not integers.issuperset(name for shape in shapes for name in shape.integers):
+            stats = [
+                file._replace(nullable=(file.nullable & integers) | (lacking[file.shape] if file.rows else frozenset()))
+                for file in stats
+            ]
         unordered = unified.unordered.union(*(file.unordered for file in stats))
         schema = without_order(unified.schema, unordered)
         types = {field.name: field.type for field in schema}
@@ -567,7 +568,7 @@ def _is_integer(type_: pa.DataType) -> bool:
 
 
 def _stats_of_block(
-    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], shapes: _Shapes
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], sizes: Mapping[str, int], shapes: _Shapes
 ) -> dict[str, FileStats]:
     """What footers say: many that are built alike are read at once, and the rest one by one."""
     stats: dict[str, FileStats] = {}
@@ -575,24 +576,26 @@ def _stats_of_block(
     for _ in range(SHAPES):
         if len(rest) < MANY:
             break
-        stats |= _stats_of_alike(fs, {path: footers[path] for path in rest}, shapes)
+        stats |= _stats_of_alike(fs, {path: footers[path] for path in rest}, sizes, shapes)
         rest = [path for path in rest if path not in stats]
-    return stats | {path: _stats_of_one(fs, path, footers[path], shapes)[0] for path in rest}
+    return stats | {path: _stats_of_one(fs, path, footers[path], sizes, shapes)[0] for path in rest}
 
 
 def _stats_of_alike(
-    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], shapes: _Shapes
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], sizes: Mapping[str, int], shapes: _Shapes
 ) -> dict[str, FileStats]:
     """What the first of the footers says, and those that are built like it."""
     paths = list(footers)
-    first, shape = _stats_of_one(fs, paths[0], footers[paths[0]], shapes)
+    first, shape = _stats_of_one(fs, paths[0], footers[paths[0]], sizes, shapes)
     alike, groups = read_alike(list(footers.values()), shape.bounded)
-    stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, shape)
+    stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, sizes, shape)
     # The others are believed if the first one is read as it is by itself.
     return {file.path: file for file in stats} if stats[:1] == [first] else {first.path: first}
 
 
-def _stats_of_one(fs: fsspec.AbstractFileSystem, path: str, footer: bytes, shapes: _Shapes) -> tuple[FileStats, _Shape]:
+def _stats_of_one(
+    fs: fsspec.AbstractFileSystem, path: str, footer: bytes, sizes: Mapping[str, int], shapes: _Shapes
+) -> tuple[FileStats, _Shape]:
     """What one footer says, and where the columns lie in it."""
     shape = shapes.of(path, _read_metadata(fs, path, footer))
     try:
@@ -600,10 +603,12 @@ def _stats_of_one(fs: fsspec.AbstractFileSystem, path: str, footer: bytes, shape
         groups = read_footer(footer or _fetch_footer(fs, path, fs.size(path)), shape.leaves, shape.bounded)
     except FooterError as error:
         raise _unreadable(path, error) from error
-    return _stats_of_groups([path], groups, shape)[0], shape
+    return _stats_of_groups([path], groups, sizes, shape)[0], shape
 
 
-def _stats_of_groups(paths: Sequence[str], groups: Sequence[Group[Any]], shape: _Shape) -> list[FileStats]:
+def _stats_of_groups(
+    paths: Sequence[str], groups: Sequence[Group[Any]], sizes: Mapping[str, int], shape: _Shape
+) -> list[FileStats]:
     """What the row groups of alike files say; numbers are arrays of all files, or of one file Python's."""
     row_groups = []
     nullable, unordered = ([frozenset[str]()] * len(paths) for _ in range(2))
@@ -632,7 +637,8 @@ def _stats_of_groups(paths: Sequence[str], groups: Sequence[Group[Any]], shape: 
                 for file in np.flatnonzero(here).tolist():
                     unordered[file] |= {name}
     by_file = zip(*row_groups, strict=True) if row_groups else repeat((), len(paths))
-    columns = (paths, rows.tolist(), by_file, nullable, null_clusters.tolist(), repeat(shape.number), unordered)
+    listed = map(sizes.__getitem__, paths)
+    columns = (paths, rows.tolist(), by_file, nullable, null_clusters.tolist(), repeat(shape.number), unordered, listed)
     return list(map(FileStats, *columns))
 
 
@@ -756,6 +762,8 @@ class Reader:
 
     def _read_cudf_files(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         """Columns of files: those of odd types by way of Arrow, which brings them to the types of the others."""
+        if not self.odd:
+            return read_fragments_cudf(self.fs, fragments, columns)
         runs = [list(run) for _, run in groupby(fragments, lambda fragment: fragment.path in self.odd)]
         frames = [
             self._from_arrow(run, columns)
@@ -992,7 +1000,9 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
         with _readers:
             if is_local(fs):
                 for fragment in fragments:
-                    _check_size(fragment.path, fragment.size, os.path.getsize(fragment.path))
+                    # Of whole files the rows say enough.
+                    if fragment.row_groups is not None:
+                        _check_size(fragment.path, fragment.size, os.path.getsize(fragment.path))
                 return _read_with_libcudf(fragments, columns, groups)
             with outside("cuda"):
                 return import_cudf().read_parquet(

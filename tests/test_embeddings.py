@@ -235,7 +235,7 @@ def test_strings_get_the_advice_about_dask(dtype):
         "category",
         pd.ArrowDtype(pa.float32()),
         pd.ArrowDtype(pa.list_(pa.string())),
-        pd.ArrowDtype(pa.list_(pa.uint8())),
+        pd.ArrowDtype(pa.list_(pa.uint32())),
         pd.ArrowDtype(pa.list_(pa.list_(pa.float32()))),
     ],
     ids=str,

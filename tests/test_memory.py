@@ -160,14 +160,15 @@ def test_frames_of_pandas_never_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_is_there_before_cudf_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     done = Mock()
     monkeypatch.setattr(_parquet, "share_memory_pool", done.share)
-    monkeypatch.setattr(_parquet.Reader, "_cudf_clusters", done.clusters)
+    monkeypatch.setattr(_parquet.Reader, "_cudf_keys", done.keys)
     monkeypatch.setattr(_parquet, "import_cudf", lambda: done.cudf)
     monkeypatch.setattr(_parquet, "_read_with_libcudf", done.read)
     done.read.return_value = pd.DataFrame({"id": range(3)})
     schema = pa.schema({"id": pa.int64()})
-    reader = _parquet.Reader(LocalFileSystem(), schema, frozenset(), "centroid", pa.int64(), "cudf")
-    reader.read([_parquet.Fragment("a.parquet", 3, None, 0)], ["id", "centroid"])
-    assert [name for name, _, _ in done.mock_calls] == ["share", "clusters", "read"]
+    folders = pa.schema({"centroid": pa.int64()})
+    reader = _parquet.Reader(LocalFileSystem(), schema, folders=folders, backend="cudf")
+    reader.read([_parquet.Fragment("a.parquet", 3, keys=(0,))], ["id", "centroid"])
+    assert [name for name, _, _ in done.mock_calls] == ["share", "keys", "read"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_files_are_not_blamed_for_the_gpu(
     monkeypatch.setattr(_parquet, "import_cudf", Mock())
     monkeypatch.setattr(_parquet, "_read_with_libcudf", Mock(side_effect=RuntimeError(message)))
     with pytest.raises(error, match=message) as raised:
-        _parquet.read_fragments_cudf(LocalFileSystem(), [_parquet.Fragment("a.parquet", 3, None, 0)], ["id"])
+        _parquet.read_fragments_cudf(LocalFileSystem(), [_parquet.Fragment("a.parquet", 3)], ["id"])
     assert ("a.parquet" in str(raised.value)) == (error is ClusterError)
 
 

@@ -2,6 +2,7 @@
 # make test   every test that needs no GPU             make bench     the benchmarks on this CPU
 # make lint   format, lint and types                   make clean     remove what the others made
 # make docs   the documentation, docs/_build/html/index.html
+# make resolve   whether the extras for GPUs can be installed
 # make test-curator   the tests in NeMo Curator's own pipelines, on the CPU
 #
 # Each target that needs it creates .venv first: Python 3.11 or newer is all a machine must have. That of test-curator is
@@ -12,7 +13,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CURATOR := .venv-curator
 
-.PHONY: demo test lint docs test-gpu test-curator bench install clean
+.PHONY: demo test lint docs test-gpu test-curator resolve bench install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py demo
@@ -33,6 +34,11 @@ docs: $(INSTALLED)
 test-gpu:
 	python -m pytest -m gpu tests/test_cudf.py -k TestLaggingStreams
 	python -m pytest -m gpu tests -k "not TestLaggingStreams"
+
+# The extras cu12 and cu13, from package metadata alone.
+resolve:
+	test -x .venv-resolve/bin/uv || { $(PYTHON) -m venv .venv-resolve && .venv-resolve/bin/pip install --quiet uv; }
+	.venv-resolve/bin/python .ci/resolve.py
 
 # NeMo Curator starts the program 'ray', which must be on PATH.
 test-curator: $(CURATOR)/.installed
@@ -57,4 +63,4 @@ $(CURATOR)/.installed: setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv $(CURATOR) demo build docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-resolve $(CURATOR) demo build docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -35,7 +35,17 @@ from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup._footers import Bounded, FooterError, Group, read_alike, read_footer
-from dask_semdedup._schemas import conform, in_frames, is_ordered, refuse, unify, without, without_index, without_order
+from dask_semdedup._schemas import (
+    conform,
+    in_frames,
+    is_ordered,
+    one_order,
+    refuse,
+    unify,
+    without,
+    without_index,
+    without_order,
+)
 from dask_semdedup.embeddings import take
 from dask_semdedup.errors import (
     ClusterError,
@@ -341,6 +351,8 @@ class Scan(NamedTuple):
         Files whose types are not those of the schema.
     names : list of str
         All columns of the files, also those that are not to be read.
+    orders : dict
+        From an ordered category to its categories in their order, in all files together.
     """
 
     schema: pa.Schema
@@ -350,6 +362,7 @@ class Scan(NamedTuple):
     unordered: frozenset[str]
     odd: frozenset[str]
     names: list[str]
+    orders: Mapping[str, pa.Array]
 
     def check_columns(self, columns: Iterable[str], others: Iterable[str], advice: str) -> None:
         """Raise for columns that are neither in the files nor among others, or that cannot be read."""
@@ -373,6 +386,8 @@ def scan_files(
     nulls: bool = True,
 ) -> Scan:
     """Read the footers of all files, each once, and find the schema that they agree on.
+
+    Of ordered categories, the first rows of each file are read too: no footer tells the order.
 
     Parameters
     ----------
@@ -400,7 +415,33 @@ def scan_files(
         size = min(BLOCK, 1 + BLOCK_BYTES * len(footers) // (1 + sum(map(len, footers.values()))))
         by_path = _stats_of_block(fs, footers, block, shapes)
         stats.extend(by_path[path] for path in footers)
-    return shapes.scan(stats)
+    scan = shapes.scan(stats)
+    for name, type_ in zip(scan.schema.names, scan.schema.types, strict=True):
+        if not is_ordered(type_) or name in scan.problems:
+            continue
+        order = one_order(_dictionaries(fs, scan.files, name))
+        if order is None:
+            unordered = scan.unordered | {name}
+            scan = scan._replace(unordered=unordered, schema=without_order(scan.schema, unordered))
+        else:
+            scan = scan._replace(orders={**scan.orders, name: pa.array(order, type_.value_type)})
+    return scan
+
+
+def _dictionaries(fs: fsspec.AbstractFileSystem, files: Sequence[FileStats], name: str) -> list[pa.Array]:
+    """The categories of a column as the first rows of each file have them: no footer tells their order."""
+
+    def read(file: FileStats) -> list[pa.Array]:
+        group = next((index for index, group in enumerate(file.row_groups) if group.rows), None)
+        if group is None:
+            return []
+        fragment = Fragment(file.path, file.row_groups[group].rows, (group,), size=file.size)
+        table = _read_checked(fs, fragment, [name])
+        chunks = table[name].chunks if name in table.column_names else []
+        return [chunk.dictionary for chunk in chunks if pa.types.is_dictionary(chunk.type)]
+
+    with ThreadPoolExecutor(1 if is_local(fs) else REMOTE_THREADS, thread_name_prefix="orders") as pool:
+        return [dictionary for found in pool.map(read, files) for dictionary in found]
 
 
 def _fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> list[bytes]:
@@ -540,6 +581,7 @@ class _Shapes:
             unordered,
             frozenset(file.path for file in stats if file.shape in odd),
             list(dict.fromkeys(name for shape in shapes for name in shape.names)),
+            {},
         )
 
 
@@ -671,6 +713,8 @@ class Reader:
         Ordered categories whose order the files do not tell.
     odd
         Files whose types are not those of the schema, which Arrow reads for cuDF.
+    orders
+        From an ordered category to its categories in their order: all partitions have the same.
     make_ids
         A column of ids to be made, of the file's name below `root` and the row's number in it; or None.
     root
@@ -686,13 +730,16 @@ class Reader:
     problems: Mapping[str, str] = field(default_factory=dict)
     unordered: frozenset[str] = frozenset()
     odd: frozenset[str] = frozenset()
+    orders: Mapping[str, pa.Array] = field(default_factory=dict)
     make_ids: str | None = None
     root: str = ""
 
     @classmethod
     def of(cls, fs: fsspec.AbstractFileSystem, scan: Scan, **options: Any) -> Reader:
         """The reader of files that have been scanned."""
-        columns = {name: getattr(scan, name) for name in ("schema", "nullable", "problems", "unordered", "odd")}
+        columns = {
+            name: getattr(scan, name) for name in ("schema", "nullable", "problems", "unordered", "odd", "orders")
+        }
         return cls(fs, **columns, string_dtype=configured_string_dtype(), **options)
 
     def with_arrow_floats(self) -> Reader:
@@ -739,7 +786,9 @@ class Reader:
         schema = self._schema_in_frames(columns)
         if not schema.names:
             return schema.empty_table()
-        return pa.concat_tables([schema.empty_table(), *(read_fragment(self.fs, piece, schema) for piece in fragments)])
+        return pa.concat_tables(
+            [schema.empty_table(), *(read_fragment(self.fs, piece, schema, self.orders) for piece in fragments)]
+        )
 
     def _read_cudf(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         if not fragments:
@@ -883,8 +932,19 @@ def _extension_dtype(
     return pd.ArrowDtype(type_)
 
 
-def read_fragment(fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.Schema) -> pa.Table:
-    """Read one fragment's columns as an Arrow table of exactly the given schema.
+def read_fragment(
+    fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.Schema, orders: Mapping[str, pa.Array] | None = None
+) -> pa.Table:
+    """Read one fragment's columns as an Arrow table of exactly the given schema, with categories in given orders."""
+    table = _read_checked(fs, fragment, schema.names)
+    try:
+        return conform(table, schema, orders or {})
+    except ClusterError as error:
+        raise ClusterError(f"{fragment.path}: {error}") from error
+
+
+def _read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Sequence[str]) -> pa.Table:
+    """Read those columns of a fragment that are there, if it still has the rows that were planned.
 
     Files are read one after another and without Arrow's threads, since Dask already runs a partition per core. They
     are not mapped into memory: a process that reads a page of a file that was cut meanwhile is killed.
@@ -894,17 +954,14 @@ def read_fragment(fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.
         with nullcontext(path) if is_local(fs) else fs.open(path) as source:
             _check_size(path, fragment.size, os.path.getsize(path) if is_local(fs) else getattr(source, "size", None))
             with pq.ParquetFile(source, pre_buffer=not is_local(fs)) as file:
-                table = _read_row_groups(file, fragment.row_groups, schema.names)
+                table = _read_row_groups(file, fragment.row_groups, names)
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         if isinstance(error, SemDedupError):
             raise
         raise _unreadable(path, error) from error
     if len(table) != fragment.rows:
         raise _changed([path])
-    try:
-        return conform(table, schema)
-    except ClusterError as error:
-        raise ClusterError(f"{path}: {error}") from error
+    return table
 
 
 def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, names: Sequence[str]) -> pa.Table:

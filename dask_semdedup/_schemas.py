@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dask_semdedup.errors import ClusterError, some
 
@@ -21,6 +24,7 @@ __all__ = [
     "conform",
     "in_frames",
     "is_ordered",
+    "one_order",
     "refuse",
     "restore",
     "unify",
@@ -196,8 +200,29 @@ def _field_in_frames(field: pa.Field) -> pa.Field:
     return field.with_type(in_frames(field.type))
 
 
-def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Bring a table to exactly these fields: columns that it lacks are null.
+def one_order(dictionaries: Iterable[pa.Array]) -> list[Any] | None:
+    """Find the one order in which the categories of all dictionaries stand; None where it cannot be told.
+
+    Examples
+    --------
+    >>> one_order([pa.array(["mid", "high"]), pa.array(["low", "mid"])])
+    ['low', 'mid', 'high']
+    >>> one_order([pa.array(["mid", "high"]), pa.array(["low", "high"])])
+    """
+    orders = list(dict.fromkeys(tuple(dictionary.to_pylist()) for dictionary in dictionaries))
+    sorter = TopologicalSorter[Any]({category: [] for order in orders for category in order})
+    pairs = {pair for order in orders for pair in pairwise(order)}
+    for low, high in pairs:
+        sorter.add(high, low)
+    try:
+        merged = list(sorter.static_order())
+    except CycleError:
+        return None
+    return merged if pairs.issuperset(pairwise(merged)) else None
+
+
+def conform(table: pa.Table, schema: pa.Schema, orders: Mapping[str, pa.Array] | None = None) -> pa.Table:
+    """Bring a table to exactly these fields: columns that it lacks are null, and categories stand in given orders.
 
     Raises
     ------
@@ -211,8 +236,28 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     [{'id': 1, 'text': None}]
     """
     present = set(table.column_names)
-    columns = [_column(table, field) if field.name in present else _nulls(table, field) for field in schema]
-    return pa.table(columns, schema=pa.schema(list(schema)))
+    columns = {field.name: _column(table, field) if field.name in present else _nulls(table, field) for field in schema}
+    for name in set(orders or {}).intersection(columns):
+        columns[name] = _in_order(columns[name], (orders or {})[name], name)
+    return pa.table(list(columns.values()), schema=pa.schema(list(schema)))
+
+
+def _in_order(column: pa.ChunkedArray, order: pa.Array, name: str) -> pa.ChunkedArray:
+    """A column of ordered categories with this dictionary, so that it stays in order when it is put to others."""
+    chunks = []
+    for chunk in column.chunks:
+        places = pc.index_in(chunk.dictionary, order)
+        known = places.drop_null()
+        if places.null_count > chunk.dictionary.null_count or not known.equals(
+            known.take(pc.array_sort_indices(known))
+        ):
+            raise ClusterError(
+                f"Column {name!r} holds ordered categories {chunk.dictionary.to_pylist()}, other than its files begin "
+                f"with: {order.to_pylist()}. Write all files with the same categories."
+            )
+        codes = places.take(chunk.indices).cast(column.type.index_type)
+        chunks.append(pa.DictionaryArray.from_arrays(codes, order, ordered=True))
+    return pa.chunked_array(chunks, column.type)
 
 
 def _nulls(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:

@@ -42,6 +42,7 @@ from dask.tokenize import tokenize
 from dask.typing import Key
 from dask.utils import get_default_shuffle_method
 
+from dask_semdedup._compat import OwnExpr
 from dask_semdedup._parquet import (
     REMOTE_THREADS,
     FileStats,
@@ -661,7 +662,7 @@ def _cut(total_bytes: Sequence[int], total_cost: Sequence[int], most_bytes: int,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ReadClusters(PartitionsFiltered, BlockwiseIO):
+class ReadClusters(OwnExpr, PartitionsFiltered, BlockwiseIO):
     """Partitions of whole clusters, read from Parquet files.
 
     To Dask the property `unique_partition_mapping_columns_from_shuffle` means more than that no cluster spans two
@@ -726,7 +727,7 @@ def is_merged(expr: Expr, dependents: Mapping[str, Any]) -> bool:
     return False
 
 
-class ShuffleByCluster(RearrangeByColumn):
+class ShuffleByCluster(OwnExpr, RearrangeByColumn):
     """A shuffle that carries list columns: the peer-to-peer method fails on Arrow lists, so tasks replace it."""
 
     def _lower(self) -> core.Expr:

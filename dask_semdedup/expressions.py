@@ -22,6 +22,7 @@ from dask.dataframe.dask_expr._expr import (
 from dask.dataframe.dask_expr.io.io import BlockwiseIO
 from dask.typing import Key
 
+from dask_semdedup._compat import OwnExpr
 from dask_semdedup._parquet import Fragment, Reader, in_runs
 from dask_semdedup.against import against_meta, against_partition, best_of_probes
 from dask_semdedup.clusters import ReadClusters, claims_of, is_merged
@@ -107,7 +108,7 @@ def _logged(score: Callable[..., Any], *args: Any, verbose: bool, **arguments: A
     return scores
 
 
-class KMeansClusters(Blockwise):
+class KMeansClusters(OwnExpr, Blockwise):
     """Rows assigned to centroids, which are in the graph once. Nothing is known of how they are partitioned."""
 
     _parameters = [  # noqa: RUF012
@@ -152,7 +153,7 @@ class KMeansClusters(Blockwise):
         return type(parent)(type(self)(self.frame[columns], *self.operands[1:]), *parent.operands[1:])
 
 
-class _ByCluster(Blockwise):
+class _ByCluster(OwnExpr, Blockwise):
     """Scores of whole clusters. They are partitioned as the frame is, and say so."""
 
     @functools.cached_property
@@ -208,7 +209,7 @@ class PairwiseScores(_ByCluster):
         return ScoresOfFiles(files.source, files.columns, self._kwargs, claims, files.operand("_partitions"))
 
 
-class ScoresOfFiles(PartitionsFiltered, BlockwiseIO):
+class ScoresOfFiles(OwnExpr, PartitionsFiltered, BlockwiseIO):
     """What `PairwiseScores` of `ReadClusters` becomes: its tasks need not hold all rows of a partition at once."""
 
     _parameters = ["source", "reading", "arguments", "claims", "_partitions"]  # noqa: RUF012
@@ -292,7 +293,7 @@ class _AgainstPartitions(_ByCluster):
         return set() if with_visits else super().unique_partition_mapping_columns_from_shuffle
 
 
-class AgainstScores(Expr):
+class AgainstScores(OwnExpr, Expr):
     """Scores of the rows of one frame against those of another, partitioned alike by cluster.
 
     Blockwise only once it is lowered: what is blockwise in two frames, Dask takes for no longer aligned with itself,

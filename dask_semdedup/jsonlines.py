@@ -365,6 +365,9 @@ def _spread(blocks: Sequence[Block]) -> list[Block]:
 
 
 def _type_of_column(name: str, lines: Sequence[_Line]) -> pa.DataType:
+    if why := _disagreement([{name: None}]):
+        first_line = next(line for line in lines if name in line.row)
+        raise ClusterError(f"Key {name!r} in {_where(*first_line[:2])}: {why}. {EACH_LINE}")
     values = [line.row.get(name) for line in lines]
     try:
         return _type_of(values)
@@ -395,6 +398,8 @@ def _type_of(values: Sequence[Any], depth: int = DEPTH) -> pa.DataType:
         fields: dict[str, list[Any]] = {}
         for name, value in chain.from_iterable(value.items() for value in values if value is not None):
             fields.setdefault(name, []).append(value)
+        # Raises for what is no UTF-8.
+        "".join(fields).encode()
         return pa.struct([(name, _type_of(members, depth - 1)) for name, members in fields.items()])
     if kinds == {list}:
         return pa.list_(_type_of(list(chain.from_iterable(filter(None, values))), depth - 1))
@@ -499,9 +504,9 @@ def _parse_fast(text: bytes, schema: pa.Schema, known: pa.Schema, complete: bool
         table = json.read_json(pa.BufferReader(text), read_options=reading, parse_options=options)
         others = set(table.column_names) - set(known.names)
         table = table.select(schema.names)
-        # Arrow takes any bytes for text.
+        # Arrow takes any bytes for text, and only names of columns raise `UnicodeError`.
         table.validate(full=True)
-    except pa.ArrowException:
+    except (pa.ArrowException, UnicodeError):
         return None
     return table if table.schema.equals(schema) and not (complete and others) else None
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
-from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dask_semdedup._schemas import is_ordered
+from dask_semdedup._schemas import is_ordered, one_order
 from dask_semdedup._validate import check_choice, check_seed
 from dask_semdedup.embeddings import is_cudf
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
@@ -144,7 +142,7 @@ class RankingStrategy:
         >>> RankingStrategy(["quality"]).check_order([])
         """
         if lost := sorted(set(self.required_columns).intersection(unordered)):
-            raise _no_order(lost[0], "some of the files hold them without it, or are written without a dictionary")
+            raise _no_order(lost[0], "files hold them in different orders, or without one, or not all of them together")
 
     def rank_cluster(self, frame: Any, id_field: str | None = None) -> Any:
         """Put the rows of one cluster in rank order.
@@ -398,33 +396,15 @@ def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 def _codes_of_dictionaries(column: pd.Series) -> np.ndarray:
     """Places of Arrow's ordered categories, which may have a dictionary in each chunk; null has -1."""
     dictionaries = column.array.__arrow_array__()
-    chunks = dictionaries.chunks
-    categories = pa.array(_one_order([chunk.dictionary for chunk in chunks], column.name), dictionaries.type.value_type)
+    order = one_order(chunk.dictionary for chunk in dictionaries.chunks)
+    if order is None:
+        raise _no_order(column.name, "they stand in different orders, or none holds all of them")
+    categories = pa.array(order, dictionaries.type.value_type)
     codes = [
         pc.index_in(chunk.dictionary, categories).take(chunk.indices).fill_null(-1).to_numpy(zero_copy_only=False)
-        for chunk in chunks
+        for chunk in dictionaries.chunks
     ]
     return np.concatenate([np.empty(0, np.int32), *codes])
-
-
-def _one_order(dictionaries: Iterable[pa.Array], name: object) -> list[Any]:
-    """The one order in which the categories of all dictionaries stand."""
-    orders = list(dict.fromkeys(tuple(dictionary.to_pylist()) for dictionary in dictionaries))
-    if len(orders) < 2:
-        return list(*orders)
-    before = TopologicalSorter[Any]()
-    pairs = {pair for order in orders for pair in pairwise(order)}
-    for category in chain.from_iterable(orders):
-        before.add(category)
-    for low, high in pairs:
-        before.add(high, low)
-    try:
-        merged = list(before.static_order())
-    except CycleError as error:
-        raise _no_order(name, "files hold them in different orders") from error
-    if not pairs.issuperset(pairwise(merged)):
-        raise _no_order(name, "no file holds all of them")
-    return merged
 
 
 def _no_order(name: object, why: str) -> InvalidArgumentError:

@@ -22,6 +22,7 @@ from dask.dataframe.dask_expr.io.io import FromPandas
 from dask.dataframe.dispatch import concat
 from dask.typing import Key
 
+from dask_semdedup._compat import OwnExpr
 from dask_semdedup.clusters import ShuffleByCluster
 from dask_semdedup.duplicates import SCORE_COLUMN, check_eps, eps_column, find_duplicates, without_first_rows
 from dask_semdedup.embeddings import check_plain_dtype, frame_like, is_cudf, to_list
@@ -180,7 +181,7 @@ def _shuffle_by_id(frame: dd.DataFrame, id_field: str, npartitions: int) -> dd.D
     return new_collection(ShuffleByCluster(hashed.expr, [HASH_COLUMN], npartitions))[list(frame.columns)]
 
 
-class CheckedIds(Expr):
+class CheckedIds(OwnExpr, Expr):
     """The ids to remove, partition by partition, once it is known that none of them repeats in the data.
 
     It is no `Blockwise`, which Dask would fuse into the tasks of all partitions, to be done again in each.
@@ -210,7 +211,7 @@ class CheckedIds(Expr):
         return {key: Task(key, checked_ids, TaskRef((self.duplicates._name, key[1])), repeated) for key in keys}
 
 
-class RowsKept(Blockwise):
+class RowsKept(OwnExpr, Blockwise):
     """The rows of a frame whose ids are not those of duplicates."""
 
     _parameters = ["frame", "duplicates", "id_field", "duplicates_id_field"]  # noqa: RUF012

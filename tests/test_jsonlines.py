@@ -421,6 +421,18 @@ def test_what_is_not_wanted_may_be_anything(tmp_path: Path, other: str) -> None:
     assert values(tmp_path, "id", columns=["id"]) == [0, 1]
 
 
+@pytest.mark.parametrize("key", ["\xff", r"\ud800"])
+@pytest.mark.parametrize("line", ['{"id": 0, "%s": 1}', '{"id": 0, "m": {"%s": 1}}'])
+def test_keys_that_are_no_text_are_named(tmp_path: Path, key: str, line: str, first_line_only: None) -> None:
+    bad = (line % key).encode().replace("\xff".encode(), b"\xff") + b"\n"
+    good = b'{"id": 0, "m": {"a": 1}}\n'
+    for text in (bad, good * 30 + bad):
+        (tmp_path / "bad.jsonl").write_bytes(text)
+        with pytest.raises(ClusterError, match=r"line \d+ of .*bad\.jsonl"):
+            read_table(tmp_path).compute()
+        assert set(values(tmp_path, "id", columns=["id"])) == {0}
+
+
 def test_nesting_too_deep_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"id": {"[" * 900}{"]" * 900}}}\n')
     (tmp_path / "b.jsonl").write_text(f'{{"id": {"[" * 99999}{"]" * 99999}}}\n')

@@ -88,19 +88,40 @@ class TestOrderOfCategories:
         order = BEST_FIRST.order(rows, cluster_field=None, id_field="id")
         assert rows["id"].iloc[order].tolist() == [2, 4, 5, 1, 3, 6]
 
-    @pytest.mark.parametrize(
-        ("other", "why"),
-        [
-            (ordered([0, 0, 1], ["high", "low"]), "different orders"),
-            (ordered([0, 0, 1], ["awful", "high"]), "no file holds all of them"),
-        ],
-    )
-    def test_that_is_not_one_is_refused(self, tmp_path: Path, other: pa.Array, why: str) -> None:
-        rows = read_table(write_parts(tmp_path, documents(quality=ordered([1, 2, 0])), documents(quality=other)))
+    @pytest.mark.parametrize("partition_size", ["128MiB", "1B"])
+    def test_does_not_depend_on_which_file_comes_first(self, tmp_path: Path, partition_size: str) -> None:
+        """Put together as they come, categories would be in the order in which files show them."""
+        one = documents(quality=ordered([1, 1, 0], ["mid", "high"]))
+        two = documents(quality=ordered([0, 1, 1], ["low", "mid"])).set_column(0, "id", pa.array([4, 5, 6]))
+        write_parts(tmp_path, one, two)
+        ddf = read_table(tmp_path, partition_size=partition_size)
+        dictionary = ddf["quality"].compute().array.__arrow_array__().unify_dictionaries().chunk(0).dictionary
+        assert dictionary.to_pylist() == ORDER
+        scores = ddf.semdedup.kmeans(1).semdedup.pairwise(ranking_strategy=BEST_FIRST).compute()
+        assert scores["id"].tolist() == [1, 2, 3, 5, 6, 4]
+
+    @pytest.mark.parametrize("other", [["high", "low"], ["awful", "high"]], ids=["turned", "not all together"])
+    def test_that_is_not_one_is_refused(self, tmp_path: Path, other: list[str]) -> None:
+        write_parts(tmp_path, documents(quality=ordered([1, 2, 0])), documents(quality=ordered([0, 0, 1], other)))
+        ddf = read_table(tmp_path)
+        with pytest.raises(InvalidArgumentError, match="'quality' holds ordered categories whose order is lost"):
+            ddf.semdedup.deduplicate(ranking_strategy=BEST_FIRST)
+        assert ddf["quality"].compute().tolist()[:3] == ["mid", "high", "low"]
+        # Frames that others have read hold a dictionary for each file.
+        column = pq.read_table(tmp_path)["quality"]
+        rows = pd.DataFrame({"quality": pd.array(column, dtype=pd.ArrowDtype(column.type)), "id": range(6)})
+        with pytest.raises(InvalidArgumentError, match="'quality' holds ordered categories whose order is lost"):
+            BEST_FIRST.order(rows, cluster_field=None, id_field="id")
+
+    def test_that_changes_within_a_file_is_an_error(self, tmp_path: Path) -> None:
+        one, two = (documents(quality=ordered([0, 1, 1], order)) for order in (["low", "mid"], ["mid", "low"]))
+        with pq.ParquetWriter(tmp_path / "0.parquet", one.schema) as writer:
+            writer.write_table(one)
+            writer.write_table(two)
         with pytest.raises(
-            InvalidArgumentError, match=f"'quality' holds ordered categories whose order is lost.*{why}"
+            ClusterError, match=r"0.parquet: Column 'quality' holds ordered categories \['mid', 'low'\]"
         ):
-            BEST_FIRST.order(rows.compute(), cluster_field=None, id_field="id")
+            read_table(tmp_path).compute()
 
     @pytest.mark.parametrize("how", ["no dictionary", "strings", "not ordered"])
     def test_that_files_do_not_tell_is_refused_before_anything_runs(self, tmp_path: Path, how: str) -> None:

@@ -327,15 +327,10 @@ class TestLaziness:
             ddf.semdedup.pairwise(verbose=True).compute()
         assert f"{len(frame)} rows in 9 clusters took" in caplog.text
 
-    def test_importing_is_quick_and_leaves_torch_alone(self) -> None:
-        code = (
-            "import sys, time; start = time.perf_counter(); import dask_semdedup; print(time.perf_counter() - start);"
-        )
-        code += "print(any(name in sys.modules for name in ['torch', 'distributed', 'cudf', 'matplotlib', 'click']))"
-        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        seconds, heavy = printed.split()
-        assert float(seconds) < 3
-        assert heavy == "False"
+    def test_importing_leaves_alone_what_is_slow_to_load(self) -> None:
+        slow = ["torch", "distributed", "cudf", "matplotlib", "click"]
+        code = f"import sys, dask_semdedup; print([name for name in {slow} if name in sys.modules])"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 class TestBadInput:

@@ -18,7 +18,7 @@ class OwnExpr(Expr):
     --------
     >>> from dask.base import is_dask_collection
     >>> class Frame(OwnExpr):
-    ...     '''It has no graph before it is lowered.'''
+    ...     npartitions = 1
     >>> is_dask_collection(Frame())
     True
     """

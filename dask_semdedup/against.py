@@ -138,12 +138,12 @@ def against_meta(meta: Any, reference: Any, *, id_field: str, reference_id_field
     Examples
     --------
     >>> import pandas as pd
-    >>> frames = [pd.DataFrame({"id": [id], "centroid": [0]}) for id in ("a", 7)]
+    >>> frames = [pd.DataFrame({"id": [7], "centroid": [0]}, dtype=dtype) for dtype in ("int32", "int64")]
     >>> against_meta(*frames, id_field="id", reference_id_field="id", cluster_field="centroid").dtypes
-    id                      str
+    id                    int32
     max_id                int64
     cosine_sim_score    float32
-    centroid              int64
+    centroid              int32
     dtype: object
     """
     own = home_field(cluster_field) if has_visits(meta, cluster_field) else cluster_field

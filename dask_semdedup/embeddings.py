@@ -429,10 +429,10 @@ def take(column: Any, positions: Any) -> Any:
 
     Examples
     --------
-    >>> take(pd.Series(["a", "b"], name="id"), np.array([1, 1]))
-    0    b
-    1    b
-    Name: id, dtype: str
+    >>> take(pd.Series([7, 8], name="id"), np.array([1, 1]))
+    0    8
+    1    8
+    Name: id, dtype: int64
     """
     if not is_cudf(column):
         return column.iloc[positions].reset_index(drop=True)
@@ -543,7 +543,7 @@ def is_string(column: Any) -> bool:
 
     Examples
     --------
-    >>> is_string(pd.Series(["a"])), is_string(pd.Series([1]))
+    >>> is_string(pd.Series(["a"], dtype="string")), is_string(pd.Series([1]))
     (True, False)
     """
     dtype = column.dtype

@@ -35,7 +35,7 @@ def check_same_kind(left: Any, right: Any) -> None:
     Examples
     --------
     >>> check_same_kind(pd.Series([1], dtype="int32"), pd.Series([1], dtype="Int64"))
-    >>> check_same_kind(pd.Series([1], name="doc"), pd.Series(["1"], name="id"))
+    >>> check_same_kind(pd.Series([1], name="doc"), pd.Series(["1"], name="id", dtype="string"))
     Traceback (most recent call last):
         ...
     dask_semdedup.errors.InvalidArgumentError: Ids of different types cannot be compared: column 'doc' has ...

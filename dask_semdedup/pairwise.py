@@ -328,11 +328,12 @@ def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str, with_visits: 
     Examples
     --------
     >>> import pandas as pd
-    >>> pairwise_meta(pd.DataFrame({"doc": ["a"], "cluster": [0]}), id_field="doc", cluster_field="cluster").dtypes
-    id                      str
-    max_id                  str
+    >>> frame = pd.DataFrame({"doc": [7], "cluster": [0]}, dtype="int32")
+    >>> pairwise_meta(frame, id_field="doc", cluster_field="cluster").dtypes
+    id                    int32
+    max_id                int32
     cosine_sim_score    float32
-    cluster               int64
+    cluster               int32
     dtype: object
     """
     empty = meta.iloc[:0]

@@ -8,9 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from hypothesis import strategies as st
 
 Rows = np.ndarray
+
+# What "str" is to pandas 3; to pandas 2 it is a column of objects.
+STR = pd.StringDtype("pyarrow", na_value=np.nan)
 
 
 def _random(rng: np.random.Generator, n: int, d: int) -> Rows:

@@ -32,6 +32,7 @@ from dask_semdedup import (
 from dask_semdedup.clusters import is_aligned
 from dask_semdedup.expressions import ScoresOfFiles
 from tests import oracle
+from tests.strategies import STR
 
 WIDTH = 8
 GOLDEN = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3], [1, 2, 3]], dtype=np.float32)
@@ -72,7 +73,7 @@ def make_frame(seed: int = 0, clusters: int = 9, max_rows: int = 30) -> pd.DataF
             "embeddings": arrow_lists(rows),
             "centroid": centroid,
             "cosine_dist_to_cent": rng.integers(0, 20, len(rows)) / np.float32(16),
-            "text": "not needed",
+            "text": pd.Series("not needed", range(len(rows)), STR),
         }
     )
     return frame.sample(frac=1, random_state=seed, ignore_index=True)

@@ -37,6 +37,7 @@ from dask_semdedup import (
     read_clusters,
 )
 from dask_semdedup.clusters import ReadClusters, align, cluster_files, is_aligned, plan, write_cluster, write_clusters
+from tests.strategies import STR
 
 WIDTH = 4
 
@@ -973,15 +974,16 @@ class TestWriteClusters:
     @pytest.mark.parametrize("options", [{}, {"compression": None}, {"row_group_size": 1}], ids=str)
     def test_files_are_those_of_pandas(self, tmp_path: Path, ids: list, backed: str, options: dict) -> None:
         table = pa.table({"id": pa.array(ids), "score": pa.array([0.5, 1], pa.float32())})
-        frame = table.to_pandas(types_mapper=pd.ArrowDtype if backed == "by Arrow" else None)
+        frame = table.to_pandas(types_mapper=pd.ArrowDtype if backed == "by Arrow" else {pa.string(): STR}.get)
         paths = write_clusters(frame, {0: range(1), 1: range(1, 2), 2: range(2, 2)}, tmp_path, **options)
         for cluster, path in paths.items():
             frame.iloc[cluster : cluster + 1].to_parquet(tmp_path / "expected", index=False, **options)
             assert Path(path).read_bytes() == (tmp_path / "expected").read_bytes()
 
     def test_arguments_that_only_pandas_knows_reach_it(self, tmp_path: Path) -> None:
+        frame = self.frame.astype({"id": STR, "max_id": STR})
         fast, slow = (
-            write_clusters(self.frame, self.rows, tmp_path / name, compression="gzip", **options)
+            write_clusters(frame, self.rows, tmp_path / name, compression="gzip", **options)
             for name, options in (("fast", {}), ("slow", {"engine": "pyarrow"}))
         )
         for cluster in self.rows:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dask_semdedup import embeddings
 from dask_semdedup.embeddings import array_like, check_embedding_dtype, tensor_like, to_tensor
 from dask_semdedup.errors import EmbeddingError
+from tests.strategies import STR
 
 # Numbers that every accepted element type holds exactly.
 ROWS = np.array([[1.0, -2.0, 0.5], [0.25, 4.0, -8.0], [0.0, 0.0, 0.0], [3.0, 1.0, 1.0]])
@@ -216,7 +217,7 @@ def test_objects_that_are_no_vectors_are_named(odd, problem):
 
 
 @pytest.mark.parametrize(
-    "dtype", ["str", "string", "string[python]", pd.ArrowDtype(pa.string()), pd.ArrowDtype(pa.large_string())]
+    "dtype", [STR, "string", "string[python]", pd.ArrowDtype(pa.string()), pd.ArrowDtype(pa.large_string())]
 )
 def test_strings_get_the_advice_about_dask(dtype):
     column = pd.Series(["[1.0, 2.0]"], dtype=dtype)

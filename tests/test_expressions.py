@@ -22,7 +22,7 @@ from dask_semdedup import EmbeddingError, RankingStrategy, expressions, read_clu
 from dask_semdedup.expressions import PairwiseScores, ScoresOfFiles
 from dask_semdedup.pairwise import pairwise_partition
 from dask_semdedup.ranking import make_strategy
-from tests.strategies import rows_and_segments
+from tests.strategies import STR, rows_and_segments
 from tests.test_embeddings import LAYOUTS
 from tests.test_visits import assert_best, with_visits
 
@@ -55,7 +55,7 @@ def make_frame(embeddings: Any, centroid: Any) -> pd.DataFrame:
             "embeddings": embeddings,
             "centroid": centroid,
             "cosine_dist_to_cent": rng.integers(5, size=len(centroid)).astype(np.float32),
-            "text": [f"text {number % 3}" for number in range(len(centroid))],
+            "text": pd.Series([f"text {number % 3}" for number in range(len(centroid))], dtype=STR),
         }
     )
 

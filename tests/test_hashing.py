@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dask_semdedup import IdError, hashing
 from dask_semdedup.hashing import BASE, hash_ids, ids_to_arrow
+from tests.strategies import STR
 
 BITS = (1 << 64) - 1
 STRING_DTYPES = [
@@ -68,8 +69,13 @@ def test_integers_hash_as_their_bits_do(values, seed):
 @pytest.mark.parametrize("dtype", STRING_DTYPES, ids=str)
 def test_the_dtype_of_strings_does_not_matter(dtype):
     strings = ["", "a", "ä", "ab", "ba", "a\0", "zebra" * 20]
-    assert hashes(pd.Series(strings, dtype=dtype), 3) == [expected(value, 3) for value in strings]
-    assert hashes(pd.Series(["x", *strings], dtype=dtype)[1:], 3) == [expected(value, 3) for value in strings]
+
+    def column(values):
+        # To pandas 2 objects are of the same category with and without "\0".
+        return pd.Series(values, dtype=STR).astype(dtype) if dtype == "category" else pd.Series(values, dtype=dtype)
+
+    assert hashes(column(strings), 3) == [expected(value, 3) for value in strings]
+    assert hashes(column(["x", *strings])[1:], 3) == [expected(value, 3) for value in strings]
 
 
 @pytest.mark.parametrize(

@@ -619,7 +619,9 @@ def test_no_embeddings_and_no_rows(raw: pd.DataFrame) -> None:
 
 
 def test_bad_rows_of_the_sample_stop_the_fit(raw: pd.DataFrame) -> None:
-    raw["embeddings"] = pd.Series([[float("nan")] * 6, *rows_of(raw).tolist()[1:]], dtype=raw["embeddings"].dtype)
+    rows = rows_of(raw)
+    rows[0] = np.nan
+    raw["embeddings"] = arrow_lists(rows)
     with pytest.raises(EmbeddingError, match=r"1 row with NaN.*ids 1000"):
         in_partitions(raw).semdedup.kmeans(4)
 

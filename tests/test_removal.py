@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError
-from tests.strategies import id_columns
+from tests.strategies import STR, id_columns
 from tests.test_embeddings import arrow_lists
 
 BOTH = pytest.mark.parametrize("broadcast", [True, False])
@@ -289,11 +289,11 @@ class TestBadInput:
         ddf = lazily(documents.rename(columns={"id": "document"}))
         message = r"'document' has dtype int64, column 'id' of the duplicates has dtype str.*astype"
         with pytest.raises(InvalidArgumentError, match=message):
-            ddf.semdedup.remove(ids("1", dtype="str"), "document", broadcast=broadcast)
+            ddf.semdedup.remove(ids("1", dtype=STR), "document", broadcast=broadcast)
         with pytest.raises(InvalidArgumentError, match="different types"):
             ddf.semdedup.remove(ids(1.0), "document", broadcast=broadcast)
         with pytest.raises(InvalidArgumentError, match="different types"):
-            ddf.semdedup.remove(ids("a", dtype="category"), "document", broadcast=broadcast)
+            ddf.semdedup.remove(ids("a", dtype=STR).astype("category"), "document", broadcast=broadcast)
 
     @BOTH
     def test_objects_that_turn_out_to_be_of_another_type(self, broadcast: bool) -> None:

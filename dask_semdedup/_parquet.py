@@ -423,8 +423,12 @@ def scan_files(
         if order is None:
             unordered = scan.unordered | {name}
             scan = scan._replace(unordered=unordered, schema=without_order(scan.schema, unordered))
-        else:
-            scan = scan._replace(orders={**scan.orders, name: pa.array(order, type_.value_type)})
+            continue
+        if len(order) >= 2 ** (type_.index_type.bit_width - 1):
+            # All files together may have more categories than the codes of each can count.
+            wide = pa.field(name, pa.dictionary(pa.int32(), type_.value_type, ordered=True))
+            scan = scan._replace(schema=scan.schema.set(scan.schema.get_field_index(name), wide))
+        scan = scan._replace(orders={**scan.orders, name: pa.array(order, type_.value_type)})
     return scan
 
 

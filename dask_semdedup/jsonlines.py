@@ -52,6 +52,9 @@ AS_WRITTEN = pa.large_string()
 BOUNDS = {pa.int64(): (-(2**63), 2**63 - 1), pa.uint64(): (0, 2**64 - 1)}
 # What float64 may round: integers from 2⁵³ on, numbers of 18 digits or more, and exponents of three digits.
 ROUNDED = r"-?(?:[0-9]{16}|0*\.?0*[1-9](?:\.?[0-9]){17}|[0-9.]+[eE][-+]?[0-9]{3})"
+ANY_ROUNDED = rf"[:\[,]\s*{ROUNDED}"
+# Up to so many characters of keys, numbers are sooner found by their keys: embeddings' numbers are then passed over.
+KEYED = 200
 # Types within types, more of which neither pandas nor Dask takes.
 DEPTH = 100
 BLANK_LINE = re.compile(rb"\n\s*\n")
@@ -350,7 +353,7 @@ def _sample(fs: fsspec.AbstractFileSystem, blocks: Sequence[Block], columns: Seq
     with ThreadPoolExecutor(1 if is_local(fs) else REMOTE_THREADS) as pool:
         for block, text in zip(chosen, pool.map(lambda item: _read_beginning(fs, *item), chosen.items()), strict=True):
             lines = text.split(b"\n")
-            rounded = pc.match_substring_regex(pa.array(lines, pa.large_binary()), rf"[:\[,]\s*{ROUNDED}").to_pylist()
+            rounded = pc.match_substring_regex(pa.array(lines, pa.large_binary()), ANY_ROUNDED).to_pylist()
             for number, (line, is_rounded) in enumerate(zip(lines, rounded, strict=True), 1):
                 if line.strip():
                     row = _load(line, block, number, EXACT if is_rounded else PLAIN)
@@ -462,7 +465,7 @@ def _fit(value: Any, type_: pa.DataType) -> Any:
         # Raises for what is no UTF-8.
         value.encode()
         return value
-    raise ValueError(f"{_named(value)} is no {type_}")
+    raise ValueError(f"{_named(value)} is no {'number' if type_ == AS_WRITTEN else type_}")
 
 
 def _fit_number(text: _Number, type_: pa.DataType) -> str | int | float:
@@ -522,7 +525,9 @@ def _matches(text: bytes, pattern: str) -> bool:
 def _rounded_lines(text: bytes, schema: pa.Schema) -> list[tuple[int, bytes]]:
     """Numbered lines in which a number of a column of float64 may have been rounded."""
     keys = {key for field in schema for key in _keys_of_floats(field.name, field.type)}
-    pattern = rf'"(?:{"|".join(map(_spellings, sorted(keys)))})"\s*:(?:[^"{{}}]*[\s,\[])?{ROUNDED}'
+    pattern = ANY_ROUNDED
+    if sum(map(len, keys)) <= KEYED:
+        pattern = rf'"(?:{"|".join(map(_spellings, sorted(keys)))})"\s*:(?:[^"{{}}]*[\s,\[])?{ROUNDED}'
     if not keys or not _matches(text, pattern):
         return []
     lines = text.split(b"\n")

@@ -113,6 +113,11 @@ class TestOrderOfCategories:
         with pytest.raises(InvalidArgumentError, match="'quality' holds ordered categories whose order is lost"):
             BEST_FIRST.order(rows, cluster_field=None, id_field="id")
 
+    def test_of_more_categories_than_the_codes_of_a_file_count(self, tmp_path: Path) -> None:
+        names = [f"{number:03}" for number in range(200)]
+        write_parts(tmp_path, *(pa.table({"q": ordered([0, 99], part)}) for part in (names[100:], names[:101])))
+        assert read_table(tmp_path)["q"].compute().tolist() == ["100", "199", "000", "099"]
+
     def test_that_changes_within_a_file_is_an_error(self, tmp_path: Path) -> None:
         one, two = (documents(quality=ordered([0, 1, 1], order)) for order in (["low", "mid"], ["mid", "low"]))
         with pq.ParquetWriter(tmp_path / "0.parquet", one.schema) as writer:

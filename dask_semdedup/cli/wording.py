@@ -33,7 +33,9 @@ def in_options(message: str, parameters: Sequence[click.Parameter]) -> str:
         message = message.replace(phrase, words)
     options = [option for option in parameters if isinstance(option, click.Option) and option.name]
     if any(option.name == "columns" for option in options):
-        message = message.replace("or name columns that agree", "or keep others: name each as --column")
+        message = re.sub(
+            "or name (columns that agree|the columns to read)", "or keep others: name each as --column", message
+        )
     for option in options:
         message = re.sub(rf"{BEFORE}{option.name}=True\b", option.opts[-1], message)
         message = re.sub(rf"{BEFORE}{option.name}='(\w+)'", rf"{option.opts[-1]} \1", message)

@@ -233,9 +233,9 @@ class TestLaziness:
     def reads(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         read, calls = _parquet.read_fragment, []
 
-        def count(fs: object, fragment: _parquet.Fragment, schema: pa.Schema) -> pa.Table:
+        def count(fs: object, fragment: _parquet.Fragment, schema: pa.Schema, *orders: object) -> pa.Table:
             calls.append((fragment.path, schema.names))
-            return read(fs, fragment, schema)
+            return read(fs, fragment, schema, *orders)
 
         monkeypatch.setattr(_parquet, "read_fragment", count)
         return calls

@@ -179,9 +179,9 @@ class TestPlan:
         ddf = read_clusters(tmp_path, columns=["id", "embeddings", "cosine_dist_to_cent", "centroid"], partition_size=1)
         read, begun = _parquet.read_fragment, []
 
-        def noted(fs: object, fragment: _parquet.Fragment, schema: pa.Schema) -> pa.Table:
+        def noted(fs: object, fragment: _parquet.Fragment, schema: pa.Schema, *orders: object) -> pa.Table:
             begun.append(fragment.keys[0])
-            return read(fs, fragment, schema)
+            return read(fs, fragment, schema, *orders)
 
         monkeypatch.setattr(_parquet, "read_fragment", noted)
         scores = ddf.semdedup.pairwise()

@@ -46,10 +46,10 @@ from rich.console import Console
 from rich.table import Table
 
 import dask_semdedup
-import dask_semdedup._parquet
-import dask_semdedup.pairwise
-from dask_semdedup.ranking import RankingStrategy
+import dask_semdedup.io.reader
+import dask_semdedup.steps.pairwise
 from dask_semdedup.stages import PairwiseStage
+from dask_semdedup.steps.ranking import RankingStrategy
 
 WIDTH = 384
 COLUMNS = ["id", "embeddings", "cosine_dist_to_cent"]
@@ -59,10 +59,10 @@ BATCHED, LOOP = "PairwiseStage.run", "a loop of one cluster at a time"
 BAR_RATIO, BAR_GB = 2.0, 1.5
 # Where the time of one partition goes: the functions that do it.
 STEPS: dict[str, tuple[Any, str]] = {
-    "read": (dask_semdedup._parquet, "read_fragment"),
+    "read": (dask_semdedup.io.reader, "read_fragment"),
     "rank": (RankingStrategy, "order"),
-    "convert and gather": (dask_semdedup.pairwise, "to_tensor"),
-    "search": (dask_semdedup.pairwise, "search_segments"),
+    "convert and gather": (dask_semdedup.steps.pairwise, "to_tensor"),
+    "search": (dask_semdedup.steps.pairwise, "search_segments"),
     "write": (pq, "write_table"),
 }
 
@@ -242,7 +242,7 @@ def overhead(console: Console, clusters: int, partitions: int, repeats: int) -> 
         # A partition for each cluster.
         scores = dask_semdedup.read_clusters(tiny_clusters(Path(folder), partitions), partition_size=1)
         scores = scores.semdedup.pairwise()
-        nothing = mock.patch("dask_semdedup.expressions.score_files", partial(no_scores, scores._meta))
+        nothing = mock.patch("dask_semdedup.lazy.expressions.score_files", partial(no_scores, scores._meta))
         seconds: dict[str, list[float]] = {"dask": [], "ours": []}
         for _ in range(repeats):
             seconds["ours"].append(seconds_of_all_tasks(scores))

@@ -46,10 +46,10 @@ from rich.table import Table
 from timeline import Timeline, as_trace, recorded
 
 import dask_semdedup
-from dask_semdedup._parquet import import_cudf
-from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.ranking import make_strategy
+from dask_semdedup.device.memory import share_memory_pool
+from dask_semdedup.io.cudf_reader import import_cudf
 from dask_semdedup.stages import FileGroupTask, PairwiseCosineSimilarityStage
+from dask_semdedup.steps.ranking import make_strategy
 
 ONE_BY_ONE = 20
 # A method that has taken so many seconds gets no further turn.
@@ -58,21 +58,21 @@ READING, OURS = "only reading", "ours, files to scores"
 # The functions that do the parts. "In cuDF" is within "read", which also waits for its turn.
 PARTS = {
     "plan": "dask_semdedup:read_clusters",
-    "read": "dask_semdedup._parquet:Reader.read",
-    "rank": "dask_semdedup.ranking:RankingStrategy.order",
-    "gather": "dask_semdedup.pairwise:to_tensor",
-    "search": "dask_semdedup.pairwise:search_segments",
-    "assemble": "dask_semdedup.pairwise:score_frame",
+    "read": "dask_semdedup.io.reader:Reader.read",
+    "rank": "dask_semdedup.steps.ranking:RankingStrategy.order",
+    "gather": "dask_semdedup.steps.pairwise:to_tensor",
+    "search": "dask_semdedup.steps.pairwise:search_segments",
+    "assemble": "dask_semdedup.steps.pairwise:score_frame",
 }
 PARTS_OF = {
     "cpu": {
         **PARTS,
-        "read": "dask_semdedup._parquet:read_fragment",
+        "read": "dask_semdedup.io.reader:read_fragment",
         "write": "dask.dataframe.io.parquet.arrow:ArrowDatasetEngine.write_partition",
     },
     "cuda": {
         **PARTS,
-        "in cuDF": "dask_semdedup._parquet:_read_with_libcudf",
+        "in cuDF": "dask_semdedup.io.cudf_reader:_read_with_libcudf",
         "write": "dask_cudf.io.parquet:CudfEngine.write_partition",
     },
 }

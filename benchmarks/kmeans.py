@@ -93,8 +93,8 @@ def measured(call: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, 
 
 def run_ours(n: int, d: int, clusters: int, n_probe: int, repeats: int) -> Result:
     """A partition of the accessor's frame."""
-    from dask_semdedup.embeddings import to_embeddings
-    from dask_semdedup.kmeans import Centroids, kmeans_partition
+    from dask_semdedup.frames.embeddings import to_embeddings
+    from dask_semdedup.steps.kmeans import Centroids, kmeans_partition
 
     rows, values = make_data(n, d, clusters)
     frame = pd.DataFrame(index=range(n))

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup import RankingStrategy
-from dask_semdedup.kmeans import default_n_clusters
+from dask_semdedup.steps.fit import default_n_clusters
 
 EPS = (0.05, 0.1, 0.2)
 N_CLUSTERS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)

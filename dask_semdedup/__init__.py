@@ -8,7 +8,6 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from dask_semdedup import accessor as _accessor  # noqa: F401  (registers ddf.semdedup)
-from dask_semdedup.clusters import read_clusters
 from dask_semdedup.errors import (
     ClusterError,
     EmbeddingError,
@@ -18,8 +17,9 @@ from dask_semdedup.errors import (
     MissingDependencyError,
     SemDedupError,
 )
-from dask_semdedup.ranking import RankingStrategy
-from dask_semdedup.tables import read_table
+from dask_semdedup.lazy.clusters import read_clusters
+from dask_semdedup.lazy.tables import read_table
+from dask_semdedup.steps.ranking import RankingStrategy
 
 try:
     __version__ = version("dask-semdedup")

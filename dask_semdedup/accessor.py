@@ -17,31 +17,35 @@ from dask.dataframe.dask_expr._expr import _DelayedExpr
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_bytes, check_choice, check_keywords, check_positive, stack_level
-from dask_semdedup.clusters import ReadClusters, align, align_both, cluster_files, no_cluster_column
-from dask_semdedup.duplicates import EPS_GRID, SCORE_COLUMNS, check_eps, eps_curve, find_duplicates
-from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, dimensions_advice, is_cudf
+from dask_semdedup.device.devices import DEVICES
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
-from dask_semdedup.expressions import AgainstScores, BestOfProbes, BestOfVisits, KMeansClusters, PairwiseScores
-from dask_semdedup.folders import staged_folder
-from dask_semdedup.groups import find_groups
-from dask_semdedup.kmeans import (
-    DISTANCE_COLUMNS,
-    check_centroids,
-    check_fit_arguments,
-    default_n_clusters,
-    fit_centroids,
-    too_many_clusters,
+from dask_semdedup.frames.backend import check_plain_dtype, is_cudf
+from dask_semdedup.frames.columns import DISTANCE_COLUMNS, SCORE_COLUMNS, has_visits, home_field
+from dask_semdedup.frames.embeddings import check_embedding_dtype, dimensions_advice
+from dask_semdedup.io.layout import CLUSTERS, check_cluster_dtype, cluster_files
+from dask_semdedup.io.staging import staged_folder
+from dask_semdedup.io.write import PARTS
+from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
+from dask_semdedup.lazy.duplicates import EPS_GRID, eps_curve
+from dask_semdedup.lazy.expressions import (
+    AgainstScores,
+    BestOfProbes,
+    BestOfVisits,
+    KMeansClusters,
+    PairwiseScores,
+    ReadClusters,
 )
-from dask_semdedup.layout import CLUSTERS, check_cluster_dtype, write_layout
-from dask_semdedup.pairwise import has_visits, home_field
-from dask_semdedup.placement import DEVICES
-from dask_semdedup.ranking import RankingStrategy, choose_strategy
-from dask_semdedup.removal import remove_duplicates
-from dask_semdedup.sampling import draw, partition_lengths, sample_embeddings
-from dask_semdedup.sources import check_sources, stored_schema
-from dask_semdedup.tasks import compute_to_the_end
-from dask_semdedup.text import DEFAULT_MODEL, check_embed_arguments, embed_meta, embed_partition
-from dask_semdedup.writing import PARTS, parts, writable
+from dask_semdedup.lazy.groups import find_groups
+from dask_semdedup.lazy.removal import remove_duplicates
+from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
+from dask_semdedup.lazy.sources import check_sources, stored_schema
+from dask_semdedup.lazy.tasks import compute_to_the_end
+from dask_semdedup.lazy.writing import parts, writable, write_layout
+from dask_semdedup.steps.duplicates import check_eps, find_duplicates
+from dask_semdedup.steps.embed import DEFAULT_MODEL, check_embed_arguments, embed_meta, embed_partition
+from dask_semdedup.steps.fit import check_fit_arguments, default_n_clusters, fit_centroids, too_many_clusters
+from dask_semdedup.steps.kmeans import check_centroids
+from dask_semdedup.steps.ranking import RankingStrategy, choose_strategy
 
 __all__ = ["SemDedupAccessor"]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dask_semdedup import stages
-from dask_semdedup.clusters import Listing
+from dask_semdedup.device.devices import has_cuda
 from dask_semdedup.errors import MissingDependencyError
-from dask_semdedup.placement import has_cuda
-from dask_semdedup.ranking import RankingStrategy
+from dask_semdedup.io.layout import Listing
 from dask_semdedup.stages import pairwise_cosine_similarity_batched
+from dask_semdedup.steps.ranking import RankingStrategy
 
 try:
     from nemo_curator.stages.base import CompositeStage, ProcessingStage

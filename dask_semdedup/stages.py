@@ -26,27 +26,26 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dask_semdedup._parquet import FileStats, Fragment, Reader, Scan, import_cudf, scan_files
 from dask_semdedup._validate import check_choice, check_positive, stack_level
-from dask_semdedup.clusters import (
-    CUDF_ELEMENTS,
-    Listing,
-    default_size,
-    fitting_size,
-    list_clusters,
-    plan,
-    write_clusters,
-)
-from dask_semdedup.duplicates import SCORE_COLUMNS
-from dask_semdedup.embeddings import check_embedding_dtype, check_plain_dtype, rows_not_finite, to_arrow
+from dask_semdedup.device.devices import HOMES
+from dask_semdedup.device.memory import share_memory_pool
+from dask_semdedup.device.queues import place_for
+from dask_semdedup.device.streams import outside
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
-from dask_semdedup.folders import is_within
-from dask_semdedup.layout import key_type
-from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.pairwise import home_field, pairwise_partition
-from dask_semdedup.placement import HOMES, place_for
-from dask_semdedup.ranking import RankingStrategy, check_strategy, choose_strategy
-from dask_semdedup.streams import outside
+from dask_semdedup.frames.backend import check_plain_dtype, to_arrow
+from dask_semdedup.frames.columns import SCORE_COLUMNS, home_field
+from dask_semdedup.frames.embeddings import check_embedding_dtype, rows_not_finite
+from dask_semdedup.io.cudf_reader import import_cudf
+from dask_semdedup.io.folder_keys import key_type
+from dask_semdedup.io.fragments import FileStats, Fragment
+from dask_semdedup.io.layout import Listing, list_clusters
+from dask_semdedup.io.reader import Reader
+from dask_semdedup.io.scan import Scan, scan_files
+from dask_semdedup.io.staging import is_within
+from dask_semdedup.io.write import write_clusters
+from dask_semdedup.lazy.planning import CUDF_ELEMENTS, default_size, fitting_size, plan
+from dask_semdedup.steps.pairwise import pairwise_partition
+from dask_semdedup.steps.ranking import RankingStrategy, check_strategy, choose_strategy
 
 if TYPE_CHECKING:
     from typing import Self

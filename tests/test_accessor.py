@@ -24,13 +24,13 @@ from dask_semdedup import (
     InvalidArgumentError,
     MissingColumnsError,
     RankingStrategy,
-    _parquet,
     accessor,
     read_clusters,
     search,
 )
-from dask_semdedup.clusters import is_aligned
-from dask_semdedup.expressions import ScoresOfFiles
+from dask_semdedup.io import fragments, reader
+from dask_semdedup.lazy.alignment import is_aligned
+from dask_semdedup.lazy.expressions import ScoresOfFiles
 from tests import oracle
 from tests.strategies import STR
 
@@ -231,13 +231,13 @@ class TestAnswers:
 class TestLaziness:
     @pytest.fixture
     def reads(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
-        read, calls = _parquet.read_fragment, []
+        read, calls = reader.read_fragment, []
 
-        def count(fs: object, fragment: _parquet.Fragment, schema: pa.Schema, *orders: object) -> pa.Table:
+        def count(fs: object, fragment: fragments.Fragment, schema: pa.Schema, *orders: object) -> pa.Table:
             calls.append((fragment.path, schema.names))
             return read(fs, fragment, schema, *orders)
 
-        monkeypatch.setattr(_parquet, "read_fragment", count)
+        monkeypatch.setattr(reader, "read_fragment", count)
         return calls
 
     def test_each_file_is_read_once_and_only_the_needed_columns(

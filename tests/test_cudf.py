@@ -14,20 +14,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dask_semdedup import _parquet, embeddings, read_clusters, streams
-from dask_semdedup.embeddings import check_embedding_dtype, is_cudf, to_arrow, to_tensor
+from dask_semdedup import read_clusters
+from dask_semdedup.device import streams
+from dask_semdedup.device.memory import share_memory_pool
+from dask_semdedup.device.streams import beside, current
 from dask_semdedup.errors import ClusterError, EmbeddingError
-from dask_semdedup.hashing import hash_ids
-from dask_semdedup.kmeans import check_centroids, kmeans_meta, kmeans_partition
-from dask_semdedup.memory import share_memory_pool
-from dask_semdedup.pairwise import pairwise_meta, pairwise_partition
-from dask_semdedup.ranking import RankingStrategy, make_strategy
+from dask_semdedup.frames import embeddings
+from dask_semdedup.frames.backend import is_cudf, to_arrow
+from dask_semdedup.frames.embeddings import check_embedding_dtype, to_tensor
+from dask_semdedup.frames.hashing import hash_ids
+from dask_semdedup.io import cudf_reader
 from dask_semdedup.stages import PairwiseStage
-from dask_semdedup.streams import beside, current
-from tests.test_embeddings import ORDER, ROWS
-from tests.test_pairwise import GOLDEN, run
+from dask_semdedup.steps.kmeans import check_centroids, kmeans_meta, kmeans_partition
+from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
+from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
+from tests.frames.test_embeddings import ORDER, ROWS
+from tests.lazy.test_visits import with_visits
+from tests.steps.test_pairwise import GOLDEN, run
 from tests.test_stages import check_hard, write_layout
-from tests.test_visits import with_visits
 
 pytestmark = pytest.mark.gpu
 ELEMENTS = [pa.float32(), pa.float64(), pa.uint16(), pa.int16()]
@@ -382,7 +386,7 @@ class TestLaggingStreams:
     @pytest.mark.parametrize("files", [2, 1000], ids=["several calls", "one call"])
     @pytest.mark.parametrize("keep", ["cosine_dist_to_cent", "date"])
     def test_files(self, cudf, frame, tmp_path, monkeypatch, clusters, files, keep):
-        monkeypatch.setattr(_parquet, "files_at_once", lambda: files)
+        monkeypatch.setattr(cudf_reader, "files_at_once", lambda: files)
         write_layout(tmp_path, {cluster: [frame[number::6]] for number, cluster in enumerate(clusters)})
         options = {"ranking_strategy": RankingStrategy([keep])}
         expected = read_clusters(tmp_path).semdedup.pairwise(device="cpu", **options).compute(scheduler="synchronous")

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from dask_semdedup import IdError, InvalidArgumentError, read_clusters
-from dask_semdedup.embeddings import is_cudf
-from dask_semdedup.groups import resolve_groups
-from tests.test_embeddings import arrow_lists
+from dask_semdedup.frames.backend import is_cudf
+from dask_semdedup.steps.groups import resolve_groups
+from tests.frames.test_embeddings import arrow_lists
 
 pytestmark = pytest.mark.gpu
 

@@ -170,7 +170,7 @@ def test_tables_are_read_and_deduplicated(store: Store, local: Path, remote: str
 def test_a_footer_longer_than_the_first_guess(
     store: Store, local: Path, remote: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dask_semdedup._parquet.FOOTER_GUESS", 16)
+    monkeypatch.setattr("dask_semdedup.io.footers.FOOTER_GUESS", 16)
     there = read_table(f"{remote}/raw/0.parquet", storage_options=store.options)
     pd.testing.assert_frame_equal(there.compute(), read_table(local / "raw").compute())
 

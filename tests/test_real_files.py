@@ -13,13 +13,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dask_semdedup
 from dask_semdedup import ClusterError, InvalidArgumentError, RankingStrategy, read_clusters, read_table
-from dask_semdedup._parquet import Fragment, Reader
-from dask_semdedup._schemas import in_frames
+from dask_semdedup.io.fragments import Fragment
+from dask_semdedup.io.reader import Reader
+from dask_semdedup.io.schemas import in_frames
 from dask_semdedup.stages import PairwiseStage
 
 VECTORS = pa.array([[1.0, 0.0], [1.0, 0.001], [0.0, 1.0]], pa.list_(pa.float32()))
@@ -271,7 +273,7 @@ class TestFilesThatChange:
     def test_rows_that_are_not_there_are_missed(self, tmp_path: Path) -> None:
         """Where the size says nothing, as of remote files."""
         write_parts(tmp_path, documents())
-        fs, schema = dask_semdedup._parquet.LocalFileSystem(), pa.schema({"id": pa.int64()})
+        fs, schema = LocalFileSystem(), pa.schema({"id": pa.int64()})
         fragment = Fragment(str(tmp_path / "0.parquet"), 4)
         with pytest.raises(ClusterError, match=r"0.parquet changed since the footers were read"):
             Reader(fs, schema).read([fragment], ["id"])
@@ -484,7 +486,7 @@ def test_made_ids_do_not_depend_on_partitions(tmp_path: Path, partition_size: st
     ddf = read_table(tmp_path, id_field="row", make_ids=True, partition_size=partition_size)
     assert ddf.columns.tolist() == ["row", "id", "embeddings", "lang"]
     assert ddf["row"].compute().tolist() == [f"lang=en/0.parquet:{row}" for row in range(6)]
-    one = dask_semdedup.tables.find_rows(tmp_path, ["lang=en/0.parquet:4"], ["id"], id_field="row", make_ids=True)
+    one = dask_semdedup.lazy.tables.find_rows(tmp_path, ["lang=en/0.parquet:4"], ["id"], id_field="row", make_ids=True)
     assert one["id"].to_dict() == {"lang=en/0.parquet:4": 2}
 
 

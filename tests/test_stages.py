@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from dask_semdedup import clusters, stages
+from dask_semdedup import stages
 from dask_semdedup.errors import (
     ClusterError,
     EmbeddingError,
@@ -29,7 +29,7 @@ from dask_semdedup.errors import (
     MissingColumnsError,
     MissingDependencyError,
 )
-from dask_semdedup.ranking import RankingStrategy, make_strategy
+from dask_semdedup.lazy import clusters, planning
 from dask_semdedup.stages import (
     ClusterWiseFilePartitioningStage,
     FileGroupTask,
@@ -38,9 +38,10 @@ from dask_semdedup.stages import (
     Resources,
     pairwise_cosine_similarity_batched,
 )
+from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
 from tests.oracle import assert_nearest_earlier
+from tests.steps.test_pairwise import GOLDEN, NORMED
 from tests.strategies import rows_and_segments
-from tests.test_pairwise import GOLDEN, NORMED
 
 HARD = make_strategy("hard")
 NAMES = {"id_field": "id", "embedding_field": "embeddings", "output_path": "out"}
@@ -486,8 +487,8 @@ def test_run_begins_batches_in_the_order_of_the_plan_and_returns_tasks_in_that_o
 
 
 def test_a_little_data_is_shared_out_to_all_cores(tmp_path, monkeypatch):
-    monkeypatch.setattr(clusters, "CPU_COUNT", 2)
-    monkeypatch.setattr(clusters, "SMALL_PARTITION", 1)
+    monkeypatch.setattr(planning, "CPU_COUNT", 2)
+    monkeypatch.setattr(planning, "SMALL_PARTITION", 1)
     root = write_layout(tmp_path / "in", {cluster: [GOLDEN] for cluster in range(16)})
     stage = similarity(tmp_path / "out")
     batches = stage.batches(ClusterWiseFilePartitioningStage(str(root)).process())

@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from dask_semdedup.errors import InvalidArgumentError
-from dask_semdedup.tasks import results_of
+from dask_semdedup.lazy.tasks import results_of
 
 if TYPE_CHECKING:
     import dask.dataframe as dd

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dask_semdedup.cli.execution import follow_futures, show_tasks
-from dask_semdedup.writing import parts
+from dask_semdedup.lazy.writing import parts
 
 if TYPE_CHECKING:
     import dask.dataframe as dd

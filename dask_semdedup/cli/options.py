@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from dask_semdedup.ranking import RankingStrategy
+    from dask_semdedup.steps.ranking import RankingStrategy
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -39,7 +39,7 @@ def _parse_rank_by(_ctx: click.Context, _param: click.Parameter, values: tuple[s
     """Turn ``("quality:desc", "length")`` into the ranking by those columns."""
     if not values:
         return None
-    from dask_semdedup.ranking import RankingStrategy
+    from dask_semdedup.steps.ranking import RankingStrategy
 
     columns, ascending = [], []
     for value in values:

@@ -25,10 +25,10 @@ from dask_semdedup.cli.options import (
     search_options,
     seed_option,
 )
-from dask_semdedup.folders import staged_folder
+from dask_semdedup.io.staging import staged_folder
 
 if TYPE_CHECKING:
-    from dask_semdedup.ranking import RankingStrategy
+    from dask_semdedup.steps.ranking import RankingStrategy
 
 EXAMPLES = """
 Examples:
@@ -88,7 +88,7 @@ def command(
     Both may be local paths or URLs that fsspec knows.
     """
     import dask_semdedup
-    from dask_semdedup.tables import SCORES
+    from dask_semdedup.io.scores import SCORES
 
     refuse_contradictions(ctx)
     with (
@@ -135,7 +135,7 @@ class Summary:
 
 def summarise(folder: str, storage_options: dict[str, Any], *, cluster_field: str, eps: float) -> Summary:
     """Count what was written, from the scores alone."""
-    from dask_semdedup.tables import read_scores
+    from dask_semdedup.lazy.tables import read_scores
 
     scores = read_scores(folder, cluster_field=cluster_field, storage_options=storage_options)
     duplicates = scores.semdedup.duplicates(eps=eps)

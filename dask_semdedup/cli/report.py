@@ -18,7 +18,7 @@ from dask_semdedup.cli.options import (
     message_options,
 )
 from dask_semdedup.errors import InvalidArgumentError
-from dask_semdedup.folders import staged_folder
+from dask_semdedup.io.staging import staged_folder
 
 EXAMPLES = """
 Examples:
@@ -75,8 +75,8 @@ def command(
     With --data and --text-field or --image-field it shows the documents themselves. Only those of its pairs are kept
     of DATA.
     """
-    from dask_semdedup.report import PAGE, REPORT, Documents, write_report
-    from dask_semdedup.tables import read_scores
+    from dask_semdedup.lazy.tables import read_scores
+    from dask_semdedup.report.page import PAGE, REPORT, Documents, write_report
 
     refuse_contradictions(ctx)
     output = output_path or _beside(scores_path)

@@ -30,17 +30,17 @@ from dask_semdedup.cli.options import (
     seed_option,
 )
 from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, plan_steps
-from dask_semdedup.embeddings import dimensions_advice
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
-from dask_semdedup.folders import real_path, refuse_overlap
-from dask_semdedup.ranking import DISTANCE_COLUMNS
+from dask_semdedup.frames.embeddings import dimensions_advice
+from dask_semdedup.io.staging import real_path, refuse_overlap
+from dask_semdedup.steps.ranking import DISTANCE_COLUMNS
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
     from distributed import Client
     from rich.progress import Progress
 
-    from dask_semdedup.ranking import RankingStrategy
+    from dask_semdedup.steps.ranking import RankingStrategy
 
 STEPS = ["embeddings", "clusters", "scores", "duplicates", "deduplicated", "report"]
 
@@ -202,8 +202,9 @@ class Run:
 
     def steps(self) -> list[Step]:
         """All steps in their order, once INPUT is seen to have what they need."""
-        from dask_semdedup.report import REPORT
-        from dask_semdedup.tables import PART_FILE, table_token
+        from dask_semdedup.io.write import PART_FILE
+        from dask_semdedup.lazy.tables import table_token
+        from dask_semdedup.report.page import REPORT
 
         self._check_input()
         source = {"files": table_token(self.input_path, self.storage_options)}
@@ -236,7 +237,7 @@ class Run:
 
     def _check_input(self) -> None:
         """Miss columns now rather than after hours."""
-        from dask_semdedup.sources import check_sources
+        from dask_semdedup.lazy.sources import check_sources
 
         ddf = self._read_input()
         columns = list(ddf.columns)
@@ -268,7 +269,7 @@ class Run:
 
     def _check_ids(self) -> None:
         """Miss ids, and find those that repeat, before hours of work: rows that are dropped are known by them."""
-        from dask_semdedup.removal import check_ids
+        from dask_semdedup.lazy.removal import check_ids
 
         if self.has_all_ids or self.make_ids:
             return
@@ -292,7 +293,7 @@ class Run:
         return self._read_table(self.input_path, columns, make_ids=self.make_ids)
 
     def _read_table(self, path: str, columns: list[str] | None = None, *, make_ids: bool = False) -> dd.DataFrame:
-        from dask_semdedup.tables import read_table
+        from dask_semdedup.lazy.tables import read_table
 
         return read_table(
             path,
@@ -305,7 +306,7 @@ class Run:
         )
 
     def _read_scores(self) -> dd.DataFrame:
-        from dask_semdedup.tables import read_scores
+        from dask_semdedup.lazy.tables import read_scores
 
         return read_scores(
             self._folder("scores"), cluster_field=self.cluster_field, storage_options=self.storage_options
@@ -326,7 +327,7 @@ class Run:
         return {"rows": self._write(frame.drop(columns=list(unneeded)), folder, "Embedding")}
 
     def _cluster(self, folder: str) -> dict[str, int]:
-        from dask_semdedup.clusters import cluster_files
+        from dask_semdedup.io.layout import cluster_files
 
         self._check_ids()
         # The other columns are read where they are, when rows are kept or shown.
@@ -377,7 +378,7 @@ class Run:
         return {"rows": self._write(scores, folder, "Comparing")}
 
     def _find_duplicates(self, folder: str) -> dict[str, int]:
-        from dask_semdedup.duplicates import without_first_rows
+        from dask_semdedup.steps.duplicates import without_first_rows
 
         duplicates = self._read_scores().semdedup.duplicates(self.eps)
         # From eps = 1 on, the first rows of clusters are among them, which are kept.
@@ -385,7 +386,7 @@ class Run:
         return {"duplicates": self._write(duplicates, folder, "Finding duplicates")}
 
     def _deduplicate(self, folder: str) -> dict[str, int]:
-        from dask_semdedup.tables import read_table
+        from dask_semdedup.lazy.tables import read_table
 
         duplicates = read_table(self._folder("duplicates"), storage_options=self.storage_options)
         kept = self._read_input(self._kept()).semdedup.remove(duplicates, self.id_field)
@@ -399,7 +400,7 @@ class Run:
         return {"rows": rows}
 
     def _report(self, folder: str) -> dict[str, int]:
-        from dask_semdedup.report import Documents, write_report
+        from dask_semdedup.report.page import Documents, write_report
 
         documents = None
         if self.text_field or self.image_field:

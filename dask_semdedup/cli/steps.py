@@ -13,9 +13,9 @@ from typing import Any
 
 import fsspec
 
-from dask_semdedup._parquet import PARQUET_SUFFIXES, is_hidden
 from dask_semdedup.errors import InvalidArgumentError, some
-from dask_semdedup.folders import MANIFEST, Contents, count_files, refuse_strangers, replaced_when_done
+from dask_semdedup.io.listing import PARQUET_SUFFIXES, is_hidden
+from dask_semdedup.io.staging import MANIFEST, Contents, count_files, refuse_strangers, replaced_when_done
 
 NO_REASON = ""
 # What file systems, their viewers and notebooks leave in any folder.
@@ -150,7 +150,7 @@ def _names(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
 
 def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
     """Keep the folders of steps from being mixed into what others have made."""
-    from dask_semdedup.jsonlines import JSON_SUFFIXES
+    from dask_semdedup.io.jsonlines import JSON_SUFFIXES
 
     names = _names(fs, root)
     # Logs may be written there.

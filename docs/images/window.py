@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
-from dask_semdedup.plots import BLUE, INK, PALE, VERMILION
+from dask_semdedup.report.plots import BLUE, INK, PALE, VERMILION
 from dask_semdedup.search import certify
 
 # A digit whose best coarse candidate is not its nearest.

@@ -23,11 +23,11 @@ from nemo_curator.stages.resources import Resources
 from nemo_curator.tasks import EmptyTask, FileGroupTask
 
 from dask_semdedup import curator
-from dask_semdedup.clusters import read_clusters
 from dask_semdedup.curator import ClusterWiseFilePartitioningStage, PairwiseCosineSimilarityStage, PairwiseStage
 from dask_semdedup.errors import InvalidArgumentError
-from dask_semdedup.ranking import RankingStrategy, make_strategy
-from tests.test_pairwise import GOLDEN
+from dask_semdedup.lazy.clusters import read_clusters
+from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
+from tests.steps.test_pairwise import GOLDEN
 from tests.test_stages import check_hard, write_layout
 
 RANKING = "nemo_curator.stages.deduplication.semantic.ranking"

@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dask_semdedup import placement
+from dask_semdedup.device import devices
 from dask_semdedup.search import nearest_earlier, streaming
 from dask_semdedup.search.streaming import WORKSPACE, nearest_earlier_from_host, row_bytes
 from tests import oracle
+from tests.steps.test_pairwise import GOLDEN, run
 from tests.strategies import KINDS, rows_and_segments, seeds, stops_of
-from tests.test_pairwise import GOLDEN, run
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -189,7 +189,7 @@ def test_frames_in_host_memory_are_streamed_to_a_gpu(monkeypatch: pytest.MonkeyP
         sent.append((rows.device.type, device))
         return nearest_earlier_from_host(rows, segments, device="cpu", **options)
 
-    monkeypatch.setattr(placement, "has_cuda", lambda: True)
+    monkeypatch.setattr(devices, "has_cuda", lambda: True)
     monkeypatch.setattr(streaming, "nearest_earlier_from_host", on_cpu)
     scores = run(GOLDEN, device="cuda")
     assert sent == [("cpu", "cuda")]

@@ -18,8 +18,9 @@ from tests import oracle
 from tests.strategies import KINDS, seeds, stops_of
 
 triton = pytest.importorskip("triton")
-from dask_semdedup.search import certify, triton_engine  # noqa: E402
-from dask_semdedup.search.triton_engine import GROUP, Config, Tiling, tiling  # noqa: E402
+from dask_semdedup.search import certify, triton_engine, triton_launch  # noqa: E402
+from dask_semdedup.search import tiling as tiles  # noqa: E402
+from dask_semdedup.search.tiling import GROUP, Config, Tiling, tiling  # noqa: E402
 
 TWO = Config(queries=16, candidates=32, depth=16, stages=1, warps=1, keep=2)
 THREE = Config(queries=16, candidates=16, depth=16, stages=1, warps=1, keep=3)
@@ -99,7 +100,7 @@ def test_tiles_cover_every_pair_before_the_stops(sizes: list[int], config: Confi
 )
 def test_few_segments_are_tiled_as_many_are(sizes: list[int], config: Config) -> None:
     segments = np.cumsum([0, *sizes])
-    with patch.object(triton_engine, "FEW_SEGMENTS", 0):
+    with patch.object(tiles, "FEW_SEGMENTS", 0), patch.object(triton_engine, "FEW_SEGMENTS", 0):
         many, chosen = tiling(segments, config), triton_engine.choose_config(segments, torch.device("cpu"))
     np.testing.assert_array_equal(tiling(segments, config).groups[:-1], many.groups[:-1])
     assert (tiling(segments, config).n_tiles, tiling(segments, config).n_blocks) == (many.n_tiles, many.n_blocks)
@@ -191,7 +192,7 @@ def test_queries_with_too_many_candidates_are_multiplied_in_float64(most_pairs: 
 def test_pairs_that_find_no_room_lose_nothing() -> None:
     rng = np.random.default_rng(1)
     rows = rng.standard_normal((6, 10))[rng.integers(6, size=60)].astype(np.float32)
-    with patch.object(triton_engine, "PAIRS_PER_QUERY", 0), patch.object(triton_engine, "PAIRS_AT_LEAST", 30):
+    with patch.object(triton_launch, "PAIRS_PER_QUERY", 0), patch.object(triton_launch, "PAIRS_AT_LEAST", 30):
         check(rows, np.array([0, 60]), THREE)
 
 

@@ -1,0 +1,70 @@
+"""How many processes and threads share a GPU, which bounds what each partition may take."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dask.system import CPU_COUNT
+
+from dask_semdedup.device.devices import visible_gpus
+from dask_semdedup.device.queues import PARTITIONS_ON_GPU
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["partitions_per_gpu"]
+
+
+def partitions_per_gpu(client: Client | None = None) -> int:
+    """How many partitions to leave room for on a GPU: twice the places of each process, or as many as it has threads.
+
+    What is read and scored in one task takes a place (`place_for`), and all places take half of the GPU. Frames that
+    are tasks of their own may be as many as there are threads.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        Where the work will go; the default client, if there is one. Where a machine has as many workers as this one has
+        GPUs, each is taken to have its own. Where it has more, all share one, as those of a plain `LocalCluster` do.
+
+    Examples
+    --------
+    >>> partitions_per_gpu() == max(10, CPU_COUNT)
+    True
+    """
+    return max(processes * max(2 * PARTITIONS_ON_GPU, threads) for processes, threads in _sharing_a_gpu(client))
+
+
+def _sharing_a_gpu(client: Client | None) -> list[tuple[int, int]]:
+    """The processes on one GPU of each machine, and the threads of one of them."""
+    client = client or _default_client()
+    # An asynchronous one cannot be asked.
+    if client is None or client.asynchronous or client.status != "running":
+        return [(1, CPU_COUNT)]
+    machines: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
+        process = "this" if address.startswith("inproc://") else address
+        machines[worker["host"]][process] += worker["nthreads"]
+    gpus = visible_gpus()
+    return [_share(list(processes.values()), gpus) for processes in machines.values()] or [(1, CPU_COUNT)]
+
+
+def _share(threads: Sequence[int], gpus: int) -> tuple[int, int]:
+    """Of the processes of a machine with so many threads each, those on one GPU, and the threads of one."""
+    if len(threads) > gpus:
+        return len(threads), max(threads)
+    # Fewer than GPUs may be one for each of some of them, or not.
+    return 1, max(threads) if len(threads) == gpus else sum(threads)
+
+
+def _default_client() -> Client | None:
+    distributed = sys.modules.get("distributed.client")
+    if distributed is None:
+        return None
+    try:
+        return distributed.default_client()
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""Frames of pandas or cuDF, and what their columns hold: ids and embeddings."""

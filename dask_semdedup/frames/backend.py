@@ -1,0 +1,288 @@
+"""The one place that knows pandas from cuDF: arrays, columns and frames of either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from dask_semdedup.device.streams import current, outside
+from dask_semdedup.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "array_like",
+    "check_plain_dtype",
+    "column_like",
+    "frame_like",
+    "home_of",
+    "is_cudf",
+    "is_string",
+    "published",
+    "shares_memory",
+    "take",
+    "tensor_like",
+    "to_arrow",
+    "to_host",
+    "to_list",
+    "to_numpy",
+]
+
+
+def check_plain_dtype(meta_column: Any, parameter: str) -> None:
+    """Raise if a column is one of lists, structs or maps, which can be neither ids nor clusters.
+
+    Parameters
+    ----------
+    meta_column : pandas.Series or cudf.Series
+        The column, which may be empty.
+    parameter : str
+        The parameter that names it, for the message.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming the column and its dtype.
+
+    Examples
+    --------
+    >>> check_plain_dtype(pd.Series([], dtype="int64", name="id"), "id_field")
+    """
+    dtype = meta_column.dtype
+    arrow = isinstance(dtype, pd.ArrowDtype) and pa.types.is_nested(dtype.pyarrow_dtype)
+    if arrow or type(dtype).__name__ in ("ListDtype", "StructDtype"):
+        raise InvalidArgumentError(
+            f"{parameter} may not be {meta_column.name!r}, a column of dtype {dtype}. Name one of integers or strings."
+        )
+
+
+def shares_memory(rows: torch.Tensor, column: Any) -> bool:
+    """Whether a matrix from `to_tensor` may alias its column, and so must not be written to.
+
+    Examples
+    --------
+    >>> column = pd.Series([[3.0, 4.0], [6.0, 8.0]])
+    >>> shares_memory(to_tensor(column, name="embeddings"), column)
+    False
+    """
+    if is_cudf(column):
+        return True
+    if column.dtype == np.dtype(object):
+        return False
+    buffers = [buffer for chunk in column.array.__arrow_array__().chunks for buffer in chunk.buffers() if buffer]
+    return any(buffer.address <= rows.data_ptr() < buffer.address + buffer.size for buffer in buffers)
+
+
+def array_like(tensor: torch.Tensor, frame: Any) -> Any:
+    """Give a tensor as the array type of a frame's backend.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+    frame : DataFrame or Series
+        Of pandas or cuDF.
+
+    Returns
+    -------
+    numpy.ndarray or cupy.ndarray
+        Without a copy where the tensor is already where the frame is.
+
+    Examples
+    --------
+    >>> import torch
+    >>> array_like(torch.arange(3), pd.DataFrame())
+    array([0, 1, 2])
+    """
+    if not is_cudf(frame):
+        return tensor.cpu().numpy()
+    import cupy
+
+    return cupy.from_dlpack(tensor.to("cuda"))
+
+
+def column_like(array: Any, frame: Any) -> Any:
+    """Give an array of numbers as a column of a frame's backend, NaN as it is.
+
+    Examples
+    --------
+    >>> column_like(np.array([0.5], dtype=np.float32), pd.DataFrame())
+    0    0.5
+    dtype: float32
+    """
+    if not is_cudf(frame):
+        return pd.Series(array)
+    import cudf
+
+    # Asked to make nulls of NaN, cuDF would count them, and the host wait.
+    return cudf.Series(array, nan_as_null=False)
+
+
+def take(column: Any, positions: Any) -> Any:
+    """Rows of a column, with a new index.
+
+    Parameters
+    ----------
+    column : Series
+        Of pandas or cuDF.
+    positions : (m,) int64 array
+        Of NumPy or CuPy, all within the column.
+
+    Examples
+    --------
+    >>> take(pd.Series([7, 8], name="id"), np.array([1, 1]))
+    0    8
+    1    8
+    Name: id, dtype: int64
+    """
+    if not is_cudf(column):
+        return column.iloc[positions].reset_index(drop=True)
+    taken = _cudf_take(column, positions)
+    if taken.dtype == column.dtype:
+        return taken
+    with outside("cuda"):
+        return column.iloc[positions].reset_index(drop=True)
+
+
+def _cudf_take(column: Any, positions: Any) -> Any:
+    """Rows of a cuDF column, without a look at the positions, which would wait for the device.
+
+    Of a dtype that libcudf does not know, such as categories, the values come without it.
+    """
+    import cudf
+    import pylibcudf as plc
+
+    table = plc.Table([column.to_pylibcudf()[0]])
+    where = plc.Column.from_cuda_array_interface(positions)
+    unchecked = plc.copying.OutOfBoundsPolicy.DONT_CHECK
+    (rows,) = plc.copying.gather(table, where, unchecked, current()).columns()
+    return cudf.Series.from_pylibcudf(rows, metadata={"name": column.name})
+
+
+def tensor_like(array: Any) -> torch.Tensor:
+    """Give a NumPy or CuPy array as a tensor, where it is and without a copy.
+
+    Examples
+    --------
+    >>> tensor_like(np.arange(3))
+    tensor([0, 1, 2])
+    """
+    import torch
+
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """Give a NumPy or CuPy array as a NumPy array.
+
+    Examples
+    --------
+    >>> to_numpy(np.arange(3))
+    array([0, 1, 2])
+    """
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def to_list(column: Any) -> list[Any]:
+    """Give a pandas or cuDF column as Python values.
+
+    Examples
+    --------
+    >>> to_list(pd.Series(["a", "b"]))
+    ['a', 'b']
+    """
+    return (column.to_pandas() if is_cudf(column) else column).tolist()
+
+
+def to_arrow(frame: Any) -> pa.Table:
+    """Give a pandas or cuDF frame as an Arrow table, without its index.
+
+    Examples
+    --------
+    >>> to_arrow(pd.DataFrame({"id": [1, 2]})).to_pydict()
+    {'id': [1, 2]}
+    """
+    if is_cudf(frame) and not _has_integer_nulls(frame):
+        return frame.to_arrow(preserve_index=False)
+    # What pandas notes in the schema keeps readers from making integers with nulls floats.
+    return pa.Table.from_pandas(to_host(frame), preserve_index=False)
+
+
+def to_host(frame: Any) -> pd.DataFrame:
+    """Give a pandas or cuDF frame as pandas'; integers with nulls do not become floats.
+
+    Examples
+    --------
+    >>> to_host(pd.DataFrame({"id": [1, 2]})).id.to_list()
+    [1, 2]
+    """
+    return frame.to_pandas(nullable=_has_integer_nulls(frame)) if is_cudf(frame) else frame
+
+
+def _has_integer_nulls(frame: Any) -> bool:
+    return any(frame[name].null_count for name in frame.columns if frame[name].dtype.kind in "iub")
+
+
+def is_cudf(frame: Any) -> bool:
+    """Whether a frame or column is cuDF's; cuDF is not imported to find out."""
+    return type(frame).__module__.partition(".")[0] == "cudf"
+
+
+def home_of(frame: Any) -> str:
+    """Where a frame or column is: "cuda" or "cpu".
+
+    Examples
+    --------
+    >>> home_of(pd.DataFrame())
+    'cpu'
+    """
+    return "cuda" if is_cudf(frame) else "cpu"
+
+
+def is_string(column: Any) -> bool:
+    """Whether a column's dtype is one of strings, in pandas or cuDF.
+
+    Examples
+    --------
+    >>> is_string(pd.Series(["a"], dtype="string")), is_string(pd.Series([1]))
+    (True, False)
+    """
+    dtype = column.dtype
+    if isinstance(dtype, pd.ArrowDtype):
+        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        return any(kind(dtype.pyarrow_dtype) for kind in kinds)
+    # cuDF has no columns of objects: it calls its strings that.
+    return isinstance(dtype, pd.StringDtype) or (is_cudf(column) and dtype == np.dtype(object))
+
+
+def frame_like(columns: Mapping[str, Any], like: Any) -> Any:
+    """Make a frame of the backend of another frame or column.
+
+    Examples
+    --------
+    >>> frame_like({"x": [1, 2]}, pd.Series(["a"]))
+       x
+    0  1
+    1  2
+    """
+    if not is_cudf(like):
+        return pd.DataFrame(columns)
+    import cudf
+
+    return cudf.DataFrame(columns)
+
+
+def published(frame: Any) -> Any:
+    """Bring a frame of cuDF that was made in a stream of this thread into memory of the current one.
+
+    Examples
+    --------
+    >>> published(pd.DataFrame({"x": [1]}))
+       x
+    0  1
+    """
+    return frame.copy() if is_cudf(frame) else frame

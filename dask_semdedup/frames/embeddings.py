@@ -1,0 +1,581 @@
+"""An embedding column to a validated (n, d) tensor: the one place that knows pandas from cuDF layouts.
+
+Each backend turns its column into *pieces*: flat arrays of whole rows, of NumPy or CuPy, that alias the column's own
+memory where its layout allows. What follows (conversion to float32, gathering in rank order, the check for NaN) is
+shared. On a CPU it is NumPy that converts and gathers: torch's threads would compete with those of Dask.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dask_semdedup.device.streams import beside, outside
+from dask_semdedup.errors import EmbeddingError, some
+from dask_semdedup.frames.backend import is_cudf, is_string, tensor_like, to_list, to_numpy
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "as_lists",
+    "check_embedding_dtype",
+    "dimensions_advice",
+    "first_width",
+    "list_type",
+    "rows_not_finite",
+    "to_embeddings",
+    "to_tensor",
+]
+
+# Rows that need work before they are float32 are handled so many numbers at a time: within a CPU's cache, and enough
+# for a GPU to be busy.
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
+
+NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2")}
+
+# So many numbered columns are taken for dimensions.
+FEWEST_DIMENSIONS = 8
+
+# The most elements of an Arrow list array, whose offsets are int32.
+LIST_ELEMENTS = 2**31 - 1
+
+ACCEPTED = "lists of float16, float32, float64 or small integers, or of uint16 that carry float16 bits"
+
+
+def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None = None) -> None:
+    """Raise unless a column's dtype can hold embeddings: a check for when no data are there yet.
+
+    Parameters
+    ----------
+    meta_column : pandas.Series or cudf.Series
+        The column, which may be empty.
+    name : str
+        Its name, for the message.
+    embedding_dim : int, optional
+        The width that every row must have, to be checked where the dtype has one.
+
+    Raises
+    ------
+    EmbeddingError
+        For strings (which Dask makes of object columns), numbers, lists of something else than numbers, and lists of
+        a fixed size other than `embedding_dim`.
+
+    Examples
+    --------
+    >>> check_embedding_dtype(pd.Series([], dtype=object), "embeddings")
+    >>> check_embedding_dtype(pd.Series([], dtype="float32"), "embeddings")
+    Traceback (most recent call last):
+        ...
+    dask_semdedup.errors.EmbeddingError: Column 'embeddings' has dtype float32, not embeddings: ...
+    """
+    dtype = meta_column.dtype
+    if is_string(meta_column):
+        raise EmbeddingError(
+            f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Name the column of the "
+            "embeddings. If it was an object column, Dask has made it one of strings when it built the frame: set "
+            'dask.config.set({"dataframe.convert-string": False}) before, or make it an Arrow list column. If the '
+            f"strings are lists in JSON, parse them: ddf.assign({name}=ddf[{name!r}].map_partitions(lambda rows: "
+            "pd.Series([json.loads(row) for row in rows], rows.index, pd.ArrowDtype(pa.list_(pa.float32()))))."
+        )
+    if _is_vector_of_spark(dtype):
+        raise EmbeddingError(
+            f"Column {name!r} holds Spark's VectorUDT ({dtype}). Write it as an array: in Spark, "
+            f"df.withColumn({name!r}, pyspark.ml.functions.vector_to_array({name!r}, 'float32')); or, where all "
+            f"vectors are dense, ddf.assign({name}=ddf[{name!r}].struct.field('values'))."
+        )
+    if _element_type(dtype) not in NUMERIC:
+        raise EmbeddingError(f"Column {name!r} has dtype {dtype}, not embeddings: it must hold {ACCEPTED}.")
+    width = getattr(_storage(getattr(dtype, "pyarrow_dtype", pa.null())), "list_size", None)
+    if None not in (width, embedding_dim) and width != embedding_dim:
+        raise EmbeddingError(
+            f"Column {name!r} has dtype {dtype}, of width {width}, where embedding_dim is {embedding_dim}. "
+            "All embeddings must come from one model."
+        )
+
+
+def list_type(column: pd.Series) -> pa.DataType | None:
+    """Arrow's type of a column of lists or arrays of numbers; None where it holds something else.
+
+    Examples
+    --------
+    >>> list_type(pd.Series([np.zeros(2, np.float32)])), list_type(pd.Series([[1, 2]])), list_type(pd.Series(["a"]))
+    (ListType(list<item: float>), ListType(list<item: double>), None)
+    """
+    try:
+        type_ = pa.array(column).type
+    except pa.ArrowException:
+        return None
+    if _element_type(pd.ArrowDtype(type_)) not in NUMERIC:
+        return None
+    # Numbers of Python that are whole in one row need not be in the next.
+    return pa.list_(pa.float64()) if type_.value_type == pa.int64() else type_
+
+
+def as_lists(column: pd.Series, type_: pa.DataType, name: str) -> pd.Series:
+    """Give a pandas column of lists and arrays as one of Arrow lists of a type.
+
+    Raises
+    ------
+    EmbeddingError
+        If rows are no such lists.
+
+    Examples
+    --------
+    >>> as_lists(pd.Series([[3.0, 4.0], None]), pa.list_(pa.float32()), "embeddings").dtype
+    list<item: float>[pyarrow]
+    """
+    try:
+        lists = pa.chunked_array([pa.array(column, type_, from_pandas=True)])
+    except (pa.ArrowException, TypeError) as error:
+        to_tensor(column, name=name)  # which names the rows, unless they can be embeddings
+        raise EmbeddingError(
+            f"Column {name!r} cannot be made one of {type_}, the type of its first row: {error}."
+        ) from error
+    return pd.Series(pd.array(lists, dtype=pd.ArrowDtype(type_)), column.index, name=column.name)
+
+
+def dimensions_advice(columns: Iterable[object]) -> str:
+    """How to join columns that look like the dimensions of embeddings; nothing where there are none.
+
+    Examples
+    --------
+    >>> dimensions_advice(["id", *(f"x{number}" for number in range(384))])
+    ' If x0 to x383 are the dimensions of embeddings, join them: ddf.assign(embeddings=ddf[[f"x{i}" for i in range(0, \
+384)]].map_partitions(lambda rows: pd.Series(list(rows.to_numpy("float32")), rows.index, \
+pd.ArrowDtype(pa.list_(pa.float32()))))).'
+    >>> dimensions_advice(["id", "text"])
+    ''
+    """
+    numbers: dict[str, list[int]] = {}
+    for match in (re.fullmatch(r"(.*?)(0|[1-9]\d*)", str(column)) for column in columns):
+        if match:
+            numbers.setdefault(match[1], []).append(int(match[2]))
+    for prefix, found in numbers.items():
+        first, last = min(found), max(found)
+        if len(found) >= FEWEST_DIMENSIONS and last - first + 1 == len(found):
+            joined = 'pd.Series(list(rows.to_numpy("float32")), rows.index, pd.ArrowDtype(pa.list_(pa.float32())))'
+            return (
+                f" If {prefix}{first} to {prefix}{last} are the dimensions of embeddings, join them: "
+                f'ddf.assign(embeddings=ddf[[f"{prefix}{{i}}" for i in range({first}, {last + 1})]].map_partitions('
+                f"lambda rows: {joined}))."
+            )
+    return ""
+
+
+def first_width(column: pd.Series) -> int | None:
+    """Width of a column's first row, or None where it is null.
+
+    Examples
+    --------
+    >>> first_width(pd.Series([[3.0, 4.0], [6.0]]))
+    2
+    """
+    first = column.iloc[0]
+    return len(first) if isinstance(first, Sized) else None
+
+
+def to_tensor(
+    column: Any,
+    *,
+    name: str,
+    ids: Any = None,
+    clusters: Any = None,
+    embedding_dim: int | None = None,
+    order: Any = None,
+    device: str | None = None,
+) -> torch.Tensor:
+    """Turn an embedding column into a matrix of float32.
+
+    Parameters
+    ----------
+    column : pandas.Series or cudf.Series
+        Any of: Arrow lists (``list``, ``large_list``, ``fixed_size_list``) of float16, float32, float64, signed
+        integers, or of uint16 that carry float16 bits; a pandas object column of arrays, lists or tuples of those; a
+        cuDF list column.
+    name : str
+        The column's name, for messages.
+    ids, clusters : Series, optional
+        The rows' ids and clusters, for messages.
+    embedding_dim : int, optional
+        The width that every row must have. By default that of most rows.
+    order : (n,) int64 array, optional
+        A permutation, of NumPy or CuPy: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy
+        that gathering afterwards would take.
+    device : {"cpu", "cuda"}, optional
+        Where the result shall be. By default where the column is.
+
+    Returns
+    -------
+    (n, d) float32 tensor, C-contiguous
+        Without `order` it may alias the column's own memory, and must not be written to.
+
+    Raises
+    ------
+    EmbeddingError
+        For null rows, null, NaN or infinite elements, rows of different or unexpected width, empty rows, and columns
+        that do not hold embeddings at all.
+
+    Notes
+    -----
+    Only the direction of a row matters to the cosine. Rows of float64 that are too large or too small for float32
+    are divided by their largest entry.
+
+    Examples
+    --------
+    >>> to_tensor(pd.Series([[3.0, 4.0], [6.0, 8.0]]), name="embeddings")
+    tensor([[3., 4.],
+            [6., 8.]])
+    """
+    import torch
+
+    check_embedding_dtype(column, name)
+    report = _Report(name, ids, clusters)
+    source: _Source = (_CudfSource if is_cudf(column) else _PandasSource)(column, report)
+    device = device or source.device
+    if len(column) == 0:
+        return torch.empty((0, embedding_dim or 0), device=device)
+    width = source.check_rows(embedding_dim)
+    blocks = _float32_blocks(source.pieces(), width, source.device)
+    rows = _assemble(blocks, (len(column), width), order, device)
+    with beside(device):
+        bad = rows_not_finite(rows)
+    if len(bad):
+        positions = bad if order is None else to_numpy(order)[bad]
+        raise report.error(positions, "with NaN or infinite values", "Drop or mend them first.")
+    return rows
+
+
+def rows_not_finite(rows: torch.Tensor) -> np.ndarray:
+    """Find the rows of a matrix that hold NaN or infinities.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rows_not_finite(torch.tensor([[1.0, 2.0], [3.0, torch.inf]]))
+    array([1])
+    """
+    import torch
+
+    # NaN and infinities survive a sum, which costs less than looking at each number.
+    if rows.sum().isfinite():
+        return np.empty(0, np.int64)
+    blocks = rows.split(_block_rows(rows.shape[1], rows.device.type))
+    finite = torch.cat([block.isfinite().all(dim=1) for block in blocks])
+    return finite.logical_not().nonzero().flatten().cpu().numpy()
+
+
+def to_embeddings(rows: Any, frame: Any) -> Any:
+    """Give a matrix as an embedding column of a frame: the way back from `to_tensor`.
+
+    Parameters
+    ----------
+    rows : (n, d) float32 array, C-contiguous
+        Of NumPy for pandas, of CuPy for cuDF. The column aliases its memory.
+    frame : DataFrame
+        Of n rows, of pandas or cuDF.
+
+    Returns
+    -------
+    Series
+        Of Arrow lists or cuDF lists, with the frame's index.
+
+    Examples
+    --------
+    >>> to_embeddings(np.array([[3, 4]], dtype=np.float32), pd.DataFrame(index=[7]))
+    7    [3. 4.]
+    dtype: list<item: float>[pyarrow]
+    """
+    if is_cudf(frame):
+        return _cudf_lists(rows, frame)
+    width = rows.shape[1]
+    step = max(1, LIST_ELEMENTS // max(1, width))
+    blocks = [rows[start : start + step] for start in range(0, len(rows), step)]
+    lists = [
+        pa.ListArray.from_arrays(np.arange(len(block) + 1, dtype=np.int32) * np.int32(width), pa.array(block.ravel()))
+        for block in blocks
+    ]
+    chunks = pa.chunked_array(lists, pa.list_(pa.float32()))
+    return pd.Series(pd.array(chunks, dtype=pd.ArrowDtype(chunks.type)), index=frame.index)
+
+
+def _cudf_lists(rows: Any, frame: Any) -> Any:
+    import cudf
+    import pylibcudf
+
+    if len(rows) == 0:
+        return cudf.Series([], dtype=cudf.ListDtype("float32"), index=frame.index)
+    series = cudf.Series.from_pylibcudf(pylibcudf.Column.from_cuda_array_interface(rows))
+    series.index = frame.index
+    return series
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What an error says of the rows it is about."""
+
+    name: str
+    ids: Any
+    clusters: Any
+
+    def error(self, positions: Any, problem: str, advice: str) -> EmbeddingError:
+        """The error for the rows at `positions` of the column, in the column's order."""
+        positions = np.sort(np.asarray(positions))
+        count = "1 row" if len(positions) == 1 else f"{len(positions)} rows"
+        rows = f"rows {some(positions)}" if self.ids is None else f"ids {some(to_list(self.ids.iloc[positions]))}"
+        return EmbeddingError(f"Column {self.name!r}{self._place(positions)}: {count} {problem} ({rows}). {advice}")
+
+    def _place(self, positions: np.ndarray) -> str:
+        if self.clusters is None:
+            return ""
+        return f", cluster {some(dict.fromkeys(to_list(self.clusters.iloc[positions])))}"
+
+
+def _is_vector_of_spark(dtype: Any) -> bool:
+    type_ = getattr(dtype, "pyarrow_dtype", pa.null())
+    return pa.types.is_struct(type_) and {"type", "size", "indices", "values"} <= {field.name for field in type_}
+
+
+def _storage(type_: pa.DataType) -> pa.DataType:
+    """What an extension type, as of tensors, is stored as."""
+    return type_.storage_type if isinstance(type_, pa.BaseExtensionType) else type_
+
+
+def _element_type(dtype: Any) -> np.dtype | None:
+    """The type of the numbers in a list column; what an object column holds shows only in its rows."""
+    if dtype == np.dtype(object):
+        return np.dtype(np.float64)
+    if isinstance(dtype, pd.ArrowDtype):
+        lists = _storage(dtype.pyarrow_dtype)
+        kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        return np.dtype(lists.value_type.to_pandas_dtype()) if any(kind(lists) for kind in kinds) else None
+    element = getattr(dtype, "element_type", None)  # cudf.ListDtype
+    return element if isinstance(element, np.dtype) else None
+
+
+class _Source(ABC):
+    """A column's rows, checked for their shape and given out piece by piece."""
+
+    device: str
+
+    def __init__(self, column: Any, report: _Report) -> None:
+        self.column = column
+        self.report = report
+
+    @abstractmethod
+    def check_rows(self, embedding_dim: int | None) -> int:
+        """Raise for null rows, null elements and rows of other widths than one; return that width."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Any]:
+        """Flat arrays of whole rows, in the column's order."""
+
+    def _check_null(self, null: np.ndarray, what: str) -> None:
+        if null.any():
+            raise self.report.error(np.flatnonzero(null), what, "Drop or fill them first.")
+
+    def _check_widths(self, widths: np.ndarray, embedding_dim: int | None) -> int:
+        expected = _most_common(widths) if embedding_dim is None else embedding_dim
+        if (widths == 0).any():
+            raise self.report.error(np.flatnonzero(widths == 0), "with an empty embedding", "Drop them first.")
+        if (other := widths != expected).any():
+            found = some(np.unique(widths[other]), limit=3)
+            origin = "the others have" if embedding_dim is None else "embedding_dim is"
+            raise self.report.error(
+                np.flatnonzero(other),
+                f"with width {found}, where {origin} {expected}",
+                "All embeddings must come from one model.",
+            )
+        return expected
+
+
+def _most_common(widths: np.ndarray) -> int:
+    """The width that most rows have; of several that of the first row, if it is one of them."""
+    first = widths[0]
+    if (widths == first).all():
+        return int(first)
+    values, counts = np.unique(widths, return_counts=True)
+    return int(first if counts[values == first] == counts.max() else values[counts.argmax()])
+
+
+class _PandasSource(_Source):
+    device = "cpu"
+
+    def __init__(self, column: pd.Series, report: _Report) -> None:
+        super().__init__(column, report)
+        self.is_object = column.dtype == np.dtype(object)
+
+    def check_rows(self, embedding_dim: int | None) -> int:
+        self._check_null(self.column.isna().to_numpy(dtype=bool), "with a null embedding")
+        return self._check_objects(embedding_dim) if self.is_object else self._check_lists(embedding_dim)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        return self._object_pieces() if self.is_object else self._list_pieces()
+
+    def _chunks(self) -> list[pa.Array]:
+        chunks = self.column.array.__arrow_array__().chunks
+        return [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in chunks]
+
+    def _check_lists(self, embedding_dim: int | None) -> int:
+        lengths = [pc.list_value_length(chunk).to_numpy() for chunk in self._chunks()]
+        width = self._check_widths(np.concatenate(lengths), embedding_dim)
+        nulls = [_rows_with_nulls(chunk, width) for chunk in self._chunks()]
+        self._check_null(np.concatenate(nulls), "with null elements")
+        return width
+
+    def _list_pieces(self) -> Iterator[np.ndarray]:
+        import torch
+
+        # `flatten` keeps to the slice that the chunk is, and does not copy. Arrow's own NumPy arrays are read-only,
+        # which torch warns of; nothing here writes to them.
+        for chunk in self._chunks():
+            yield _from_bits(torch.from_dlpack(chunk.flatten()).numpy())
+
+    def _check_objects(self, embedding_dim: int | None) -> int:
+        rows = self.column.to_numpy()
+        if kinds := {kind for kind in set(map(type, rows)) if kind not in (np.ndarray, list, tuple)}:
+            odd = [isinstance(row, tuple(kinds)) for row in rows]
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise self.report.error(np.flatnonzero(odd), f"of type {names}", f"The column must hold {ACCEPTED}.")
+        if scalars := [position for position, row in enumerate(rows) if getattr(row, "ndim", 1) == 0]:
+            raise self.report.error(scalars, "that is a single number", f"The column must hold {ACCEPTED}.")
+        return self._check_widths(np.fromiter(map(len, rows), np.int64, len(rows)), embedding_dim)
+
+    def _object_pieces(self) -> Iterator[np.ndarray]:
+        rows = self.column.to_numpy()
+        step = _block_rows(len(rows[0]), self.device)
+        for start in range(0, len(rows), step):
+            yield _from_bits(self._concatenate(rows, start, start + step))
+
+    def _concatenate(self, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
+        flat = _try_concatenate(rows[start:stop])
+        if flat is None:
+            odd = [position for position, row in enumerate(rows) if _try_concatenate([row]) is None]
+            problem = "with something else than a flat list of numbers"
+            raise self.report.error(odd, problem, f"The column must hold {ACCEPTED}.")
+        return flat
+
+
+class _CudfSource(_Source):
+    device = "cuda"
+
+    def check_rows(self, embedding_dim: int | None) -> int:
+        if self.column.null_count:
+            self._check_null(self.column.isnull().to_numpy(), "with a null embedding")
+        shortest, longest = self._extreme_widths()
+        self.width = shortest if embedding_dim is None else embedding_dim
+        if not 0 < shortest == self.width == longest:
+            self._check_widths(self.column.list.len().to_numpy(), embedding_dim)
+        leaves = self._leaves()
+        if leaves.null_count:
+            self._check_null(leaves.isnull().to_numpy().reshape(-1, self.width).any(axis=1), "with null elements")
+        return self.width
+
+    def _extreme_widths(self) -> list[int]:
+        """The least and the most, found on the device; all come to the host only where there is something to report."""
+        import cudf
+        import torch
+
+        data, _ = self.column.to_pylibcudf()
+        offsets = cudf.Series.from_pylibcudf(data.list_view().offsets()).values
+        with beside(self.device):
+            widths = tensor_like(offsets)[data.offset() : data.offset() + len(self.column) + 1].diff()
+            return torch.stack(widths.aminmax()).tolist()
+
+    def pieces(self) -> Iterator[Any]:
+        yield _from_bits(self._leaves().values)
+
+    def _leaves(self) -> Any:
+        leaves = self.column.list.leaves
+        if len(leaves) != len(self.column) * self.width:
+            # A slice of a longer column may still refer to all leaves of that: compact it.
+            with outside("cuda"):
+                self.column = self.column.take(np.arange(len(self.column)))
+            leaves = self.column.list.leaves
+        return leaves
+
+
+def _rows_with_nulls(chunk: pa.Array, width: int) -> np.ndarray:
+    leaves = chunk.flatten()
+    if leaves.null_count == 0:
+        return np.zeros(len(chunk), bool)
+    return leaves.is_null().to_numpy(zero_copy_only=False).reshape(-1, width).any(axis=1)
+
+
+def _try_concatenate(rows: Any) -> np.ndarray | None:
+    """Concatenate vectors of numbers, or return None where they are not that."""
+    try:
+        flat = np.concatenate(rows)
+    except (TypeError, ValueError):
+        return None
+    return flat if flat.ndim == 1 and flat.dtype in NUMERIC else None
+
+
+def _from_bits(flat: Any) -> Any:
+    return flat.view(np.float16) if flat.dtype == np.uint16 else flat
+
+
+def _float32_blocks(pieces: Iterator[Any], width: int, device: str) -> Iterator[Any]:
+    """Matrices of float32: pieces of float32 as they are, others converted a part at a time."""
+    for piece in pieces:
+        rows = piece.reshape(-1, width)
+        step = max(1, len(rows)) if rows.dtype == np.float32 else _block_rows(width, device)
+        for start in range(0, len(rows), step):
+            yield _to_float32(rows[start : start + step])
+
+
+def _to_float32(block: Any) -> Any:
+    if block.dtype == np.float64:
+        from dask_semdedup.search.certify import scaled
+
+        block = scaled(block, abs(block).max(axis=1))
+    return block.astype(np.float32, copy=False)
+
+
+def _assemble(blocks: Iterator[Any], shape: tuple[int, int], order: Any, device: str) -> torch.Tensor:
+    """Put blocks together on a device, each row where `order` wants it."""
+    first = next(blocks)
+    if order is None and first.shape == shape:
+        return tensor_like(first).to(device)
+    rows = _empty(shape, device)
+    place = None if order is None else _moved(_inverse(order), device)
+    start = 0
+    with beside(device):
+        for block in chain([first], blocks):
+            stop = start + len(block)
+            rows[slice(start, stop) if place is None else place[start:stop]] = _moved(block, device)
+            start = stop
+    return tensor_like(rows) if device == "cpu" else rows
+
+
+def _empty(shape: tuple[int, int], device: str) -> Any:
+    """Memory for rows: of NumPy on a CPU, where it asks for huge pages and torch does not, else of torch."""
+    import torch
+
+    return np.empty(shape, np.float32) if device == "cpu" else torch.empty(shape, device=device)
+
+
+def _moved(array: Any, device: str) -> Any:
+    """An array to where the rows are assembled, and of the library that does it there."""
+    if device == "cpu":
+        return to_numpy(array)
+    return tensor_like(array).to(device)
+
+
+def _inverse(order: Any) -> Any:
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order), like=order)
+    return inverse
+
+
+def _block_rows(width: int, device: str) -> int:
+    return max(1, BLOCK_ELEMENTS[device] // width)

@@ -1,0 +1,174 @@
+"""Reading fragments into cuDF frames, in few calls."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+
+from dask_semdedup.device.devices import cores_per_gpu
+from dask_semdedup.device.streams import current, finish, outside
+from dask_semdedup.errors import MissingDependencyError
+from dask_semdedup.io.fragments import Fragment, _changed, _check_size, _unreadable
+from dask_semdedup.io.listing import is_local
+
+
+def in_cudf(type_: pa.DataType) -> pa.DataType:
+    """The type that a column of a file has in frames of cuDF, which knows no fixed sizes, extensions, or binaries."""
+    types = pa.types
+    if isinstance(type_, pa.BaseExtensionType):
+        return in_cudf(type_.storage_type)
+    if types.is_dictionary(type_):
+        return type_ if type_.ordered else in_cudf(type_.value_type)
+    if types.is_large_list(type_) or types.is_fixed_size_list(type_):
+        return pa.list_(type_.value_field)
+    strings = (
+        types.is_string_view,
+        types.is_large_string,
+        types.is_binary,
+        types.is_large_binary,
+        types.is_binary_view,
+    )
+    return pa.string() if any(is_string(type_) for is_string in strings) else type_
+
+
+@cache
+def import_cudf() -> Any:
+    """CuDF, with the settings of the libraries that read and write for it.
+
+    Raises
+    ------
+    MissingDependencyError
+        If it cannot be imported.
+    """
+    # They are looked at once, at the first use. KvikIO, which reads files for cuDF, takes 4 threads by itself; and few
+    # pages to compress, as of scores, take a GPU long: 66,000 scores are written in 35 ms, in 10 if the host does it.
+    os.environ.setdefault("KVIKIO_NTHREADS", str(min(READING_THREADS, cores_per_gpu())))
+    os.environ.setdefault("LIBCUDF_HOST_COMPRESSION", "AUTO")
+    os.environ.setdefault("LIBCUDF_HOST_COMPRESSION_THRESHOLD", str(PAGES_A_CORE * cores_per_gpu()))
+    try:
+        import cudf
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Frames of cuDF need cuDF, which cannot be imported ({error}). Install 'dask-semdedup[cu13]', or [cu12] "
+            "for CUDA 12, or use backend='pandas'."
+        ) from error
+    return cudf
+
+
+# Threads of KvikIO with which it reads as fast as with more. More of several GPUs' processes fill the host's cache with
+# their buffers, of 4 MiB each: with 16 on each of four H200s, all was 10% slower.
+READING_THREADS = 10
+
+# Up to so many pages to compress, a core of the host is done before a GPU is.
+PAGES_A_CORE = 64
+
+# Calls of cuDF's reader at once in a process: one keeps the files' threads busy, the other the GPU meanwhile.
+READERS = 2
+
+_readers = threading.BoundedSemaphore(READERS)
+
+
+def files_at_once() -> int:
+    """How many files a call of cuDF's reader may have open: each takes two descriptors, and there are `READERS` calls.
+
+    Examples
+    --------
+    >>> 64 <= files_at_once() <= 1024
+    True
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1024 if soft == resource.RLIM_INFINITY else max(64, min(1024, soft // (4 * READERS)))
+
+
+def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+    """Read the columns of all fragments into one cuDF frame, in few calls: many small reads leave a GPU idle."""
+    cudf = import_cudf()
+    rows = sum(fragment.rows for fragment in fragments)
+    if not columns:
+        return cudf.DataFrame(index=cudf.RangeIndex(rows))
+    most = files_at_once()
+    parts = [fragments[start : start + most] for start in range(0, len(fragments), most)]
+    frames = [_read_with_cudf(fs, part, columns) for part in parts]
+    frame = frames[0]
+    if len(frames) > 1:
+        with outside("cuda"):
+            frame = cudf.concat(frames, ignore_index=True)
+    if len(frame) != rows:
+        raise _changed([fragment.path for fragment in fragments])
+    return frame
+
+
+def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+    groups = [list(fragment.row_groups) for fragment in fragments if fragment.row_groups is not None]
+    try:
+        with _readers:
+            if is_local(fs):
+                for fragment in fragments:
+                    # Of whole files the rows say enough.
+                    if fragment.row_groups is not None:
+                        _check_size(fragment.path, fragment.size, os.path.getsize(fragment.path))
+                return _read_with_libcudf(fragments, columns, groups)
+            with outside("cuda"):
+                return import_cudf().read_parquet(
+                    [fragment.path for fragment in fragments],
+                    columns=list(columns),
+                    row_groups=groups or None,
+                    filesystem=fs,
+                    use_pandas_metadata=False,
+                    # Folders named key=value would otherwise be read one by one.
+                    dataset_kwargs={"partitioning": None},
+                    allow_mismatched_pq_schemas=True,
+                )
+    except (RuntimeError, OSError, IndexError) as error:
+        # What another thread did to the GPU is no fault of the files.
+        if re.search("cuda[ _]?error|cuda out of memory", str(error), re.IGNORECASE):
+            raise
+        raise _unreadable(_first_of(fragments), error) from error
+
+
+def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], groups: list[list[int]]) -> Any:
+    """What `cudf.read_parquet` does, in the current stream."""
+    from pylibcudf import TypeId
+    from pylibcudf.io import SourceInfo, parquet
+
+    builder = parquet.ParquetReaderOptions.builder(SourceInfo([fragment.path for fragment in fragments]))
+    options = builder.use_pandas_metadata(False).allow_mismatched_pq_schemas(True).build()
+    options.set_column_names(list(columns))
+    if groups:
+        options.set_row_groups(groups)
+    table = parquet.read_parquet(options, current())
+    finish()
+    _check_rows(fragments, table.num_rows_per_source)
+    # Of dates cuDF makes times.
+    is_converted = any(column.type().id() == TypeId.TIMESTAMP_DAYS for column in table.columns)
+    with outside("cuda" if is_converted else "cpu"):
+        frame = import_cudf().DataFrame.from_pylibcudf(table)
+    return frame
+
+
+def _check_rows(fragments: Sequence[Fragment], rows: Sequence[int]) -> None:
+    """Raise `ClusterError` if a file has other rows than planned: its neighbours would get some of another cluster."""
+    changed = [fragment.path for fragment, n in zip(fragments, rows, strict=False) if fragment.rows != n]
+    if changed:
+        raise _changed(changed)
+
+
+def _cupy_repeat(counts: np.ndarray) -> Any:
+    """Positions 0, 1, ... on the GPU, each as often as its count says."""
+    import cupy
+
+    ends = cupy.asarray(np.cumsum(counts))
+    return cupy.searchsorted(ends, cupy.arange(int(counts.sum())), side="right")
+
+
+def _first_of(fragments: Sequence[Fragment]) -> str:
+    return f"{fragments[0].path} (the first of {len(fragments)} files)"

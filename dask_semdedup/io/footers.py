@@ -1,0 +1,101 @@
+"""Fetching the footers of Parquet files, many at once."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dask_semdedup.io.fragments import _unreadable
+from dask_semdedup.io.listing import is_local
+from dask_semdedup.io.schemas import without_index
+
+# The last bytes of a Parquet file, and bytes fetched from the end of a file: enough for nearly every footer.
+MAGIC = b"PAR1"
+
+FOOTER_GUESS = 2**16
+
+LOCAL_GUESS = 2**13
+
+# Threads that wait for a file system together, where it is slow. A local one is where the first few footers of a block
+# take so many seconds.
+REMOTE_THREADS = 32
+
+PROBES = 8
+
+SLOW = 1e-4
+
+
+def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
+    """Arrow schema of a file, without index columns that pandas or Dask wrote only to restore an index."""
+    return without_index(_arrow_schema(path, _read_metadata(fs, path, _fetch_footer(fs, path, size))))
+
+
+def _fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> list[bytes]:
+    """The footers of files of these sizes: one after the other where that is fast, else many at once.
+
+    From the page cache a footer takes less time than it takes a thread to get hold of Python's lock.
+    """
+    files = iter(sizes.items())
+    footers = []
+    if is_local(fs):
+        seconds = []
+        for path, size in islice(files, PROBES):
+            start = time.perf_counter()
+            footers.append(_fetch_footer(fs, path, size))
+            seconds.append(time.perf_counter() - start)
+        if statistics.median(seconds) < SLOW:
+            return footers + [_fetch_footer(fs, path, size) for path, size in files]
+    with ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="footers") as pool:
+        return footers + list(pool.map(lambda file: _fetch_footer(fs, *file), files))
+
+
+def _fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
+    """The footer of a file, to the file's end; nothing where that does not look like the end of a Parquet file."""
+    # S3's file system has another parameter at the second place.
+    fetch, guess = (_read_range, LOCAL_GUESS) if is_local(fs) else (fs.cat_file, FOOTER_GUESS)
+    try:
+        tail: bytes = fetch(path, start=max(0, size - guess), end=size)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if not tail.endswith(MAGIC) or length > size:
+            return b""
+        return tail[-length:] if length <= len(tail) else fetch(path, start=size - length, end=size)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_range(path: str, start: int, end: int) -> bytes:
+    """Bytes of a local file, in as few calls as it takes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, end - start, start)
+    finally:
+        os.close(descriptor)
+
+
+def _read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> pq.FileMetaData:
+    """What Arrow makes of a footer, or says of a file that has none."""
+    try:
+        if footer:
+            return pq.read_metadata(pa.BufferReader(footer))
+        with fs.open(path) as file:
+            return pq.read_metadata(file)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _arrow_schema(path: str, metadata: pq.FileMetaData) -> pa.Schema:
+    try:
+        schema = metadata.schema.to_arrow_schema()
+        # This decodes all names, of fields in fields too.
+        schema.to_string(show_field_metadata=False, show_schema_metadata=False)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+    return schema

@@ -1,0 +1,170 @@
+"""Fragments of files: what planning knows of them, and reading one into an Arrow table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import accumulate, groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dask_semdedup.errors import ClusterError, SemDedupError, some
+from dask_semdedup.io.listing import is_local
+from dask_semdedup.io.schemas import conform
+
+# Rows of a batch where a row group cannot be read as a whole.
+BATCH_ROWS = 2**14
+
+
+class Fragment(NamedTuple):
+    """A piece of a partition: a file, or some of its row groups.
+
+    Parameters
+    ----------
+    path, rows
+        The file, and the rows of the piece.
+    row_groups
+        Numbers of the row groups; None stands for all.
+    keys
+        Values in the names of folders, such as the cluster.
+    nbytes
+        The planned size in memory of a cluster's file; of others it is not needed.
+    size
+        Bytes of the file when it was listed; 0 where that is not known.
+    first_row
+        The number of the first row in the file.
+    """
+
+    path: str
+    rows: int
+    row_groups: tuple[int, ...] | None = None
+    keys: tuple[Any, ...] = ()
+    nbytes: int = 0
+    size: int = 0
+    first_row: int = 0
+
+
+def fragments_of(file: FileStats, keys: tuple[Any, ...] = ()) -> list[Fragment]:
+    """Each row group of a file as a fragment."""
+    starts = accumulate((group.rows for group in file.row_groups), initial=0)
+    return [
+        Fragment(file.path, group.rows, (index,), keys, group.nbytes, file.size, start)
+        for index, (group, start) in enumerate(zip(file.row_groups, starts, strict=False))
+    ]
+
+
+def in_runs(fragments: Iterable[Fragment], nbytes: int) -> Iterator[list[Fragment]]:
+    """Cut fragments between clusters into runs of at most so many bytes, or of one cluster.
+
+    Examples
+    --------
+    >>> fragments = [Fragment(name, 1, keys=(key,), nbytes=60) for name, key in [("a", 0), ("b", 0), ("c", 1)]]
+    >>> [[fragment.path for fragment in run] for run in in_runs(fragments, 100)]
+    [['a', 'b'], ['c']]
+    """
+    run: list[Fragment] = []
+    held = 0
+    for _, cluster in groupby(fragments, attrgetter("keys")):
+        pieces = list(cluster)
+        size = sum(piece.nbytes for piece in pieces)
+        if run and held + size > nbytes:
+            yield run
+            run, held = [], 0
+        run += pieces
+        held += size
+    yield run
+
+
+class RowGroup(NamedTuple):
+    """What planning needs to know of a row group, for the columns that are to be read.
+
+    `nbytes` is their size in memory, `elements` the length of the longest leaf; `low` and `high` bound the cluster
+    column and are None where the file does not say.
+    """
+
+    rows: int
+    nbytes: int
+    elements: int
+    low: Any = None
+    high: Any = None
+
+
+class FileStats(NamedTuple):
+    """What a footer says of its file.
+
+    Beside the row groups: the integer columns that may hold nulls, the number of null clusters, the shape of the
+    schema, the ordered categories that are not written as such, and the size of the file.
+    """
+
+    path: str
+    rows: int
+    row_groups: tuple[RowGroup, ...]
+    nullable: frozenset[str]
+    null_clusters: int = 0
+    shape: int = 0
+    unordered: frozenset[str] = frozenset()
+    size: int = 0
+
+
+def _unreadable(path: str, error: Exception) -> ClusterError:
+    return ClusterError(f"Cannot read {path} as Parquet (truncated, damaged or gone?): {error}")
+
+
+def read_fragment(
+    fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.Schema, orders: Mapping[str, pa.Array] | None = None
+) -> pa.Table:
+    """Read one fragment's columns as an Arrow table of exactly the given schema, with categories in given orders."""
+    table = _read_checked(fs, fragment, schema.names)
+    try:
+        return conform(table, schema, orders or {})
+    except ClusterError as error:
+        raise ClusterError(f"{fragment.path}: {error}") from error
+
+
+def _read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Sequence[str]) -> pa.Table:
+    """Read those columns of a fragment that are there, if it still has the rows that were planned.
+
+    Files are read one after another and without Arrow's threads, since Dask already runs a partition per core. They
+    are not mapped into memory: a process that reads a page of a file that was cut meanwhile is killed.
+    """
+    path = fragment.path
+    try:
+        with nullcontext(path) if is_local(fs) else fs.open(path) as source:
+            _check_size(path, fragment.size, os.path.getsize(path) if is_local(fs) else getattr(source, "size", None))
+            with pq.ParquetFile(source, pre_buffer=not is_local(fs)) as file:
+                table = _read_row_groups(file, fragment.row_groups, names)
+    except (pa.ArrowException, OSError, LookupError, ValueError) as error:
+        if isinstance(error, SemDedupError):
+            raise
+        raise _unreadable(path, error) from error
+    if len(table) != fragment.rows:
+        raise _changed([path])
+    return table
+
+
+def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, names: Sequence[str]) -> pa.Table:
+    groups = list(range(file.metadata.num_row_groups) if row_groups is None else row_groups)
+    present = [name for name in file.schema_arrow.names if name in names]
+    if not present:
+        rows = sum(file.metadata.row_group(index).num_rows for index in groups)
+        return pa.table({"": pa.nulls(rows)})
+    try:
+        return file.read_row_groups(groups, present, use_threads=False)
+    except pa.ArrowNotImplementedError:
+        # More than 2 GiB of strings within lists or structs come only in batches.
+        batches = file.iter_batches(BATCH_ROWS, groups, present, use_threads=False)
+        return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
+
+
+def _check_size(path: str, planned: int, found: int | None) -> None:
+    if planned and found is not None and found != planned:
+        raise _changed([path])
+
+
+def _changed(paths: Sequence[str]) -> ClusterError:
+    return ClusterError(f"{some(paths)} changed since the footers were read. Read the files anew.")

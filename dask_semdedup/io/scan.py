@@ -1,0 +1,322 @@
+"""What the footers of a dataset say: one schema for all files, and the rows, sizes and bounds of each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise, repeat
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dask_semdedup.errors import MissingColumnsError
+from dask_semdedup.io.footers import REMOTE_THREADS, _arrow_schema, _fetch_footer, _fetch_footers, _read_metadata
+from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, _read_checked, _unreadable
+from dask_semdedup.io.listing import is_local
+from dask_semdedup.io.schemas import is_ordered, one_order, refuse, unify, without, without_index, without_order
+from dask_semdedup.io.thrift import Bounded, FooterError, Group, read_alike, read_footer
+
+# Footers held at once: at first so many, then as many as take about so many bytes, by the length of the last.
+FIRST_BLOCK = 64
+
+BLOCK = 4096
+
+BLOCK_BYTES = 2**28
+
+# As long as so many footers are left, and for so many shapes of them, those of one shape are read at once.
+MANY = 64
+
+SHAPES = 4
+
+LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8}
+
+
+class Scan(NamedTuple):
+    """What the footers of a dataset's files say, for the columns that are to be read.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+        The columns and the types that all files can be brought to, with the metadata of the first.
+    files : list of FileStats
+        In the files' order.
+    nullable : frozenset of str
+        Integer and Boolean columns that may hold nulls.
+    problems : dict
+        From a column that cannot be read to the reason.
+    unordered : frozenset of str
+        Ordered categories whose order the files do not tell.
+    odd : frozenset of str
+        Files whose types are not those of the schema.
+    names : list of str
+        All columns of the files, also those that are not to be read.
+    orders : dict
+        From an ordered category to its categories in their order, in all files together.
+    """
+
+    schema: pa.Schema
+    files: list[FileStats]
+    nullable: frozenset[str]
+    problems: dict[str, str]
+    unordered: frozenset[str]
+    odd: frozenset[str]
+    names: list[str]
+    orders: Mapping[str, pa.Array]
+
+    def check_columns(self, columns: Iterable[str], others: Iterable[str], advice: str) -> None:
+        """Raise for columns that are neither in the files nor among others, or that cannot be read."""
+        columns, present = list(columns), [*self.names, *others]
+        if not set(columns) <= set(present):
+            raise MissingColumnsError.build(columns, present, advice)
+        refuse(self.problems, columns, COLUMNS_ADVICE)
+
+
+def scan_files(
+    fs: fsspec.AbstractFileSystem,
+    files: Mapping[str, Mapping[str, Any]],
+    columns: Collection[str] | None = None,
+    cluster_column: str | None = None,
+    *,
+    nulls: bool = True,
+) -> Scan:
+    """Read the footers of all files, each once, and find the schema that they agree on.
+
+    Of ordered categories, the first rows of each file are read too: no footer tells the order.
+
+    Parameters
+    ----------
+    fs, files
+        As `list_files` returns them.
+    columns
+        The columns that are to be read, those that are there; None stands for all. Others are never looked at.
+    cluster_column
+        A column in the files whose bounds and nulls are wanted.
+    nulls
+        Whether it is wanted which integer columns may hold nulls. If not, `Scan.nullable` is empty.
+
+    Raises
+    ------
+    ClusterError
+        If a file is not readable as Parquet.
+    """
+    shapes = _Shapes(columns, cluster_column, nulls=nulls)
+    paths = list(files)
+    stats: list[FileStats] = []
+    size = FIRST_BLOCK
+    while len(stats) < len(paths):
+        block = {path: files[path]["size"] for path in paths[len(stats) : len(stats) + size]}
+        footers = dict(zip(block, _fetch_footers(fs, block), strict=True))
+        size = min(BLOCK, 1 + BLOCK_BYTES * len(footers) // (1 + sum(map(len, footers.values()))))
+        by_path = _stats_of_block(fs, footers, block, shapes)
+        stats.extend(by_path[path] for path in footers)
+    scan = shapes.scan(stats)
+    for name, type_ in zip(scan.schema.names, scan.schema.types, strict=True):
+        if not is_ordered(type_) or name in scan.problems:
+            continue
+        order = one_order(_dictionaries(fs, scan.files, name))
+        if order is None:
+            unordered = scan.unordered | {name}
+            scan = scan._replace(unordered=unordered, schema=without_order(scan.schema, unordered))
+            continue
+        if len(order) >= 2 ** (type_.index_type.bit_width - 1):
+            # All files together may have more categories than the codes of each can count.
+            wide = pa.field(name, pa.dictionary(pa.int32(), type_.value_type, ordered=True))
+            scan = scan._replace(schema=scan.schema.set(scan.schema.get_field_index(name), wide))
+        scan = scan._replace(orders={**scan.orders, name: pa.array(order, type_.value_type)})
+    return scan
+
+
+def _dictionaries(fs: fsspec.AbstractFileSystem, files: Sequence[FileStats], name: str) -> list[pa.Array]:
+    """The categories of a column as the first rows of each file have them: no footer tells their order."""
+
+    def read(file: FileStats) -> list[pa.Array]:
+        group = next((index for index, group in enumerate(file.row_groups) if group.rows), None)
+        if group is None:
+            return []
+        fragment = Fragment(file.path, file.row_groups[group].rows, (group,), size=file.size)
+        table = _read_checked(fs, fragment, [name])
+        chunks = table[name].chunks if name in table.column_names else []
+        return [chunk.dictionary for chunk in chunks if pa.types.is_dictionary(chunk.type)]
+
+    with ThreadPoolExecutor(1 if is_local(fs) else REMOTE_THREADS, thread_name_prefix="orders") as pool:
+        return [dictionary for found in pool.map(read, files) for dictionary in found]
+
+
+class _Shape:
+    """Where the wanted columns lie among the leaf columns of files of one schema."""
+
+    def __init__(
+        self,
+        number: int,
+        path: str,
+        metadata: pq.FileMetaData,
+        columns: Collection[str] | None,
+        cluster_column: str | None,
+        *,
+        nulls: bool,
+    ) -> None:
+        self.number, self.path = number, path
+        schema = _arrow_schema(path, metadata)
+        self.names = without_index(schema).names
+        unwanted = set(self.names) - {*(self.names if columns is None else columns), cluster_column}
+        self.schema = without(without_index(schema), unwanted)
+        starts = [0, *accumulate(_count_leaves(field.type) for field in schema)]
+        self.leaves = starts[-1]
+        names = set(self.schema.names)
+        wanted = [
+            (field, range(*span)) for field, span in zip(schema, pairwise(starts), strict=True) if field.name in names
+        ]
+        self.widths = {index: _leaf_bytes(metadata.schema.column(index)) for _, span in wanted for index in span}
+        self.integers = {field.name: span[0] for field, span in wanted if nulls and _is_integer(field.type)}
+        self.ordered = {field.name: span[0] for field, span in wanted if is_ordered(field.type)}
+        self.cluster = next((span[0] for field, span in wanted if field.name == cluster_column), None)
+        cluster = self.cluster
+        self.bounded = None if cluster is None else Bounded.of(metadata.schema.column(cluster), cluster)
+
+
+class _Shapes:
+    """The shapes of all files: few, of however many files."""
+
+    def __init__(self, columns: Collection[str] | None, cluster_column: str | None, *, nulls: bool) -> None:
+        self.columns, self.cluster_column, self.nulls = columns, cluster_column, nulls
+        self.by_schema: dict[pa.Schema, _Shape] = {}
+
+    def of(self, path: str, metadata: pq.FileMetaData) -> _Shape:
+        """The shape of a file."""
+        key = _arrow_schema(path, metadata).remove_metadata()
+        if key not in self.by_schema:
+            number = len(self.by_schema)
+            self.by_schema[key] = _Shape(number, path, metadata, self.columns, self.cluster_column, nulls=self.nulls)
+        return self.by_schema[key]
+
+    def scan(self, stats: list[FileStats]) -> Scan:
+        """What there is to say of all files together."""
+        shapes = list(self.by_schema.values())
+        unified = unify({shape.path: shape.schema for shape in shapes})
+        integers = {field.name for field in unified.schema if self.nulls and _is_integer(field.type)}
+        lacking = [frozenset(name for name in integers if _lacks(shape.schema, name)) for shape in shapes]
+        if any(lacking) or not integers.issuperset(name for shape in shapes for name in shape.integers):
+            stats = [
+                file._replace(nullable=(file.nullable & integers) | (lacking[file.shape] if file.rows else frozenset()))
+                for file in stats
+            ]
+        unordered = unified.unordered.union(*(file.unordered for file in stats))
+        schema = without_order(unified.schema, unordered)
+        types = {field.name: field.type for field in schema}
+        odd = {shape.number for shape in shapes if {field.name: field.type for field in shape.schema} != types}
+        return Scan(
+            schema,
+            stats,
+            frozenset[str]().union(*(file.nullable for file in stats)),
+            unified.problems,
+            unordered,
+            frozenset(file.path for file in stats if file.shape in odd),
+            list(dict.fromkeys(name for shape in shapes for name in shape.names)),
+            {},
+        )
+
+
+def _lacks(schema: pa.Schema, name: str) -> bool:
+    place = schema.get_field_index(name)
+    return place < 0 or bool(pa.types.is_null(schema.field(place).type))
+
+
+def _count_leaves(type_: pa.DataType) -> int:
+    if isinstance(type_, pa.BaseExtensionType):
+        type_ = type_.storage_type
+    if not pa.types.is_nested(type_):
+        return 1
+    return sum(_count_leaves(type_.field(index).type) for index in range(type_.num_fields))
+
+
+def _leaf_bytes(column: Any) -> int | None:
+    """Bytes of a value in memory, or None where its size varies."""
+    if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
+        return int(column.length)
+    return LEAF_BYTES.get(column.physical_type)
+
+
+def _is_integer(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(type_) or pa.types.is_boolean(type_))
+
+
+def _stats_of_block(
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], sizes: Mapping[str, int], shapes: _Shapes
+) -> dict[str, FileStats]:
+    """What footers say: many that are built alike are read at once, and the rest one by one."""
+    stats: dict[str, FileStats] = {}
+    rest = list(footers)
+    for _ in range(SHAPES):
+        if len(rest) < MANY:
+            break
+        stats |= _stats_of_alike(fs, {path: footers[path] for path in rest}, sizes, shapes)
+        rest = [path for path in rest if path not in stats]
+    return stats | {path: _stats_of_one(fs, path, footers[path], sizes, shapes)[0] for path in rest}
+
+
+def _stats_of_alike(
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], sizes: Mapping[str, int], shapes: _Shapes
+) -> dict[str, FileStats]:
+    """What the first of the footers says, and those that are built like it."""
+    paths = list(footers)
+    first, shape = _stats_of_one(fs, paths[0], footers[paths[0]], sizes, shapes)
+    alike, groups = read_alike(list(footers.values()), shape.bounded)
+    stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, sizes, shape)
+    # The others are believed if the first one is read as it is by itself.
+    return {file.path: file for file in stats} if stats[:1] == [first] else {first.path: first}
+
+
+def _stats_of_one(
+    fs: fsspec.AbstractFileSystem, path: str, footer: bytes, sizes: Mapping[str, int], shapes: _Shapes
+) -> tuple[FileStats, _Shape]:
+    """What one footer says, and where the columns lie in it."""
+    shape = shapes.of(path, _read_metadata(fs, path, footer))
+    try:
+        # There was none where the file has grown since the listing.
+        groups = read_footer(footer or _fetch_footer(fs, path, fs.size(path)), shape.leaves, shape.bounded)
+    except FooterError as error:
+        raise _unreadable(path, error) from error
+    return _stats_of_groups([path], groups, sizes, shape)[0], shape
+
+
+def _stats_of_groups(
+    paths: Sequence[str], groups: Sequence[Group[Any]], sizes: Mapping[str, int], shape: _Shape
+) -> list[FileStats]:
+    """What the row groups of alike files say; numbers are arrays of all files, or of one file Python's."""
+    row_groups = []
+    nullable, unordered = ([frozenset[str]()] * len(paths) for _ in range(2))
+    rows, null_clusters = np.zeros((2, len(paths)), dtype=np.int64)
+    for group in groups:
+        nbytes, elements = np.zeros((2, len(paths)), dtype=np.int64)
+        for index, width in shape.widths.items():
+            chunk = group.chunks[index]
+            nbytes += chunk.nbytes if width is None else chunk.values * width
+            np.maximum(elements, chunk.values, out=elements)
+        bounds: Iterable[tuple[Any, Any]] = repeat((None, None), len(paths))
+        if shape.cluster is not None:
+            chunk = group.chunks[shape.cluster]
+            null_clusters += 0 if chunk.nulls is None else chunk.nulls
+            bounds = chunk.bounds or bounds
+        here = group.rows + np.zeros_like(rows)
+        rows += here
+        numbers = zip(here.tolist(), nbytes.tolist(), elements.tolist(), bounds, strict=True)
+        row_groups.append([RowGroup(n, size, longest, *pair) for n, size, longest, pair in numbers])
+        for name, index in shape.integers.items():
+            nulls = group.chunks[index].nulls
+            for file in np.flatnonzero((here > 0) & (True if nulls is None else nulls != 0)).tolist():
+                nullable[file] |= {name}
+        for name, index in shape.ordered.items():
+            if not group.chunks[index].has_dictionary:
+                for file in np.flatnonzero(here).tolist():
+                    unordered[file] |= {name}
+    by_file = zip(*row_groups, strict=True) if row_groups else repeat((), len(paths))
+    listed = map(sizes.__getitem__, paths)
+    columns = (paths, rows.tolist(), by_file, nullable, null_clusters.tolist(), repeat(shape.number), unordered, listed)
+    return list(map(FileStats, *columns))
+
+
+# What to do about a column that cannot be read, which only some of the work needs.
+COLUMNS_ADVICE = "Give it one type in all files, or name columns that agree."

@@ -1,0 +1,347 @@
+"""What the files of one dataset agree on: one Arrow schema for all of them, and tables brought to it.
+
+Files of different writers, or of one writer on different data, rarely have one schema to the letter: a column is all
+null here, an int32 there, missing in a third. Arrow's rules of promotion say which types mean the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dask_semdedup.errors import ClusterError, some
+
+__all__ = [
+    "INDEX_COLUMNS",
+    "Unified",
+    "conform",
+    "in_frames",
+    "is_ordered",
+    "one_order",
+    "refuse",
+    "restore",
+    "unify",
+    "without",
+    "without_index",
+]
+
+# Columns that pandas and Dask write only to restore an index.
+INDEX_COLUMNS = ("__index_level_", "__null_dask_index__")
+
+# float16 as bits: beside lists of numbers they would be taken for numbers.
+BITS = pa.uint16()
+
+
+class Unified(NamedTuple):
+    """One schema for several files.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+        All columns, in the order in which files bring them, with the metadata of the first file.
+    problems : dict
+        From a column that cannot be read to the reason, a sentence. The schema has the first file's type of it.
+    unordered : frozenset of str
+        Columns that some of the files hold as an ordered dictionary, and others not: their order is lost.
+    """
+
+    schema: pa.Schema
+    problems: dict[str, str]
+    unordered: frozenset[str]
+
+
+def without_index(schema: pa.Schema) -> pa.Schema:
+    """A schema without columns that were written only to restore an index."""
+    return without(schema, [name for name in schema.names if name.startswith(INDEX_COLUMNS)])
+
+
+def without(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
+    """A schema without the columns of some names, which need not be there."""
+    return pa.schema([field for field in schema if field.name not in names], schema.metadata)
+
+
+def without_order(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
+    """A schema whose dictionaries of some names are not ordered."""
+    for place, field in enumerate(schema):
+        if field.name in names and is_ordered(field.type):
+            schema = schema.set(place, field.with_type(pa.dictionary(field.type.index_type, field.type.value_type)))
+    return schema
+
+
+def unify(schemas: Mapping[str, pa.Schema]) -> Unified:
+    """Find the schema to which the columns of all files can be brought, as far as their types mean the same.
+
+    Parameters
+    ----------
+    schemas : mapping from path to pyarrow.Schema
+        Of one file for each schema that there is.
+
+    Examples
+    --------
+    >>> files = {"a": pa.schema({"id": pa.int32(), "n": pa.null()}), "b": pa.schema({"id": pa.int64(), "n": pa.int8()})}
+    >>> unify(files).schema
+    id: int64
+    n: int8
+    >>> unify(files | {"c": pa.schema({"id": pa.string()})}).problems["id"]
+    "Column 'id' is string in c but int64 in b."
+    """
+    merged: dict[str, pa.Field] = {}
+    origins: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    unordered: set[str] = set()
+    for path, schema in schemas.items():
+        for name in [name for name, count in Counter(schema.names).items() if count > 1]:
+            problems.setdefault(name, f"{path} has several columns named {name!r}.")
+        for field in schema:
+            known = merged.setdefault(field.name, field)
+            types = {is_ordered(type_) for type_ in (known.type, field.type) if not pa.types.is_null(type_)}
+            if len(types) > 1:
+                unordered.add(field.name)
+            type_ = _merge(known.type, field.type)
+            if type_ is None:
+                first = f"{known.type} in {origins[field.name]}"
+                problems.setdefault(field.name, f"Column {field.name!r} is {field.type} in {path} but {first}.")
+                continue
+            if type_ != known.type or field.name not in origins:
+                origins[field.name] = path
+            merged[field.name] = pa.field(field.name, type_, metadata=known.metadata)
+    metadata = next(iter(schemas.values())).metadata if schemas else None
+    return Unified(pa.schema(list(merged.values()), metadata), problems, frozenset(unordered))
+
+
+def _merge(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that values of both types can be brought to, or None."""
+    if one == other or pa.types.is_null(other):
+        return one
+    if pa.types.is_null(one):
+        return other
+    if is_ordered(one) != is_ordered(other) or pa.types.is_dictionary(one) != pa.types.is_dictionary(other):
+        one, other = _decoded(one), _decoded(other)
+    one, other = _plain(one), _plain(other)
+    if _holds_bits(one) != _holds_bits(other) and not any(map(_is_of_nulls, (one, other))):
+        return None
+    try:
+        fields = [pa.schema([pa.field("", type_)]) for type_ in (one, other)]
+        return pa.unify_schemas(fields, promote_options="permissive").field(0).type
+    except pa.ArrowTypeError:
+        return None
+
+
+def is_ordered(type_: pa.DataType) -> bool:
+    """Whether values of a type are categories with an order of their own.
+
+    Examples
+    --------
+    >>> is_ordered(pa.dictionary(pa.int8(), pa.string(), ordered=True)), is_ordered(pa.string())
+    (True, False)
+    """
+    return bool(pa.types.is_dictionary(type_) and type_.ordered)
+
+
+def _decoded(type_: pa.DataType) -> pa.DataType:
+    return type_.value_type if pa.types.is_dictionary(type_) else type_
+
+
+def _plain(type_: pa.DataType) -> pa.DataType:
+    """Views as what they are views of, which Arrow does not do when it unifies."""
+    if pa.types.is_string_view(type_):
+        return pa.large_string()
+    return pa.large_binary() if pa.types.is_binary_view(type_) else type_
+
+
+def _holds_bits(type_: pa.DataType) -> bool:
+    return _is_list(type_) and type_.value_type == BITS
+
+
+def _is_of_nulls(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_null(type_) or (_is_list(type_) and pa.types.is_null(type_.value_type)))
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_))
+
+
+def in_frames(type_: pa.DataType) -> pa.DataType:
+    """The type that a column of a file has in frames: dictionaries decoded unless ordered, and 64-bit offsets.
+
+    Strings and binaries of a partition may come to more than 2 GiB, which 32-bit offsets cannot count.
+
+    Examples
+    --------
+    >>> in_frames(pa.list_(pa.struct({"bytes": pa.binary()})))
+    ListType(list<item: struct<bytes: large_binary>>)
+    """
+    types = pa.types
+    if types.is_dictionary(type_):
+        return type_ if type_.ordered else in_frames(type_.value_type)
+    if types.is_string(type_) or types.is_string_view(type_):
+        return pa.large_string()
+    if types.is_binary(type_) or types.is_binary_view(type_):
+        return pa.large_binary()
+    if types.is_struct(type_):
+        return pa.struct([_field_in_frames(field) for field in type_])
+    if types.is_map(type_):
+        return pa.map_(_field_in_frames(type_.key_field), _field_in_frames(type_.item_field), type_.keys_sorted)
+    if types.is_fixed_size_list(type_):
+        return pa.list_(_field_in_frames(type_.value_field), type_.list_size)
+    if types.is_large_list(type_):
+        return pa.large_list(_field_in_frames(type_.value_field))
+    return pa.list_(_field_in_frames(type_.value_field)) if types.is_list(type_) else type_
+
+
+def _field_in_frames(field: pa.Field) -> pa.Field:
+    return field.with_type(in_frames(field.type))
+
+
+def one_order(dictionaries: Iterable[pa.Array]) -> list[Any] | None:
+    """Find the one order in which the categories of all dictionaries stand; None where it cannot be told.
+
+    Examples
+    --------
+    >>> one_order([pa.array(["mid", "high"]), pa.array(["low", "mid"])])
+    ['low', 'mid', 'high']
+    >>> one_order([pa.array(["mid", "high"]), pa.array(["low", "high"])])
+    """
+    orders = list(dict.fromkeys(tuple(dictionary.to_pylist()) for dictionary in dictionaries))
+    sorter = TopologicalSorter[Any]({category: [] for order in orders for category in order})
+    pairs = {pair for order in orders for pair in pairwise(order)}
+    for low, high in pairs:
+        sorter.add(high, low)
+    try:
+        merged = list(sorter.static_order())
+    except CycleError:
+        return None
+    return merged if pairs.issuperset(pairwise(merged)) else None
+
+
+def conform(table: pa.Table, schema: pa.Schema, orders: Mapping[str, pa.Array] | None = None) -> pa.Table:
+    """Bring a table to exactly these fields: columns that it lacks are null, and categories stand in given orders.
+
+    Raises
+    ------
+    ClusterError
+        If values of a column do not fit its type.
+
+    Examples
+    --------
+    >>> schema = pa.schema({"id": pa.int64(), "text": pa.string()})
+    >>> conform(pa.table({"id": pa.array([1], pa.int8())}), schema).to_pylist()
+    [{'id': 1, 'text': None}]
+    """
+    present = set(table.column_names)
+    columns = {field.name: _column(table, field) if field.name in present else _nulls(table, field) for field in schema}
+    for name in set(orders or {}).intersection(columns):
+        columns[name] = _in_order(columns[name], (orders or {})[name], name)
+    return pa.table(list(columns.values()), schema=pa.schema(list(schema)))
+
+
+def _in_order(column: pa.ChunkedArray, order: pa.Array, name: str) -> pa.ChunkedArray:
+    """A column of ordered categories with this dictionary, so that it stays in order when it is put to others."""
+    chunks = []
+    for chunk in column.chunks:
+        places = pc.index_in(chunk.dictionary, order)
+        known = places.drop_null()
+        if places.null_count > chunk.dictionary.null_count or not known.equals(
+            known.take(pc.array_sort_indices(known))
+        ):
+            raise ClusterError(
+                f"Column {name!r} holds ordered categories {chunk.dictionary.to_pylist()}, other than its files begin "
+                f"with: {order.to_pylist()}. Write all files with the same categories."
+            )
+        codes = places.take(chunk.indices).cast(column.type.index_type)
+        chunks.append(pa.DictionaryArray.from_arrays(codes, order, ordered=True))
+    return pa.chunked_array(chunks, column.type)
+
+
+def _nulls(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.nulls(len(table), field.type)])
+
+
+def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    column = table[field.name]
+    if column.type == field.type:
+        return column
+    if pa.types.is_null(column.type):
+        return _nulls(table, field)
+    try:
+        return _cast(column, field.type)
+    except pa.ArrowException as error:
+        raise ClusterError(
+            f"Column {field.name!r} is {column.type}, and cannot be read as {field.type}: {error}."
+        ) from error
+
+
+def _cast(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    """Cast a column, also to a dictionary, which Arrow's own cast does not do."""
+    if not pa.types.is_dictionary(type_):
+        return column.cast(type_)
+    if not pa.types.is_dictionary(column.type):
+        column = column.cast(type_.value_type).dictionary_encode()
+    chunks = [
+        pa.DictionaryArray.from_arrays(
+            chunk.indices.cast(type_.index_type), chunk.dictionary.cast(type_.value_type), ordered=type_.ordered
+        )
+        for chunk in column.chunks
+    ]
+    return pa.chunked_array(chunks, type_)
+
+
+def restore(table: pa.Table, stored: pa.Schema) -> pa.Table:
+    """Give columns that were read from files the types that they had there, and the table the files' metadata.
+
+    Columns of other types than `in_frames` makes of those in the files have been made since, and stay as they are.
+
+    Examples
+    --------
+    >>> stored = pa.schema({"lang": pa.dictionary(pa.int32(), pa.string())}, {"made by": "hand"})
+    >>> restored = restore(pa.table({"lang": pa.array(["en"], pa.large_string()), "n": [1]}), stored)
+    >>> restored.schema.types, restored.schema.metadata
+    ([DictionaryType(dictionary<values=string, indices=int32, ordered=0>), DataType(int64)], {b'made by': b'hand'})
+    """
+    fields, columns = [], []
+    for field, column in zip(table.schema, table.columns, strict=True):
+        place = stored.get_field_index(field.name)
+        if place >= 0 and in_frames(stored.field(place).type) == in_frames(field.type):
+            field = stored.field(place).with_nullable(True)
+            column = column if column.type == field.type else _cast(column, field.type)
+        fields.append(field)
+        columns.append(column)
+    return pa.table(columns, schema=pa.schema(fields, _metadata(stored.metadata, table.column_names)))
+
+
+def _metadata(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) -> dict[bytes, bytes] | None:
+    """Metadata of a schema of which these columns are left: pandas' own names columns, and an index, by itself."""
+    if not metadata or b"pandas" not in metadata:
+        return None if metadata is None else dict(metadata)
+    try:
+        notes = json.loads(metadata[b"pandas"])
+        notes["index_columns"] = [name for name in notes["index_columns"] if name in columns]
+        notes["columns"] = [note for note in notes["columns"] if _is_readable(note, columns)]
+    except (ValueError, KeyError, TypeError):
+        return {key: value for key, value in metadata.items() if key != b"pandas"}
+    return {**metadata, b"pandas": json.dumps(notes).encode()}
+
+
+def _is_readable(note: Mapping[str, Any], columns: Iterable[str]) -> bool:
+    """Whether pandas' note on a column is of one that is there, and of a dtype whose name pandas can read."""
+    is_nested = str(note["numpy_type"]).startswith(("list<", "large_list<", "fixed_size_list<", "struct<", "map<"))
+    return note["field_name"] in columns and not is_nested
+
+
+def refuse(problems: Mapping[str, str], columns: Iterable[str], advice: str) -> None:
+    """Raise `ClusterError` if one of the columns cannot be read.
+
+    Examples
+    --------
+    >>> refuse({"text": "Column 'text' is string in a but int64 in b."}, ["id"], "Name others as `columns`.")
+    """
+    if found := [problems[name] for name in columns if name in problems]:
+        raise ClusterError(f"{some(found, 1)} {advice}")

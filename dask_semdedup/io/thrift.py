@@ -1,0 +1,509 @@
+"""The numbers that planning needs, out of one Parquet footer or of thousands at once.
+
+A footer is a Thrift struct. Arrow reads one well, but not where it is damaged: what it throws at an impossible
+statistic ends the process. It is also slow where there are thousands: 50 microseconds each, most of them for the
+schema, which is the same in all files of a dataset. So the numbers are read here, and Arrow is asked for the schema.
+
+There are two engines, and what is wanted of a footer is said once for both. `read_footer` reads one with Python's
+integers. `read_alike` reads many side by side: footers of one writer differ in numbers and in statistics, but hardly in
+which fields there are, and in what order. Each step takes the same value out of all of them, with a few operations of
+NumPy. What is not built like the first footer, or is damaged, is told apart, to be read by itself.
+
+Only the shape of Thrift's compact protocol [1]_ and the numbers of a few fields of Parquet's metadata [2]_ are known
+here; both are fixed, since otherwise old files could not be read.
+
+References
+----------
+.. [1] https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
+.. [2] https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+# Types of the compact protocol.
+TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
+
+INTEGERS = (4, 5, 6)
+
+# The length of the struct and the magic number, which follow it.
+TRAILER = 8
+
+# Bits of a number that a byte holds, and of the longest number.
+BITS, MOST_BITS = 7, 64
+
+# Structs and lists in one another: Parquet's are few, and those of others may not exhaust Python's stack.
+DEEPEST = 32
+
+# No chunk, and no file, has so many rows, values or bytes.
+MOST = 2**40
+
+# Bytes of an integer, by its physical type.
+WIDTHS = {"INT32": 4, "INT64": 8}
+
+# One number, or an array with that of each file.
+Number = TypeVar("Number", int, np.ndarray)
+
+
+class FooterError(ValueError):
+    """A footer that is damaged, and how."""
+
+
+class Chunk(NamedTuple, Generic[Number]):
+    """A column of a row group: numbers of values, bytes, and nulls, if the file says, and if there is a dictionary.
+
+    Of the column whose bounds are wanted, `bounds` has those of each file: a pair, of None where there are none.
+    """
+
+    values: Number
+    nbytes: Number
+    nulls: Number | None
+    has_dictionary: bool = False
+    bounds: Sequence[tuple[Any, Any]] = ()
+
+
+class Group(NamedTuple, Generic[Number]):
+    """A row group: the number of its rows, and its columns."""
+
+    rows: Number
+    chunks: list[Chunk[Number]]
+
+
+class Bounded(NamedTuple):
+    """A leaf column whose bounds are wanted: of integers so many bytes wide, or of text, whose width is 0."""
+
+    leaf: int
+    width: int
+    is_signed: bool = False
+
+    @classmethod
+    def of(cls, column: Any, leaf: int) -> Bounded | None:
+        """How to read the bounds of a column of Arrow's Parquet schema, or None where their order is not known.
+
+        Examples
+        --------
+        >>> import io
+        >>> import pyarrow as pa
+        >>> import pyarrow.parquet as pq
+        >>> pq.write_table(pa.table({"id": pa.array([1], pa.uint16()), "x": [1.5]}), file := io.BytesIO())
+        >>> schema = pq.read_metadata(file).schema
+        >>> Bounded.of(schema.column(0), 0), Bounded.of(schema.column(1), 1)
+        (Bounded(leaf=0, width=4, is_signed=False), None)
+        """
+        kind, width = column.logical_type.type, WIDTHS.get(column.physical_type)
+        if width and kind in ("NONE", "INT"):
+            return cls(leaf, width, is_signed=not column.converted_type.startswith("UINT"))
+        return cls(leaf, 0) if kind == "STRING" else None
+
+    def decode(self, low: bytes, high: bytes) -> tuple[Any, Any]:
+        """The bounds that these bytes stand for; None if they are none. Those of text may have been cut."""
+        try:
+            bounds = self._value(low), self._value(high)
+        except ValueError:
+            return None, None
+        return bounds if bounds[0] <= bounds[1] else (None, None)
+
+    def _value(self, data: bytes) -> Any:
+        if not self.width:
+            return data.decode()
+        if len(data) != self.width:
+            raise ValueError(f"{len(data)} bytes, not {self.width}")
+        return int.from_bytes(data, "little", signed=self.is_signed)
+
+
+def read_footer(footer: bytes, leaves: int, bounded: Bounded | None = None) -> list[Group[int]]:
+    """Read one footer.
+
+    Parameters
+    ----------
+    footer
+        The end of a Parquet file, from where its footer begins.
+    leaves
+        How many leaf columns its schema has.
+    bounded
+        The column whose bounds are wanted.
+
+    Returns
+    -------
+    list of Group
+        The row groups, with a number of each kind.
+
+    Raises
+    ------
+    FooterError
+        If the footer is damaged. It may be, and go unnoticed, where the numbers are possible ones.
+
+    Examples
+    --------
+    >>> import io
+    >>> import pyarrow as pa
+    >>> import pyarrow.parquet as pq
+    >>> def footer(table):
+    ...     pq.write_table(table, file := io.BytesIO())
+    ...     return file.getvalue()[-8 - int.from_bytes(file.getvalue()[-8:-4], "little") :]
+    >>> (group,) = read_footer(footer(pa.table({"id": [5, None]})), 1, Bounded(0, 8, is_signed=True))
+    >>> group.rows, group.chunks[0].nulls, group.chunks[0].bounds
+    (2, 1, [(5, 5)])
+    """
+    thrift = _One(footer)
+    try:
+        file = thrift.struct(_wanted(bounded))
+    except IndexError:
+        raise FooterError("the footer ends too early") from None
+    groups = _read_groups(thrift, file, bounded)
+    for number, group in enumerate(groups):
+        if len(group.chunks) != leaves:
+            raise FooterError(f"row group {number} has {len(group.chunks)} columns, and the schema {leaves}")
+    return groups
+
+
+def read_alike(footers: Sequence[bytes], bounded: Bounded | None = None) -> tuple[np.ndarray, list[Group[np.ndarray]]]:
+    """Read those footers that are built like the first.
+
+    Parameters
+    ----------
+    footers : sequence of n bytes
+        Ends of Parquet files, each from where its footer begins. The first must be one that `read_footer` reads.
+    bounded
+        The column whose bounds are wanted.
+
+    Returns
+    -------
+    alike : (m,) int64 array
+        Positions of the footers that are whole, and of the first one's schema and shape.
+    groups : list of Group
+        Their row groups, as many as the first has, with m numbers of each kind.
+
+    Examples
+    --------
+    >>> import io
+    >>> import pyarrow as pa
+    >>> import pyarrow.parquet as pq
+    >>> def footer(table):
+    ...     pq.write_table(table, file := io.BytesIO())
+    ...     return file.getvalue()[-8 - int.from_bytes(file.getvalue()[-8:-4], "little") :]
+    >>> tables = [pa.table({"id": [1, 2]}), pa.table({"id": [3]}), pa.table({"x": [1.0]})]
+    >>> alike, (group,) = read_alike([footer(table) for table in tables])
+    >>> alike.tolist(), group.rows.tolist()
+    ([0, 1], [2, 1])
+    """
+    thrift = _Many(footers)
+    try:
+        groups = _read_groups(thrift, thrift.struct(_wanted(bounded)), bounded)
+    except FooterError:
+        return np.zeros(0, dtype=np.int64), []
+    thrift.must(thrift.at == thrift.ends)
+    alike = np.flatnonzero(thrift.alike)
+    return alike, [_take_group(group, alike) for group in groups]
+
+
+def _take_group(group: Group[np.ndarray], files: np.ndarray) -> Group[np.ndarray]:
+    return Group(group.rows[files], [_take_chunk(chunk, files) for chunk in group.chunks])
+
+
+def _take_chunk(chunk: Chunk[np.ndarray], files: np.ndarray) -> Chunk[np.ndarray]:
+    return chunk._replace(
+        values=chunk.values[files],
+        nbytes=chunk.nbytes[files],
+        nulls=None if chunk.nulls is None else chunk.nulls[files],
+        bounds=[chunk.bounds[file] for file in files.tolist()] if chunk.bounds else (),
+    )
+
+
+class _Structs(NamedTuple):
+    """A list of structs, of which the same is wanted, but of some more."""
+
+    fields: Mapping[int, Any]
+    of_some: Mapping[int, Mapping[int, Any]] = {}
+
+
+# A value that must be the same in all footers, whatever it is.
+SAME = object()
+
+
+def _wanted(bounded: Bounded | None) -> Mapping[int, Any]:
+    """The fields of a footer, by their numbers: `int`, `bytes`, the fields of a struct, or a list of structs."""
+    # ColumnMetaData: values, bytes uncompressed, where the dictionary is, and Statistics, of which the nulls
+    chunk = {5: int, 6: int, 11: int, 12: {3: int}}
+    # and the largest and least value, by the old rules and the new.
+    with_bounds = {**chunk, 12: {1: bytes, 2: bytes, 3: int, 5: bytes, 6: bytes}}
+    chunks = _Structs({3: chunk}, {bounded.leaf: {3: with_bounds}} if bounded else {})
+    # FileMetaData: schema, rows, row groups with their chunks and rows, and by which rules columns are ordered.
+    return {2: SAME, 3: int, 4: _Structs({1: chunks, 3: int}), 7: _Structs({1: {}})}
+
+
+def _read_groups(thrift: _Thrift, file: Mapping[int, Any], bounded: Bounded | None) -> list[Group[Any]]:
+    """The row groups among a footer's fields, all of whose numbers must be possible ones."""
+    fields = _fields_of_bounds(bounded, file.get(7, ()))
+    try:
+        groups = [Group(group[3], [_read_chunk(chunk[3], bounded, fields) for chunk in group[1]]) for group in file[4]]
+        thrift.must(sum(group.rows for group in groups) == file[3], "its row groups have other rows than the file")
+    except KeyError as error:
+        raise FooterError(f"one of its structs has no field {error}") from None
+    for group in groups:
+        thrift.must((group.rows >= 0) & (group.rows < MOST), "a row group has an impossible number of rows")
+        for chunk in group.chunks:
+            # A number of these bits is negative, or too large, if one of them is.
+            bits = chunk.values | chunk.nbytes | (0 if chunk.nulls is None else chunk.nulls)
+            thrift.must((bits >= 0) & (bits < MOST), "a column has an impossible number of values, bytes or nulls")
+    return groups
+
+
+def _read_chunk(metadata: Mapping[int, Any], bounded: Bounded | None, fields: Sequence[tuple[int, int]]) -> Chunk[Any]:
+    statistics = metadata.get(12, {})
+    bounds: list[tuple[Any, Any]] = []
+    for low, high in fields:
+        if not bounds and bounded and low in statistics and high in statistics:
+            bounds = list(map(bounded.decode, statistics[low], statistics[high]))
+    return Chunk(metadata[5], metadata[6], statistics.get(3), 11 in metadata, bounds)
+
+
+def _fields_of_bounds(bounded: Bounded | None, orders: Sequence[Mapping[int, Any]]) -> list[tuple[int, int]]:
+    """The fields of the least and the largest value, the better ones first.
+
+    The new ones mean what the column's order says. The old ones were compared as signed, whatever the column.
+    """
+    if bounded is None:
+        return []
+    is_ordered = bounded.leaf < len(orders) and 1 in orders[bounded.leaf]
+    return [(6, 5)] * is_ordered + [(2, 1)] * bounded.is_signed
+
+
+class _Thrift(ABC):
+    """Reads structs in the compact protocol, one or many side by side: the engines read their parts.
+
+    Each part is a byte or more, and a length is at most what is left of the data. So damage takes no more time or
+    memory than the data's length allows.
+    """
+
+    at: Any
+
+    @abstractmethod
+    def must(self, condition: Any, reason: str) -> None:
+        """Refuse what does not meet a condition."""
+
+    @abstractmethod
+    def must_equal_so_far(self) -> None:
+        """Refuse what is not, up to here, the same as in the first."""
+
+    @abstractmethod
+    def same(self, value: Any) -> int:
+        """A value that says what comes next."""
+
+    @abstractmethod
+    def byte(self) -> Any:
+        """A byte."""
+
+    @abstractmethod
+    def unsigned(self) -> Any:
+        """An unsigned integer: 7 bits a byte, the lowest first, and a bit for whether it goes on."""
+
+    @abstractmethod
+    def length(self) -> Any:
+        """An unsigned integer that is no more than what is left."""
+
+    @abstractmethod
+    def binary(self) -> list[bytes]:
+        """Bytes, of each file."""
+
+    def struct(self, wanted: Mapping[int, Any], depth: int = 0) -> dict[int, Any]:
+        """The fields of a struct that are wanted, and of the type that is wanted, by their numbers."""
+        found: dict[int, Any] = {}
+        field = 0
+        while head := self.same(self.byte()):
+            field = field + (head >> 4) if head > 15 else self.same(_signed(self.unsigned()))
+            value = self._value(head & 15, wanted.get(field), depth)
+            if value is not None:
+                found[field] = value
+        return found
+
+    def _value(self, kind: int, want: Any, depth: int) -> Any:
+        """The value of a field, if it is what is wanted; else it is passed over."""
+        if want is int and kind in INTEGERS:
+            return _signed(self.unsigned())
+        if want is bytes and kind == BINARY:
+            return self.binary()
+        if isinstance(want, dict) and kind == STRUCT:
+            return self.struct(want)
+        if isinstance(want, _Structs) and kind == LIST:
+            return self._structs(want)
+        self._skip(kind, depth)
+        if want is SAME:
+            self.must_equal_so_far()
+        return None
+
+    def _structs(self, wanted: _Structs) -> list[dict[int, Any]]:
+        n, kind = self._items()
+        if n and kind != STRUCT:
+            raise FooterError(f"a list of structs is one of type {kind}")
+        return [self.struct(wanted.of_some.get(index, wanted.fields)) for index in range(n)]
+
+    def _items(self) -> tuple[int, int]:
+        """How many items a list has, and of what type."""
+        n, kind = divmod(self.same(self.byte()), 16)
+        return n if n < 15 else self.same(self.length()), kind
+
+    def _skip(self, kind: int, depth: int) -> None:
+        """Pass over a field's value."""
+        if kind in INTEGERS:
+            self.unsigned()
+        elif kind == BINARY:
+            length = self.length()  # which takes `at` on
+            self.at += length
+        elif kind in (TRUE, FALSE):
+            return  # the type is the value
+        elif kind in (BYTE, DOUBLE):
+            self.at += 1 if kind == BYTE else 8
+        elif depth == DEEPEST:
+            raise FooterError(f"more than {DEEPEST} structs and lists lie in one another")
+        elif kind == STRUCT:
+            self.struct({}, depth + 1)
+        elif kind in (LIST, SET):
+            n, item = self._items()
+            for _ in range(n):
+                self._skip(BYTE if item in (TRUE, FALSE) else item, depth + 1)
+        else:
+            raise FooterError(f"a value is of type {kind}, which Parquet does not use")
+
+
+def _signed(value: Any) -> Any:
+    """The integer that an unsigned one stands for: 0, -1, 1, -2, ..."""
+    return (value >> 1) ^ -(value & 1)
+
+
+class _One(_Thrift):
+    """Reads one footer, with Python's integers. Where the data ends too early there is an `IndexError`."""
+
+    def __init__(self, footer: bytes) -> None:
+        self.data = footer[:-TRAILER]
+        self.at = 0
+
+    def must(self, condition: bool, reason: str) -> None:
+        if not condition:
+            raise FooterError(reason)
+
+    def must_equal_so_far(self) -> None:
+        pass
+
+    def struct(self, wanted: Mapping[int, Any], depth: int = 0) -> dict[int, Any]:
+        # The same in less time, which a long footer spends here: most of its values are passed over without a call.
+        data, at, field = self.data, self.at, 0
+        found: dict[int, Any] = {}
+        while head := data[at]:
+            at += 1
+            if head < 16:
+                self.at = at
+                field = _signed(self.unsigned())
+                at = self.at
+            else:
+                field += head >> 4
+            kind, want = head & 15, wanted.get(field)
+            if want is None and kind in INTEGERS:
+                while data[at] > 127:
+                    at += 1
+                at += 1
+            elif want is None and kind == BINARY and data[at] < 128:
+                at += 1 + data[at]
+            else:
+                self.at = at
+                value = self._value(kind, want, depth)
+                at = self.at
+                if value is not None:
+                    found[field] = value
+        self.at = at + 1
+        return found
+
+    def same(self, value: int) -> int:
+        return value
+
+    def byte(self) -> int:
+        value = self.data[self.at]
+        self.at += 1
+        return value
+
+    def unsigned(self) -> int:
+        value = self.data[self.at]
+        self.at += 1
+        if value < 128:
+            return value
+        value &= 127
+        for shift in range(BITS, MOST_BITS, BITS):
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise FooterError("a number is too long")
+
+    def length(self) -> int:
+        value = self.unsigned()
+        self.must(value <= len(self.data) - self.at, "a length is more than what is left")
+        return value
+
+    def binary(self) -> list[bytes]:
+        n = self.length()
+        self.at += n
+        return [self.data[self.at - n : self.at]]
+
+
+class _Many(_Thrift):
+    """Reads footers side by side, with a number of each in an array: the first says what comes next.
+
+    Those that go on otherwise are `alike` no more. Where they are then read means nothing, but is always inside of the
+    data.
+    """
+
+    def __init__(self, footers: Sequence[bytes]) -> None:
+        self.footers = footers
+        self.joined = b"".join(footers)
+        self.data = np.frombuffer(self.joined, np.uint8)
+        ends = np.cumsum([len(footer) for footer in footers])
+        self.at = np.concatenate([[0], ends[:-1]])
+        self.ends = ends - TRAILER
+        self.alike = np.ones(len(footers), dtype=bool)
+
+    def must(self, condition: np.ndarray, reason: str = "") -> None:
+        self.alike &= condition
+
+    def must_equal_so_far(self) -> None:
+        so_far = self.footers[0][: int(self.at[0])]
+        self.alike &= [footer.startswith(so_far) for footer in self.footers]
+
+    def same(self, value: np.ndarray) -> int:
+        self.must(value == value[0])
+        return int(value[0])
+
+    def byte(self) -> np.ndarray:
+        values = self.data.take(self.at, mode="clip")
+        self.at += 1
+        return values
+
+    def unsigned(self) -> np.ndarray:
+        first = self.byte()
+        values = (first & 127).astype(np.int64)
+        longer = np.flatnonzero(first > 127)
+        for shift in range(BITS, MOST_BITS, BITS):
+            if not len(longer):
+                break
+            following = self.data.take(self.at[longer], mode="clip")
+            self.at[longer] += 1
+            values[longer] |= (following & 127).astype(np.int64) << shift
+            longer = longer[following > 127]
+        self.alike[longer] = False
+        return values
+
+    def length(self) -> np.ndarray:
+        values = self.unsigned()
+        fits = (values >= 0) & (values <= self.ends - self.at)
+        self.must(fits)
+        return np.where(fits, values, 0)
+
+    def binary(self) -> list[bytes]:
+        lengths = self.length()
+        starts = self.at.tolist()
+        self.at += lengths
+        return [self.joined[start:stop] for start, stop in zip(starts, self.at.tolist(), strict=True)]

@@ -1,0 +1,84 @@
+"""Counts of duplicates at several eps, in one pass over the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask.dataframe as dd
+import numpy as np
+
+from dask_semdedup.frames.backend import frame_like
+from dask_semdedup.frames.columns import SCORE_COLUMN
+from dask_semdedup.steps.duplicates import _check_several, _is_one, check_score_columns, is_duplicate
+
+__all__ = ["EPS_GRID", "eps_curve"]
+
+EPS_GRID = (0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
+"""Where `eps_curve` counts by default: from exact copies to what few would call duplicates, in about equal ratios."""
+
+
+def eps_curve(scores: dd.DataFrame, eps: Sequence[float]) -> dd.DataFrame:
+    """Count the duplicates at several eps, in one pass over the scores.
+
+    Parameters
+    ----------
+    scores : dask.dataframe.DataFrame
+        With the column ``cosine_sim_score``, the only one that is read.
+    eps : sequence of float
+        Cosine distances, from 0 to 2.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        Lazy, of one partition: ``eps`` (float64), ``duplicates`` (int64) and ``share`` of all rows (float64), in the
+        order of `eps`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If `eps` is not a sequence of different numbers from 0 to 2.
+    MissingColumnsError
+        If there is no column of scores.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = dd.from_pandas(pd.DataFrame({"cosine_sim_score": [0.0, 0.995, 0.9, 0.99]}), npartitions=2)
+    >>> eps_curve(scores, [0.001, 0.01, 0.1]).compute()
+         eps  duplicates  share
+    0  0.001           0   0.00
+    1  0.010           2   0.50
+    2  0.100           3   0.75
+    """
+    grid = _check_several([eps] if _is_one(eps) else eps)  # type: ignore[list-item]
+    check_score_columns(scores, [SCORE_COLUMN])
+    column = scores[SCORE_COLUMN]
+    return column.reduction(
+        _count,
+        combine=_add,
+        aggregate=_to_curve,
+        meta=_to_curve(_count(column._meta, grid), grid).iloc[:0],
+        chunk_kwargs={"grid": grid},
+        aggregate_kwargs={"grid": grid},
+        token="eps-curve",
+    )
+
+
+def _count(scores: Any, grid: Sequence[float]) -> Any:
+    """The duplicates at each eps, and the rows, of one partition."""
+    duplicates = [int(is_duplicate(scores, value).sum()) for value in grid]
+    return frame_like({"duplicates": duplicates, "rows": [len(scores)] * len(grid)}, scores)
+
+
+def _add(counts: Any) -> Any:
+    """Sum the counts of several partitions, whose rows stand below one another and are labelled alike."""
+    return counts.groupby(level=0, sort=True).sum()
+
+
+def _to_curve(counts: Any, grid: Sequence[float]) -> Any:
+    total = _add(counts)
+    total.insert(0, "eps", np.asarray(grid, np.float64))
+    # No rows have a share of 0, not of NaN.
+    total["share"] = total["duplicates"] / total["rows"].clip(lower=1)
+    return total[["eps", "duplicates", "share"]]

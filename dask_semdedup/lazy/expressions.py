@@ -1,0 +1,503 @@
+"""The lazy frames that are this package's own: each a task a partition, with what Dask's optimiser may know of it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pandas as pd
+from dask import _expr as core
+from dask._task_spec import Task, TaskRef
+from dask.dataframe.dask_expr._expr import (
+    Blockwise,
+    Expr,
+    Index,
+    Lengths,
+    Literal,
+    PartitionsFiltered,
+    Projection,
+    determine_column_projection,
+)
+from dask.dataframe.dask_expr._merge import Merge
+from dask.dataframe.dask_expr._reductions import Len
+from dask.dataframe.dask_expr._shuffle import RearrangeByColumn
+from dask.dataframe.dask_expr.io.io import BlockwiseIO
+from dask.typing import Key
+from dask.utils import get_default_shuffle_method
+
+from dask_semdedup._compat import OwnExpr
+from dask_semdedup.device.devices import HOMES, has_cuda
+from dask_semdedup.device.queues import place_for
+from dask_semdedup.errors import EmbeddingError
+from dask_semdedup.frames.columns import has_visits
+from dask_semdedup.frames.embeddings import first_width
+from dask_semdedup.frames.ids import is_in
+from dask_semdedup.io.fragments import Fragment, in_runs
+from dask_semdedup.io.reader import Reader
+from dask_semdedup.steps.against import against_meta, against_partition, best_of_probes
+from dask_semdedup.steps.kmeans import kmeans_meta, kmeans_partition
+from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
+from dask_semdedup.steps.removal import checked_ids
+from dask_semdedup.steps.visits import best_of_visits
+
+__all__ = [
+    "AgainstScores",
+    "BestOfProbes",
+    "BestOfVisits",
+    "KMeansClusters",
+    "PairwiseScores",
+    "ScoresOfFiles",
+    "is_against",
+]
+
+logger = logging.getLogger("dask_semdedup")
+
+# Bytes of the clusters of files that are scored at once on a CPU, unless one has more: their rows are gathered while
+# they are still in the cache, and the memory is used again. A GPU is the faster the more it reads at once.
+RUN = 2**25
+
+
+def score_partition(frame: Any, *, verbose: bool, **arguments: Any) -> Any:
+    """Run `pairwise_partition`, and log how long it took."""
+    return _logged(pairwise_partition, frame, verbose=verbose, **arguments)
+
+
+def score_files(
+    reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], *, verbose: bool, **arguments: Any
+) -> Any:
+    """Read a partition and score it, and log how long it took: the task that `ScoresOfFiles` puts into the graph."""
+    return _logged(_score_files, reader, fragments, columns, verbose=verbose, **arguments)
+
+
+def _score_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
+    """Score some clusters after the others; if rows are bad, all at once, for an error that names all of them.
+
+    All at once too where a GPU does the work, or may, which is to be told of as much of it as there is.
+    """
+    by_folder = arguments["cluster_field"] in reader.folders.names
+    on_cpu = reader.backend == "pandas" and (arguments.get("device") == "cpu" or not has_cuda())
+    if by_folder and on_cpu:
+        with suppress(EmbeddingError):
+            return _score_runs(reader, in_runs(fragments, RUN), columns, **arguments)
+    with place_for(HOMES[reader.backend]):
+        return pairwise_partition(reader.read(fragments, columns), **arguments)
+
+
+def _score_runs(
+    reader: Reader,
+    runs: Iterable[Sequence[Fragment]],
+    columns: Sequence[str],
+    *,
+    embedding_field: str,
+    embedding_dim: int | None = None,
+    **arguments: Any,
+) -> pd.DataFrame:
+    """Read and score runs of whole clusters one after the other, of which only one needs to be in memory."""
+    scores = []
+    for run in runs:
+        frame = reader.read(run, columns)
+        if embedding_dim is None and len(frame):
+            # All must be of one width.
+            embedding_dim = first_width(frame[embedding_field])
+        scores.append(
+            pairwise_partition(frame, embedding_field=embedding_field, embedding_dim=embedding_dim, **arguments)
+        )
+        del frame  # The next is read only now.
+    return scores[0] if len(scores) == 1 else pd.concat(scores, ignore_index=True)
+
+
+def _logged(score: Callable[..., Any], *args: Any, verbose: bool, **arguments: Any) -> Any:
+    start = time.perf_counter()
+    scores = score(*args, **arguments)
+    if verbose:
+        clusters = scores[arguments["cluster_field"]].nunique()
+        seconds = time.perf_counter() - start
+        logger.info("pairwise: %d rows in %d clusters took %.3f s", len(scores), clusters, seconds)
+    return scores
+
+
+class KMeansClusters(OwnExpr, Blockwise):
+    """Rows assigned to centroids, which are in the graph once. Nothing is known of how they are partitioned."""
+
+    _parameters = [  # noqa: RUF012
+        "frame",
+        "centroids",
+        "embedding_field",
+        "cluster_field",
+        "id_field",
+        "embedding_dim",
+        "n_probe",
+        "device",
+    ]
+    _keyword_only = _parameters[2:]
+
+    operation = staticmethod(kmeans_partition)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"kmeans-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return kmeans_meta(
+            self.frame._meta,
+            embedding_field=self.embedding_field,
+            cluster_field=self.cluster_field,
+            n_probe=self.n_probe,
+        )
+
+    def _divisions(self) -> tuple[Any, ...]:
+        # With visits, an index value stands in one partition still, but not in order.
+        return self.frame.divisions if self.n_probe == 1 else (None,) * (self.frame.npartitions + 1)
+
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+        """Read only the columns that are asked for, and those that the work needs."""
+        if not isinstance(parent, Projection):
+            return None
+        asked: Any = determine_column_projection(self, parent, dependents, [self.embedding_field, self.id_field])
+        columns = [name for name in self.frame.columns if name in asked]
+        if columns == list(self.frame.columns):
+            return None
+        return type(parent)(type(self)(self.frame[columns], *self.operands[1:]), *parent.operands[1:])
+
+
+class _ByCluster(OwnExpr, Blockwise):
+    """Scores of whole clusters. They are partitioned as the frame is, and say so."""
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"{self._prefix}-{self.deterministic_token}"
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        return {(self.cluster_field,)} & claims_of(self.frame)
+
+    def _divisions(self) -> tuple[None, ...]:
+        return (None,) * (self.frame.npartitions + 1)
+
+
+class PairwiseScores(_ByCluster):
+    """Scores of aligned partitions; with visits, what `BestOfVisits` puts together."""
+
+    _parameters = [  # noqa: RUF012
+        "frame",
+        "id_field",
+        "embedding_field",
+        "cluster_field",
+        "ranking",
+        "compute_dtype",
+        "batch_size",
+        "embedding_dim",
+        "device",
+        "with_visits",
+        "verbose",
+    ]
+    _keyword_only = _parameters[1:]
+    _prefix = "pairwise"
+
+    operation = staticmethod(score_partition)
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return pairwise_meta(
+            self.frame._meta, id_field=self.id_field, cluster_field=self.cluster_field, with_visits=self.with_visits
+        )
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        # With visits the cluster column is the rows' own, and these stand wherever they visit.
+        return set() if self.with_visits else super().unique_partition_mapping_columns_from_shuffle
+
+    def _lower(self) -> ScoresOfFiles | None:
+        """Read and score in one task what is read from files: its columns and partitions are chosen by now."""
+        files = self.frame
+        if not isinstance(files, ReadClusters):
+            return None
+        claims = self.unique_partition_mapping_columns_from_shuffle
+        return ScoresOfFiles(files.source, files.columns, self._kwargs, claims, files.operand("_partitions"))
+
+
+class ScoresOfFiles(OwnExpr, PartitionsFiltered, BlockwiseIO):
+    """What `PairwiseScores` of `ReadClusters` becomes: its tasks need not hold all rows of a partition at once."""
+
+    _parameters = ["source", "reading", "arguments", "claims", "_partitions"]  # noqa: RUF012
+    _defaults = {"_partitions": None}  # noqa: RUF012
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"pairwise-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        names = ("id_field", "cluster_field", "with_visits")
+        return pairwise_meta(self.source.reader.meta(self.reading), **{name: self.arguments[name] for name in names})
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        return self.claims
+
+    def _divisions(self) -> tuple[None, ...]:
+        return (None,) * (len(self.source.partitions) + 1)
+
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+        # As of `ReadClusters`, and here of frames that were optimised before they are merged.
+        if self.claims and is_merged(self, dependents):
+            return parent.substitute(self, self.substitute_parameters({"claims": set()}))
+        return super()._simplify_up(parent, dependents)
+
+    def _filtered_task(self, name: Key, index: int) -> Task:
+        fragments = self.source.partitions[index]
+        return Task(
+            name, score_files, self.source.reader, fragments, self.reading, _data_producer=True, **self.arguments
+        )
+
+
+class BestOfVisits(_ByCluster):
+    """Scores of rows, from what was found in their own clusters and on their visits."""
+
+    _parameters = ["frame", "cluster_field"]  # noqa: RUF012
+    _keyword_only = ["cluster_field"]  # noqa: RUF012
+    _prefix = "best-of-visits"
+
+    operation = staticmethod(best_of_visits)
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return best_of_visits(self.frame._meta, cluster_field=self.cluster_field)
+
+
+class _AgainstPartitions(_ByCluster):
+    """What `AgainstScores` becomes: a task a pair of partitions."""
+
+    _parameters = [  # noqa: RUF012
+        "frame",
+        "reference",
+        "id_field",
+        "reference_id_field",
+        "embedding_field",
+        "cluster_field",
+        "compute_dtype",
+        "embedding_dim",
+        "device",
+    ]
+    _keyword_only = _parameters[2:]
+    _prefix = "against"
+
+    operation = staticmethod(against_partition)
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return against_meta(
+            self.frame._meta,
+            self.reference._meta,
+            id_field=self.id_field,
+            reference_id_field=self.reference_id_field,
+            cluster_field=self.cluster_field,
+        )
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        with_visits = has_visits(self.frame._meta, self.cluster_field)
+        return set() if with_visits else super().unique_partition_mapping_columns_from_shuffle
+
+
+class AgainstScores(OwnExpr, Expr):
+    """Scores of the rows of one frame against those of another, partitioned alike by cluster.
+
+    Blockwise only once it is lowered: what is blockwise in two frames, Dask takes for no longer aligned with itself,
+    and ``scores[scores.x > 0]`` would shuffle by the index.
+    """
+
+    _parameters = _AgainstPartitions._parameters
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self._lower()._meta
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
+        return self._lower().unique_partition_mapping_columns_from_shuffle
+
+    def _divisions(self) -> tuple[None, ...]:
+        return (None,) * (self.frame.npartitions + 1)
+
+    def _lower(self) -> _AgainstPartitions:
+        return _AgainstPartitions(*self.operands)
+
+
+def is_against(expr: core.Expr) -> bool:
+    """Whether a frame comes from scores against another one: its ``max_id`` are then rows of that one."""
+    return any(True for _ in expr.find_operations(AgainstScores))
+
+
+class BestOfProbes(_ByCluster):
+    """The best of the scores that rows have against the reference rows of several clusters."""
+
+    _parameters = ["frame", "cluster_field"]  # noqa: RUF012
+    _keyword_only = ["cluster_field"]  # noqa: RUF012
+    _prefix = "best-of-probes"
+
+    operation = staticmethod(best_of_probes)
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self.frame._meta
+
+
+def read_partition(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+    """Read one partition: the task that `ReadClusters` puts into the graph."""
+    return reader.read(fragments, columns)
+
+
+class ReadClusters(OwnExpr, PartitionsFiltered, BlockwiseIO):
+    """Partitions of whole clusters, read from Parquet files.
+
+    To Dask the property `unique_partition_mapping_columns_from_shuffle` means more than that no cluster spans two
+    partitions: two frames that have it are taken to be partitioned alike, and merged partition by partition. That
+    would be wrong here, so the claim is dropped wherever a merge is to come (`_simplify_up`).
+    """
+
+    _parameters = ["source", "columns", "claims_alignment", "_partitions"]  # noqa: RUF012
+    _defaults = {"claims_alignment": True, "_partitions": None}  # noqa: RUF012
+    _absorb_projections = True
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"read_clusters-{self.deterministic_token}"
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.operand("columns"))
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self.source.reader.meta(self.columns)
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> set[tuple[str, ...]]:
+        claimed = self.source.aligned and self.claims_alignment and self.source.cluster_field in self.columns
+        return {(self.source.cluster_field,)} if claimed else set()
+
+    def _divisions(self) -> tuple[None, ...]:
+        return (None,) * (len(self.source.partitions) + 1)
+
+    def _filtered_task(self, name: Key, index: int) -> Task:
+        return Task(
+            name, read_partition, self.source.reader, self.source.partitions[index], self.columns, _data_producer=True
+        )
+
+    def _simplify_up(self, parent: Expr, dependents: Mapping[str, Any]) -> core.Expr | None:
+        if self.claims_alignment and is_merged(self, dependents):
+            return parent.substitute(self, self.substitute_parameters({"claims_alignment": False}))
+        if isinstance(parent, Lengths):
+            return Literal(self._lengths())
+        if isinstance(parent, Len):
+            return Literal(sum(self._lengths()))
+        return super()._simplify_up(parent, dependents)
+
+    def _lengths(self) -> tuple[int, ...]:
+        partitions = self.source.partitions
+        return tuple(sum(fragment.rows for fragment in partitions[index]) for index in self._partitions)
+
+
+def is_merged(expr: Expr, dependents: Mapping[str, Any]) -> bool:
+    """Whether a merge depends on the expression."""
+    names: set[str] = set()
+    stack = [expr._name]
+    while stack:
+        parents = [parent for ref in dependents.get(stack.pop(), ()) if (parent := ref()) is not None]
+        if any(isinstance(parent, Merge) for parent in parents):
+            return True
+        new = {parent._name for parent in parents} - names
+        names |= new
+        stack.extend(new)
+    return False
+
+
+class ShuffleByCluster(OwnExpr, RearrangeByColumn):
+    """A shuffle that carries list columns: the peer-to-peer method fails on Arrow lists, so tasks replace it."""
+
+    def _lower(self) -> core.Expr:
+        method = self.method or get_default_shuffle_method()
+        operands = dict(zip(self._parameters, self.operands, strict=True))
+        # In the same step as Dask lowers its own: later the frame below would be lowered, and have other partitions.
+        return RearrangeByColumn(**{**operands, "method": "tasks" if method == "p2p" else method})._lower()
+
+
+def claims_of(expr: Expr) -> set[Any]:
+    """What Dask says the partitions are distinct in; nothing where its own answer fails.
+
+    That of a frame whose ``columns`` were set does, and where a dropped column was the one.
+    """
+    try:
+        return expr.unique_partition_mapping_columns_from_shuffle
+    except (KeyError, TypeError):
+        return set()
+
+
+class CheckedIds(OwnExpr, Expr):
+    """The ids to remove, partition by partition, once it is known that none of them repeats in the data.
+
+    It is no `Blockwise`, which Dask would fuse into the tasks of all partitions, to be done again in each.
+    """
+
+    _parameters = ["duplicates", "repeated"]  # noqa: RUF012
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"checked-ids-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self.duplicates._meta
+
+    @property
+    def ndim(self) -> int:
+        """As of a scalar: like one, ids to remove do not keep Dask from seeing that rows come from one frame."""
+        return 0
+
+    def _divisions(self) -> tuple[Any, ...]:
+        return self.duplicates.divisions
+
+    def _layer(self) -> dict[Key, Task]:
+        repeated = TaskRef((self.repeated._name, 0))
+        keys = [(self._name, index) for index in range(self.npartitions)]
+        return {key: Task(key, checked_ids, TaskRef((self.duplicates._name, key[1])), repeated) for key in keys}
+
+
+class RowsKept(OwnExpr, Blockwise):
+    """The rows of a frame whose ids are not those of duplicates."""
+
+    _parameters = ["frame", "duplicates", "id_field", "duplicates_id_field"]  # noqa: RUF012
+    _keyword_only = ["id_field", "duplicates_id_field"]  # noqa: RUF012
+    _preserves_partitioning_information = True
+
+    @staticmethod
+    def operation(frame: Any, duplicates: Any, *, id_field: str, duplicates_id_field: str) -> Any:
+        return frame[~is_in(frame[id_field], duplicates[duplicates_id_field])]
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"remove-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self.frame._meta
+
+    def _broadcast_dep(self, dep: Expr) -> bool:
+        return dep.npartitions == 1
+
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+        """Read no other columns than those asked for and the ids."""
+        if not isinstance(parent, (Projection, Index)):
+            return None
+        names: Any = determine_column_projection(self, parent, dependents, additional_columns=[self.id_field])
+        names = names if isinstance(names, list) else [names]
+        columns = [name for name in self.frame.columns if name in names]
+        if columns == self.frame.columns:
+            return None
+        return type(parent)(type(self)(self.frame[columns], *self.operands[1:]), *parent.operands[1:])

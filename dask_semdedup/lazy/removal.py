@@ -1,0 +1,167 @@
+"""Removal of duplicates from the data that they were found in: an anti-join on ids that keeps everything else.
+
+The ids to remove are brought to every partition of the data, or both are shuffled by id. Beside that, one pass over the
+ids alone makes sure that none of those to remove stands in two rows; no partition is given out before it is through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+from dask.dataframe.dask_expr._collection import new_collection
+from dask.dataframe.dask_expr._util import _BackendData
+from dask.dataframe.dask_expr.io.io import FromPandas
+
+from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.frames.backend import check_plain_dtype, is_cudf, to_list
+from dask_semdedup.frames.columns import SCORE_COLUMN
+from dask_semdedup.frames.ids import check_same_kind, repeats
+from dask_semdedup.lazy.expressions import CheckedIds, RowsKept, ShuffleByCluster, is_against
+from dask_semdedup.steps.duplicates import check_eps, eps_column, find_duplicates
+from dask_semdedup.steps.removal import HASH_COLUMN, find_ids, hash_column, ids_to_remove, repeated_ids
+
+__all__ = ["check_ids", "remove_duplicates"]
+
+
+def remove_duplicates(
+    ddf: dd.DataFrame,
+    duplicates: Any,
+    id_field: str = "id",
+    *,
+    duplicates_id_field: str = "id",
+    eps: float | None = None,
+    broadcast: bool = True,
+) -> dd.DataFrame:
+    """Remove the rows whose ids are those of duplicates, lazily: see `SemDedupAccessor.remove`.
+
+    Examples
+    --------
+    >>> ddf = dd.from_pandas(pd.DataFrame({"id": ["a", "b", "c"], "text": ["x", "y", "x"]}), npartitions=2)
+    >>> remove_duplicates(ddf, pd.DataFrame({"id": ["c"]})).compute()
+      id text
+    0  a    x
+    1  b    y
+    """
+    _check_id_column(ddf, id_field, "id_field", "the data")
+    duplicates = _select(_to_dask(duplicates), duplicates_id_field, eps)
+    if is_cudf(duplicates._meta) != is_cudf(ddf._meta):
+        duplicates = duplicates.to_backend("cudf" if is_cudf(ddf._meta) else "pandas")
+    check_same_kind(ddf._meta[id_field], duplicates._meta[duplicates_id_field])
+    ids = _by_itself(ddf[[id_field]])
+    if broadcast:
+        duplicates = duplicates.repartition(npartitions=1)
+    else:
+        duplicates = _shuffle_by_id(duplicates, duplicates_id_field, ddf.npartitions)
+        ids, ddf = (_shuffle_by_id(frame, id_field, ddf.npartitions) for frame in (ids, ddf))
+    found = ids.map_partitions(
+        find_ids, duplicates, id_field, duplicates_id_field, meta=ids._meta, align_dataframes=False
+    )
+    if broadcast:
+        found = found.repartition(npartitions=1)
+    repeated = found.map_partitions(repeated_ids, meta=ids._meta).repartition(npartitions=1)
+    checked = CheckedIds(duplicates.expr, repeated.expr)
+    return new_collection(RowsKept(ddf.expr, checked, id_field=id_field, duplicates_id_field=duplicates_id_field))
+
+
+def check_ids(ddf: dd.DataFrame, id_field: str) -> None:
+    """Look at all ids now, and raise if rows have none, or share one.
+
+    Eight bytes a row come together in this process.
+
+    Raises
+    ------
+    IdError
+        Naming a few of the ids.
+
+    Examples
+    --------
+    >>> check_ids(dd.from_pandas(pd.DataFrame({"id": ["a", "b"]}), npartitions=2), "id")
+    """
+    ids = ddf[id_field]
+    meta = hash_column(ids._meta)
+    missing, hashes = dask.compute(ids.isna().sum(), ids.dropna().map_partitions(hash_column, meta=meta))
+    if missing:
+        raise IdError(f"Column {id_field!r}: {have(int(missing), 'row')} a null id. Give every row an id, or drop it.")
+    values, counts = np.unique(hashes.to_numpy(), return_counts=True)
+    if (counts == 1).all():
+        return
+    doubtful = ids.map_partitions(_of_hashes, values[counts > 1], meta=ids._meta).compute()
+    if count := len(repeated := doubtful[repeats(doubtful)].drop_duplicates()):
+        stand = "1 id stands" if count == 1 else f"{count:,} ids stand"
+        raise IdError(
+            f"Column {id_field!r}: {stand} in several rows ({some(to_list(repeated))}). Name a column whose ids are "
+            "unique as id_field, or have ids made, by make_ids and an id_field that is not there."
+        )
+
+
+def _of_hashes(ids: Any, hashes: np.ndarray) -> Any:
+    return ids[hash_column(ids).isin(hashes)]
+
+
+def _check_id_column(frame: Any, name: str, parameter: str, what: str) -> None:
+    if name not in frame.columns:
+        raise MissingColumnsError.build([name], frame.columns, f"Name the column of ids of {what} as {parameter}.")
+    check_plain_dtype(frame._meta[name], parameter)
+
+
+def _to_dask(duplicates: Any) -> dd.DataFrame:
+    if isinstance(duplicates, dd.DataFrame):
+        return duplicates
+    if not isinstance(duplicates, pd.DataFrame) and not (is_cudf(duplicates) and hasattr(duplicates, "columns")):
+        kind = type(duplicates).__name__
+        raise InvalidArgumentError(f"duplicates must be a DataFrame of Dask, pandas or cuDF, not a {kind}.")
+    # `from_pandas` would make strings of objects, which may be integers or UUIDs.
+    frame = _BackendData(duplicates.copy())
+    return new_collection(FromPandas(frame, npartitions=1, sort=False, pyarrow_strings_enabled=False))
+
+
+def _select(duplicates: dd.DataFrame, id_field: str, eps: float | None) -> dd.DataFrame:
+    """The ids to remove, from a frame of duplicates at one eps, at several, or of scores."""
+    _check_id_column(duplicates, id_field, "duplicates_id_field", "the duplicates")
+    flags = [name for name in duplicates.columns if str(name).startswith("eps=")]
+    if eps is None and flags:
+        raise InvalidArgumentError(
+            f"duplicates hold all rows and what is a duplicate at {', '.join(flags)}: choose one, as remove(..., "
+            f"{flags[0]})."
+        )
+    flag = None
+    if eps is not None:
+        check_eps(eps)
+        flag = eps_column(eps) if flags else None
+        if flags and flag not in flags:
+            raise InvalidArgumentError(f"duplicates were found at {', '.join(flags)}, not at {flag}.")
+        duplicates = duplicates if flags else find_duplicates(duplicates, eps)
+    are_scores = {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and id_field == "id"
+    # Ids of another frame may be the same.
+    are_scores &= not is_against(duplicates.expr)
+    needed = [id_field, *(["max_id", SCORE_COLUMN] if are_scores else []), *([] if flag is None else [flag])]
+    options: dict[str, Any] = {
+        "id_field": id_field,
+        "are_scores": are_scores,
+        "flag": flag,
+        "is_chosen": eps is not None,
+    }
+    return duplicates[needed].map_partitions(
+        ids_to_remove, **options, meta=ids_to_remove(duplicates._meta[needed], **options), clear_divisions=True
+    )
+
+
+def _by_itself(ids: dd.DataFrame) -> dd.DataFrame:
+    """The frame with its projection pushed down now.
+
+    Otherwise Dask finds later that the rest of the graph needs the other columns of the same file, reads them all once
+    for both, and holds them in memory until all ids are checked.
+    """
+    return new_collection(ids.expr.simplify())
+
+
+def _shuffle_by_id(frame: dd.DataFrame, id_field: str, npartitions: int) -> dd.DataFrame:
+    """Bring equal ids of whatever dtypes into partitions of equal number, which Dask's own hash of them may not."""
+    ids = frame[id_field]
+    hashes = ids.map_partitions(hash_column, meta=hash_column(ids._meta))
+    hashed = frame.assign(**{HASH_COLUMN: hashes})
+    return new_collection(ShuffleByCluster(hashed.expr, [HASH_COLUMN], npartitions))[list(frame.columns)]

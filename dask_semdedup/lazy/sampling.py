@@ -1,0 +1,198 @@
+"""A sample of a frame's embeddings, drawn evenly over its rows, and reproducibly.
+
+Rows are counted first: from the footers of Parquet files where the frame is read from them. Which rows are drawn then
+depends on the counts and the seed alone, and only the partitions that hold some of them are read, one column each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import numpy as np
+from dask.dataframe.dask_expr._collection import new_collection
+from dask.dataframe.dask_expr._expr import Lengths
+
+from dask_semdedup.errors import EmbeddingError, some
+from dask_semdedup.frames.embeddings import to_tensor
+
+__all__ = ["draw", "partition_lengths", "sample_embeddings"]
+
+# Partitions are drawn until they hold this many times the rows of the sample, and are at least so many. All of them
+# would be read for few rows each, and fewer might be all alike, where rows stand in the order of their subjects.
+ROWS_READ_PER_ROW = 4
+
+LEAST_PARTITIONS = 32
+
+
+def partition_lengths(ddf: dd.DataFrame, embedding_field: str) -> list[int]:
+    """Count the rows of each partition.
+
+    Parameters
+    ----------
+    ddf : dask.dataframe.DataFrame
+    embedding_field : str
+        The column that need not be read for it, unless it is the only one.
+
+    Returns
+    -------
+    list of int
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> partition_lengths(dd.from_pandas(pd.DataFrame({"id": range(5)}), npartitions=2), "embeddings")
+    [3, 2]
+    """
+    others = [name for name in ddf.columns if name != embedding_field]
+    narrow = ddf[others[:1] or [embedding_field]]
+    return list(new_collection(Lengths(narrow.expr)).compute())
+
+
+def draw(lengths: list[int], size: int, seed: int) -> dict[int, np.ndarray]:
+    """Draw rows without replacement, each with the same chance, from few partitions.
+
+    Parameters
+    ----------
+    lengths : list of int
+        The rows of each partition.
+    size : int
+        The rows to draw, at most all.
+    seed : int
+
+    Returns
+    -------
+    dict
+        From a partition's number to the positions of its rows, both ascending.
+
+    Notes
+    -----
+    Where partitions are more than 32, about as many of them are read as would hold four times the sample if all were of
+    the mean size, but at least 32. They are chosen in proportion to their rows, small ones several together, and as
+    many rows are drawn from each choice [1]_.
+
+    References
+    ----------
+    .. [1] Madow, "On the theory of systematic sampling, II", Annals of Mathematical Statistics 20 (1949).
+
+    Examples
+    --------
+    >>> draw([3, 0, 2], 5, seed=0)
+    {0: array([0, 1, 2]), 2: array([0, 1])}
+    """
+    rng = np.random.default_rng(seed)
+    counts = np.asarray(lengths, np.int64)
+    order = rng.permutation(np.flatnonzero(counts))
+    choices = max(LEAST_PARTITIONS, -(-ROWS_READ_PER_ROW * size * len(order) // max(1, int(counts.sum()))))
+    if choices >= len(order):
+        units, chosen = [order], np.array([1])
+    else:
+        # So large that a unit has the rows of all the choices that may fall on it.
+        units = _units(order, counts, least=2 * (size // choices + 2))
+        chosen = _shared_out(choices, np.array([counts[unit].sum() for unit in units]), rng)
+    drawn: dict[int, int] = {}
+    for unit, rows in zip(units, _shared_out(size, chosen, rng), strict=True):
+        drawn |= dict(zip(unit.tolist(), _shared_out(int(rows), counts[unit], rng).tolist(), strict=True))
+    return {
+        number: np.sort(rng.choice(counts[number], drawn[number], replace=False))
+        for number in sorted(drawn)
+        if drawn[number]
+    }
+
+
+def _units(order: np.ndarray, counts: np.ndarray, least: int) -> list[np.ndarray]:
+    """Partitions in this order, as many together as have so many rows."""
+    bounds, rows = [0], 0
+    for place, number in enumerate(order.tolist(), 1):
+        rows += int(counts[number])
+        if rows >= least:
+            bounds.append(place)
+            rows = 0
+    # The last unit takes what is left over.
+    return np.split(order, bounds[1:-1])
+
+
+def _shared_out(total: int, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers that sum to a total, each in proportion to its weight but for a random rounding."""
+    # Those of Python do not overflow.
+    bounds = np.concatenate([[0], np.cumsum(weights)]).astype(object)
+    start = int(rng.integers(bounds[-1])) if len(weights) else 0
+    return np.diff((bounds * total + start) // max(1, bounds[-1])).astype(np.int64)
+
+
+def sample_embeddings(
+    ddf: dd.DataFrame,
+    picks: dict[int, np.ndarray],
+    *,
+    embedding_field: str,
+    id_field: str,
+    embedding_dim: int | None = None,
+) -> np.ndarray:
+    """Read the drawn rows' embeddings.
+
+    Parameters
+    ----------
+    ddf : dask.dataframe.DataFrame
+    picks : dict
+        What `draw` returned.
+    embedding_field : str
+        The column of embeddings.
+    id_field : str
+        The column of ids, for messages. It need not be there.
+    embedding_dim : int, optional
+        The width that every embedding must have.
+
+    Returns
+    -------
+    (n, d) float32 array
+        In the frame's order, not normalised.
+
+    Raises
+    ------
+    EmbeddingError
+        If the rows are null, not finite, or of different widths.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> import pyarrow as pa
+    >>> embeddings = pd.array([[1.0], [2.0], [3.0]], dtype=pd.ArrowDtype(pa.list_(pa.float32())))
+    >>> ddf = dd.from_pandas(pd.DataFrame({"embeddings": embeddings}), npartitions=2)
+    >>> sample_embeddings(ddf, {0: np.array([1])}, embedding_field="embeddings", id_field="id")
+    array([[2.]], dtype=float32)
+    """
+    narrow = ddf[[name for name in ddf.columns if name in (embedding_field, id_field)]]
+    partitions = narrow.partitions[list(picks)].to_delayed()
+    take = dask.delayed(take_embeddings, pure=False)
+    parts = [
+        take(part, positions, embedding_field, id_field, embedding_dim)
+        for part, positions in zip(partitions, picks.values(), strict=True)
+    ]
+    return _stack(list(dask.compute(*parts)), embedding_field)
+
+
+def take_embeddings(
+    frame: Any, positions: np.ndarray, embedding_field: str, id_field: str, embedding_dim: int | None
+) -> np.ndarray:
+    """Take some rows' embeddings out of a partition."""
+    rows = frame.iloc[positions]
+    ids = rows[id_field] if id_field in rows.columns else None
+    matrix = to_tensor(rows[embedding_field], name=embedding_field, ids=ids, embedding_dim=embedding_dim, device="cpu")
+    return matrix.numpy()
+
+
+def _stack(parts: list[np.ndarray], embedding_field: str) -> np.ndarray:
+    """Put the parts together, letting go of each as soon as it is copied."""
+    widths = sorted({part.shape[1] for part in parts})
+    if len(widths) > 1:
+        raise EmbeddingError(
+            f"Column {embedding_field!r} has rows of width {some(widths)}. All embeddings must come from one model."
+        )
+    rows = np.empty((sum(map(len, parts)), widths[0]), np.float32)
+    start = len(rows)
+    while parts:
+        part = parts.pop()
+        rows[start - len(part) : start] = part
+        start -= len(part)
+    return rows

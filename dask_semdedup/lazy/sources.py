@@ -1,0 +1,71 @@
+"""What a lazy frame is read from, as far as this package reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import dask.dataframe as dd
+import pyarrow as pa
+from dask.dataframe.dask_expr.io.io import FromMap
+
+from dask_semdedup.io.reader import Reader
+from dask_semdedup.io.scan import COLUMNS_ADVICE
+from dask_semdedup.io.schemas import refuse
+from dask_semdedup.lazy.expressions import ReadClusters
+from dask_semdedup.lazy.tables import ReadPart
+from dask_semdedup.steps.ranking import RankingStrategy
+
+__all__ = ["check_sources", "readers_of", "stored_schema"]
+
+
+def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
+    """The readers of Parquet files that a frame comes from.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> list(readers_of(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)))
+    []
+    """
+    yield from (read.source.reader for read in ddf.expr.find_operations(ReadClusters))
+    functions = (read.func for read in ddf.expr.find_operations(FromMap))
+    yield from (read.reader for read in functions if isinstance(read, ReadPart) and isinstance(read.reader, Reader))
+
+
+def stored_schema(ddf: dd.DataFrame) -> pa.Schema:
+    """The schema of those files that most of a frame's columns come from; an empty one where there are none.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> stored_schema(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)).names
+    []
+    """
+    schemas = [pa.schema([]), *(reader.schema for reader in readers_of(ddf))]
+    return max(schemas, key=lambda schema: len(set(schema.names).intersection(ddf.columns)))
+
+
+def check_sources(ddf: dd.DataFrame, columns: Sequence[str], ranking: RankingStrategy | None = None) -> None:
+    """Raise, before anything runs, for columns of a frame that its files do not let be read, or ranked by.
+
+    A column that has the name and dtype of one in the files is taken to be that one.
+
+    Raises
+    ------
+    ClusterError
+        If files disagree about a column.
+    InvalidArgumentError
+        If the order of categories to rank by is lost.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_sources(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1), ["id"])
+    """
+    for reader in readers_of(ddf):
+        doubtful = [name for name in reader.schema.names if name in reader.problems or name in reader.unordered]
+        dtypes = reader.meta(doubtful).dtypes
+        same = {name for name in doubtful if name in ddf.columns and ddf._meta.dtypes[name] == dtypes[name]}
+        refuse(reader.problems, same.intersection(columns), COLUMNS_ADVICE)
+        if ranking is not None:
+            ranking.check_order(reader.unordered & same)

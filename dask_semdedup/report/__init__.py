@@ -1,0 +1,7 @@
+"""Pages and figures to look at before eps is chosen."""
+
+from __future__ import annotations
+
+from dask_semdedup.report.page import REPORT, Documents, write_report
+
+__all__ = ["REPORT", "Documents", "write_report"]

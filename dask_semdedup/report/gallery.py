@@ -1,0 +1,341 @@
+"""Pairs of documents to look at: which ones, and how their texts and images are shown.
+
+Texts and images are other people's. Texts reach a page only through templates that escape them, images only after they
+have been decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import dask
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.frames.columns import SCORE_COLUMN, SCORE_COLUMNS
+from dask_semdedup.report.summary import compared_rows, delayed_parts, merge_tree, to_pandas
+from dask_semdedup.steps.duplicates import check_eps, check_score_columns, is_duplicate, threshold
+
+__all__ = [
+    "Pair",
+    "TextGallery",
+    "compare_texts",
+    "document_text",
+    "load_asset",
+    "pairs_around",
+    "select_pairs",
+    "text_gallery",
+]
+
+# Characters of a text that are shown and compared.
+MOST_CHARACTERS = 500
+
+# Texts that share less of their words are marked nowhere: marks everywhere say nothing.
+LEAST_SHARED = 0.4
+
+WORDS = re.compile(r"\w+|\s+|[^\w\s]")
+
+# Pixels of an image's longer side.
+THUMBNAIL = 256
+
+
+class Piece(NamedTuple):
+    """A run of text, and whether the other text lacks it."""
+
+    text: str
+    differs: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row and the row it resembles most among those preferred over it.
+
+    Parameters
+    ----------
+    id, max_id : str
+        Their ids.
+    score : float
+        Their cosine similarity.
+    texts : tuple of list of Piece, optional
+        Both texts.
+    images : tuple of str, optional
+        Both images as URLs that hold them, or why an image cannot be shown.
+    same : bool
+        Whether both texts are the same.
+    """
+
+    id: str
+    max_id: str
+    score: float
+    texts: tuple[list[Piece], list[Piece]] | None = None
+    images: tuple[str, str] | None = None
+    same: bool = False
+
+
+def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFrame:
+    """Pick the pairs to look at before choosing eps: the nearest on both sides of the threshold.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame
+        What ``pairwise`` returns. Dask frames are read partition by partition.
+    eps : float, default 0.01
+        Rows with a score of at least ``1 - eps`` are duplicates.
+    count : int, default 4
+        The most pairs of each side.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``id``, ``max_id``, ``cosine_sim_score`` and ``duplicate``, the most similar first.
+
+    Raises
+    ------
+    MissingColumnsError
+        If the scores lack a column.
+    InvalidArgumentError
+        If `eps` is not a number from 0 to 2.
+
+    Examples
+    --------
+    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.9]})
+    >>> pairs_around(scores, eps=0.01)
+       id  max_id  cosine_sim_score  duplicate
+    0   2       1             0.995       True
+    1   3       2             0.900      False
+    """
+    check_eps(eps)
+    check_score_columns(scores, SCORE_COLUMNS)
+    select = partial(select_pairs, counts={float(threshold(eps)): count})
+    parts = delayed_parts(scores, SCORE_COLUMNS)
+    if parts is None:
+        pairs = select(scores)
+    else:
+        pairs = merge_tree([dask.delayed(select)(part) for part in parts], partial(merge_pairs, select)).compute()
+    return pairs.assign(duplicate=is_duplicate(pairs[SCORE_COLUMN], eps))
+
+
+def select_pairs(scores: Any, *, counts: Mapping[float, int], most_similar: int = 0) -> pd.DataFrame:
+    """The pairs nearest to each threshold, as many on both sides as it says, and the most similar, best first."""
+    compared = to_pandas(compared_rows(scores[list(SCORE_COLUMNS)]))
+    values = compared[SCORE_COLUMN].to_numpy()
+    order = np.argsort(values, kind="stable")
+    middles = np.searchsorted(values[order], np.array(list(counts), dtype=values.dtype))
+    near = [middle + np.arange(-count, count) for middle, count in zip(middles, counts.values(), strict=True)]
+    wanted = np.unique(np.concatenate([*near, len(order) - 1 - np.arange(most_similar)]))
+    wanted = wanted[(wanted >= 0) & (wanted < len(order))]
+    return compared.take(order[wanted[::-1]]).reset_index(drop=True)
+
+
+def merge_pairs(select: Callable[[pd.DataFrame], pd.DataFrame], one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """The pairs that both parts together would give."""
+    return select(pd.concat([one, other], ignore_index=True))
+
+
+def compare_texts(one: str, other: str, most: int = MOST_CHARACTERS) -> tuple[list[Piece], list[Piece]]:
+    """Part two texts into what they share and what they do not, word by word.
+
+    Long texts are cut, at both ends where they begin alike, so that the first difference is seen.
+
+    Parameters
+    ----------
+    one, other : str
+        The texts.
+    most : int
+        The most characters of each that are shown.
+
+    Returns
+    -------
+    tuple of list of Piece
+
+    Examples
+    --------
+    >>> compare_texts("a red car", "a blue car")[0]
+    [Piece(text='a ', differs=False), Piece(text='red', differs=True), Piece(text=' car', differs=False)]
+    """
+    start = 0
+    if one != other and max(len(one), len(other)) > most:
+        shorter = min(len(one), len(other))
+        alike = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), shorter)
+        start = max(0, alike - most // 3) if alike > most // 2 else 0
+    left, right = (WORDS.findall(text[start : start + most]) for text in (one, other))
+    pieces: tuple[list[Piece], list[Piece]] = ([], [])
+    matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
+    if _shared(matcher, left, right) < LEAST_SHARED:
+        runs = [(False, left, right)]
+    else:
+        runs = [(tag != "equal", left[a:b], right[c:d]) for tag, a, b, c, d in matcher.get_opcodes()]
+    for differs, *both in runs:
+        for side, words in zip(pieces, both, strict=True):
+            if words:
+                side.append(Piece("".join(words), differs))
+    for side, text in zip(pieces, (one, other), strict=True):
+        if start:
+            side.insert(0, Piece("… "))
+        if len(text) > start + most:
+            side.append(Piece(" …"))
+    return pieces
+
+
+def _shared(matcher: difflib.SequenceMatcher[str], left: list[str], right: list[str]) -> float:
+    """The share of words that both have, in the same order."""
+    shared = [word for block in matcher.get_matching_blocks() for word in left[block.a : block.a + block.size]]
+    words = sum(not word.isspace() for word in [*left, *right])
+    return 2 * sum(not word.isspace() for word in shared) / max(words, 1)
+
+
+def text_gallery(
+    queries: Iterable[Any],
+    matches: Iterable[Any],
+    scores: Iterable[float],
+    *,
+    eps: float | None = None,
+    title: str = "Pairs of texts",
+) -> TextGallery:
+    """Texts side by side: each row's own, and the one it was found to resemble, with the words that differ marked.
+
+    Parameters
+    ----------
+    queries, matches : iterable of str
+        The texts of the rows and of their most similar preferred rows.
+    scores : iterable of float
+        Their cosine similarities.
+    eps : float, optional
+        Says of each pair whether this choice drops it.
+    title : str
+        Heading of the gallery.
+
+    Returns
+    -------
+    TextGallery
+        Notebooks show it as HTML, in which the texts are escaped.
+
+    Examples
+    --------
+    >>> print(text_gallery(["a red car"], ["a blue car"], [0.98], eps=0.05))
+    Pairs of texts
+    0.9800 dropped
+      a [red] car
+      a [blue] car
+    """
+    queries, matches = (list(map(document_text, texts)) for texts in (queries, matches))
+    scores = list(scores)
+    check_pairs(queries, matches, scores)
+    pairs = [
+        Pair("", "", float(score), compare_texts(query, match), same=query == match)
+        for query, match, score in zip(queries, matches, scores, strict=True)
+    ]
+    return TextGallery(pairs, title, None if eps is None else float(threshold(eps)))
+
+
+def check_pairs(queries: Sized, matches: Sized, scores: Sized) -> None:
+    """Raise unless there are as many of all three.
+
+    Examples
+    --------
+    >>> check_pairs(["a"], ["b"], [0.5])
+    """
+    if not len(queries) == len(matches) == len(scores):
+        raise InvalidArgumentError(
+            f"{len(queries)} queries, {len(matches)} matches and {len(scores)} scores do not make pairs."
+        )
+
+
+@dataclass(frozen=True)
+class TextGallery:
+    """Pairs of texts, as HTML in notebooks and as plain text elsewhere."""
+
+    pairs: list[Pair]
+    title: str
+    threshold: float | None
+
+    def _repr_html_(self) -> str:
+        page = templates().get_template("gallery.html")
+        return page.render(gallery=self, style=load_asset("pairs.css"))
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        for pair in self.pairs:
+            lines.append(f"{pair.score:.4f}{self.verdict(pair.score)}")
+            for side in pair.texts or ():
+                lines.append("  " + "".join(f"[{piece.text}]" if piece.differs else piece.text for piece in side))
+        return "\n".join(lines)
+
+    def verdict(self, score: float) -> str:
+        """Whether a pair of that score is dropped, if there is a threshold."""
+        if self.threshold is None:
+            return ""
+        return " dropped" if score >= self.threshold else " kept"
+
+
+def document_text(value: Any) -> str:
+    """A text as it is shown: of a missing one, nothing."""
+    return "" if value is None or value is pd.NA or value != value else str(value)
+
+
+def thumbnail(value: Any, open_path: Callable[[str], Any]) -> str:
+    """A small copy of an image as a ``data:`` URL, or a sentence on why there is none.
+
+    Parameters
+    ----------
+    value : bytes, str or dict
+        An encoded image, such as PNG or JPEG; the path of one; or either, as ``bytes`` and ``path`` of a dict.
+    open_path : callable
+        Opens a path for reading.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with io.BytesIO(value) if isinstance(value, bytes) else open_path(value) as file, Image.open(file) as image:
+            # Large JPEGs are decoded at about the size that is wanted.
+            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
+            upright = ImageOps.exif_transpose(image)
+            upright.thumbnail((THUMBNAIL, THUMBNAIL))
+            return _encode(upright)
+    # Pillow's decoders raise whatever a broken file makes them.
+    except Exception as error:
+        return f"The image cannot be read: {type(error).__name__}."
+
+
+def _encode(image: Any) -> str:
+    """Losslessly where that is small or parts are transparent, else as JPEG."""
+    lossless = image.has_transparency_data or max(image.size) <= THUMBNAIL // 4 or image.mode in ("1", "L", "P")
+    encoded = io.BytesIO()
+    if lossless:
+        image.convert("RGBA" if image.has_transparency_data else "RGB").save(encoded, "PNG", optimize=True)
+    else:
+        image.convert("RGB").save(encoded, "JPEG", quality=82)
+    kind = "png" if lossless else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+@lru_cache(maxsize=1)
+def templates() -> Any:
+    """The package's templates, which escape all that they are given."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("dask_semdedup.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["thousands"] = "{:,}".format
+    environment.filters["percent"] = "{:.2%}".format
+    return environment
+
+
+def load_asset(name: str) -> Markup:
+    """A style sheet or script of the package, which pages hold as it is."""
+    return Markup(files("dask_semdedup.report").joinpath("templates", name).read_text(encoding="utf-8"))

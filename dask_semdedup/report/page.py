@@ -1,0 +1,394 @@
+"""From scores to a page that stands alone: numbers, pictures and pairs, to look at before choosing eps.
+
+The page is one file that fetches nothing: pictures, style and script are in it, and browsers are told to allow no more.
+What it shows of the scores is summed up partition by partition, and of the documents only those of its pairs are read.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import dask
+import fsspec
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.frames.columns import SCORE_COLUMN
+from dask_semdedup.io.staging import MANIFEST, Contents
+from dask_semdedup.lazy.duplicates import EPS_GRID
+from dask_semdedup.lazy.tables import find_rows
+from dask_semdedup.report.gallery import (
+    Pair,
+    compare_texts,
+    document_text,
+    load_asset,
+    merge_pairs,
+    select_pairs,
+    templates,
+    thumbnail,
+)
+from dask_semdedup.report.summary import Tally, delayed_parts, merge_tree, tally_counter
+from dask_semdedup.steps.duplicates import check_eps, threshold
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["REPORT", "Documents", "write_report"]
+
+PAGE = "index.html"
+
+PICTURES = ("histogram", "duplicates", "clusters")
+
+REPORT_FILES = {PAGE, *(f"{name}.png" for name in PICTURES), MANIFEST}
+
+# What a page says that made it.
+GENERATOR = b'<meta name="generator" content="dask-semdedup '
+
+LARGEST_EPS = 0.2
+
+# Pairs that the page shows on either side of the threshold; and elsewhere, where the slider may go, so many values of
+# eps around which there are pairs, and pairs on either side of each.
+SHOWN, STOPS, SHOWN_ELSEWHERE = 4, 40, 2
+
+CLUSTERS_LISTED = 10
+
+
+def _not_of_report(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[str]) -> list[str]:
+    """Files of other names; all, if the page is another's, but for those beside a manifest, which are of `run`."""
+    others = set(names) - REPORT_FILES
+    if PAGE in names and GENERATOR in fs.cat_file(f"{folder}/{PAGE}"):
+        return sorted(others)
+    return sorted(others | {PAGE}.intersection(names)) if MANIFEST in names else list(names)
+
+
+REPORT = Contents("a report", _not_of_report)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents are that scores are about.
+
+    Parameters
+    ----------
+    path : str
+        Parquet or JSON lines.
+    text_field, image_field : str, optional
+        Columns to show. An image is encoded bytes, such as PNG or JPEG, or the path of a file, relative to `path`; or
+        a struct of ``bytes`` and ``path``.
+    id_field : str, default "id"
+        Column of ids.
+    storage_options : mapping, optional
+        Arguments of the fsspec file system.
+    make_ids : bool, default False
+        Whether the ids were made, by `read_table`.
+    """
+
+    path: str
+    text_field: str | None = None
+    image_field: str | None = None
+    id_field: str = "id"
+    storage_options: Mapping[str, Any] | None = None
+    make_ids: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise InvalidArgumentError("Name the column to show of the documents as text_field or image_field.")
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns to show."""
+        return [name for name in (self.text_field, self.image_field) if name is not None]
+
+    def find(self, ids: pd.Index) -> pd.DataFrame:
+        """The documents of these ids, by id."""
+        try:
+            found = find_rows(
+                self.path,
+                ids,
+                self.columns,
+                id_field=self.id_field,
+                make_ids=self.make_ids,
+                storage_options=self.storage_options,
+            )
+        except MissingColumnsError as error:
+            advice = "Name the columns of ids, texts and images as id_field, text_field and image_field."
+            raise MissingColumnsError(f"{error} {advice}") from error
+        if len(ids) and not len(found):
+            raise InvalidArgumentError(
+                f"None of {len(ids):,} ids of the scores, such as {some(ids, 3)}, is in column {self.id_field!r} of "
+                f"{self.path}. Name the documents that were scored, and their column of ids as id_field."
+            )
+        return found
+
+    def open(self, path: str) -> Any:
+        """Open a file that a document names."""
+        fs, root = fsspec.url_to_fs(self.path, **(self.storage_options or {}))
+        folder = root if fs.isdir(root) else os.path.dirname(root)
+        return fs.open(path if path.startswith("/") else f"{folder}/{path}")
+
+
+def write_report(
+    scores: Any,
+    folder: str | os.PathLike[str],
+    eps: float = 0.01,
+    *,
+    documents: Documents | None = None,
+    cluster_field: str = "centroid",
+    source: str = "",
+    storage_options: Mapping[str, Any] | None = None,
+) -> Tally:
+    """Write a page on scores, ``index.html``, and its pictures as PNG files.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame
+        What ``pairwise`` returns, with or without the column of clusters. Dask frames are read partition by partition.
+    folder : str or path-like
+        Where to write, made where it is missing; local, or a URL that fsspec understands.
+    eps : float, default 0.01
+        The choice of eps that the page shows first.
+    documents : Documents, optional
+        Where the texts or images are; without it the page shows ids.
+    cluster_field : str, default "centroid"
+        Column of clusters.
+    source : str
+        What the scores are, for the page to say.
+    storage_options : mapping, optional
+        Arguments of the folder's fsspec file system.
+
+    Returns
+    -------
+    Tally
+        The numbers that the page shows.
+
+    Raises
+    ------
+    MissingColumnsError
+        If the scores, or the documents, lack a column.
+    InvalidArgumentError
+        If `eps` is not a number from 0 to 2, or no document has an id of the scores.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.9]})
+    >>> folder = tempfile.mkdtemp()
+    >>> tally = write_report(scores, folder, eps=0.01)
+    >>> int(tally.duplicates(0.01)), sorted(os.listdir(folder))
+    (1, ['duplicates.png', 'histogram.png', 'index.html'])
+    """
+    check_eps(eps)
+    largest_eps = max(LARGEST_EPS, min(1.0, 1.5 * eps))
+    tally, pairs = _survey(scores, eps, largest_eps, cluster_field)
+    cards = _cards(pairs, documents)
+    figures = _draw(tally, eps, cluster_field)
+    page = _render(tally, eps, cards, figures, source=source, images=bool(documents and documents.image_field))
+    fs, root = fsspec.url_to_fs(os.fspath(folder), **(storage_options or {}))
+    fs.makedirs(root, exist_ok=True)
+    for name, picture in figures.items():
+        fs.pipe_file(f"{root}/{name}.png", picture.png)
+    fs.pipe_file(f"{root}/{PAGE}", page.encode())
+    return tally
+
+
+def _survey(scores: Any, eps: float, largest_eps: float, cluster_field: str) -> tuple[Tally, pd.DataFrame]:
+    """The tally of the scores and the pairs to show, in one pass."""
+    count = tally_counter(scores, eps, largest_eps=largest_eps, cluster_field=cluster_field)
+    counts = dict.fromkeys(threshold(largest_eps * np.linspace(0, 1, STOPS) ** 2).tolist(), SHOWN_ELSEWHERE)
+    counts[float(threshold(eps))] = SHOWN
+    select = partial(select_pairs, counts=counts, most_similar=SHOWN)
+    parts = delayed_parts(scores, count.columns)
+    if parts is None:
+        return count(scores), select(scores)
+    tallies = [dask.delayed(count)(part) for part in parts]
+    pairs = [dask.delayed(select)(part) for part in parts]
+    tally, chosen = dask.compute(merge_tree(tallies, Tally.merge), merge_tree(pairs, partial(merge_pairs, select)))
+    return tally, chosen
+
+
+def _cards(pairs: pd.DataFrame, documents: Documents | None) -> list[Pair]:
+    """The pairs with what is to be shown of their documents."""
+    scored = zip(pairs["id"], pairs["max_id"], pairs[SCORE_COLUMN].astype(float), strict=True)
+    if documents is None:
+        return [Pair(str(one), str(other), score) for one, other, score in scored]
+    found = documents.find(pd.Index(list(dict.fromkeys([*pairs["id"], *pairs["max_id"]]))))
+    texts = found[documents.text_field].to_dict() if documents.text_field else None
+    images = _thumbnails(found[documents.image_field], documents) if documents.image_field else None
+    return [_card(one, other, score, texts, images) for one, other, score in scored]
+
+
+def _card(one: Any, other: Any, score: float, texts: dict[Any, Any] | None, images: dict[Any, str] | None) -> Pair:
+    sides = pictures = None
+    same = False
+    if texts is not None:
+        shown = document_text(texts.get(one)), document_text(texts.get(other))
+        sides, same = compare_texts(*shown), shown[0] == shown[1] != ""
+    if images is not None:
+        pictures = images.get(one, "No such document."), images.get(other, "No such document.")
+    return Pair(str(one), str(other), score, sides, pictures, same)
+
+
+def _thumbnails(column: pd.Series, documents: Documents) -> dict[Any, str]:
+    return {key: thumbnail(_encoded(value), documents.open) for key, value in column.items()}
+
+
+def _encoded(value: Any) -> Any:
+    """The bytes or the path of an image that may be a struct of both."""
+    return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as a PNG file and as part of a page.
+
+    `x` and `y` lead from data to the units of the SVG, offset and slope; `width` is in those units.
+    """
+
+    png: bytes
+    svg: Markup
+    x: tuple[float, float]
+    y: tuple[float, float]
+    width: float
+
+
+def _draw(tally: Tally, eps: float, cluster_field: str) -> dict[str, Picture]:
+    from dask_semdedup.report import plots
+
+    drawings: dict[str, Any] = {
+        "histogram": partial(plots.score_histogram, tally, eps),
+        "duplicates": partial(plots.duplicates_curve, tally, eps, largest_eps=tally.largest_eps),
+    }
+    if tally.clusters is not None:
+        drawings["clusters"] = partial(plots.cluster_sizes, tally, eps, cluster_field=cluster_field)
+    return {name: _picture(name, draw) for name, draw in drawings.items()}
+
+
+def _picture(name: str, draw: Any) -> Picture:
+    from matplotlib.figure import Figure
+
+    encoded = io.BytesIO()
+    draw().savefig(encoded, format="png", dpi=160)
+    # Narrower for the page, so that its letters can be read on a telephone.
+    figure = draw(figure=Figure(figsize=(5.6, 3.6), layout="constrained"))
+    axes = figure.axes[0]
+    label = axes.get_title(loc="left")
+    axes.set_title("", loc="left")
+    for text in list(axes.texts):
+        text.remove()
+    bars = [bar for container in axes.containers for bar in container]
+    for number, bar in enumerate(bars):
+        bar.set_gid(f"{name}-bar-{number}")
+    if axes.lines:
+        axes.lines[-1].set_gid(f"{name}-mark")
+    svg = _svg(figure, label)
+    x, y = _scales(figure)
+    return Picture(encoded.getvalue(), svg, x, y, 72 * figure.get_size_inches()[0])
+
+
+def _svg(figure: Figure, label: str) -> Markup:
+    """The figure as an element of a page, in the page's colours and letters."""
+    import matplotlib as mpl
+
+    from dask_semdedup.report import plots
+
+    encoded = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dask-semdedup"}):
+        figure.savefig(encoded, format="svg", transparent=True, metadata={"Date": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", encoded.getvalue(), flags=re.DOTALL)
+    width, height = figure.get_size_inches() * 72
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{Markup.escape(label)}">'
+    svg = re.sub(r".*?<svg[^>]*>", lambda _: head, svg, count=1, flags=re.DOTALL)
+    variables = {plots.BLUE: "blue", plots.VERMILION: "vermilion", plots.INK: "soft", plots.PALE: "line"}
+    for colour, name in variables.items():
+        svg = svg.replace(colour.lower(), f"var(--{name})")
+    return Markup(svg.replace("xlink:href", "href"))
+
+
+def _scales(figure: Figure) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Offset and slope from data, of linear axes, to the units of the SVG, in which y points down."""
+    axes = figure.axes[0]
+    width, height = figure.get_size_inches() * 72
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    corners = figure.transFigure.inverted().transform(axes.transData.transform([(left, bottom), (right, top)]))
+    (x0, y0), (x1, y1) = corners * [width, height]
+    x_slope, y_slope = (x1 - x0) / (right - left), -(y1 - y0) / (top - bottom)
+    return (x0 - x_slope * left, x_slope), (height - y0 - y_slope * bottom, y_slope)
+
+
+def _render(
+    tally: Tally,
+    eps: float,
+    cards: Sequence[Pair],
+    figures: Mapping[str, Picture],
+    *,
+    source: str,
+    images: bool,
+) -> str:
+    from dask_semdedup import __version__
+
+    border = float(threshold(eps))
+    dropped = [card for card in cards if card.score >= border]
+    kept = cards[len(dropped) :]
+    script = load_asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    rows = [value for value in tally.grid if value in EPS_GRID or value == eps]
+    return str(
+        templates()
+        .get_template("report.html")
+        .render(
+            eps=f"{eps:g}",
+            similarity=f"{1 - eps:g}",
+            rows=tally.rows,
+            compared=tally.compared,
+            duplicates=int(tally.duplicates(eps)),
+            table=[{"eps": f"{value:g}", "duplicates": int(tally.duplicates(value))} for value in rows],
+            clusters=_listed(tally),
+            cluster_count=None if tally.clusters is None else len(tally.clusters),
+            figures=figures,
+            before=dropped[:-SHOWN],
+            dropped=dropped[-SHOWN:],
+            kept=kept[:SHOWN],
+            after=kept[SHOWN:],
+            most_similar=cards[:SHOWN],
+            images=images,
+            data=_script_data(tally, eps, figures),
+            style=load_asset("pairs.css") + load_asset("report.css"),
+            script=script,
+            digest=digest,
+            source=source,
+            version=__version__,
+        )
+    )
+
+
+def _listed(tally: Tally) -> list[dict[str, Any]]:
+    """The clusters with the most duplicates."""
+    if tally.clusters is None:
+        return []
+    most = tally.clusters.sort_values(["duplicates", "rows"], ascending=False).head(CLUSTERS_LISTED)
+    counted = zip(most.index, most["rows"], most["duplicates"], strict=True)
+    return [{"name": str(name), "rows": int(rows), "duplicates": int(count)} for name, rows, count in counted if count]
+
+
+def _script_data(tally: Tally, eps: float, figures: Mapping[str, Picture]) -> dict[str, Any]:
+    """What the page's script must know to follow the slider."""
+    return {
+        "rows": tally.rows,
+        "shown": SHOWN,
+        "start": int(np.searchsorted(tally.grid, eps)),
+        "eps": tally.grid.tolist(),
+        "thresholds": threshold(tally.grid).astype(float).tolist(),
+        "duplicates": tally.duplicates(tally.grid).tolist(),
+        "histogram": {"x": figures["histogram"].x, "width": figures["histogram"].width},
+        "curve": {"x": figures["duplicates"].x, "y": figures["duplicates"].y},
+    }

@@ -1,0 +1,367 @@
+"""Pictures of scores and duplicates, as Matplotlib figures, and of pairs of texts, as HTML.
+
+Each function that draws returns a :class:`matplotlib.figure.Figure` made without pyplot, so that nothing global changes
+and nothing needs a screen: a notebook shows what a function returns, a script calls ``savefig`` on it. Given
+``figure=``, which may also be a subfigure, a function draws there instead, so that pictures can be put side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+
+import numpy as np
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+
+from dask_semdedup.errors import MissingColumnsError
+from dask_semdedup.report.gallery import check_pairs
+from dask_semdedup.report.summary import take_tally
+from dask_semdedup.steps.duplicates import threshold as duplicate_threshold
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["cluster_sizes", "duplicates_curve", "pair_gallery", "score_histogram"]
+
+AnyFigure: TypeAlias = Figure | SubFigure
+
+# Who passes a figure gets it back.
+Given = TypeVar("Given", Figure, SubFigure)
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE, VERMILION, INK, PALE = "#0072B2", "#D55E00", "#333333", "#C8CDD2"
+
+# More steps than this cannot be told apart in a picture.
+MOST_STEPS = 1000
+
+THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
+
+
+@overload
+def score_histogram(scores: Any, eps: float | None = 0.01, *, bins: int = 60, figure: None = None) -> Figure: ...
+
+
+@overload
+def score_histogram(scores: Any, eps: float | None = 0.01, *, bins: int = 60, figure: Given) -> Given: ...
+
+
+def score_histogram(
+    scores: Any, eps: float | None = 0.01, *, bins: int = 60, figure: AnyFigure | None = None
+) -> AnyFigure:
+    """Histogram of the scores, with the duplicates at ``eps`` in another colour.
+
+    The first row of each cluster, which was compared with nothing, is left out. Counts are on a logarithmic axis:
+    there are usually few duplicates, and they are what one looks for.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame, or Tally
+        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
+        partition.
+    eps : float, optional
+        Rows with a score of at least ``1 - eps`` are drawn as duplicates; None marks none.
+    bins : int
+        Number of bars over the range of the scores.
+    figure : Figure or SubFigure, optional
+        Where to draw.
+
+    Returns
+    -------
+    Figure or SubFigure
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.3, 0.995]})
+    >>> score_histogram(scores, eps=0.01).axes[0].get_title(loc="left")
+    '1 duplicate among 2 compared rows'
+    """
+    tally = take_tally(scores, eps)
+    threshold = 1.0 if eps is None else float(duplicate_threshold(eps))
+    figure, axes = _axes(figure, "Cosine similarity to the most similar preferred row", "Rows")
+    edges, counts = tally.histogram(bins)
+    colours = [VERMILION if left >= threshold else BLUE for left in edges[:-1]]
+    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours, edgecolor=colours, linewidth=0.4)
+    if counts.any():
+        axes.set_yscale("log")
+        axes.set_ylim(0.8, 3 * counts.max())
+    else:
+        axes.set_ylim(0, 1)
+        axes.set_yticks([0, 1])
+    axes.yaxis.set_major_formatter(THOUSANDS)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if eps is None:
+        _title(axes, f"Scores of {tally.compared:,} compared rows")
+        return figure
+    duplicates = int(tally.duplicates(eps))
+    noun = "duplicate" if duplicates == 1 else "duplicates"
+    _title(axes, f"{duplicates:,} {noun} among {tally.compared:,} compared rows")
+    _mark_threshold(axes, threshold, f"1 − eps = {1 - eps:.6g}")
+    return figure
+
+
+@overload
+def duplicates_curve(
+    scores: Any, eps: float | None = None, *, largest_eps: float = 0.2, figure: None = None
+) -> Figure: ...
+
+
+@overload
+def duplicates_curve(scores: Any, eps: float | None = None, *, largest_eps: float = 0.2, figure: Given) -> Given: ...
+
+
+def duplicates_curve(
+    scores: Any, eps: float | None = None, *, largest_eps: float = 0.2, figure: AnyFigure | None = None
+) -> AnyFigure:
+    """Share of rows that are duplicates, against eps.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame, or Tally
+        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
+        partition.
+    eps : float, optional
+        A choice to mark on the curve.
+    largest_eps : float
+        Right end of the axis.
+    figure : Figure or SubFigure, optional
+        Where to draw.
+
+    Returns
+    -------
+    Figure or SubFigure
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.3, 0.995]})
+    >>> duplicates_curve(scores, eps=0.01).axes[0].get_title(loc="left")
+    'eps = 0.01 drops 1 of 3 rows (33.3%)'
+    """
+    tally = take_tally(scores, eps, largest_eps=largest_eps)
+    rows = max(tally.rows, 1)
+    figure, axes = _axes(figure, "eps: how far below 1 a duplicate's similarity may be", "Rows dropped")
+    grid = tally.grid
+    dropped = tally.duplicates(grid)
+    axes.fill_between(grid, dropped / rows, color=BLUE, alpha=0.12, linewidth=0)
+    axes.plot(grid, dropped / rows, color=BLUE, linewidth=2)
+    axes.set_xlim(0, grid[-1])
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    _title(axes, f"What each eps drops of {tally.rows:,} rows")
+    if eps is not None:
+        count = int(tally.duplicates(eps))
+        axes.plot([eps], [count / rows], "o", color=VERMILION, markersize=9, clip_on=False, zorder=3)
+        _title(axes, f"eps = {eps:g} drops {count:,} of {tally.rows:,} rows ({count / rows:.1%})")
+    return figure
+
+
+@overload
+def cluster_sizes(
+    scores: Any, eps: float = 0.01, *, cluster_field: str = "centroid", figure: None = None
+) -> Figure: ...
+
+
+@overload
+def cluster_sizes(scores: Any, eps: float = 0.01, *, cluster_field: str = "centroid", figure: Given) -> Given: ...
+
+
+def cluster_sizes(
+    scores: Any, eps: float = 0.01, *, cluster_field: str = "centroid", figure: AnyFigure | None = None
+) -> AnyFigure:
+    """Rows and duplicates of each cluster, from the largest cluster to the smallest.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame, or Tally
+        What ``pairwise`` returns. Dask frames are read partition by partition.
+    eps : float
+        Rows with a score of at least ``1 - eps`` are duplicates.
+    cluster_field : str
+        Column of clusters.
+    figure : Figure or SubFigure, optional
+        Where to draw.
+
+    Returns
+    -------
+    Figure or SubFigure
+
+    Raises
+    ------
+    MissingColumnsError
+        If there is no column of clusters.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 3], "cosine_sim_score": [0.0, 0.995, 0.0]})
+    >>> cluster_sizes(scores.assign(centroid=[0, 0, 1])).axes[0].get_title(loc="left")
+    '2 clusters of 1 to 2 rows'
+    """
+    tally = take_tally(scores, eps, cluster_field=cluster_field)
+    if tally.clusters is None:
+        raise MissingColumnsError.build([cluster_field], scores.columns, "Name the clusters' column as cluster_field.")
+    counts = tally.clusters.sort_values(["rows", "duplicates"], ascending=False)
+    figure, axes = _axes(figure, "Clusters, from the largest to the smallest", "Rows")
+    shown = np.unique(np.linspace(0, max(len(counts) - 1, 0), MOST_STEPS).astype(int))[: len(counts)]
+    edges = np.append(shown, len(counts))
+    for name, colour, label in [("rows", BLUE, "all rows"), ("duplicates", VERMILION, "duplicates")]:
+        axes.stairs(counts[name].to_numpy()[shown], edges, fill=True, color=colour, label=label)
+    axes.set_xlim(0, max(len(counts), 1))
+    axes.set_ylim(bottom=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_formatter(THOUSANDS)
+    # Between the title and the axes, which the bars may fill.
+    axes.legend(
+        frameon=False, labelcolor=INK, fontsize=10, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
+    )
+    least, most = (counts["rows"].min(), counts["rows"].max()) if len(counts) else (0, 0)
+    noun = "cluster" if len(counts) == 1 else "clusters"
+    sizes = f"{least:,} to {most:,} rows" if least < most else f"{most:,} {'row' if most == 1 else 'rows'}"
+    _title(axes, f"{len(counts):,} {noun} of {sizes}", pad=34)
+    return figure
+
+
+@overload
+def pair_gallery(
+    queries: np.ndarray,
+    matches: np.ndarray,
+    scores: Sequence[float] | np.ndarray,
+    *,
+    title: str = "Pairs",
+    columns: int = 4,
+    cmap: str = "gray_r",
+    interpolation: str = "auto",
+    figure: None = None,
+) -> Figure: ...
+
+
+@overload
+def pair_gallery(
+    queries: np.ndarray,
+    matches: np.ndarray,
+    scores: Sequence[float] | np.ndarray,
+    *,
+    title: str = "Pairs",
+    columns: int = 4,
+    cmap: str = "gray_r",
+    interpolation: str = "auto",
+    figure: Given,
+) -> Given: ...
+
+
+def pair_gallery(
+    queries: np.ndarray,
+    matches: np.ndarray,
+    scores: Sequence[float] | np.ndarray,
+    *,
+    title: str = "Pairs",
+    columns: int = 4,
+    cmap: str = "gray_r",
+    interpolation: str = "auto",
+    figure: AnyFigure | None = None,
+) -> AnyFigure:
+    """Images side by side: each row's own, the one it was found to resemble, and the score below.
+
+    Parameters
+    ----------
+    queries, matches : ndarray of shape (n, height, width) or (n, height, width, 3)
+        The images of the rows and of their most similar preferred rows.
+    scores : array of shape (n,)
+        Their cosine similarities.
+    title : str
+        Heading of the picture.
+    columns : int
+        Pairs in a line.
+    cmap : str
+        Matplotlib's name of the colours of one-channel images.
+    interpolation : str
+        Matplotlib's name of how pixels are drawn larger or smaller than they are.
+    figure : Figure or SubFigure, optional
+        Where to draw.
+
+    Returns
+    -------
+    Figure or SubFigure
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images = np.zeros((3, 8, 8))
+    >>> len(pair_gallery(images, images, [1.0, 0.99, 0.98], columns=2).axes)
+    6
+    """
+    check_pairs(queries, matches, scores)
+    lines = max(1, -(-len(scores) // columns))
+    if figure is None:
+        figure = Figure(figsize=(2.1 * columns, 1.35 * lines + 0.7), facecolor="white")
+    height = figure.bbox.height / figure.dpi  # in inches, as the room for text is
+    figure.suptitle(title, x=0.02, y=1 - 0.12 / height, ha="left", va="top", fontsize=13, fontweight="bold", color=INK)
+    # Each pair is two image columns; a narrow empty column keeps the pairs apart.
+    grid = figure.add_gridspec(
+        lines,
+        3 * columns,
+        width_ratios=[1, 1, 0.35] * columns,
+        wspace=0.08,
+        hspace=0.4,
+        left=0.02,
+        right=0.99,
+        top=1 - 0.5 / height,
+        bottom=0.3 / height,
+    )
+    for number, (query, match, score) in enumerate(zip(queries, matches, scores, strict=True)):
+        line, column = divmod(number, columns)
+        left = _image(figure.add_subplot(grid[line, 3 * column]), query, cmap, interpolation)
+        _image(figure.add_subplot(grid[line, 3 * column + 1]), match, cmap, interpolation)
+        # The score stands under the pair: at the right end of the left image.
+        left.text(1.04, -0.1, f"{score:.4f}", transform=left.transAxes, ha="center", va="top", fontsize=10, color=INK)
+    return figure
+
+
+def _axes(figure: AnyFigure | None, x_label: str, y_label: str) -> tuple[AnyFigure, Axes]:
+    """Axes without chart junk, in the given figure or in a new one."""
+    if figure is None:
+        figure = Figure(figsize=(7.2, 4.2), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(PALE)
+    axes.tick_params(colors=INK, labelsize=10, color=PALE)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(axis="y", color=PALE, alpha=0.5, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x_label, fontsize=11, color=INK, labelpad=8)
+    axes.set_ylabel(y_label, fontsize=11, color=INK, labelpad=8)
+    return figure, axes
+
+
+def _title(axes: Axes, text: str, pad: float = 14) -> None:
+    axes.set_title(text, loc="left", fontsize=13, fontweight="bold", color=INK, pad=pad)
+
+
+def _mark_threshold(axes: Axes, position: float, label: str) -> None:
+    """A thin vertical line with its name beside its upper end, where there is room for it."""
+    axes.axvline(position, color=VERMILION, linewidth=1.2, linestyle=(0, (4, 2)))
+    left, right = axes.get_xlim()
+    is_left = position < left + 0.3 * (right - left)
+    axes.annotate(
+        label,
+        (position, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(6 if is_left else -6, -2),
+        textcoords="offset points",
+        ha="left" if is_left else "right",
+        va="top",
+        fontsize=10,
+        color=VERMILION,
+    )
+
+
+def _image(axes: Axes, pixels: np.ndarray, cmap: str, interpolation: str) -> Axes:
+    axes.imshow(pixels, cmap=cmap, interpolation=interpolation)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(PALE)
+    return axes

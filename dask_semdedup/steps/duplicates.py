@@ -1,0 +1,203 @@
+"""From scores to duplicates: what eps decides, for one eps or several, and how many duplicates each would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.frames.backend import to_list
+from dask_semdedup.frames.columns import SCORE_COLUMN
+from dask_semdedup.frames.ids import are_equal
+
+__all__ = [
+    "check_eps",
+    "check_score_columns",
+    "eps_column",
+    "find_duplicates",
+    "is_duplicate",
+    "threshold",
+    "without_first_rows",
+]
+
+
+def check_eps(eps: float) -> None:
+    """Raise `InvalidArgumentError` unless `eps` is a cosine distance: a number from 0 to 2.
+
+    Examples
+    --------
+    >>> check_eps(0.01)
+    """
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps <= 2:
+        raise InvalidArgumentError(f"eps must be a number from 0 to 2, a cosine distance, not {eps!r}.")
+
+
+def threshold(eps: Any) -> Any:
+    """Compute the score from which rows are duplicates, rounded as the scores are.
+
+    Parameters
+    ----------
+    eps : float or array
+        Cosine distances.
+
+    Returns
+    -------
+    numpy.float32 or float32 array
+        ``1 - eps``, subtracted in float64 and rounded once.
+
+    Notes
+    -----
+    Compared with a Python float, a float32 score would be one side of the threshold in pandas and the other side where
+    a filter is pushed into a Parquet reader, which compares in float64. A float32 is the same to both.
+
+    Examples
+    --------
+    >>> threshold(0.05)
+    np.float32(0.95)
+    """
+    return np.subtract(1, np.asarray(eps, np.float64)).astype(np.float32)
+
+
+def is_duplicate(scores: Any, eps: float) -> Any:
+    """Decide for each score whether its row is a duplicate: the one place that does.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask Series
+        Cosine similarities. Those that are not float32 are rounded to it.
+    eps : float
+        Cosine distance.
+
+    Returns
+    -------
+    Series of bool
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> is_duplicate(pd.Series([0.0, 0.9, 0.95, 1.0]), eps=0.05).to_list()
+    [False, False, True, True]
+    """
+    # Without a conversion where none is needed, Dask can push the comparison into a Parquet reader.
+    scores = scores if scores.dtype == np.float32 else scores.astype("float32")
+    return scores >= threshold(eps)
+
+
+def find_duplicates(scores: Any, eps: float | Sequence[float]) -> Any:
+    """Select the rows that are at least ``1 - eps`` similar to a row preferred over them.
+
+    Parameters
+    ----------
+    scores : pandas, cuDF or Dask DataFrame
+        With the column ``cosine_sim_score``.
+    eps : float or sequence of float
+        Cosine distance, from 0 to 2. From 1 on, the first rows of all clusters are selected as well, since their
+        score is 0.
+
+    Returns
+    -------
+    DataFrame
+        For one eps, the selected rows, with all columns. For several, all rows, with one more column of bool for each,
+        which is named as ``eps=0.01``. Lazy where `scores` is.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If `eps` is not a number from 0 to 2, or a sequence of such that is empty or repeats one.
+    MissingColumnsError
+        If there is no column of scores.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.9]})
+    >>> find_duplicates(scores, eps=0.01)
+       id  max_id  cosine_sim_score
+    1   2       1             0.995
+    >>> find_duplicates(scores, eps=[0.001, 0.01])
+       id  max_id  cosine_sim_score  eps=0.001  eps=0.01
+    0   1       1             0.000      False     False
+    1   2       1             0.995      False      True
+    2   3       2             0.900      False     False
+    """
+    if _is_one(eps):
+        check_eps(eps)  # type: ignore[arg-type]
+        check_score_columns(scores, [SCORE_COLUMN])
+        return scores[is_duplicate(scores[SCORE_COLUMN], eps)]  # type: ignore[arg-type]
+    grid = _check_several(eps)  # type: ignore[arg-type]
+    check_score_columns(scores, [SCORE_COLUMN])
+    return scores.assign(**{eps_column(value): is_duplicate(scores[SCORE_COLUMN], value) for value in grid})
+
+
+def without_first_rows(duplicates: Any) -> Any:
+    """Drop the first rows of clusters, which are their own ``max_id``, with score 0, and are kept whatever eps is.
+
+    Parameters
+    ----------
+    duplicates : pandas.DataFrame or cudf.DataFrame
+        With the columns ``id``, ``max_id`` and ``cosine_sim_score``.
+
+    Raises
+    ------
+    IdError
+        If rows that are not the first of their cluster are their own ``max_id``: two rows have one id.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> without_first_rows(pd.DataFrame({"id": [1, 2], "max_id": [1, 1], "cosine_sim_score": [0.0, 0.5]}))
+       id  max_id  cosine_sim_score
+    1   2       1               0.5
+    """
+    is_own = are_equal(duplicates["id"], duplicates["max_id"])
+    repeated = duplicates["id"][is_own & (duplicates[SCORE_COLUMN] != 0)]
+    if len(repeated):
+        raise IdError(
+            f"{have(len(repeated), 'duplicate')} the id of the preferred row (ids {some(to_list(repeated))}): "
+            "ids repeat, and which row is meant cannot be told. Give every row an id of its own, and score again."
+        )
+    return duplicates[~is_own]
+
+
+def eps_column(eps: float) -> str:
+    """Name the column that says which rows are duplicates at one of several eps, as the original SemDeDup does.
+
+    Examples
+    --------
+    >>> eps_column(0.010)
+    'eps=0.01'
+    """
+    return f"eps={float(eps):g}"
+
+
+def check_score_columns(scores: Any, required: Iterable[str]) -> None:
+    """Raise `MissingColumnsError` unless a frame has these columns of scores.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_score_columns(pd.DataFrame({"id": [1], "max_id": [1]}), ["id", "max_id"])
+    """
+    required = list(required)
+    if not set(required) <= set(scores.columns):
+        raise MissingColumnsError.build(required, scores.columns, "Scores come from ddf.semdedup.pairwise().")
+
+
+def _is_one(eps: Any) -> bool:
+    """Whether this is meant as one eps, good or bad, rather than as several."""
+    return isinstance(eps, (str, bytes)) or not isinstance(eps, Iterable) or getattr(eps, "ndim", 1) == 0
+
+
+def _check_several(eps: Iterable[float]) -> tuple[float, ...]:
+    values = list(eps)
+    for value in values:
+        check_eps(value)
+    names = [eps_column(value) for value in values]
+    if not names:
+        raise InvalidArgumentError("eps must be a number from 0 to 2 or several of them, not an empty sequence.")
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise InvalidArgumentError(f"eps may not repeat a value, to six digits, as {', '.join(repeated)} does.")
+    return tuple(map(float, values))

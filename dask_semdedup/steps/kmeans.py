@@ -1,0 +1,465 @@
+"""K-means over embeddings: fit on a sample, then assign and measure distances, one partition at a time.
+
+The fit is that of scikit-learn on a CPU and of cuML on a GPU. Assignment is ours, so that its memory is bounded:
+products of a block of rows with a block of centroids, of which only the nearest are kept. All of it works on rows of
+unit length; only `kmeans_partition` and `kmeans_meta` know of frames.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+from dask.dataframe.dispatch import concat
+from dask.tokenize import tokenize
+
+from dask_semdedup.device.devices import check_device, choose_device
+from dask_semdedup.device.memory import share_memory_pool
+from dask_semdedup.device.queues import cores_for
+from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, have, some
+from dask_semdedup.frames.backend import array_like, home_of, is_cudf, shares_memory
+from dask_semdedup.frames.columns import DISTANCE_COLUMNS, home_field
+from dask_semdedup.frames.embeddings import to_embeddings, to_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Centroids", "assign", "check_centroids", "distances", "kmeans_meta", "kmeans_partition", "normalise"]
+
+# Rows and centroids that are multiplied at once: a product of 8 MiB stays in a CPU's cache, and 64 MiB keep a GPU busy.
+BLOCKS = {"cpu": (2048, 1024), "cuda": (4096, 4096)}
+
+# Bytes of rows that are normalised, or measured in float64, at once.
+CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Centroids as they go to the tasks of a graph.
+
+    Parameters
+    ----------
+    values : (k, d) float32 array
+        One centroid a row.
+    """
+
+    values: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """Number of dimensions, d."""
+        return self.values.shape[1]
+
+    @cached_property
+    def distinct(self) -> np.ndarray:
+        """Numbers of the centroids that equal no earlier one, ascending: only these are ever nearest."""
+        rows = np.ascontiguousarray(self.values + np.float32(0))  # -0.0 becomes 0.0.
+        keys = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel()
+        return np.sort(np.unique(keys, return_index=True)[1])
+
+    @cached_property
+    def token(self) -> str:
+        """Changes when the centroids do."""
+        return tokenize(self.values)
+
+    def __dask_tokenize__(self) -> str:
+        return self.token
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def check_centroids(centroids: Any) -> Centroids:
+    """Read centroids, or take those that are given, and check them.
+
+    Parameters
+    ----------
+    centroids : (k, d) array_like, str or path-like
+        Of NumPy or CuPy, or the path of a ``.npy`` file: local, or a URL that fsspec understands.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If they are not a matrix of finite numbers with at least one row.
+
+    Examples
+    --------
+    >>> len(check_centroids([[1, 0], [0, 1]]))
+    2
+    """
+    origin = "centroids"
+    if isinstance(centroids, str | os.PathLike):
+        origin = f"centroids in {os.fspath(centroids)!r}"
+        centroids = _load(os.fspath(centroids))
+    array = centroids.get() if type(centroids).__module__.partition(".")[0] == "cupy" else np.asarray(centroids)
+    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
+        raise InvalidArgumentError(
+            f"The {origin} must be a matrix of numbers, one centroid a row, not {array.dtype} of shape {array.shape}."
+        )
+    # A copy: the caller's may change later, and what is lazy must not.
+    values = np.array(array, dtype=np.float32, order="C")
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        raise InvalidArgumentError(f"Of the {origin}, {have(len(bad), 'row')} NaN or infinite values: {some(bad)}.")
+    return Centroids(values)
+
+
+def _load(path: str) -> np.ndarray:
+    try:
+        with fsspec.open(path, "rb") as file:
+            return np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InvalidArgumentError(f"centroids: {path!r} is not a .npy file of numbers ({error}).") from error
+
+
+def normalise(rows: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
+    """Bring rows to unit length.
+
+    Parameters
+    ----------
+    rows : (n, d) float32 tensor
+        Finite.
+    in_place : bool, default False
+        Whether `rows` may be written to.
+
+    Returns
+    -------
+    (n, d) float32 tensor
+        `rows` itself where all are of unit length already, to within 2⁻²⁰. Such rows, and all-zero ones, stay as they
+        are, bit for bit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> normalise(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    import torch
+
+    from dask_semdedup.search.certify import UNIT_TOLERANCE, chunks, measure
+
+    out = rows if in_place else None
+    for part in chunks(len(rows), rows.element_size() * rows.shape[1], CHUNK_BYTES[rows.device.type]):
+        unit = measure(rows[part])
+        if unit.is_unit:
+            if out is not None and out is not rows:
+                out[part] = rows[part]
+            continue
+        if out is None:
+            out = torch.empty_like(rows)
+            out[: part.start] = rows[: part.start]
+        keep = unit.is_zero | ((unit.inverse_norm - 1).abs() <= UNIT_TOLERANCE)
+        torch.mul(unit.rows, torch.where(keep, 1.0, unit.inverse_norm)[:, None], out=out[part])
+    return rows if out is None else out
+
+
+def assign(rows: torch.Tensor, centroids: torch.Tensor, *, n_probe: int = 1) -> torch.Tensor:
+    """Find for every row its nearest centroids by Euclidean distance.
+
+    Parameters
+    ----------
+    rows : (n, d) float32 tensor
+        On any device; they are sent block by block to that of the centroids.
+    centroids : (k, d) float32 tensor
+        Distinct: of two that are equal, either may be found.
+    n_probe : int, default 1
+        The centroids to find for each row, from 1 to k.
+
+    Returns
+    -------
+    (n, n_probe) int32 tensor, where the rows are
+        Numbers of centroids, the nearest first; of those equally near, the lowest first.
+
+    Notes
+    -----
+    ``|x - c|²`` is least where ``x·c - |c|²/2`` is largest. That is computed in float32 for a block of rows and a
+    block of centroids at a time, of which the best `n_probe` are kept, so that memory beyond the result does not
+    depend on the number of rows or centroids: less than 64 MB on a CPU, 256 MB on a GPU.
+
+    Examples
+    --------
+    >>> import torch
+    >>> assign(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), n_probe=2)
+    tensor([[1, 0],
+            [0, 1]], dtype=torch.int32)
+    """
+    import torch
+
+    from dask_semdedup.search import ieee_products
+
+    device = centroids.device
+    row_step, centroid_step = BLOCKS[device.type]
+    half_squares = _half_squares(centroids)
+    labels = torch.empty((len(rows), n_probe), dtype=torch.int32, device=rows.device)
+    product = torch.empty(min(row_step, len(rows)) * min(centroid_step, len(centroids)), device=device)
+    with ieee_products:
+        for start in range(0, len(rows), row_step):
+            block = rows[start : start + row_step].to(device)
+            labels[start : start + row_step] = _nearest(block, centroids, half_squares, n_probe, centroid_step, product)
+    return labels
+
+
+def _half_squares(centroids: torch.Tensor) -> torch.Tensor:
+    """Half the squared length of each centroid, by float64, without a copy of them all."""
+    import torch
+
+    from dask_semdedup.search.certify import chunks
+
+    # Into one array: small ones that are kept would lie between the large ones that are freed, and keep their memory.
+    halves = torch.empty(len(centroids), device=centroids.device)
+    for part in chunks(len(centroids), 8 * centroids.shape[1], CHUNK_BYTES[centroids.device.type]):
+        halves[part] = centroids[part].double().square_().sum(dim=1).div_(2)
+    return halves
+
+
+def _nearest(
+    rows: torch.Tensor,
+    centroids: torch.Tensor,
+    half_squares: torch.Tensor,
+    n_probe: int,
+    step: int,
+    memory: torch.Tensor,
+) -> torch.Tensor:
+    """The nearest centroids of a block of rows: (n, n_probe) numbers."""
+    import torch
+
+    best = torch.empty((len(rows), 0), device=rows.device)
+    numbers = torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device)
+    for start in range(0, len(centroids), step):
+        block = centroids[start : start + step]
+        product = memory[: len(rows) * len(block)].view(len(rows), len(block))
+        torch.addmm(half_squares[start : start + step], rows, block.T, beta=-1, out=product)
+        values, found = _largest(product, min(n_probe, len(block)))
+        best = torch.cat([best, values], dim=1)
+        numbers = torch.cat([numbers, found + start], dim=1)
+        if start:
+            # Stable, and lower numbers come first: they win among equals.
+            order = best.argsort(dim=1, descending=True, stable=True)[:, :n_probe]
+            best, numbers = best.gather(1, order), numbers.gather(1, order)
+    return numbers
+
+
+def _largest(product: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest numbers of each row and where they are, the first among equals first, which `topk` does not promise.
+
+    It overwrites `product`.
+    """
+    import torch
+
+    values, found = [], []
+    for turn in range(count):
+        value, where = product.max(dim=1, keepdim=True)
+        values.append(value)
+        found.append(where)
+        if turn < count - 1:
+            product.scatter_(1, where, -torch.inf)
+    return torch.cat(values, dim=1), torch.cat(found, dim=1)
+
+
+def distances(rows: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure how far rows are from their centroids.
+
+    Parameters
+    ----------
+    rows : (n, d) float32 tensor
+        On any device; they are sent block by block to that of the centroids.
+    centroids : (k, d) float32 tensor
+    labels : (n,) integer tensor
+        Each row's centroid.
+
+    Returns
+    -------
+    l2, cosine : (n,) float32 tensors, where the rows are
+        The Euclidean distance of the normalised row to its centroid, and 1 minus the cosine similarity of the two.
+        Both are computed in float64. The cosine distance of an all-zero row, or to an all-zero centroid, is 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> l2, cosine = distances(torch.tensor([[0.6, 0.8]]), torch.tensor([[0.0, 0.5]]), torch.tensor([0]))
+    >>> l2, cosine
+    (tensor([0.6708]), tensor([0.2000]))
+    """
+    import torch
+
+    from dask_semdedup.search.certify import chunks
+
+    l2, cosine = (torch.empty(len(rows), device=rows.device) for _ in range(2))
+    for part in chunks(len(rows), 8 * rows.shape[1], CHUNK_BYTES[centroids.device.type]):
+        # By index_select: it takes int32 as it is.
+        own = centroids.index_select(0, labels[part].to(centroids.device)).double()
+        unit, is_zero = _unit(rows[part].to(centroids.device).double())
+        l2[part] = (unit - own).norm(dim=1)
+        direction, is_zero_too = _unit(own)
+        # |u - v|²/2 is 1 - u·v for unit vectors, and as precise near 0 as elsewhere.
+        half = unit.sub_(direction).square_().sum(dim=1).div_(2)
+        cosine[part] = half.masked_fill_(is_zero | is_zero_too, 1.0)
+    return l2, cosine
+
+
+def _unit(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of float64 brought to unit length, and which of them are zero."""
+    norms = rows.norm(dim=1, keepdim=True)
+    is_zero = norms == 0
+    return rows / norms.masked_fill(is_zero, 1.0), is_zero.flatten()
+
+
+def kmeans_partition(
+    frame: Any,
+    centroids: Centroids,
+    *,
+    embedding_field: str,
+    cluster_field: str,
+    id_field: str,
+    embedding_dim: int | None = None,
+    n_probe: int = 1,
+    device: str = "auto",
+) -> Any:
+    """Assign the rows of a partition to their nearest centroids.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame or cudf.DataFrame
+    centroids : Centroids
+    embedding_field, cluster_field : str
+        The column of embeddings, and that of clusters to make.
+    id_field : str
+        Column of ids, for messages. It need not be there.
+    embedding_dim : int, optional
+        The width that every embedding must have.
+    n_probe : int, default 1
+        Clusters that each row stands in.
+    device : {"auto", "cpu", "cuda"}
+        Where to assign. "auto" is where the frame is, or a GPU where there is one and enough work for it.
+
+    Returns
+    -------
+    DataFrame
+        Of the same backend: see `SemDedupAccessor.kmeans`. First all rows in their own clusters, then the visits to
+        the second nearest, and so on, each in the frame's order and with its index.
+
+    Raises
+    ------
+    EmbeddingError
+        If embeddings are null, not finite, or not of the centroids' width.
+    InvalidArgumentError
+        If `device` is none of these, or is "cuda" and torch sees none.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"id": [7, 8], "embeddings": [[3.0, 4.0], [2.0, 0.0]]})
+    >>> columns = {"embedding_field": "embeddings", "cluster_field": "centroid", "id_field": "id"}
+    >>> kmeans_partition(frame, check_centroids([[1, 0], [0, 1]]), **columns)
+       id embeddings  centroid  l2_dist_to_cent  cosine_dist_to_cent
+    0   7  [0.6 0.8]         1         0.632456                  0.2
+    1   8    [1. 0.]         0         0.000000                  0.0
+    """
+    check_device(device)
+    if is_cudf(frame):
+        share_memory_pool()
+    if len(frame) == 0:
+        return kmeans_meta(frame, embedding_field=embedding_field, cluster_field=cluster_field, n_probe=n_probe)
+    column = frame[embedding_field]
+    home = home_of(frame)
+    # As much work as searching one cluster of so many rows.
+    work = np.array([0, math.isqrt(2 * len(frame) * len(centroids))])
+    device = choose_device(device, home, work)
+    with cores_for(device, work):
+        rows = to_tensor(
+            column,
+            name=embedding_field,
+            ids=frame[id_field] if id_field in frame.columns else None,
+            embedding_dim=embedding_dim,
+            device=device if home == "cuda" else "cpu",
+        )
+        if rows.shape[1] != centroids.width:
+            raise EmbeddingError(
+                f"Column {embedding_field!r} has embeddings of width {rows.shape[1]}, but the centroids are of width "
+                f"{centroids.width}. Use centroids that were fitted to embeddings of the same model."
+            )
+        rows = normalise(rows, in_place=not shares_memory(rows, column))
+        labels, l2, cosine = _assign_and_measure(rows, centroids, n_probe, device)
+    parts = [
+        _clustered(
+            frame,
+            to_embeddings(array_like(rows, frame), frame),
+            [array_like(array.contiguous(), frame) for array in (labels[:, probe], l2, cosine)],
+            array_like(labels[:, 0].contiguous(), frame) if n_probe > 1 else None,
+            embedding_field,
+            cluster_field,
+        )
+        for probe in range(n_probe)
+    ]
+    return parts[0] if n_probe == 1 else concat(parts)
+
+
+def kmeans_meta(meta: Any, *, embedding_field: str, cluster_field: str, n_probe: int = 1) -> Any:
+    """Build the empty frame that has exactly the dtypes of `kmeans_partition`'s.
+
+    Parameters
+    ----------
+    meta : pandas.DataFrame or cudf.DataFrame
+        A frame with the dtypes of the partitions.
+    embedding_field, cluster_field, n_probe
+        As in `kmeans_partition`.
+
+    Returns
+    -------
+    DataFrame
+        Without rows.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> meta = pd.DataFrame({"id": [7], "embeddings": [[3.0, 4.0]]})
+    >>> kmeans_meta(meta, embedding_field="embeddings", cluster_field="centroid").dtypes
+    id                                          int64
+    embeddings             list<item: float>[pyarrow]
+    centroid                                    int32
+    l2_dist_to_cent                           float32
+    cosine_dist_to_cent                       float32
+    dtype: object
+    """
+    empty = meta.iloc[:0]
+    number, distance = np.empty(0, np.int32), np.empty(0, np.float32)
+    embeddings = to_embeddings(np.empty((0, 1), np.float32), empty)
+    home = number if n_probe > 1 else None
+    return _clustered(empty, embeddings, [number, distance, distance], home, embedding_field, cluster_field)
+
+
+def _assign_and_measure(
+    rows: torch.Tensor, centroids: Centroids, n_probe: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers of the nearest centroids, and the distances to the very nearest."""
+    import torch
+
+    # Without a copy, unless they came from another process in memory that must not be written to.
+    values = torch.from_numpy(np.require(centroids.values, requirements="W")).to(device)
+    if len(centroids.distinct) == len(centroids):
+        labels = assign(rows, values, n_probe=n_probe)
+    else:
+        distinct = torch.from_numpy(centroids.distinct)
+        labels = assign(rows, values[distinct.to(device)], n_probe=n_probe)
+        labels = distinct.to(labels.device, torch.int32)[labels.long()]
+    return labels, *distances(rows, values, labels[:, 0])
+
+
+def _clustered(
+    frame: Any, embeddings: Any, columns: list[Any], home: Any, embedding_field: str, cluster_field: str
+) -> Any:
+    """The frame with its new columns, in the place of those of their names."""
+    names = [cluster_field, *DISTANCE_COLUMNS]
+    result = frame[[name for name in frame.columns if name not in {*names, home_field(cluster_field)}]].copy(deep=False)
+    result[embedding_field] = embeddings
+    for name, column in zip(names, columns, strict=True):
+        result[name] = column
+    if home is not None:
+        result[home_field(cluster_field)] = home
+    return result

@@ -1,0 +1,276 @@
+"""One partition: rank all its clusters at once, search, assemble the frame of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dask_semdedup.device.devices import check_device, choose_device, pairs_of
+from dask_semdedup.device.memory import share_memory_pool
+from dask_semdedup.device.queues import cores_for, turn_on_gpu
+from dask_semdedup.device.streams import behind, beside, outside, owned
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.frames.backend import (
+    array_like,
+    column_like,
+    frame_like,
+    home_of,
+    is_cudf,
+    published,
+    take,
+    tensor_like,
+    to_list,
+    to_numpy,
+)
+from dask_semdedup.frames.columns import SCORE_COLUMNS, home_field
+from dask_semdedup.frames.embeddings import to_tensor
+from dask_semdedup.steps.ranking import RankingStrategy
+from dask_semdedup.steps.visits import RANK_COLUMN, _are_visits, _of_visits, _visits_last
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["check_clusters", "pairwise_meta", "pairwise_partition", "score_frame", "search_segments", "segments_of"]
+
+
+def pairwise_partition(
+    frame: Any,
+    *,
+    id_field: str,
+    embedding_field: str,
+    cluster_field: str,
+    ranking: RankingStrategy,
+    compute_dtype: str = "auto",
+    batch_size: int | None = None,
+    embedding_dim: int | None = None,
+    device: str = "auto",
+    with_visits: bool = False,
+) -> Any:
+    """Find for every row its most similar row among those of its cluster that are preferred over it.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame or cudf.DataFrame
+        Whole clusters, in any order.
+    id_field, embedding_field, cluster_field : str
+        Its columns of ids, embeddings and clusters.
+    ranking : RankingStrategy
+        Which rows are preferred.
+    compute_dtype, batch_size
+        Of the search: see `dask_semdedup.search.nearest_earlier`.
+    embedding_dim : int, optional
+        The width that every embedding must have.
+    device : {"auto", "cpu", "cuda"}
+        Where to search. "auto" is where the frame is, or a GPU where there is one and enough work for it.
+    with_visits : bool, default False
+        Whether some rows are visits: see `home_field`.
+
+    Returns
+    -------
+    DataFrame
+        Of the same backend: ``id``, ``max_id`` (both of the ids' dtype), ``cosine_sim_score`` (float32) and the
+        clusters, which ascend; the rows of each stand in rank order. The first of each has score 0 and its own id.
+        With visits, it is what `best_of_visits` puts together.
+
+    Raises
+    ------
+    MissingColumnsError
+        If a column is not there.
+    ClusterError
+        If rows have no cluster.
+    EmbeddingError
+        If embeddings cannot be compared.
+    InvalidArgumentError
+        If `device` is none of these, or is "cuda" and torch sees none.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"id": [7, 8, 9], "centroid": 0, "score": [0.1, 0.2, 0.3]})
+    >>> frame["embeddings"] = pd.Series([[1.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+    >>> pairwise_partition(
+    ...     frame, id_field="id", embedding_field="embeddings", cluster_field="centroid",
+    ...     ranking=RankingStrategy(["score"]),
+    ... )
+       id  max_id  cosine_sim_score  centroid
+    0   7       7               0.0         0
+    1   8       7               0.6         0
+    2   9       8               0.8         0
+    """
+    _check_columns(frame.columns, id_field, embedding_field, cluster_field, ranking)
+    check_device(device)
+    if is_cudf(frame):
+        share_memory_pool()
+    if len(frame) == 0:
+        return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field, with_visits=with_visits)
+    ids, clusters = frame[id_field], frame[cluster_field]
+    home = home_of(frame)
+    with beside(home):
+        check_clusters(clusters, ids)
+        order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
+        segments = segments_of(_codes(clusters, order))
+        own, stops = clusters, None
+        if with_visits:
+            own = frame[home_field(cluster_field)]
+            is_visit = _are_visits(clusters, own)[to_numpy(order)]
+            position, stops = _visits_last(is_visit, segments)
+            order = order[array_like(tensor_like(position), frame)]
+        device = choose_device(device, home, segments)
+        with cores_for(device, segments):
+            rows = to_tensor(
+                frame[embedding_field],
+                name=embedding_field,
+                ids=ids,
+                clusters=clusters,
+                embedding_dim=embedding_dim,
+                order=order,
+                device=device if home == "cuda" else "cpu",
+            )
+            scores, index = search_segments(rows, segments, stops, device, compute_dtype, batch_size)
+        if with_visits:
+            scores, rank = _of_visits(scores, index, is_visit[position])
+        nearest = order[array_like(index, frame)]
+        columns = take(ids, order), take(ids, nearest), array_like(scores, frame)
+        own = take(own, order)
+        with outside(home):
+            result = score_frame(*columns, own.rename(cluster_field))
+            if with_visits:
+                result[RANK_COLUMN] = array_like(rank, frame)
+            return published(result)
+
+
+def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str, with_visits: bool = False) -> Any:
+    """Build the empty frame that has exactly the dtypes of `pairwise_partition`'s.
+
+    Parameters
+    ----------
+    meta : pandas.DataFrame or cudf.DataFrame
+        A frame with the dtypes of the partitions.
+    id_field, cluster_field : str
+        Its columns of ids and clusters.
+    with_visits : bool, default False
+        Whether some rows are visits.
+
+    Returns
+    -------
+    DataFrame
+        Without rows.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"doc": [7], "cluster": [0]}, dtype="int32")
+    >>> pairwise_meta(frame, id_field="doc", cluster_field="cluster").dtypes
+    id                    int32
+    max_id                int32
+    cosine_sim_score    float32
+    cluster               int32
+    dtype: object
+    """
+    empty = meta.iloc[:0]
+    own = empty[home_field(cluster_field) if with_visits else cluster_field].rename(cluster_field)
+    result = score_frame(empty[id_field], empty[id_field], np.empty(0, np.float32), own)
+    return result.assign(**{RANK_COLUMN: np.empty(0, np.int64)}) if with_visits else result
+
+
+def score_frame(ids: Any, nearest: Any, scores: Any, clusters: Any) -> Any:
+    """Put a frame of scores together.
+
+    Parameters
+    ----------
+    ids, nearest, clusters : Series
+        Of the rows, of the rows nearest to them, and the rows' clusters; their indexes do not matter.
+    scores : array
+        Of NumPy or CuPy.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> score_frame(pd.Series([8]), pd.Series([7]), np.array([0.5]), pd.Series([0], name="centroid"))
+       id  max_id  cosine_sim_score  centroid
+    0   8       7               0.5         0
+    """
+    ids, nearest, own = (column.reset_index(drop=True) for column in (ids, nearest, clusters))
+    columns = {"id": ids, "max_id": nearest, "cosine_sim_score": column_like(scores, ids), clusters.name: own}
+    return frame_like(columns, ids)
+
+
+def _check_columns(
+    present: Iterable[str], id_field: str, embedding_field: str, cluster_field: str, ranking: RankingStrategy
+) -> None:
+    present = list(present)
+    if not {id_field, embedding_field, cluster_field} <= set(present):
+        advice = "Name the columns of ids, embeddings and clusters as id_field, embedding_field and cluster_field."
+        raise MissingColumnsError.build([id_field, embedding_field, cluster_field], present, advice)
+    if cluster_field in SCORE_COLUMNS:
+        raise InvalidArgumentError(f"cluster_field may not be {cluster_field!r}: scores have a column of that name.")
+    ranking.check_columns(present)
+
+
+def check_clusters(clusters: Any, ids: Any) -> None:
+    """Raise `ClusterError` for rows that have no cluster.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> check_clusters(pd.Series([0, 0], name="centroid"), pd.Series([7, 8]))
+    """
+    null = _nulls(clusters)
+    if null is not None and null.any():
+        lost = ids[null]
+        raise ClusterError(
+            f"Column {clusters.name!r}: {have(len(lost), 'row')} no cluster (ids {some(to_list(lost))}). "
+            "Drop them, or assign them to clusters."
+        )
+
+
+def _nulls(column: Any) -> Any:
+    """Where values are missing; None where a column of cuDF knows that none is, without asking the device."""
+    knows = is_cudf(column) and column.dtype.kind != "f" and not column.null_count
+    return None if knows else column.isna()
+
+
+def _codes(clusters: Any, order: Any) -> Any:
+    """Numbers of rows in order, equal where their clusters are."""
+    if clusters.dtype.kind in "iu":
+        return (clusters.values if is_cudf(clusters) else clusters.to_numpy())[order]
+    with outside(home_of(clusters)):
+        return clusters.factorize()[0][order]
+
+
+def segments_of(codes: Any) -> np.ndarray:
+    """Offsets of the runs of equal codes, from 0 to their number.
+
+    Examples
+    --------
+    >>> segments_of(np.array([3, 3, 1]))
+    array([0, 2, 3])
+    """
+    starts = (codes[1:] != codes[:-1]).nonzero()[0] + 1
+    return np.concatenate([[0], to_numpy(starts), [len(codes)]])
+
+
+def search_segments(
+    rows: torch.Tensor,
+    segments: np.ndarray,
+    stops: np.ndarray | None,
+    device: str,
+    compute_dtype: str,
+    batch_size: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Search where `rows` are, or send them to a GPU as its memory permits."""
+    from dask_semdedup.search import nearest_earlier
+    from dask_semdedup.search.streaming import nearest_earlier_from_host
+
+    is_there = rows.device.type == device
+    find = nearest_earlier if is_there else partial(nearest_earlier_from_host, device=device)
+    ends = None if stops is None else tensor_like(stops)
+    work = rows.shape[1] * pairs_of(segments) if is_there else None
+    with turn_on_gpu(device, work), behind(rows.device.type):
+        scores, index = find(
+            rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size
+        )
+    return owned(scores), owned(index)

@@ -1,0 +1,425 @@
+"""The order of preference within a cluster: every document is compared with those ranked before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dask_semdedup._validate import check_choice, check_seed
+from dask_semdedup.device.streams import current, finish, outside
+from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.frames.backend import is_cudf
+from dask_semdedup.frames.hashing import hash_ids
+from dask_semdedup.frames.ids import as_stored
+from dask_semdedup.io.schemas import is_ordered, one_order
+
+__all__ = ["DISTANCE_COLUMNS", "RankingStrategy", "check_strategy", "choose_strategy", "make_strategy"]
+
+DISTANCE_COLUMNS = {"cosine": "cosine_dist_to_cent", "l2": "l2_dist_to_cent"}
+
+WHICH_TO_KEEP = ("hard", "easy", "random")
+
+STRATEGIES = ("sort", "random")
+
+
+@dataclass
+class RankingStrategy:
+    """The order in which the rows of a cluster are preferred.
+
+    Parameters
+    ----------
+    metadata_cols : list of str
+        Columns to sort by, the most important first. Not used by ``strategy="random"``.
+    ascending : bool or list of bool, default True
+        Whether small values are preferred: for all columns, or for each.
+    strategy : {"sort", "random"}, default "sort"
+        Whether to sort or to shuffle.
+    random_seed : int, default 42
+        Of ``strategy="random"``. The shuffle depends on nothing but this and the cluster's ids: not on the order of
+        the rows, on how the frame is partitioned, or on the backend.
+
+    Raises
+    ------
+    InvalidArgumentError
+        For no columns to sort by, or a length of `ascending` that is not theirs; for an unknown strategy as soon as it
+        is used.
+
+    Notes
+    -----
+    Missing values rank last whatever `ascending` says. Rows that tie in all columns rank by ascending id. Ids should
+    be unique within a cluster: the order among rows that tie in the id as well is that of the input.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"id": [1, 2, 3], "score": [0.5, 0.9, 0.5]})
+    >>> RankingStrategy(["score"], ascending=False).rank_cluster(frame)["id"].tolist()
+    [2, 1, 3]
+    """
+
+    metadata_cols: list[str]
+    ascending: bool | list[bool] = True
+    strategy: str = "sort"
+    random_seed: int = 42
+
+    def __post_init__(self) -> None:
+        self.metadata_cols = [self.metadata_cols] if isinstance(self.metadata_cols, str) else list(self.metadata_cols)
+        if isinstance(self.ascending, bool | np.bool_):
+            self.ascending = [bool(self.ascending)] * len(self.metadata_cols)
+        self.ascending = [bool(value) for value in self.ascending]
+        if len(self.ascending) != len(self.metadata_cols):
+            raise InvalidArgumentError(
+                f"Length of ascending ({len(self.ascending)}) must match that of metadata_cols "
+                f"({len(self.metadata_cols)}: {self.metadata_cols})."
+            )
+        if self.strategy == "sort" and not self.metadata_cols:
+            raise InvalidArgumentError("metadata_cols is empty: name a column to sort by, or use strategy='random'.")
+
+    @classmethod
+    def metadata_based(
+        cls, metadata_cols: list[str], ascending: bool | list[bool] = True, random_seed: int = 42
+    ) -> RankingStrategy:
+        """Rank by columns of metadata.
+
+        Examples
+        --------
+        >>> RankingStrategy.metadata_based(["quality", "length"], ascending=[False, True]).required_columns
+        ['quality', 'length']
+        """
+        return cls(metadata_cols, ascending, "sort", random_seed)
+
+    @classmethod
+    def random(cls, random_seed: int = 42) -> RankingStrategy:
+        """Rank by a shuffle that depends only on the seed and the ids.
+
+        Examples
+        --------
+        >>> frame = pd.DataFrame({"id": ["a", "b", "c", "d"]})
+        >>> shuffled = RankingStrategy.random(7).rank_cluster(frame)
+        >>> shuffled.equals(RankingStrategy.random(7).rank_cluster(frame[::-1]))
+        True
+        """
+        return cls([], True, "random", random_seed)
+
+    @property
+    def required_columns(self) -> list[str]:
+        """The columns, beside the ids, that ranking reads."""
+        return list(dict.fromkeys(self.metadata_cols)) if self.strategy == "sort" else []
+
+    def check_columns(self, present: Iterable[str]) -> None:
+        """Raise unless the columns to rank by are among `present`.
+
+        Raises
+        ------
+        MissingColumnsError
+            Saying what is missing, what is there, and what to do.
+
+        Examples
+        --------
+        >>> RankingStrategy(["score"]).check_columns(["id", "score"])
+        """
+        present = list(present)
+        if set(self.required_columns) <= set(present):
+            return
+        advice = "Name columns that are there in the ranking strategy."
+        if set(self.required_columns) & set(DISTANCE_COLUMNS.values()):
+            advice = "Distances to the centroid come from k-means; without them rank with which_to_keep='random'."
+        raise MissingColumnsError.build(self.required_columns, present, advice)
+
+    def check_order(self, unordered: Iterable[str]) -> None:
+        """Raise if one of the columns to rank by holds ordered categories of which files do not tell the order.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Naming the column, and what to do.
+
+        Examples
+        --------
+        >>> RankingStrategy(["quality"]).check_order([])
+        """
+        if lost := sorted(set(self.required_columns).intersection(unordered)):
+            raise _no_order(lost[0], "files hold them in different orders, or without one, or not all of them together")
+
+    def rank_cluster(self, frame: Any, id_field: str | None = None) -> Any:
+        """Put the rows of one cluster in rank order.
+
+        Parameters
+        ----------
+        frame : pandas.DataFrame or cudf.DataFrame
+            The rows of one cluster.
+        id_field : str, optional
+            Its column of ids, by which ties are broken; by default ``id``. Where there is none of that name, ties stay
+            in the rows' order.
+
+        Returns
+        -------
+        DataFrame
+            The same rows, the most preferred first, with a new index.
+
+        Raises
+        ------
+        MissingColumnsError
+            If the columns to rank by, or the ids, are not there.
+        InvalidArgumentError
+            If the strategy is unknown, or the values of a column cannot be compared with each other.
+
+        Examples
+        --------
+        >>> frame = pd.DataFrame({"id": [1, 2, 3], "quality": [0.2, 0.9, 0.2]})
+        >>> RankingStrategy(["quality"], ascending=False).rank_cluster(frame)
+           id  quality
+        0   2      0.9
+        1   1      0.2
+        2   3      0.2
+        """
+        if id_field is None and (self.strategy == "random" or "id" in frame.columns):
+            id_field = "id"
+        return frame.iloc[self.order(frame, cluster_field=None, id_field=id_field)].reset_index(drop=True)
+
+    def order(self, frame: Any, *, cluster_field: str | None, id_field: str | None) -> Any:
+        """Positions that put all clusters of a frame in order, and the rows of each in rank order: one sort.
+
+        Parameters
+        ----------
+        frame : pandas.DataFrame or cudf.DataFrame
+        cluster_field : str or None
+            The column of clusters, which will ascend; None if all rows are one cluster.
+        id_field : str or None
+            The column of ids, by which ties are broken; None leaves them in the rows' order.
+
+        Returns
+        -------
+        (n,) int64 array
+            Of NumPy or CuPy.
+
+        Raises
+        ------
+        MissingColumnsError
+            If the columns to rank by, or the ids, are not there.
+        InvalidArgumentError
+            If the strategy is unknown, or the values of a column cannot be compared with each other.
+
+        Examples
+        --------
+        >>> frame = pd.DataFrame({"id": [1, 2, 3, 4], "centroid": [1, 0, 1, 0], "score": [0.5, 0.2, 0.6, 0.1]})
+        >>> RankingStrategy(["score"]).order(frame, cluster_field="centroid", id_field="id")
+        array([3, 1, 0, 2])
+        """
+        self._check_kind()
+        self.check_columns(frame.columns)
+        if id_field is not None and id_field not in frame.columns:
+            raise MissingColumnsError.build([id_field], frame.columns, "Pass the column of ids as id_field.")
+        clusters = [] if cluster_field is None else [(frame[cluster_field], True)]
+        ids = [] if id_field is None else [(frame[id_field], True)]
+        keys = [*clusters, *self._keys(frame, id_field), *ids]
+        return _cudf_order(keys) if is_cudf(frame) else _pandas_order(keys)
+
+    def _check_kind(self) -> None:
+        """Raise for an unknown `strategy`: as with NeMo Curator, not before it is used."""
+        check_choice("Invalid strategy: strategy", self.strategy, STRATEGIES)
+
+    def _keys(self, frame: Any, id_field: str | None) -> list[tuple[Any, bool]]:
+        """Columns to sort by, with their directions."""
+        if self.strategy == "random":
+            ids = frame[id_field]
+            return [(type(ids)(hash_ids(ids, self.random_seed)), True)]
+        assert isinstance(self.ascending, list)
+        return [(frame[name], ascending) for name, ascending in zip(self.metadata_cols, self.ascending, strict=True)]
+
+
+def make_strategy(
+    which_to_keep: str = "hard", sim_metric: str = "cosine", id_field: str = "id", random_seed: int = 42
+) -> RankingStrategy:
+    """Build the strategy that a word stands for.
+
+    Parameters
+    ----------
+    which_to_keep : {"hard", "easy", "random"}
+        "hard" prefers rows far from their centroid (descending distance, then descending id), "easy" those near to it
+        (ascending distance, then ascending id), "random" shuffles.
+    sim_metric : {"cosine", "l2"}
+        Whether distances are in the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``.
+    id_field : str
+        The column of ids.
+    random_seed : int
+        Of "random".
+
+    Raises
+    ------
+    InvalidArgumentError
+        For a word that is not one of these.
+
+    Examples
+    --------
+    >>> make_strategy("easy", "l2").required_columns
+    ['l2_dist_to_cent', 'id']
+    """
+    check_choice("which_to_keep", which_to_keep, WHICH_TO_KEEP)
+    check_choice("sim_metric", sim_metric, tuple(DISTANCE_COLUMNS))
+    if which_to_keep == "random":
+        return RankingStrategy.random(random_seed)
+    return RankingStrategy([DISTANCE_COLUMNS[sim_metric], id_field], which_to_keep == "easy", random_seed=random_seed)
+
+
+def choose_strategy(
+    strategy: RankingStrategy | None, which_to_keep: str, sim_metric: str, id_field: str, random_seed: int
+) -> RankingStrategy:
+    """Give the strategy that is there, else the one that the other arguments stand for.
+
+    Raises
+    ------
+    InvalidArgumentError
+        As `check_strategy` and `make_strategy` do, and for a seed that is no integer.
+
+    Examples
+    --------
+    >>> choose_strategy(RankingStrategy(["score"]), "hard", "cosine", "id", 42).required_columns
+    ['score']
+    """
+    check_seed(random_seed)
+    if strategy is None:
+        return make_strategy(which_to_keep, sim_metric, id_field, random_seed)
+    check_strategy(strategy)
+    # The caller's may change later, and what is lazy must not.
+    return deepcopy(strategy)
+
+
+def check_strategy(strategy: object) -> None:
+    """Raise unless a `ranking_strategy` is one, and of a known kind.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Saying how to make one, or which kinds there are.
+
+    Examples
+    --------
+    >>> check_strategy(RankingStrategy(["score"]))
+    """
+    if not isinstance(strategy, RankingStrategy):
+        raise InvalidArgumentError(
+            f"ranking_strategy must be a RankingStrategy, as RankingStrategy(['score']), not {strategy!r}."
+        )
+    strategy._check_kind()
+
+
+def _cudf_order(keys: list[tuple[Any, bool]]) -> Any:
+    """One stable sort by all columns, in libcudf: a frame of the keys would cost the host several times as long."""
+    import cudf
+    import pylibcudf as plc
+    from pylibcudf.types import NullOrder, Order
+
+    table = plc.Table([_with_nulls(column) for column, _ in keys])
+    orders = [Order.ASCENDING if ascending else Order.DESCENDING for _, ascending in keys]
+    # What is missing comes last: a descending order turns it round with the rest.
+    nulls = [NullOrder.AFTER if ascending else NullOrder.BEFORE for _, ascending in keys]
+    positions = plc.sorting.stable_sorted_order(table, orders, nulls, current())
+    finish()  # Keys that were made outside are released here.
+    return cudf.Series.from_pylibcudf(positions).values.astype(np.int64)
+
+
+def _with_nulls(column: Any) -> Any:
+    """A column of libcudf ready to be sorted: whatever is missing is null."""
+    import pylibcudf as plc
+
+    is_categorical = type(column.dtype).__name__ == "CategoricalDtype"
+    with outside("cuda" if is_categorical else "cpu"):
+        if is_categorical and not column.cat.ordered:
+            column = column.astype(column.cat.categories.dtype)  # whose order does not depend on the partition
+        data, _ = column.to_pylibcudf()
+        return plc.transform.column_nans_to_nulls(data, current()) if column.dtype.kind == "f" else data
+
+
+def _pandas_order(keys: list[tuple[pd.Series, bool]]) -> np.ndarray:
+    """Sort by the first column, then only the rows that tie by the second, and so on.
+
+    Ties after a distance are rare, so that ids, which may be long strings, are seldom looked at.
+    """
+    order = np.arange(len(keys[0][0]))
+    starts = np.zeros(len(order), bool)  # whether a place in the order opens a run of rows that tie so far
+    starts[:1] = True
+    for column, ascending in keys:
+        tied = _tied(starts)
+        if len(tied) == 0:
+            break
+        codes = _sort_codes(column.iloc[order[tied]], ascending)
+        within = np.lexsort([*reversed(codes), np.cumsum(starts)[tied]])
+        order[tied] = order[tied][within]
+        for code in codes:
+            code = code[within]
+            starts[tied[1:]] |= code[1:] != code[:-1]
+    return order
+
+
+def _tied(starts: np.ndarray) -> np.ndarray:
+    """Places in the order that share their run with others."""
+    ends = np.append(starts[1:], True)
+    return np.flatnonzero(~(starts & ends))
+
+
+def _sort_codes(column: pd.Series, ascending: bool) -> list[np.ndarray]:
+    """Arrays of numbers, the most significant first, that ascend as the column shall."""
+    missing, codes = _codes(column)
+    if not ascending:
+        codes = -codes if codes.dtype.kind == "f" else ~codes
+    return [missing, codes] if missing.any() else [codes]
+
+
+def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """What is missing, and numbers in the order of the column's values."""
+    dtype: Any = getattr(column.dtype, "numpy_dtype", column.dtype)
+    kind = dtype.kind if isinstance(dtype, np.dtype) else "O"
+    if kind == "f":
+        values = column.to_numpy(dtype, na_value=np.nan)
+        missing = np.isnan(values)
+        return missing, np.where(missing, 0, values)
+    if kind in "iub":
+        missing = column.isna().to_numpy(dtype=bool)
+        values = column.to_numpy(dtype, na_value=dtype.type(0)) if missing.any() else column.to_numpy(dtype)
+        return missing, values.astype(np.uint8) if kind == "b" else values
+    if is_ordered(getattr(column.dtype, "pyarrow_dtype", pa.null())):
+        codes = _codes_of_dictionaries(column)
+    elif not isinstance(column.dtype, pd.CategoricalDtype):
+        codes = _factorized(column, column.name)
+    elif column.cat.ordered:
+        codes = column.cat.codes.to_numpy()
+    else:
+        # As the values they are, whose order does not depend on the partition.
+        codes = np.append(_factorized(column.cat.categories, column.name), -1)[column.cat.codes]
+    return codes < 0, codes
+
+
+def _codes_of_dictionaries(column: pd.Series) -> np.ndarray:
+    """Places of Arrow's ordered categories, which may have a dictionary in each chunk; null has -1."""
+    dictionaries = column.array.__arrow_array__()
+    order = one_order(chunk.dictionary for chunk in dictionaries.chunks)
+    if order is None:
+        raise _no_order(column.name, "they stand in different orders, or none holds all of them")
+    categories = pa.array(order, dictionaries.type.value_type)
+    codes = [
+        pc.index_in(chunk.dictionary, categories).take(chunk.indices).fill_null(-1).to_numpy(zero_copy_only=False)
+        for chunk in dictionaries.chunks
+    ]
+    return np.concatenate([np.empty(0, np.int32), *codes])
+
+
+def _no_order(name: object, why: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"Column {name!r} holds ordered categories whose order is lost: {why}. Rank by numbers that stand for them, "
+        "or write all files with the same categories."
+    )
+
+
+def _factorized(values: pd.Series | pd.Index, name: object) -> np.ndarray:
+    values = as_stored(values)
+    try:
+        return pd.factorize(values, sort=True)[0]
+    except (TypeError, pa.ArrowException) as error:
+        raise InvalidArgumentError(f"Column {name!r} cannot be ranked by: {error}.") from error

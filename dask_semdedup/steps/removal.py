@@ -1,0 +1,66 @@
+"""One partition of a removal: ids to remove, ids found, ids that repeat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from dask.dataframe.dispatch import concat
+
+from dask_semdedup.errors import IdError, InvalidArgumentError, have, some
+from dask_semdedup.frames.backend import frame_like, to_list
+from dask_semdedup.frames.hashing import hash_ids
+from dask_semdedup.frames.ids import are_equal, is_in, repeats
+from dask_semdedup.steps.duplicates import without_first_rows
+
+HASH_COLUMN = "_semdedup_id_hash"
+
+
+def ids_to_remove(frame: Any, *, id_field: str, are_scores: bool, flag: str | None, is_chosen: bool) -> Any:
+    """The ids of one partition's duplicates; not those of rows that are preferred to all of their cluster.
+
+    Where such rows are there and no eps is chosen, the frame holds what is no duplicate, too.
+    """
+    if flag is not None:
+        frame = frame[frame[flag].astype("bool")]
+    if are_scores:
+        duplicates = without_first_rows(frame)
+        if not is_chosen and (count := len(frame) - len(duplicates)):
+            first = some(to_list(frame[id_field][are_equal(frame["id"], frame["max_id"])]))
+            raise InvalidArgumentError(
+                f"{have(count, 'row')} no preferred row in their cluster (ids {first}), so these are scores, or were "
+                "found at an eps of 1 or more: say at which eps rows are duplicates, as remove(..., eps=...)."
+            )
+        frame = duplicates
+    return frame[[id_field]].dropna().reset_index(drop=True)
+
+
+def hash_column(ids: Any) -> Any:
+    """A column of int64, equal for equal ids."""
+    hashes = frame_like({HASH_COLUMN: hash_ids(ids, 0).view(np.int64)}, ids)[HASH_COLUMN]
+    hashes.index = ids.index
+    return hashes
+
+
+def find_ids(frame: Any, duplicates: Any, id_field: str, duplicates_id_field: str) -> Any:
+    """The ids of one partition that are those of duplicates: each once, or twice where it repeats."""
+    found = frame[is_in(frame[id_field], duplicates[duplicates_id_field])]
+    return concat([found[~repeats(found[id_field])], repeated_ids(found)])
+
+
+def repeated_ids(frame: Any) -> Any:
+    """The ids that stand in several rows, each once."""
+    again = frame[repeats(frame[frame.columns[0]])]
+    return again[~repeats(again[again.columns[0]])]
+
+
+def checked_ids(duplicates: Any, repeated: Any) -> Any:
+    """The ids to remove; raise `IdError` if any of them repeats in the data."""
+    if count := len(repeated):
+        name = repeated.columns[0]
+        ids = "1 id of the duplicates stands" if count == 1 else f"{count} ids of the duplicates stand"
+        raise IdError(
+            f"Column {name!r}: {ids} in several rows of the data (ids {some(to_list(repeated[name]))}). To remove "
+            "them would remove rows that are no duplicates: give every row an id of its own, or drop the repeats first."
+        )
+    return duplicates

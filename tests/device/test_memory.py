@@ -1,0 +1,269 @@
+"""One pool for cuDF, CuPy and torch: who is told what, in which order, and when nobody is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock, call, patch
+
+import dask
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from dask_semdedup.device import memory
+from dask_semdedup.device.memory import share_memory_pool
+from dask_semdedup.errors import ClusterError
+from dask_semdedup.io import cudf_reader, fragments, reader
+from dask_semdedup.steps import pairwise
+from tests.steps.test_pairwise import GOLDEN, run
+
+GIB = 1 << 30
+
+
+class CudaMemoryResource:
+    """RMM's default: no pool."""
+
+
+class PoolMemoryResource(CudaMemoryResource):
+    """What a user may have chosen."""
+
+
+class CudaAsyncMemoryResource:
+    """A pool of the driver's."""
+
+    def __init__(self, initial_pool_size: int, release_threshold: int) -> None:
+        self.initial_pool_size, self.release_threshold = initial_pool_size, release_threshold
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """RMM, CuPy and a torch that sees a device of 80 GiB; records who is told what."""
+    told = Mock()
+    current = [CudaMemoryResource()]
+
+    def set_resource(resource: object) -> None:
+        told.set_resource(type(resource))
+        current[:] = [resource]
+
+    rmm, allocators, for_cupy, for_torch = map(
+        ModuleType, ("rmm", "rmm.allocators", "rmm.allocators.cupy", "rmm.allocators.torch")
+    )
+    rmm.mr = SimpleNamespace(
+        CudaMemoryResource=CudaMemoryResource,
+        CudaAsyncMemoryResource=CudaAsyncMemoryResource,
+        get_current_device_resource=lambda: current[0],
+        set_current_device_resource=set_resource,
+        available_device_memory=lambda: (70 * GIB, 80 * GIB),
+    )
+    for_cupy.rmm_cupy_allocator, for_torch.rmm_torch_allocator = "for cupy", "for torch"
+    cupy = ModuleType("cupy")
+    cupy.cuda = SimpleNamespace(set_allocator=told.set_cupy)
+    for module in (rmm, allocators, for_cupy, for_torch, cupy):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "change_current_allocator", told.set_torch)
+    monkeypatch.setattr(memory, "_torch_shares", None)
+    told.rmm, told.current = rmm, current
+    return told
+
+
+ALL = [call.set_resource(CudaAsyncMemoryResource), call.set_cupy("for cupy"), call.set_torch("for torch")]
+
+
+def test_the_pool_comes_first_then_those_who_allocate_from_it(gpu: Mock) -> None:
+    assert share_memory_pool() is True
+    assert gpu.mock_calls == ALL
+    assert gpu.current[0].initial_pool_size < GIB
+    assert gpu.current[0].release_threshold == 20 * GIB
+
+
+def test_again_changes_nothing(gpu: Mock) -> None:
+    assert share_memory_pool() is share_memory_pool() is True
+    assert gpu.mock_calls == ALL
+
+
+def test_another_device_gets_a_pool_of_its_own(gpu: Mock) -> None:
+    share_memory_pool()
+    gpu.current[:] = [CudaMemoryResource()]
+    assert share_memory_pool() is True
+    assert gpu.mock_calls == [*ALL, ALL[0]]
+
+
+def test_threads_do_it_once(gpu: Mock) -> None:
+    assert dask.compute(*[dask.delayed(share_memory_pool, pure=False)() for _ in range(20)], scheduler="threads") == (
+        (True,) * 20
+    )
+    assert gpu.mock_calls == ALL
+
+
+def test_a_resource_that_somebody_chose_is_the_pool(gpu: Mock) -> None:
+    gpu.current[:] = [PoolMemoryResource()]
+    assert share_memory_pool() is True
+    assert gpu.mock_calls == ALL[1:]
+
+
+@pytest.mark.parametrize("name", ["semdedup.share-memory-pool", "semdedup.share_memory_pool"])
+def test_opting_out(gpu: Mock, name: str) -> None:
+    with dask.config.set({name: False}):
+        assert share_memory_pool() is False
+    assert gpu.mock_calls == []
+
+
+def test_opting_out_by_the_environment() -> None:
+    code = "import dask; print(dask.config.get('semdedup.share-memory-pool', True))"
+    environment = {**os.environ, "DASK_SEMDEDUP__SHARE_MEMORY_POOL": "False"}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert printed.stdout.strip() == "False"
+
+
+def test_torch_that_has_used_cuda_keeps_its_own(gpu: Mock, caplog: pytest.LogCaptureFixture) -> None:
+    gpu.set_torch.side_effect = RuntimeError("Can't swap an already initialized allocator")
+    with caplog.at_level("DEBUG", "dask_semdedup.device.memory"):
+        assert share_memory_pool() is share_memory_pool() is False
+    assert gpu.mock_calls == ALL
+    assert "Torch keeps its own memory pool: Can't swap" in caplog.text
+
+
+def test_a_driver_without_pools_changes_nothing(gpu: Mock, caplog: pytest.LogCaptureFixture) -> None:
+    gpu.rmm.mr.CudaAsyncMemoryResource = Mock(side_effect=RuntimeError("cudaMallocAsync not supported"))
+    with caplog.at_level("DEBUG", "dask_semdedup.device.memory"):
+        assert share_memory_pool() is False
+    assert gpu.mock_calls == []
+    assert "cudaMallocAsync not supported" in caplog.text
+
+
+@pytest.mark.parametrize("missing", ["rmm", "cupy"])
+def test_without_rapids_nothing_happens(gpu: Mock, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert share_memory_pool() is False
+    assert gpu.mock_calls == []
+
+
+def test_without_a_device_nothing_happens(gpu: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert share_memory_pool() is False
+    assert gpu.mock_calls == []
+
+
+def test_frames_of_pandas_never_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = Mock()
+    monkeypatch.setattr(pairwise, "share_memory_pool", share)
+    assert isinstance(run(GOLDEN, device="cpu"), pd.DataFrame)
+    share.assert_not_called()
+
+
+def test_it_is_there_before_cudf_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Mock()
+    monkeypatch.setattr(reader, "share_memory_pool", done.share)
+    monkeypatch.setattr(reader.Reader, "_cudf_keys", done.keys)
+    monkeypatch.setattr(cudf_reader, "import_cudf", lambda: done.cudf)
+    monkeypatch.setattr(cudf_reader, "_read_with_libcudf", done.read)
+    done.read.return_value = pd.DataFrame({"id": range(3)})
+    schema = pa.schema({"id": pa.int64()})
+    folders = pa.schema({"centroid": pa.int64()})
+    clusters = reader.Reader(LocalFileSystem(), schema, folders=folders, backend="cudf")
+    clusters.read([fragments.Fragment("a.parquet", 3, keys=(0,))], ["id", "centroid"])
+    assert [name for name, _, _ in done.mock_calls] == ["share", "keys", "read"]
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [("CUDA error: an illegal memory access", RuntimeError), ("Encountered invalid footer", ClusterError)],
+    ids=["of the GPU", "of the file"],
+)
+def test_files_are_not_blamed_for_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, message: str, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(cudf_reader, "import_cudf", Mock())
+    monkeypatch.setattr(cudf_reader, "_read_with_libcudf", Mock(side_effect=RuntimeError(message)))
+    with pytest.raises(error, match=message) as raised:
+        cudf_reader.read_fragments_cudf(LocalFileSystem(), [fragments.Fragment("a.parquet", 3)], ["id"])
+    assert ("a.parquet" in str(raised.value)) == (error is ClusterError)
+
+
+@pytest.mark.parametrize(("cores", "threads", "pages"), [(6, "6", "384"), (32, "10", "2048")])
+def test_cudf_gets_its_share_of_the_cores_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: str, pages: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "cudf", ModuleType("cudf"))
+    monkeypatch.setattr(cudf_reader, "cores_per_gpu", lambda: cores)
+    compression = {"LIBCUDF_HOST_COMPRESSION": "AUTO", "LIBCUDF_HOST_COMPRESSION_THRESHOLD": pages}
+    settings = {"KVIKIO_NTHREADS": threads, **compression}
+    with patch.dict(os.environ):
+        for name in settings:
+            os.environ.pop(name, None)
+        cudf_reader.import_cudf.__wrapped__()
+        assert {name: os.environ[name] for name in settings} == settings
+        os.environ["KVIKIO_NTHREADS"] = "3"
+        cudf_reader.import_cudf.__wrapped__()
+        assert os.environ["KVIKIO_NTHREADS"] == "3"
+
+
+def test_it_is_there_before_a_cudf_partition_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(pairwise, "share_memory_pool", share)
+    monkeypatch.setattr(pairwise, "is_cudf", lambda frame: True)
+    with pytest.raises(InterruptedError):
+        run(GOLDEN)
+
+
+SCORE = """
+    import json
+    import cudf, numpy, torch
+    from dask_semdedup.device.memory import share_memory_pool
+    from dask_semdedup.steps.pairwise import pairwise_partition
+    from dask_semdedup.steps.ranking import RankingStrategy
+
+    shares, grown, kind = share_memory_pool(), [], None
+    if shares:
+        import cupy, rmm
+        kind = type(rmm.mr.get_current_device_resource()).__name__
+        counted = rmm.mr.StatisticsResourceAdaptor(rmm.mr.get_current_device_resource())
+        rmm.mr.set_current_device_resource(counted)
+        for allocate in (
+            lambda: torch.empty(1 << 20, device="cuda"),
+            lambda: cupy.empty(1 << 20, cupy.float32),
+            lambda: cudf.Series(numpy.zeros(1 << 20, numpy.float32)),
+        ):
+            before = counted.allocation_counts.current_bytes
+            kept = allocate()
+            grown.append(counted.allocation_counts.current_bytes - before)
+            del kept
+    rows = numpy.random.default_rng(0).standard_normal((4000, 32)).astype(numpy.float32)
+    frame = cudf.DataFrame({"id": range(4000), "centroid": numpy.arange(4000) // 1500})
+    frame["embeddings"] = cudf.Series(rows.tolist())
+    scores = pairwise_partition(
+        frame, id_field="id", embedding_field="embeddings", cluster_field="centroid", ranking=RankingStrategy(["id"])
+    ).to_pandas()
+    backend = torch.cuda.memory.get_allocator_backend()
+    print(json.dumps([shares, grown, kind, backend, scores.max_id.tolist(), scores.cosine_sim_score.tolist()]))
+"""
+
+
+@pytest.mark.gpu
+def test_torch_cupy_and_cudf_allocate_from_the_pool_and_scores_stay_the_same() -> None:
+    pytest.importorskip("cudf")
+
+    def score(share: bool) -> list:
+        environment = {**os.environ, "DASK_SEMDEDUP__SHARE_MEMORY_POOL": str(share)}
+        command = [sys.executable, "-c", textwrap.dedent(SCORE)]
+        finished = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        return json.loads(finished.stdout.splitlines()[-1])
+
+    shares, grown, kind, backend, *pooled = score(True)
+    assert shares is True
+    assert kind == "CudaAsyncMemoryResource"
+    assert backend == "pluggable"
+    assert all(nbytes >= 4 << 20 for nbytes in grown), grown
+    shares, _, _, backend, *plain = score(False)
+    assert shares is False
+    assert backend == "native"
+    assert pooled == plain

@@ -1,0 +1,70 @@
+"""From raw embeddings to the kept rows in one call."""
+
+from __future__ import annotations
+
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+import dask_semdedup  # noqa: F401  (registers the accessor)
+from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError, RankingStrategy
+from tests.frames.test_embeddings import arrow_lists
+
+
+@pytest.fixture
+def raw() -> pd.DataFrame:
+    """Thirty random rows, and a near copy of each."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((30, 8))
+    rows = np.concatenate([rows, rows + 1e-3 * rng.standard_normal((30, 8))])
+    return pd.DataFrame({"id": range(60), "embeddings": arrow_lists(rows, pa.float32()), "quality": range(60)})
+
+
+@pytest.mark.parametrize("npartitions", [1, 4])
+@pytest.mark.parametrize("n_probe", [1, 2])
+@pytest.mark.parametrize("n_clusters", [None, 2])
+@pytest.mark.filterwarnings("ignore:k-means is fitted to")
+def test_of_each_pair_the_preferred_row_is_kept(
+    raw: pd.DataFrame, npartitions: int, n_probe: int, n_clusters: int | None
+) -> None:
+    best = RankingStrategy(["quality"], ascending=False)
+    ddf = dd.from_pandas(raw, npartitions=npartitions)
+    kept = ddf.semdedup.deduplicate(0.01, n_clusters, n_probe=n_probe, ranking_strategy=best)
+    pd.testing.assert_frame_equal(kept.compute(), raw.iloc[30:])
+
+
+def test_clusters_may_have_another_name(raw: pd.DataFrame) -> None:
+    """A column of the default name is the frame's own: it is not compared by, and stays as it is."""
+    ddf = dd.from_pandas(raw.assign(centroid=range(60)), npartitions=2)
+    kept = ddf.semdedup.deduplicate(0.01, cluster_field="cluster").compute()
+    assert len(kept) == 30
+    assert (kept["centroid"] == kept["id"]).all()
+
+
+def test_rows_of_one_id_are_an_error(raw: pd.DataFrame) -> None:
+    ddf = dd.from_pandas(raw.assign(id=raw["id"] % 30), npartitions=2)
+    with pytest.raises(IdError, match="30 duplicates have the id of the preferred row"):
+        ddf.semdedup.deduplicate(0.01).compute()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"id_field": "doc"}, MissingColumnsError, "'doc'"),
+        ({"ranking_strategy": RankingStrategy(["date"])}, MissingColumnsError, "'date'"),
+        ({"which_to_keep": "best"}, InvalidArgumentError, "which_to_keep must be one of"),
+        ({"compute_dtype": "int8"}, InvalidArgumentError, "compute_dtype must be one of"),
+        ({"pairwise_batch_size": 0}, InvalidArgumentError, "pairwise_batch_size must be a positive"),
+        ({"max_iters": 3}, TypeError, r"deduplicate\(\) got .* 'max_iters'. Did you mean 'max_iter'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_fit(raw: pd.DataFrame, options: dict, error: type, message: str) -> None:
+    ddf = dd.from_pandas(raw, npartitions=2).map_partitions(fail, meta=raw)
+    with pytest.raises(error, match=message):
+        ddf.semdedup.deduplicate(0.01, **options)
+
+
+def fail(_: pd.DataFrame) -> pd.DataFrame:
+    raise AssertionError("computed")

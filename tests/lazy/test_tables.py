@@ -1,0 +1,231 @@
+"""Parquet and JSON lines are read into the same frames, lazily."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.lazy.tables import find_rows, read_scores, read_table, table_token
+
+ROWS = [{"id": f"d{number}", "text": f"text {number}\nwith lines", "embeddings": [number, 0.5]} for number in range(50)]
+
+
+def write_json(path: Path, rows: list[dict], compress: bool = False) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if compress else text)
+    return path
+
+
+def test_files_in_hidden_folders_are_no_data(tmp_path: Path) -> None:
+    for folder in ("", ".ipynb_checkpoints", "_temporary/0", "_lang=en"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        write_json(tmp_path / folder / "a.jsonl", ROWS)
+    frame = read_table(tmp_path).compute()
+    assert len(frame) == 2 * len(ROWS)
+    assert frame["_lang"].dropna().tolist() == ["en"] * len(ROWS)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b", "what?"])
+def test_a_folder_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> None:
+    for folder in (name, "run1", "a b", "whats"):
+        (tmp_path / folder).mkdir()
+        write_json(tmp_path / folder / "a.jsonl", ROWS if folder == name else ROWS[:1])
+        pq.write_table(pa.table({"id": [1, 2]} if folder == name else {"id": [1]}), tmp_path / folder / "b.parquet")
+    assert len(read_table(tmp_path / name / "a.jsonl")) == len(ROWS)
+    assert len(read_table(tmp_path / name / "b.parquet")) == 2
+
+
+def test_keys_above_a_folder_are_not_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "[x]" / "lang=en" / "data"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"id": [1]}), folder / "a.parquet")
+    assert list(read_table(folder).columns) == ["id"]
+    with pytest.raises(MissingColumnsError, match="lang"):
+        read_table(folder, ["id", "lang"])
+
+
+def test_patterns_find_json_lines_too(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.txt", "_c.jsonl", ".d.jsonl"):
+        write_json(tmp_path / name, ROWS)
+    assert len(read_table(tmp_path / "*.jsonl")) == 2 * len(ROWS)
+    (tmp_path / "c.txt").write_text("what these are")
+    assert len(read_table(tmp_path / "*")) == 2 * len(ROWS)
+
+
+def test_only_wanted_columns_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    frame = read_table(tmp_path)[["id"]].optimize()
+    assert frame.expr.columns == ["id"]
+    assert "'text'" not in repr(frame.expr.operands)
+    assert frame.compute()["id"].tolist() == [row["id"] for row in ROWS]
+
+
+def test_parquet_is_parted_by_row_groups(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10)
+    assert read_table(tmp_path).npartitions == 1
+    assert read_table(tmp_path, partition_size="100B").npartitions == 5
+    assert len(read_table(tmp_path, partition_size="100B").compute()) == len(ROWS)
+
+
+def test_truncated_parquet_names_the_file(tmp_path: Path) -> None:
+    for name in ("a", "bad"):
+        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / f"{name}.parquet")
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(bad.read_bytes()[:-100])
+    with pytest.raises(ClusterError, match=r"bad\.parquet"):
+        read_table(tmp_path)
+
+
+def test_mixed_folders_and_missing_columns_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(MissingColumnsError, match="'text'"):
+        read_table(tmp_path, ["id", "text"])
+    (tmp_path / "dataset_info.json").write_text('{"rows": 1}')
+    assert len(read_table(tmp_path)) == 1
+    write_json(tmp_path / "b.jsonl", ROWS)
+    with pytest.raises(ClusterError, match="both Parquet"):
+        read_table(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["{}", "{}/", "{}/lang=*", "{}/*/*.parquet", "file://{}", "simplecache::file://{}"])
+@pytest.mark.parametrize("years", [False, True], ids=["strings", "integers"])
+def test_a_column_may_stand_in_the_names_of_folders(tmp_path: Path, path: str, years: bool) -> None:
+    langs = pd.Series([2001, -5, 2001, 7] if years else ["en", "a=b/c", "en", "7"])
+    frame = pd.DataFrame({"id": range(4), "lang": langs, "text": list("abcd")})
+    frame.to_parquet(tmp_path, partition_cols=["lang"])
+    read = read_table(path.format(tmp_path), ["lang", "id"])
+    assert list(read.columns) == ["lang", "id"]
+    assert read.compute().set_index("id")["lang"].to_dict() == frame.set_index("id")["lang"].to_dict()
+    assert read[["lang"]].compute()["lang"].dtype == ("int64" if years else read["lang"].dtype)
+
+
+def test_columns_in_the_names_of_folders_are_read(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"id": [1, 2, 3], "lang": ["en", None, "de"], "year": [1, 2, None]})
+    frame.to_parquet(tmp_path / "two", partition_cols=["lang", "year"])
+    read = read_table(tmp_path / "two")
+    rows = read.compute()
+    assert read.dtypes.to_dict() == rows.dtypes.to_dict()
+    assert read.dtypes.to_dict() == {"id": np.int64, "lang": read["lang"].dtype, "year": pd.ArrowDtype(pa.int64())}
+    rows = rows.sort_values("id").astype(object)
+    assert rows.where(rows.notna(), None).to_dict("list") == {
+        "id": [1, 2, 3],
+        "lang": ["en", None, "de"],
+        "year": [1, 2, None],
+    }
+    # Not below the path, but the path itself.
+    (below,) = (tmp_path / "two" / "lang=en").iterdir()
+    assert list(read_table(below).columns) == ["id"]
+    several = [tmp_path / "two" / f"lang={lang}" for lang in ("en", "de")]
+    assert read_table(several)[["id", "year"]].compute()["id"].tolist() == [3, 1]
+    assert list(read_table(tmp_path / "two", ["id"]).columns) == ["id"]
+
+
+def test_what_files_hold_goes_before_the_names_of_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "lang=__HIVE_DEFAULT_PARTITION__" / "year=2"
+    folder.mkdir(parents=True)
+    pd.DataFrame({"lang": ["English"], "id": [1], "year": [1]}).to_parquet(folder / "a.parquet")
+    for columns in (None, ["lang", "year"]):
+        assert read_table(tmp_path, columns).compute()[["lang", "year"]].to_dict("list") == {
+            "lang": ["English"],
+            "year": [1],
+        }
+
+
+def test_missing_columns_of_folders_are_named(tmp_path: Path) -> None:
+    pd.DataFrame({"id": [1, 2], "lang": ["en", None]}).to_parquet(tmp_path, partition_cols=["lang"])
+    with pytest.raises(MissingColumnsError, match=r"\['script'\] not found.*\['id', 'lang'\]"):
+        read_table(tmp_path, ["script"])
+
+
+def test_columns_are_a_list(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"columns must be a list of names, as \['id'\]"):
+        read_table(tmp_path, "id")
+
+
+def test_rows_are_found_by_id(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10)
+    found = find_rows(tmp_path / "a.parquet", ["d31", "d4", "nowhere"], ["text"])
+    assert found["text"].to_dict() == {"d4": ROWS[4]["text"], "d31": ROWS[31]["text"]}
+    assert find_rows(tmp_path / "a.parquet", ["d4"], ["id"])["id"].to_dict() == {"d4": "d4"}
+
+
+def test_token_follows_the_files(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.jsonl", ROWS)
+    token = table_token(tmp_path)
+    assert table_token(tmp_path) == token
+    write_json(tmp_path / "a.jsonl", ROWS[:-1])
+    assert table_token(tmp_path) != token
+
+
+# --- Scores ----------------------------------------------------------------------------------------------------------
+
+SCORES = pd.DataFrame({"id": [1, 2], "max_id": [1, 1], "cosine_sim_score": np.array([0, 0.5], np.float32)})
+
+
+def test_clusters_come_from_the_names_of_the_stages_files(tmp_path: Path) -> None:
+    for cluster in ("3", "10"):
+        SCORES.to_parquet(tmp_path / f"cluster_{cluster}.parquet")
+    assert sorted(read_scores(tmp_path).compute()["centroid"]) == [3, 3, 10, 10]
+    SCORES.to_parquet(tmp_path / "cluster_a%2Fb.parquet")
+    assert sorted(read_scores(tmp_path, cluster_field="topic").compute()["topic"]) == [
+        "10",
+        "10",
+        "3",
+        "3",
+        "a/b",
+        "a/b",
+    ]
+
+
+def test_clusters_may_be_unknown(tmp_path: Path) -> None:
+    SCORES.to_parquet(tmp_path / "part.parquet")
+    assert list(read_scores(tmp_path).columns) == ["id", "max_id", "cosine_sim_score"]
+
+
+def test_files_that_are_no_scores_are_named(tmp_path: Path) -> None:
+    SCORES.drop(columns="max_id").to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(MissingColumnsError, match=r"max_id.*other\.parquet"):
+        read_scores(tmp_path)
+
+
+def test_tables_of_different_archives_are_different(tmp_path: Path) -> None:
+    for name, ids in (("one", [1, 2]), ("two", [3, 4])):
+        pd.DataFrame({"id": ids}).to_parquet(tmp_path / "a.parquet")
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.write(tmp_path / "a.parquet", "a.parquet", zipfile.ZIP_STORED)
+    one, two = (read_table(f"zip://a.parquet::{tmp_path}/{name}.zip") for name in ("one", "two"))
+    assert one._name != two._name
+    assert (one["id"].compute().tolist(), two["id"].compute().tolist()) == ([1, 2], [3, 4])
+
+
+@pytest.mark.parametrize("names", [("2024", "2025"), ("2025", "2024")])
+def test_no_column_is_lost_because_the_first_file_lacks_it(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, columns in zip(names, (["id"], ["id", "url"]), strict=True):
+        pd.DataFrame({column: [f"{name} {column}"] for column in columns}).to_parquet(tmp_path / f"{name}.parquet")
+    read = read_table(tmp_path)
+    rows = read.compute().set_index("id")["url"]
+    assert rows.dropna().to_dict() == {f"{names[1]} id": f"{names[1]} url"}
+    assert len(rows) == len(read_table(tmp_path, columns=["id"]).compute()) == 2
+
+
+def test_several_paths_are_one_table(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pd.DataFrame({"id": [f"{name}{number}" for number in range(2)]}).to_parquet(tmp_path / f"{name}.parquet")
+    table = read_table([tmp_path / "b.parquet", str(tmp_path / "a.parquet")])
+    assert table["id"].compute().tolist() == ["a0", "a1", "b0", "b1"]
+
+
+def test_what_folders_are_named_by_may_be_in_some_files(tmp_path: Path) -> None:
+    for language, columns in (("de", {"id": [1]}), ("en", {"id": [2], "lang": ["en"]})):
+        (tmp_path / f"lang={language}").mkdir()
+        pd.DataFrame(columns).to_parquet(tmp_path / f"lang={language}" / "a.parquet")
+    assert read_table(tmp_path).compute()["lang"].isna().tolist() == [True, False]

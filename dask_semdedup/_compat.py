@@ -13,14 +13,6 @@ class OwnExpr(Expr):
     """An expression that is not Dask's own, and that Dask before 2026.7 knows for an expression all the same.
 
     Where it is a frame's, as in ``map_partitions``, these versions ask whether it has a graph.
-
-    Examples
-    --------
-    >>> from dask.base import is_dask_collection
-    >>> class Frame(OwnExpr):
-    ...     npartitions = 1
-    >>> is_dask_collection(Frame())
-    True
     """
 
     def __dask_graph__(self) -> Any:

@@ -31,13 +31,7 @@ PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def check_bytes(name: str, value: str | int) -> int:
-    """Give a size in bytes as a number, or raise unless it is one and positive.
-
-    Examples
-    --------
-    >>> check_bytes("partition_size", "128MiB")
-    134217728
-    """
+    """Give a size in bytes as a number, or raise unless it is one and positive."""
     try:
         size = int(parse_bytes(value))
     except ValueError as error:
@@ -48,12 +42,7 @@ def check_bytes(name: str, value: str | int) -> int:
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise unless a value is one of those allowed.
-
-    Examples
-    --------
-    >>> check_choice("device", "cpu", ["cpu", "cuda"])
-    """
+    """Raise unless a value is one of those allowed."""
     # An array is equal to a string element by element.
     if not isinstance(value, str) or value not in allowed:
         shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
@@ -63,12 +52,7 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 def check_keywords(
     method: str, given: Iterable[str], passed_on: Callable[..., object], own: Callable[..., object]
 ) -> None:
-    """Raise `TypeError` for a keyword that a method takes neither itself nor to pass on, and name one that is alike.
-
-    Examples
-    --------
-    >>> check_keywords("deduplicate", ["tol"], lambda tol: None, lambda eps: None)
-    """
+    """Raise `TypeError` for a keyword that a method takes neither itself nor to pass on, and name one that is alike."""
     known = list(inspect.signature(passed_on).parameters)
     for name in given:
         if name not in known:
@@ -78,34 +62,19 @@ def check_keywords(
 
 
 def check_names(name: str, value: Sequence[str] | None) -> None:
-    """Raise for one string, where columns are to be named in a list.
-
-    Examples
-    --------
-    >>> check_names("columns", ["id"])
-    """
+    """Raise for one string, where columns are to be named in a list."""
     if isinstance(value, str):
         raise InvalidArgumentError(f"{name} must be a list of names, as [{value!r}], not {value!r}.")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raise unless a value is a positive integer, of Python or NumPy, or None.
-
-    Examples
-    --------
-    >>> check_positive("embedding_dim", None)
-    """
+    """Raise unless a value is a positive integer, of Python or NumPy, or None."""
     if value is not None and (not _is_integer(value) or value < 1):  # type: ignore[operator]
         raise InvalidArgumentError(f"{name} must be a positive integer or None, not {value!r}.")
 
 
 def check_seed(value: object) -> None:
-    """Raise unless a value can be a `random_seed`: an integer, of Python or NumPy.
-
-    Examples
-    --------
-    >>> check_seed(42)
-    """
+    """Raise unless a value can be a `random_seed`: an integer, of Python or NumPy."""
     if not _is_integer(value):
         raise InvalidArgumentError(f"random_seed must be an integer, not {value!r}.")
 
@@ -115,13 +84,7 @@ def _is_integer(value: object) -> bool:
 
 
 def stack_level() -> int:
-    """How far above its caller the first frame stands that is not this package's: `stacklevel` of a warning.
-
-    Examples
-    --------
-    >>> stack_level()
-    1
-    """
+    """How far above its caller the first frame stands that is not this package's: `stacklevel` of a warning."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         level, frame = level + 1, frame.f_back

@@ -43,11 +43,6 @@ class ClusterWiseFilePartitioningStage(
     """From the k-means layout to one task of NeMo Curator a cluster.
 
     Its parameters are those of `dask_semdedup.stages.ClusterWiseFilePartitioningStage`.
-
-    Examples
-    --------
-    >>> ClusterWiseFilePartitioningStage("kmeans_results").resources.cpus
-    0.5
     """
 
     name = stages.ClusterWiseFilePartitioningStage.name
@@ -81,12 +76,6 @@ class PairwiseCosineSimilarityStage(
         Which rows of a cluster are preferred; this package's, or NeMo Curator's.
     **arguments
         The others of `dask_semdedup.stages.PairwiseCosineSimilarityStage`.
-
-    Examples
-    --------
-    >>> stage = PairwiseCosineSimilarityStage("id", "embeddings", "pairwise_results", RankingStrategy(["quality"]))
-    >>> stage.with_(batch_size=16).batch_size
-    16
     """
 
     name = stages.PairwiseCosineSimilarityStage.name
@@ -111,12 +100,6 @@ class PairwiseStage(CompositeStage[EmptyTask, FileGroupTask], stages.PairwiseSta
     """Pairwise similarity of all clusters in a folder, as a stage of a ``nemo_curator.pipeline.Pipeline``.
 
     Its parameters are those of `dask_semdedup.stages.PairwiseStage`; `ranking_strategy` may also be NeMo Curator's.
-
-    Examples
-    --------
-    >>> stage = PairwiseStage("id", "embeddings", "kmeans_results", "pairwise_results")
-    >>> [type(part).__name__ for part in stage.decompose()]
-    ['ClusterWiseFilePartitioningStage', 'PairwiseCosineSimilarityStage']
     """
 
     name = stages.PairwiseStage.name

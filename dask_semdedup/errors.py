@@ -41,11 +41,6 @@ class MissingColumnsError(SemDedupError, KeyError, ValueError):
             The columns that are needed and those that the frame has.
         advice
             What to do about it: a sentence.
-
-        Examples
-        --------
-        >>> print(MissingColumnsError.build(["id", "x"], ["id", "y"], "Pass `x`."))
-        Required columns ['x'] not found in the frame, which has ['id', 'y']. Pass `x`.
         """
         present = list(present)
         missing = [column for column in dict.fromkeys(required) if column not in present]
@@ -73,13 +68,7 @@ class MissingDependencyError(SemDedupError, ImportError):
 
 
 def have(count: int, noun: str) -> str:
-    """Open a sentence on so many of something.
-
-    Examples
-    --------
-    >>> have(1, "row"), have(2, "row")
-    ('1 row has', '2 rows have')
-    """
+    """Open a sentence on so many of something."""
     return f"1 {noun} has" if count == 1 else f"{count} {noun}s have"
 
 
@@ -97,13 +86,6 @@ def some(ids: Iterable[object], limit: int = 5) -> str:
     -------
     str
         The first `limit` ids and, where there are more, the number of all.
-
-    Examples
-    --------
-    >>> some([7, 8, 9])
-    '7, 8, 9'
-    >>> some(range(7, 19), limit=3)
-    '7, 8, 9, ... (12 in all)'
     """
     if not isinstance(ids, Sized):
         ids = list(ids)

@@ -21,14 +21,7 @@ BEFORE, AFTER = r"(?<![\w'\"/.=-])", r"(?![\w'\"/=-]|\.\w)"
 
 
 def in_options(message: str, parameters: Sequence[click.Parameter]) -> str:
-    """Say what the library says of its parameters of a command's options.
-
-    Examples
-    --------
-    >>> flags = [click.Option(["--overwrite"], is_flag=True), click.Option(["--id-field"]), click.Option(["--device"])]
-    >>> in_options("Pass overwrite=True, or device='cpu', or name columns as id_field, not 'id_field'.", flags)
-    "Pass --overwrite, or --device cpu, or name columns as --id-field, not 'id_field'."
-    """
+    """Say what the library says of its parameters of a command's options."""
     for phrase, words in PHRASES.items():
         message = message.replace(phrase, words)
     options = [option for option in parameters if isinstance(option, click.Option) and option.name]

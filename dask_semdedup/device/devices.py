@@ -20,12 +20,7 @@ PAIRS_WORTH_A_GPU = 2_000_000
 
 
 def check_device(device: str) -> None:
-    """Raise `InvalidArgumentError` unless a device is one of `DEVICES`, and there.
-
-    Examples
-    --------
-    >>> check_device("cpu")
-    """
+    """Raise `InvalidArgumentError` unless a device is one of `DEVICES`, and there."""
     check_choice("device", device, DEVICES)
     if device == "cuda" and not has_cuda():
         raise InvalidArgumentError(
@@ -43,11 +38,6 @@ def choose_device(device: str, home: str, segments: np.ndarray) -> str:
         Where the frame is.
     segments : numpy.ndarray
         (k + 1,) offsets of the clusters: every pair of rows of one is work.
-
-    Examples
-    --------
-    >>> choose_device("auto", "cpu", np.array([0, 100]))
-    'cpu'
     """
     if device != "auto":
         return device
@@ -61,11 +51,6 @@ def pairs_of(segments: np.ndarray) -> float:
     ----------
     segments : numpy.ndarray
         (k + 1,) offsets of the clusters.
-
-    Examples
-    --------
-    >>> pairs_of(np.array([0, 100, 102]))
-    5002.0
     """
     return float(np.square(np.diff(segments), dtype=np.float64).sum() / 2)
 
@@ -78,13 +63,7 @@ def has_cuda() -> bool:
 
 
 def visible_gpus() -> int:
-    """How many GPUs this process sees, as which it takes one that it does not.
-
-    Examples
-    --------
-    >>> visible_gpus() >= 1
-    True
-    """
+    """How many GPUs this process sees, as which it takes one that it does not."""
     import torch
 
     # Asks the driver, and does not make torch use CUDA.
@@ -95,10 +74,5 @@ def cores_per_gpu() -> int:
     """The share that a GPU has of the machine's cores, where each has a process of its own.
 
     Dask-CUDA shows all GPUs to each of its workers.
-
-    Examples
-    --------
-    >>> cores_per_gpu() >= 1
-    True
     """
     return max(1, CPU_COUNT // visible_gpus())

@@ -34,11 +34,6 @@ def cores_for(device: str, segments: np.ndarray) -> AbstractContextManager[None]
     device : {"cpu", "cuda"}
     segments : numpy.ndarray
         (k + 1,) offsets of the clusters.
-
-    Examples
-    --------
-    >>> with cores_for("cpu", np.array([0, 100])):
-    ...     pass
     """
     return cores().take(_threads(segments)) if device == "cpu" else nullcontext()
 
@@ -66,11 +61,6 @@ def place_for(home: str) -> Iterator[None]:
     ----------
     home : {"cpu", "cuda"}
         Where a partition is read and scored; on a CPU there is nothing to wait for.
-
-    Examples
-    --------
-    >>> with place_for("cpu"):
-    ...     pass
     """
     if home == "cpu":
         yield
@@ -103,11 +93,6 @@ def turn_on_gpu(device: str, work: float | None = None) -> Iterator[None]:
         Where the search is.
     work : float, optional
         Its multiplications; None where its rows are in host memory.
-
-    Examples
-    --------
-    >>> with turn_on_gpu("cuda"):
-    ...     pass
     """
     with ExitStack() as turns:
         for is_long, turn in _turns.items() if device == "cuda" else ():

@@ -29,11 +29,6 @@ def partitions_per_gpu(client: Client | None = None) -> int:
     client : distributed.Client, optional
         Where the work will go; the default client, if there is one. Where a machine has as many workers as this one has
         GPUs, each is taken to have its own. Where it has more, all share one, as those of a plain `LocalCluster` do.
-
-    Examples
-    --------
-    >>> partitions_per_gpu() == max(10, CPU_COUNT)
-    True
     """
     return max(processes * max(2 * PARTITIONS_ON_GPU, threads) for processes, threads in _sharing_a_gpu(client))
 

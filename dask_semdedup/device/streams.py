@@ -55,11 +55,6 @@ def beside(home: str) -> AbstractContextManager[None]:
     home : {"cpu", "cuda"}
         Where the work is; on a CPU nothing changes. On a GPU the work is done when the context is left, unless it was
         entered within another one like it.
-
-    Examples
-    --------
-    >>> with beside("cpu"):
-    ...     pass
     """
     return _within(READING) if home == "cuda" else nullcontext()
 
@@ -71,11 +66,6 @@ def behind(home: str) -> AbstractContextManager[None]:
     ----------
     home : {"cpu", "cuda"}
         Where the work is.
-
-    Examples
-    --------
-    >>> with behind("cpu"):
-    ...     pass
     """
     return _within(SEARCH) if home == "cuda" else nullcontext()
 
@@ -129,11 +119,6 @@ def outside(home: str) -> AbstractContextManager[None]:
     ----------
     home : {"cpu", "cuda"}
         Where the work is.
-
-    Examples
-    --------
-    >>> with outside("cpu"):
-    ...     pass
     """
     return _outside() if home == "cuda" else nullcontext()
 
@@ -177,12 +162,6 @@ def owned(tensor: torch.Tensor) -> torch.Tensor:
     """Bring what was made in this thread's stream for the search into memory of the current stream.
 
     On a CPU there is but one kind of memory.
-
-    Examples
-    --------
-    >>> import torch
-    >>> owned(torch.arange(2))
-    tensor([0, 1])
     """
     import torch
 

@@ -48,10 +48,6 @@ def check_plain_dtype(meta_column: Any, parameter: str) -> None:
     ------
     InvalidArgumentError
         Naming the column and its dtype.
-
-    Examples
-    --------
-    >>> check_plain_dtype(pd.Series([], dtype="int64", name="id"), "id_field")
     """
     dtype = meta_column.dtype
     arrow = isinstance(dtype, pd.ArrowDtype) and pa.types.is_nested(dtype.pyarrow_dtype)
@@ -62,14 +58,7 @@ def check_plain_dtype(meta_column: Any, parameter: str) -> None:
 
 
 def shares_memory(rows: torch.Tensor, column: Any) -> bool:
-    """Whether a matrix from `to_tensor` may alias its column, and so must not be written to.
-
-    Examples
-    --------
-    >>> column = pd.Series([[3.0, 4.0], [6.0, 8.0]])
-    >>> shares_memory(to_tensor(column, name="embeddings"), column)
-    False
-    """
+    """Whether a matrix from `to_tensor` may alias its column, and so must not be written to."""
     if is_cudf(column):
         return True
     if column.dtype == np.dtype(object):
@@ -91,12 +80,6 @@ def array_like(tensor: torch.Tensor, frame: Any) -> Any:
     -------
     numpy.ndarray or cupy.ndarray
         Without a copy where the tensor is already where the frame is.
-
-    Examples
-    --------
-    >>> import torch
-    >>> array_like(torch.arange(3), pd.DataFrame())
-    array([0, 1, 2])
     """
     if not is_cudf(frame):
         return tensor.cpu().numpy()
@@ -106,14 +89,7 @@ def array_like(tensor: torch.Tensor, frame: Any) -> Any:
 
 
 def column_like(array: Any, frame: Any) -> Any:
-    """Give an array of numbers as a column of a frame's backend, NaN as it is.
-
-    Examples
-    --------
-    >>> column_like(np.array([0.5], dtype=np.float32), pd.DataFrame())
-    0    0.5
-    dtype: float32
-    """
+    """Give an array of numbers as a column of a frame's backend, NaN as it is."""
     if not is_cudf(frame):
         return pd.Series(array)
     import cudf
@@ -131,13 +107,6 @@ def take(column: Any, positions: Any) -> Any:
         Of pandas or cuDF.
     positions : (m,) int64 array
         Of NumPy or CuPy, all within the column.
-
-    Examples
-    --------
-    >>> take(pd.Series([7, 8], name="id"), np.array([1, 1]))
-    0    8
-    1    8
-    Name: id, dtype: int64
     """
     if not is_cudf(column):
         return column.iloc[positions].reset_index(drop=True)
@@ -164,48 +133,24 @@ def _cudf_take(column: Any, positions: Any) -> Any:
 
 
 def tensor_like(array: Any) -> torch.Tensor:
-    """Give a NumPy or CuPy array as a tensor, where it is and without a copy.
-
-    Examples
-    --------
-    >>> tensor_like(np.arange(3))
-    tensor([0, 1, 2])
-    """
+    """Give a NumPy or CuPy array as a tensor, where it is and without a copy."""
     import torch
 
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """Give a NumPy or CuPy array as a NumPy array.
-
-    Examples
-    --------
-    >>> to_numpy(np.arange(3))
-    array([0, 1, 2])
-    """
+    """Give a NumPy or CuPy array as a NumPy array."""
     return array if isinstance(array, np.ndarray) else array.get()
 
 
 def to_list(column: Any) -> list[Any]:
-    """Give a pandas or cuDF column as Python values.
-
-    Examples
-    --------
-    >>> to_list(pd.Series(["a", "b"]))
-    ['a', 'b']
-    """
+    """Give a pandas or cuDF column as Python values."""
     return (column.to_pandas() if is_cudf(column) else column).tolist()
 
 
 def to_arrow(frame: Any) -> pa.Table:
-    """Give a pandas or cuDF frame as an Arrow table, without its index.
-
-    Examples
-    --------
-    >>> to_arrow(pd.DataFrame({"id": [1, 2]})).to_pydict()
-    {'id': [1, 2]}
-    """
+    """Give a pandas or cuDF frame as an Arrow table, without its index."""
     if is_cudf(frame) and not _has_integer_nulls(frame):
         return frame.to_arrow(preserve_index=False)
     # What pandas notes in the schema keeps readers from making integers with nulls floats.
@@ -213,13 +158,7 @@ def to_arrow(frame: Any) -> pa.Table:
 
 
 def to_host(frame: Any) -> pd.DataFrame:
-    """Give a pandas or cuDF frame as pandas'; integers with nulls do not become floats.
-
-    Examples
-    --------
-    >>> to_host(pd.DataFrame({"id": [1, 2]})).id.to_list()
-    [1, 2]
-    """
+    """Give a pandas or cuDF frame as pandas'; integers with nulls do not become floats."""
     return frame.to_pandas(nullable=_has_integer_nulls(frame)) if is_cudf(frame) else frame
 
 
@@ -233,24 +172,12 @@ def is_cudf(frame: Any) -> bool:
 
 
 def home_of(frame: Any) -> str:
-    """Where a frame or column is: "cuda" or "cpu".
-
-    Examples
-    --------
-    >>> home_of(pd.DataFrame())
-    'cpu'
-    """
+    """Where a frame or column is: "cuda" or "cpu"."""
     return "cuda" if is_cudf(frame) else "cpu"
 
 
 def is_string(column: Any) -> bool:
-    """Whether a column's dtype is one of strings, in pandas or cuDF.
-
-    Examples
-    --------
-    >>> is_string(pd.Series(["a"], dtype="string")), is_string(pd.Series([1]))
-    (True, False)
-    """
+    """Whether a column's dtype is one of strings, in pandas or cuDF."""
     dtype = column.dtype
     if isinstance(dtype, pd.ArrowDtype):
         kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -260,15 +187,7 @@ def is_string(column: Any) -> bool:
 
 
 def frame_like(columns: Mapping[str, Any], like: Any) -> Any:
-    """Make a frame of the backend of another frame or column.
-
-    Examples
-    --------
-    >>> frame_like({"x": [1, 2]}, pd.Series(["a"]))
-       x
-    0  1
-    1  2
-    """
+    """Make a frame of the backend of another frame or column."""
     if not is_cudf(like):
         return pd.DataFrame(columns)
     import cudf
@@ -277,12 +196,5 @@ def frame_like(columns: Mapping[str, Any], like: Any) -> Any:
 
 
 def published(frame: Any) -> Any:
-    """Bring a frame of cuDF that was made in a stream of this thread into memory of the current one.
-
-    Examples
-    --------
-    >>> published(pd.DataFrame({"x": [1]}))
-       x
-    0  1
-    """
+    """Bring a frame of cuDF that was made in a stream of this thread into memory of the current one."""
     return frame.copy() if is_cudf(frame) else frame

@@ -11,11 +11,6 @@ def home_field(cluster_field: str) -> str:
     """Name of the column that holds a row's own cluster, in frames where rows visit others.
 
     A row whose cluster is not its own is a visit: it is compared with the rows of that cluster, and none with it.
-
-    Examples
-    --------
-    >>> home_field("centroid")
-    'home_centroid'
     """
     return f"home_{cluster_field}"
 
@@ -28,14 +23,6 @@ def has_visits(frame: Any, cluster_field: str) -> bool:
     frame : pandas.DataFrame or cudf.DataFrame
         It may be empty.
     cluster_field : str
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> has_visits(pd.DataFrame({"page": [0, 0], "home_page": [0, 1]}), "page")
-    True
-    >>> has_visits(pd.DataFrame({"page": [0], "home_page": ["https://dask.org"]}), "page")
-    False
     """
     home = home_field(cluster_field)
     return home in frame.columns and getattr(frame[home].dtype, "kind", "") in ("i", "u")

@@ -69,14 +69,6 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
     EmbeddingError
         For strings (which Dask makes of object columns), numbers, lists of something else than numbers, and lists of
         a fixed size other than `embedding_dim`.
-
-    Examples
-    --------
-    >>> check_embedding_dtype(pd.Series([], dtype=object), "embeddings")
-    >>> check_embedding_dtype(pd.Series([], dtype="float32"), "embeddings")
-    Traceback (most recent call last):
-        ...
-    dask_semdedup.errors.EmbeddingError: Column 'embeddings' has dtype float32, not embeddings: ...
     """
     dtype = meta_column.dtype
     if is_string(meta_column):
@@ -104,13 +96,7 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
 
 
 def list_type(column: pd.Series) -> pa.DataType | None:
-    """Arrow's type of a column of lists or arrays of numbers; None where it holds something else.
-
-    Examples
-    --------
-    >>> list_type(pd.Series([np.zeros(2, np.float32)])), list_type(pd.Series([[1, 2]])), list_type(pd.Series(["a"]))
-    (ListType(list<item: float>), ListType(list<item: double>), None)
-    """
+    """Arrow's type of a column of lists or arrays of numbers; None where it holds something else."""
     try:
         type_ = pa.array(column).type
     except pa.ArrowException:
@@ -128,11 +114,6 @@ def as_lists(column: pd.Series, type_: pa.DataType, name: str) -> pd.Series:
     ------
     EmbeddingError
         If rows are no such lists.
-
-    Examples
-    --------
-    >>> as_lists(pd.Series([[3.0, 4.0], None]), pa.list_(pa.float32()), "embeddings").dtype
-    list<item: float>[pyarrow]
     """
     try:
         lists = pa.chunked_array([pa.array(column, type_, from_pandas=True)])
@@ -145,17 +126,7 @@ def as_lists(column: pd.Series, type_: pa.DataType, name: str) -> pd.Series:
 
 
 def dimensions_advice(columns: Iterable[object]) -> str:
-    """How to join columns that look like the dimensions of embeddings; nothing where there are none.
-
-    Examples
-    --------
-    >>> dimensions_advice(["id", *(f"x{number}" for number in range(384))])
-    ' If x0 to x383 are the dimensions of embeddings, join them: ddf.assign(embeddings=ddf[[f"x{i}" for i in range(0, \
-384)]].map_partitions(lambda rows: pd.Series(list(rows.to_numpy("float32")), rows.index, \
-pd.ArrowDtype(pa.list_(pa.float32()))))).'
-    >>> dimensions_advice(["id", "text"])
-    ''
-    """
+    """How to join columns that look like the dimensions of embeddings; nothing where there are none."""
     numbers: dict[str, list[int]] = {}
     for match in (re.fullmatch(r"(.*?)(0|[1-9]\d*)", str(column)) for column in columns):
         if match:
@@ -173,13 +144,7 @@ pd.ArrowDtype(pa.list_(pa.float32()))))).'
 
 
 def first_width(column: pd.Series) -> int | None:
-    """Width of a column's first row, or None where it is null.
-
-    Examples
-    --------
-    >>> first_width(pd.Series([[3.0, 4.0], [6.0]]))
-    2
-    """
+    """Width of a column's first row, or None where it is null."""
     first = column.iloc[0]
     return len(first) if isinstance(first, Sized) else None
 
@@ -229,12 +194,6 @@ def to_tensor(
     -----
     Only the direction of a row matters to the cosine. Rows of float64 that are too large or too small for float32
     are divided by their largest entry.
-
-    Examples
-    --------
-    >>> to_tensor(pd.Series([[3.0, 4.0], [6.0, 8.0]]), name="embeddings")
-    tensor([[3., 4.],
-            [6., 8.]])
     """
     import torch
 
@@ -256,14 +215,7 @@ def to_tensor(
 
 
 def rows_not_finite(rows: torch.Tensor) -> np.ndarray:
-    """Find the rows of a matrix that hold NaN or infinities.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rows_not_finite(torch.tensor([[1.0, 2.0], [3.0, torch.inf]]))
-    array([1])
-    """
+    """Find the rows of a matrix that hold NaN or infinities."""
     import torch
 
     # NaN and infinities survive a sum, which costs less than looking at each number.
@@ -288,12 +240,6 @@ def to_embeddings(rows: Any, frame: Any) -> Any:
     -------
     Series
         Of Arrow lists or cuDF lists, with the frame's index.
-
-    Examples
-    --------
-    >>> to_embeddings(np.array([[3, 4]], dtype=np.float32), pd.DataFrame(index=[7]))
-    7    [3. 4.]
-    dtype: list<item: float>[pyarrow]
     """
     if is_cudf(frame):
         return _cudf_lists(rows, frame)

@@ -43,11 +43,6 @@ def hash_ids(ids: Any, seed: int) -> Any:
     ----------
     The finaliser is that of splitmix64: G. L. Steele, D. Lea and C. H. Flood, "Fast splittable pseudorandom number
     generators", OOPSLA 2014.
-
-    Examples
-    --------
-    >>> hash_ids(pd.Series([7], dtype="int8"), 42) == hash_ids(pd.Series([7], dtype="UInt64"), 42)
-    array([ True])
     """
     key = _mix(np.array([seed % 2**64], np.uint64))[0]
     with outside(home_of(ids)):

@@ -17,7 +17,7 @@ import pyarrow as pa
 from dask_semdedup.device.devices import cores_per_gpu
 from dask_semdedup.device.streams import current, finish, outside
 from dask_semdedup.errors import MissingDependencyError
-from dask_semdedup.io.fragments import Fragment, _changed, _check_size, _unreadable
+from dask_semdedup.io.fragments import Fragment, changed, check_size, unreadable
 from dask_semdedup.io.listing import is_local
 
 
@@ -78,13 +78,7 @@ _readers = threading.BoundedSemaphore(READERS)
 
 
 def files_at_once() -> int:
-    """How many files a call of cuDF's reader may have open: each takes two descriptors, and there are `READERS` calls.
-
-    Examples
-    --------
-    >>> 64 <= files_at_once() <= 1024
-    True
-    """
+    """Files that a call of cuDF's reader may have open: each takes two descriptors, and there are `READERS` calls."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1024 if soft == resource.RLIM_INFINITY else max(64, min(1024, soft // (4 * READERS)))
 
@@ -103,7 +97,7 @@ def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragm
         with outside("cuda"):
             frame = cudf.concat(frames, ignore_index=True)
     if len(frame) != rows:
-        raise _changed([fragment.path for fragment in fragments])
+        raise changed([fragment.path for fragment in fragments])
     return frame
 
 
@@ -115,7 +109,7 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
                 for fragment in fragments:
                     # Of whole files the rows say enough.
                     if fragment.row_groups is not None:
-                        _check_size(fragment.path, fragment.size, os.path.getsize(fragment.path))
+                        check_size(fragment.path, fragment.size, os.path.getsize(fragment.path))
                 return _read_with_libcudf(fragments, columns, groups)
             with outside("cuda"):
                 return import_cudf().read_parquet(
@@ -132,7 +126,7 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
         # What another thread did to the GPU is no fault of the files.
         if re.search("cuda[ _]?error|cuda out of memory", str(error), re.IGNORECASE):
             raise
-        raise _unreadable(_first_of(fragments), error) from error
+        raise unreadable(_first_of(fragments), error) from error
 
 
 def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], groups: list[list[int]]) -> Any:
@@ -157,12 +151,12 @@ def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], gr
 
 def _check_rows(fragments: Sequence[Fragment], rows: Sequence[int]) -> None:
     """Raise `ClusterError` if a file has other rows than planned: its neighbours would get some of another cluster."""
-    changed = [fragment.path for fragment, n in zip(fragments, rows, strict=False) if fragment.rows != n]
-    if changed:
-        raise _changed(changed)
+    found = [fragment.path for fragment, n in zip(fragments, rows, strict=False) if fragment.rows != n]
+    if found:
+        raise changed(found)
 
 
-def _cupy_repeat(counts: np.ndarray) -> Any:
+def cupy_repeat(counts: np.ndarray) -> Any:
     """Positions 0, 1, ... on the GPU, each as often as its count says."""
     import cupy
 

@@ -60,13 +60,7 @@ NULL_NAMES = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})
 
 
 def integers_or_names(names: Mapping[str, str]) -> dict[str, Any]:
-    """Read values in names of files or folders back: as int64 where all are, as they are written, else as strings.
-
-    Examples
-    --------
-    >>> integers_or_names({"a": "3", "b": "-10"}), integers_or_names({"a": "3", "b": "010"})
-    ({'a': 3, 'b': -10}, {'a': '3', 'b': '010'})
-    """
+    """Read values in names of files or folders back: as int64 where all are, as they are written, else as strings."""
     distinct = set(names.values())
     if all(map(INTEGER.fullmatch, distinct)) and all(int(name) in INT64 for name in distinct):
         return {path: int(name) for path, name in names.items()}
@@ -74,11 +68,5 @@ def integers_or_names(names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def key_type(values: Iterable[Any]) -> pa.DataType:
-    """Arrow type of what `integers_or_names` gives.
-
-    Examples
-    --------
-    >>> key_type([3, -10]), key_type(["3", "010"])
-    (DataType(int64), DataType(string))
-    """
+    """Arrow type of what `integers_or_names` gives."""
     return pa.int64() if all(isinstance(value, int) for value in values) else pa.string()

@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dask_semdedup.io.fragments import _unreadable
+from dask_semdedup.io.fragments import unreadable
 from dask_semdedup.io.listing import is_local
 from dask_semdedup.io.schemas import without_index
 
@@ -35,10 +35,10 @@ SLOW = 1e-4
 
 def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
     """Arrow schema of a file, without index columns that pandas or Dask wrote only to restore an index."""
-    return without_index(_arrow_schema(path, _read_metadata(fs, path, _fetch_footer(fs, path, size))))
+    return without_index(arrow_schema(path, read_metadata(fs, path, fetch_footer(fs, path, size))))
 
 
-def _fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> list[bytes]:
+def fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> list[bytes]:
     """The footers of files of these sizes: one after the other where that is fast, else many at once.
 
     From the page cache a footer takes less time than it takes a thread to get hold of Python's lock.
@@ -49,15 +49,15 @@ def _fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> l
         seconds = []
         for path, size in islice(files, PROBES):
             start = time.perf_counter()
-            footers.append(_fetch_footer(fs, path, size))
+            footers.append(fetch_footer(fs, path, size))
             seconds.append(time.perf_counter() - start)
         if statistics.median(seconds) < SLOW:
-            return footers + [_fetch_footer(fs, path, size) for path, size in files]
+            return footers + [fetch_footer(fs, path, size) for path, size in files]
     with ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="footers") as pool:
-        return footers + list(pool.map(lambda file: _fetch_footer(fs, *file), files))
+        return footers + list(pool.map(lambda file: fetch_footer(fs, *file), files))
 
 
-def _fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
+def fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
     """The footer of a file, to the file's end; nothing where that does not look like the end of a Parquet file."""
     # S3's file system has another parameter at the second place.
     fetch, guess = (_read_range, LOCAL_GUESS) if is_local(fs) else (fs.cat_file, FOOTER_GUESS)
@@ -68,7 +68,7 @@ def _fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
             return b""
         return tail[-length:] if length <= len(tail) else fetch(path, start=size - length, end=size)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _read_range(path: str, start: int, end: int) -> bytes:
@@ -80,7 +80,7 @@ def _read_range(path: str, start: int, end: int) -> bytes:
         os.close(descriptor)
 
 
-def _read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> pq.FileMetaData:
+def read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> pq.FileMetaData:
     """What Arrow makes of a footer, or says of a file that has none."""
     try:
         if footer:
@@ -88,14 +88,14 @@ def _read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> p
         with fs.open(path) as file:
             return pq.read_metadata(file)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _arrow_schema(path: str, metadata: pq.FileMetaData) -> pa.Schema:
+def arrow_schema(path: str, metadata: pq.FileMetaData) -> pa.Schema:
     try:
         schema = metadata.schema.to_arrow_schema()
         # This decodes all names, of fields in fields too.
         schema.to_string(show_field_metadata=False, show_schema_metadata=False)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return schema

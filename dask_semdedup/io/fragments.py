@@ -59,14 +59,7 @@ def fragments_of(file: FileStats, keys: tuple[Any, ...] = ()) -> list[Fragment]:
 
 
 def in_runs(fragments: Iterable[Fragment], nbytes: int) -> Iterator[list[Fragment]]:
-    """Cut fragments between clusters into runs of at most so many bytes, or of one cluster.
-
-    Examples
-    --------
-    >>> fragments = [Fragment(name, 1, keys=(key,), nbytes=60) for name, key in [("a", 0), ("b", 0), ("c", 1)]]
-    >>> [[fragment.path for fragment in run] for run in in_runs(fragments, 100)]
-    [['a', 'b'], ['c']]
-    """
+    """Cut fragments between clusters into runs of at most so many bytes, or of one cluster."""
     run: list[Fragment] = []
     held = 0
     for _, cluster in groupby(fragments, attrgetter("keys")):
@@ -111,7 +104,7 @@ class FileStats(NamedTuple):
     size: int = 0
 
 
-def _unreadable(path: str, error: Exception) -> ClusterError:
+def unreadable(path: str, error: Exception) -> ClusterError:
     return ClusterError(f"Cannot read {path} as Parquet (truncated, damaged or gone?): {error}")
 
 
@@ -119,14 +112,14 @@ def read_fragment(
     fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.Schema, orders: Mapping[str, pa.Array] | None = None
 ) -> pa.Table:
     """Read one fragment's columns as an Arrow table of exactly the given schema, with categories in given orders."""
-    table = _read_checked(fs, fragment, schema.names)
+    table = read_checked(fs, fragment, schema.names)
     try:
         return conform(table, schema, orders or {})
     except ClusterError as error:
         raise ClusterError(f"{fragment.path}: {error}") from error
 
 
-def _read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Sequence[str]) -> pa.Table:
+def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Sequence[str]) -> pa.Table:
     """Read those columns of a fragment that are there, if it still has the rows that were planned.
 
     Files are read one after another and without Arrow's threads, since Dask already runs a partition per core. They
@@ -135,15 +128,15 @@ def _read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Sequ
     path = fragment.path
     try:
         with nullcontext(path) if is_local(fs) else fs.open(path) as source:
-            _check_size(path, fragment.size, os.path.getsize(path) if is_local(fs) else getattr(source, "size", None))
+            check_size(path, fragment.size, os.path.getsize(path) if is_local(fs) else getattr(source, "size", None))
             with pq.ParquetFile(source, pre_buffer=not is_local(fs)) as file:
                 table = _read_row_groups(file, fragment.row_groups, names)
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         if isinstance(error, SemDedupError):
             raise
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if len(table) != fragment.rows:
-        raise _changed([path])
+        raise changed([path])
     return table
 
 
@@ -161,10 +154,10 @@ def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, nam
         return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
 
 
-def _check_size(path: str, planned: int, found: int | None) -> None:
+def check_size(path: str, planned: int, found: int | None) -> None:
     if planned and found is not None and found != planned:
-        raise _changed([path])
+        raise changed([path])
 
 
-def _changed(paths: Sequence[str]) -> ClusterError:
+def changed(paths: Sequence[str]) -> ClusterError:
     return ClusterError(f"{some(paths)} changed since the footers were read. Read the files anew.")

@@ -32,7 +32,7 @@ PLAIN = json.JSONDecoder()
 EXACT = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_Number)
 
 
-def _type_of(values: Sequence[Any], depth: int = DEPTH) -> pa.DataType:
+def type_of(values: Sequence[Any], depth: int = DEPTH) -> pa.DataType:
     """The type that gives all of the values back, or `ValueError`; what is null may yet be text."""
     if not depth:
         raise ValueError(f"members of members, {DEPTH} times")
@@ -43,16 +43,16 @@ def _type_of(values: Sequence[Any], depth: int = DEPTH) -> pa.DataType:
             fields.setdefault(name, []).append(value)
         # Raises for what is no UTF-8.
         "".join(fields).encode()
-        return pa.struct([(name, _type_of(members, depth - 1)) for name, members in fields.items()])
+        return pa.struct([(name, type_of(members, depth - 1)) for name, members in fields.items()])
     if kinds == {list}:
-        return pa.list_(_type_of(list(chain.from_iterable(filter(None, values))), depth - 1))
+        return pa.list_(type_of(list(chain.from_iterable(filter(None, values))), depth - 1))
     if kinds == {bool}:
         return pa.bool_()
     if kinds <= {str}:
         return pa.string()
     if kinds <= {int, float, _Number}:
         return _type_of_numbers([value for value in values if value is not None])
-    raise ValueError(" and ".join(sorted({_named(value) for value in values if value is not None})))
+    raise ValueError(" and ".join(sorted({kind_of(value) for value in values if value is not None})))
 
 
 def _type_of_numbers(numbers: Sequence[int | float | _Number]) -> pa.DataType:
@@ -87,7 +87,7 @@ def _is_exact(text: str) -> bool:
     return digits <= 17 or Decimal(text) == Decimal(f"{value:.{digits - 1}e}")
 
 
-def _fit(value: Any, type_: pa.DataType) -> Any:
+def fit_value(value: Any, type_: pa.DataType) -> Any:
     """A value as Arrow takes it for a type, or `ValueError` if the type does not give it back."""
     types = pa.types
     if value is None or (isinstance(value, bool) and types.is_boolean(type_)):
@@ -96,16 +96,16 @@ def _fit(value: Any, type_: pa.DataType) -> Any:
         fields = {field.name: field.type for field in type_}
         if new := [name for name in value if value[name] is not None and name not in fields]:
             raise ValueError(f"{new[0]!r} is a new key")
-        return {name: _fit(value.get(name), member) for name, member in fields.items()}
+        return {name: fit_value(value.get(name), member) for name, member in fields.items()}
     if isinstance(value, list) and types.is_list(type_):
-        return [_fit(member, type_.value_type) for member in value]
+        return [fit_value(member, type_.value_type) for member in value]
     if isinstance(value, _Number):
         return _fit_number(value, type_)
     if isinstance(value, str) and type_ == pa.string():
         # Raises for what is no UTF-8.
         value.encode()
         return value
-    raise ValueError(f"{_named(value)} is no {'number' if type_ == AS_WRITTEN else type_}")
+    raise ValueError(f"{kind_of(value)} is no {'number' if type_ == AS_WRITTEN else type_}")
 
 
 def _fit_number(text: _Number, type_: pa.DataType) -> str | int | float:
@@ -119,6 +119,6 @@ def _fit_number(text: _Number, type_: pa.DataType) -> str | int | float:
     raise ValueError(f"{type_} does not give {text} back")
 
 
-def _named(value: object) -> str:
+def kind_of(value: object) -> str:
     names = {dict: "an object", list: "a list", bool: "true or false", str: "text", type(None): "null"}
     return names.get(type(value), "a number")

@@ -31,7 +31,7 @@ from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColu
 from dask_semdedup.io.folder_keys import Keys
 from dask_semdedup.io.footers import REMOTE_THREADS
 from dask_semdedup.io.fragments import Fragment
-from dask_semdedup.io.json_types import AS_WRITTEN, EXACT, PLAIN, _fit, _named, _type_of
+from dask_semdedup.io.json_types import AS_WRITTEN, EXACT, PLAIN, fit_value, kind_of, type_of
 from dask_semdedup.io.listing import is_local
 from dask_semdedup.io.reader import Reader, configured_string_dtype, taken_for_ids
 
@@ -169,7 +169,7 @@ class JsonReader:
                 )
             for field in schema:
                 try:
-                    values[field.name].append(_fit(row.get(field.name), field.type))
+                    values[field.name].append(fit_value(row.get(field.name), field.type))
                 except ValueError as error:
                     origin = self.origins.get(field.name, block.path)
                     raise ClusterError(
@@ -225,13 +225,6 @@ def rows_before(fs: fsspec.AbstractFileSystem, blocks: Sequence[Block]) -> list[
     """Count for each block the rows of its file before it: it reads all blocks of a file but the last.
 
     Blocks of a file stand together, in their order.
-
-    Examples
-    --------
-    >>> fs = fsspec.filesystem("memory")
-    >>> fs.pipe("/rows_before.jsonl", b'{"id": 1}\\n\\n{"id": 2}\\n{"id": 3}')
-    >>> rows_before(fs, [Block("/rows_before.jsonl", 0, 20), Block("/rows_before.jsonl", 20, 10)])
-    [0, 2]
     """
     counted = [block for block, after in pairwise(blocks) if block.path == after.path]
     with ThreadPoolExecutor(1 if is_local(fs) else COUNTING_THREADS) as pool:
@@ -305,7 +298,7 @@ def _load(line: bytes, block: Block, number: int, decoder: json.JSONDecoder) -> 
         row = decoder.decode(line.decode("utf-8", "surrogateescape"))
         if isinstance(row, dict):
             return row
-        why: object = f"{_named(row)}, and no object"
+        why: object = f"{kind_of(row)}, and no object"
     except (ValueError, RecursionError) as error:
         why = error
     raise ClusterError(
@@ -370,7 +363,7 @@ def _type_of_column(name: str, lines: Sequence[_Line]) -> pa.DataType:
         raise ClusterError(f"Key {name!r} in {_where(*first_line[:2])}: {why}. {EACH_LINE}")
     values = [line.row.get(name) for line in lines]
     try:
-        return _type_of(values)
+        return type_of(values)
     except ValueError as error:
         # The first line that disagrees, with the first that it disagrees with, unless that is itself.
         last = bisect_left(range(len(values)), True, key=lambda index: bool(_disagreement(values[: index + 1])))
@@ -383,7 +376,7 @@ def _type_of_column(name: str, lines: Sequence[_Line]) -> pa.DataType:
 def _disagreement(values: Sequence[Any]) -> str:
     """Why no type gives all of the values back; empty where one does."""
     try:
-        _type_of(values)
+        type_of(values)
     except ValueError as error:
         return str(error)
     return ""

@@ -52,10 +52,6 @@ def check_cluster_dtype(clusters: Any) -> None:
     ------
     InvalidArgumentError
         Naming the column and its dtype.
-
-    Examples
-    --------
-    >>> check_cluster_dtype(pd.Series([3, 4], name="centroid"))
     """
     dtype = clusters.dtype
     types = pd.api.types
@@ -85,14 +81,6 @@ def write_partition(
         The folder of all clusters, which exists.
     cluster_field, max_file_size, options, stored
         As in `write_layout`.
-
-    Examples
-    --------
-    >>> import os, tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> parts = write_partition(pd.DataFrame({"id": [1, 2], "centroid": [7, 7]}), folder, "centroid", 2**28, {})
-    >>> os.listdir(folder), os.listdir(f"{folder}/centroid=7")
-    (['centroid=7'], ['part.0.parquet'])
     """
     if len(frame) == 0:
         return pd.DataFrame({"rows": pd.Series(dtype="int64"), "schema": pd.Series(dtype=object)})
@@ -188,15 +176,6 @@ def cluster_files(
     ------
     ClusterError
         If there are no files, or a file is in no cluster's folder.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> import pandas as pd
-    >>> folder = tempfile.mkdtemp()
-    >>> pd.DataFrame({"id": [1, 2], "centroid": [10, 9]}).to_parquet(folder, partition_cols=["centroid"])
-    >>> list(cluster_files(folder))
-    [9, 10]
     """
     return list_clusters(path, storage_options, cluster_field).urls()
 
@@ -229,7 +208,7 @@ def list_clusters(
     return Listing(fs, files, dict(sorted(by_cluster.items())))
 
 
-def _clusters_beneath(
+def clusters_beneath(
     fs: fsspec.AbstractFileSystem,
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     storage_options: Mapping[str, Any] | None,

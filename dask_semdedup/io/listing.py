@@ -133,24 +133,12 @@ def _find_locally(root: str) -> dict[str, dict[str, Any]]:
 
 
 def is_data_file(path: str, root: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file below a root is data by its suffix, and not hidden, nor in a hidden folder.
-
-    Examples
-    --------
-    >>> [is_data_file(f"data/{name}", "data", (".parquet",)) for name in ("a.parquet", "_temporary/0/a.parquet")]
-    [True, False]
-    """
+    """Whether a file below a root is data by its suffix, and not hidden, nor in a hidden folder."""
     return path.endswith(suffixes) and not is_hidden(path, root)
 
 
 def is_hidden(path: str, root: str) -> bool:
-    """Whether the name of a file below a root, or of a folder that it is in, begins with a dot or an underscore.
-
-    Examples
-    --------
-    >>> is_hidden("data/_temporary/0/a.parquet", "data"), is_hidden("data/_key=1/a.parquet", "data")
-    (True, False)
-    """
+    """Whether the name of a file below a root, or of a folder that it is in, begins with a dot or an underscore."""
     below = f"/{path.removeprefix(root)}"
     # Most are not, which these two see at once. A key of a folder may begin with an underscore.
     return ("/_" in below or "/." in below) and any(

@@ -23,9 +23,9 @@ from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.streams import current, finish, outside
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.backend import take
-from dask_semdedup.io.cudf_reader import _cupy_repeat, import_cudf, in_cudf, read_fragments_cudf
+from dask_semdedup.io.cudf_reader import cupy_repeat, import_cudf, in_cudf, read_fragments_cudf
 from dask_semdedup.io.fragments import Fragment, read_fragment
-from dask_semdedup.io.scan import COLUMNS_ADVICE, Scan, _is_integer
+from dask_semdedup.io.scan import COLUMNS_ADVICE, Scan, is_integer
 from dask_semdedup.io.schemas import conform, in_frames, is_ordered, refuse
 
 
@@ -175,7 +175,7 @@ class Reader:
         import pylibcudf
 
         column = cudf.Series.from_pylibcudf(pylibcudf.Column.from_arrow(self._keys(fragments, name), stream=current()))
-        return take(column, _cupy_repeat(np.array([fragment.rows for fragment in fragments])))
+        return take(column, cupy_repeat(np.array([fragment.rows for fragment in fragments])))
 
     def _keys(self, fragments: Sequence[Fragment], name: str) -> pa.Array:
         """The value in the folders' names, one a fragment."""
@@ -218,13 +218,7 @@ def taken_for_ids(name: str | None, present: Collection[str]) -> list[str]:
 
 
 def made_ids(root: str, fragment: Fragment) -> pa.Array:
-    """Ids of a fragment's rows: the file's name below a folder, and the row's number in the file.
-
-    Examples
-    --------
-    >>> made_ids("data", Fragment("data/a.parquet", 2, first_row=10)).to_pylist()
-    ['a.parquet:10', 'a.parquet:11']
-    """
+    """Ids of a fragment's rows: the file's name below a folder, and the row's number in the file."""
     name = pa.scalar(fragment.path.removeprefix(root).lstrip("/"), pa.large_string())
     rows = pa.array(np.arange(fragment.first_row, fragment.first_row + fragment.rows)).cast(pa.large_string())
     return pc.binary_join_element_wise(name, rows, pa.scalar(":", pa.large_string()))
@@ -242,7 +236,7 @@ def _extension_dtype(
     types = pa.types
     if types.is_string(type_) or types.is_large_string(type_):
         return string_dtype
-    if _is_integer(type_) or types.is_floating(type_):
+    if is_integer(type_) or types.is_floating(type_):
         return pd.ArrowDtype(type_) if nullable else None
     if types.is_timestamp(type_) or types.is_duration(type_):
         return None

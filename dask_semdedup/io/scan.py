@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_semdedup.errors import MissingColumnsError
-from dask_semdedup.io.footers import REMOTE_THREADS, _arrow_schema, _fetch_footer, _fetch_footers, _read_metadata
-from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, _read_checked, _unreadable
+from dask_semdedup.io.footers import REMOTE_THREADS, arrow_schema, fetch_footer, fetch_footers, read_metadata
+from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, read_checked, unreadable
 from dask_semdedup.io.listing import is_local
 from dask_semdedup.io.schemas import is_ordered, one_order, refuse, unify, without, without_index, without_order
 from dask_semdedup.io.thrift import Bounded, FooterError, Group, read_alike, read_footer
@@ -108,7 +108,7 @@ def scan_files(
     size = FIRST_BLOCK
     while len(stats) < len(paths):
         block = {path: files[path]["size"] for path in paths[len(stats) : len(stats) + size]}
-        footers = dict(zip(block, _fetch_footers(fs, block), strict=True))
+        footers = dict(zip(block, fetch_footers(fs, block), strict=True))
         size = min(BLOCK, 1 + BLOCK_BYTES * len(footers) // (1 + sum(map(len, footers.values()))))
         by_path = _stats_of_block(fs, footers, block, shapes)
         stats.extend(by_path[path] for path in footers)
@@ -137,7 +137,7 @@ def _dictionaries(fs: fsspec.AbstractFileSystem, files: Sequence[FileStats], nam
         if group is None:
             return []
         fragment = Fragment(file.path, file.row_groups[group].rows, (group,), size=file.size)
-        table = _read_checked(fs, fragment, [name])
+        table = read_checked(fs, fragment, [name])
         chunks = table[name].chunks if name in table.column_names else []
         return [chunk.dictionary for chunk in chunks if pa.types.is_dictionary(chunk.type)]
 
@@ -159,7 +159,7 @@ class _Shape:
         nulls: bool,
     ) -> None:
         self.number, self.path = number, path
-        schema = _arrow_schema(path, metadata)
+        schema = arrow_schema(path, metadata)
         self.names = without_index(schema).names
         unwanted = set(self.names) - {*(self.names if columns is None else columns), cluster_column}
         self.schema = without(without_index(schema), unwanted)
@@ -170,7 +170,7 @@ class _Shape:
             (field, range(*span)) for field, span in zip(schema, pairwise(starts), strict=True) if field.name in names
         ]
         self.widths = {index: _leaf_bytes(metadata.schema.column(index)) for _, span in wanted for index in span}
-        self.integers = {field.name: span[0] for field, span in wanted if nulls and _is_integer(field.type)}
+        self.integers = {field.name: span[0] for field, span in wanted if nulls and is_integer(field.type)}
         self.ordered = {field.name: span[0] for field, span in wanted if is_ordered(field.type)}
         self.cluster = next((span[0] for field, span in wanted if field.name == cluster_column), None)
         cluster = self.cluster
@@ -186,7 +186,7 @@ class _Shapes:
 
     def of(self, path: str, metadata: pq.FileMetaData) -> _Shape:
         """The shape of a file."""
-        key = _arrow_schema(path, metadata).remove_metadata()
+        key = arrow_schema(path, metadata).remove_metadata()
         if key not in self.by_schema:
             number = len(self.by_schema)
             self.by_schema[key] = _Shape(number, path, metadata, self.columns, self.cluster_column, nulls=self.nulls)
@@ -196,7 +196,7 @@ class _Shapes:
         """What there is to say of all files together."""
         shapes = list(self.by_schema.values())
         unified = unify({shape.path: shape.schema for shape in shapes})
-        integers = {field.name for field in unified.schema if self.nulls and _is_integer(field.type)}
+        integers = {field.name for field in unified.schema if self.nulls and is_integer(field.type)}
         lacking = [frozenset(name for name in integers if _lacks(shape.schema, name)) for shape in shapes]
         if any(lacking) or not integers.issuperset(name for shape in shapes for name in shape.integers):
             stats = [
@@ -239,7 +239,7 @@ def _leaf_bytes(column: Any) -> int | None:
     return LEAF_BYTES.get(column.physical_type)
 
 
-def _is_integer(type_: pa.DataType) -> bool:
+def is_integer(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_boolean(type_))
 
 
@@ -273,12 +273,12 @@ def _stats_of_one(
     fs: fsspec.AbstractFileSystem, path: str, footer: bytes, sizes: Mapping[str, int], shapes: _Shapes
 ) -> tuple[FileStats, _Shape]:
     """What one footer says, and where the columns lie in it."""
-    shape = shapes.of(path, _read_metadata(fs, path, footer))
+    shape = shapes.of(path, read_metadata(fs, path, footer))
     try:
         # There was none where the file has grown since the listing.
-        groups = read_footer(footer or _fetch_footer(fs, path, fs.size(path)), shape.leaves, shape.bounded)
+        groups = read_footer(footer or fetch_footer(fs, path, fs.size(path)), shape.leaves, shape.bounded)
     except FooterError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return _stats_of_groups([path], groups, sizes, shape)[0], shape
 
 

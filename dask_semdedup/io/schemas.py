@@ -82,15 +82,6 @@ def unify(schemas: Mapping[str, pa.Schema]) -> Unified:
     ----------
     schemas : mapping from path to pyarrow.Schema
         Of one file for each schema that there is.
-
-    Examples
-    --------
-    >>> files = {"a": pa.schema({"id": pa.int32(), "n": pa.null()}), "b": pa.schema({"id": pa.int64(), "n": pa.int8()})}
-    >>> unify(files).schema
-    id: int64
-    n: int8
-    >>> unify(files | {"c": pa.schema({"id": pa.string()})}).problems["id"]
-    "Column 'id' is string in c but int64 in b."
     """
     merged: dict[str, pa.Field] = {}
     origins: dict[str, str] = {}
@@ -135,13 +126,7 @@ def _merge(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def is_ordered(type_: pa.DataType) -> bool:
-    """Whether values of a type are categories with an order of their own.
-
-    Examples
-    --------
-    >>> is_ordered(pa.dictionary(pa.int8(), pa.string(), ordered=True)), is_ordered(pa.string())
-    (True, False)
-    """
+    """Whether values of a type are categories with an order of their own."""
     return bool(pa.types.is_dictionary(type_) and type_.ordered)
 
 
@@ -173,11 +158,6 @@ def in_frames(type_: pa.DataType) -> pa.DataType:
     """The type that a column of a file has in frames: dictionaries decoded unless ordered, and 64-bit offsets.
 
     Strings and binaries of a partition may come to more than 2 GiB, which 32-bit offsets cannot count.
-
-    Examples
-    --------
-    >>> in_frames(pa.list_(pa.struct({"bytes": pa.binary()})))
-    ListType(list<item: struct<bytes: large_binary>>)
     """
     types = pa.types
     if types.is_dictionary(type_):
@@ -202,14 +182,7 @@ def _field_in_frames(field: pa.Field) -> pa.Field:
 
 
 def one_order(dictionaries: Iterable[pa.Array]) -> list[Any] | None:
-    """Find the one order in which the categories of all dictionaries stand; None where it cannot be told.
-
-    Examples
-    --------
-    >>> one_order([pa.array(["mid", "high"]), pa.array(["low", "mid"])])
-    ['low', 'mid', 'high']
-    >>> one_order([pa.array(["mid", "high"]), pa.array(["low", "high"])])
-    """
+    """Find the one order in which the categories of all dictionaries stand; None where it cannot be told."""
     orders = list(dict.fromkeys(tuple(dictionary.to_pylist()) for dictionary in dictionaries))
     sorter = TopologicalSorter[Any]({category: [] for order in orders for category in order})
     pairs = {pair for order in orders for pair in pairwise(order)}
@@ -229,12 +202,6 @@ def conform(table: pa.Table, schema: pa.Schema, orders: Mapping[str, pa.Array] |
     ------
     ClusterError
         If values of a column do not fit its type.
-
-    Examples
-    --------
-    >>> schema = pa.schema({"id": pa.int64(), "text": pa.string()})
-    >>> conform(pa.table({"id": pa.array([1], pa.int8())}), schema).to_pylist()
-    [{'id': 1, 'text': None}]
     """
     present = set(table.column_names)
     columns = {field.name: _column(table, field) if field.name in present else _nulls(table, field) for field in schema}
@@ -298,13 +265,6 @@ def restore(table: pa.Table, stored: pa.Schema) -> pa.Table:
     """Give columns that were read from files the types that they had there, and the table the files' metadata.
 
     Columns of other types than `in_frames` makes of those in the files have been made since, and stay as they are.
-
-    Examples
-    --------
-    >>> stored = pa.schema({"lang": pa.dictionary(pa.int32(), pa.string())}, {"made by": "hand"})
-    >>> restored = restore(pa.table({"lang": pa.array(["en"], pa.large_string()), "n": [1]}), stored)
-    >>> restored.schema.types, restored.schema.metadata
-    ([DictionaryType(dictionary<values=string, indices=int32, ordered=0>), DataType(int64)], {b'made by': b'hand'})
     """
     fields, columns = [], []
     for field, column in zip(table.schema, table.columns, strict=True):
@@ -337,11 +297,6 @@ def _is_readable(note: Mapping[str, Any], columns: Iterable[str]) -> bool:
 
 
 def refuse(problems: Mapping[str, str], columns: Iterable[str], advice: str) -> None:
-    """Raise `ClusterError` if one of the columns cannot be read.
-
-    Examples
-    --------
-    >>> refuse({"text": "Column 'text' is string in a but int64 in b."}, ["id"], "Name others as `columns`.")
-    """
+    """Raise `ClusterError` if one of the columns cannot be read."""
     if found := [problems[name] for name in columns if name in problems]:
         raise ClusterError(f"{some(found, 1)} {advice}")

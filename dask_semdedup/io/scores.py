@@ -39,7 +39,7 @@ def _not_of_scores(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[s
 SCORES = Contents("scores", _not_of_scores)
 
 
-def _clusters_of_files(files: Collection[str], cluster_field: str) -> Keys | None:
+def clusters_of_files(files: Collection[str], cluster_field: str) -> Keys | None:
     """Cluster of each file by its name, integers where all are; None where a name has none."""
     matches = {path: CLUSTER_FILE.fullmatch(path.rsplit("/", 1)[-1]) for path in files}
     names = {path: unquote(match[1]) for path, match in matches.items() if match}

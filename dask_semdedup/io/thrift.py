@@ -83,18 +83,7 @@ class Bounded(NamedTuple):
 
     @classmethod
     def of(cls, column: Any, leaf: int) -> Bounded | None:
-        """How to read the bounds of a column of Arrow's Parquet schema, or None where their order is not known.
-
-        Examples
-        --------
-        >>> import io
-        >>> import pyarrow as pa
-        >>> import pyarrow.parquet as pq
-        >>> pq.write_table(pa.table({"id": pa.array([1], pa.uint16()), "x": [1.5]}), file := io.BytesIO())
-        >>> schema = pq.read_metadata(file).schema
-        >>> Bounded.of(schema.column(0), 0), Bounded.of(schema.column(1), 1)
-        (Bounded(leaf=0, width=4, is_signed=False), None)
-        """
+        """How to read the bounds of a column of Arrow's Parquet schema, or None where their order is not known."""
         kind, width = column.logical_type.type, WIDTHS.get(column.physical_type)
         if width and kind in ("NONE", "INT"):
             return cls(leaf, width, is_signed=not column.converted_type.startswith("UINT"))
@@ -137,18 +126,6 @@ def read_footer(footer: bytes, leaves: int, bounded: Bounded | None = None) -> l
     ------
     FooterError
         If the footer is damaged. It may be, and go unnoticed, where the numbers are possible ones.
-
-    Examples
-    --------
-    >>> import io
-    >>> import pyarrow as pa
-    >>> import pyarrow.parquet as pq
-    >>> def footer(table):
-    ...     pq.write_table(table, file := io.BytesIO())
-    ...     return file.getvalue()[-8 - int.from_bytes(file.getvalue()[-8:-4], "little") :]
-    >>> (group,) = read_footer(footer(pa.table({"id": [5, None]})), 1, Bounded(0, 8, is_signed=True))
-    >>> group.rows, group.chunks[0].nulls, group.chunks[0].bounds
-    (2, 1, [(5, 5)])
     """
     thrift = _One(footer)
     try:
@@ -178,19 +155,6 @@ def read_alike(footers: Sequence[bytes], bounded: Bounded | None = None) -> tupl
         Positions of the footers that are whole, and of the first one's schema and shape.
     groups : list of Group
         Their row groups, as many as the first has, with m numbers of each kind.
-
-    Examples
-    --------
-    >>> import io
-    >>> import pyarrow as pa
-    >>> import pyarrow.parquet as pq
-    >>> def footer(table):
-    ...     pq.write_table(table, file := io.BytesIO())
-    ...     return file.getvalue()[-8 - int.from_bytes(file.getvalue()[-8:-4], "little") :]
-    >>> tables = [pa.table({"id": [1, 2]}), pa.table({"id": [3]}), pa.table({"x": [1.0]})]
-    >>> alike, (group,) = read_alike([footer(table) for table in tables])
-    >>> alike.tolist(), group.rows.tolist()
-    ([0, 1], [2, 1])
     """
     thrift = _Many(footers)
     try:

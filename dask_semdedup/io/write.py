@@ -39,13 +39,6 @@ def write_table(table: pa.Table, file: Any, stored: pa.Schema | None = None) -> 
         Open for writing.
     stored : pyarrow.Schema, optional
         Of the files that the columns come from: they get its types, and the file its metadata.
-
-    Examples
-    --------
-    >>> import io
-    >>> write_table(pa.table({"id": [1]}), file := io.BytesIO(), pa.schema({"id": pa.int64()}, {"made by": "hand"}))
-    >>> pq.read_schema(file).metadata
-    {b'made by': b'hand'}
     """
     stored = stored or pa.schema([])
     step = max(1, ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
@@ -96,14 +89,6 @@ def write_cluster(frame: Any, output_path: str | os.PathLike[str], cluster: int 
     -------
     str
         Path of the file.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> import pandas as pd
-    >>> path = write_cluster(pd.DataFrame({"id": [1]}), tempfile.mkdtemp(), 7)
-    >>> os.path.basename(path)
-    'cluster_7.parquet'
     """
     return write_clusters(frame, {cluster: range(len(frame))}, output_path, **write_kwargs)[cluster]
 
@@ -126,14 +111,6 @@ def write_clusters(
     -------
     dict
         From cluster to the path of its file. If a file cannot be written, some of the others may have been.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> import pandas as pd
-    >>> paths = write_clusters(pd.DataFrame({"id": [1, 2, 3]}), {7: range(2), 9: range(2, 3)}, tempfile.mkdtemp())
-    >>> pd.read_parquet(paths[7]).id.to_list(), pd.read_parquet(paths[9]).id.to_list()
-    ([1, 2], [3])
     """
     folder = os.fspath(output_path).rstrip("/")
     fs, root = fsspec.core.url_to_fs(folder, **(write_kwargs.pop("storage_options", None) or {}))
@@ -212,16 +189,7 @@ def write_part(
     stored: pa.Schema | None = None,
     partition_info: dict[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """Write one partition to ``folder`` and return how many rows it has.
-
-    Examples
-    --------
-    >>> import os, tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> _ = write_part(pd.DataFrame({"id": [1, 2]}), folder, {})
-    >>> os.listdir(folder)
-    ['part.000000.parquet']
-    """
+    """Write one partition to ``folder`` and return how many rows it has."""
     number = partition_info["number"] if partition_info else 0
     fs, path = fsspec.url_to_fs(folder, **storage_options)
     # Unlike `fsspec.open`, this does not make the folder anew for a late writer of a run that has failed.

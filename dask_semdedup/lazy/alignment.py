@@ -47,15 +47,6 @@ def align(ddf: dd.DataFrame, cluster_field: str) -> dd.DataFrame:
     ------
     ClusterError
         If the frame has no such column.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> ddf = dd.from_pandas(pd.DataFrame({"id": range(6), "centroid": [0, 1, 2, 0, 1, 2]}), npartitions=2)
-    >>> is_aligned(ddf, "centroid")
-    False
-    >>> is_aligned(align(ddf, "centroid"), "centroid")
-    True
     """
     if cluster_field not in ddf.columns:
         raise no_cluster_column(cluster_field, "the frame", ddf.columns)
@@ -83,14 +74,6 @@ def align_both(left: dd.DataFrame, right: dd.DataFrame, cluster_field: str) -> t
     ------
     InvalidArgumentError
         If clusters are of different kinds.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> left = dd.from_pandas(pd.DataFrame({"id": range(6), "centroid": [0, 1, 2, 0, 1, 2]}), npartitions=3)
-    >>> right = dd.from_pandas(pd.DataFrame({"id": range(2), "centroid": [2, 0]}), npartitions=1)
-    >>> [frame.npartitions for frame in align_both(left, right, "centroid")]
-    [3, 3]
     """
     ours, theirs = left._meta[cluster_field].dtype, right._meta[cluster_field].dtype
     if ours != theirs:

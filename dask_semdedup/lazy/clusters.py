@@ -23,7 +23,7 @@ from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.io.folder_keys import key_type
 from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, fragments_of
-from dask_semdedup.io.layout import _clusters_beneath
+from dask_semdedup.io.layout import clusters_beneath
 from dask_semdedup.io.listing import checksum, list_files
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import scan_files
@@ -31,7 +31,7 @@ from dask_semdedup.io.schemas import without
 from dask_semdedup.io.staging import real_path
 from dask_semdedup.lazy.alignment import align, no_cluster_column
 from dask_semdedup.lazy.expressions import ReadClusters
-from dask_semdedup.lazy.planning import CUDF_ELEMENTS, _arranged, _runs, default_size, fitting_size
+from dask_semdedup.lazy.planning import CUDF_ELEMENTS, arrange, cut_into_runs, default_size, fitting_size
 
 __all__ = ["read_clusters"]
 
@@ -117,7 +117,7 @@ def read_clusters(
     check_names("columns", columns)
     size = default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
-    folders = _clusters_beneath(fs, path, storage_options, files, cluster_field)
+    folders = clusters_beneath(fs, path, storage_options, files, cluster_field)
     source = _scan(fs, files, folders, cluster_field, columns, size, backend)
     wanted = source.reader.columns if columns is None else list(dict.fromkeys(columns))
     reading = wanted if source.aligned else list(dict.fromkeys([*wanted, cluster_field]))
@@ -220,9 +220,9 @@ def _scan(
         _check_cudf(units, cluster_field)
     size = fitting_size(size, backend, sum(unit.nbytes for unit in units))
     units.sort(key=attrgetter("key"))
-    runs, giants = _runs([(place, unit.rows, unit.nbytes) for place, unit in enumerate(units)], size)
+    runs, giants = cut_into_runs([(place, unit.rows, unit.nbytes) for place, unit in enumerate(units)], size)
     partitions = tuple(
-        _join(fragment for place in places for fragment in units[place].fragments) for places in _arranged(runs, giants)
+        _join(fragment for place in places for fragment in units[place].fragments) for places in arrange(runs, giants)
     )
     wanted = None if columns is None else tuple(columns)
     token = tokenize(checksum(files), reader, cluster_field, aligned, size, wanted)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dask_semdedup.frames.backend import frame_like
 from dask_semdedup.frames.columns import SCORE_COLUMN
-from dask_semdedup.steps.duplicates import _check_several, _is_one, check_score_columns, is_duplicate
+from dask_semdedup.steps.duplicates import check_score_columns, check_several_eps, is_duplicate, is_one_eps
 
 __all__ = ["EPS_GRID", "eps_curve"]
 
@@ -40,18 +40,8 @@ def eps_curve(scores: dd.DataFrame, eps: Sequence[float]) -> dd.DataFrame:
         If `eps` is not a sequence of different numbers from 0 to 2.
     MissingColumnsError
         If there is no column of scores.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> scores = dd.from_pandas(pd.DataFrame({"cosine_sim_score": [0.0, 0.995, 0.9, 0.99]}), npartitions=2)
-    >>> eps_curve(scores, [0.001, 0.01, 0.1]).compute()
-         eps  duplicates  share
-    0  0.001           0   0.00
-    1  0.010           2   0.50
-    2  0.100           3   0.75
     """
-    grid = _check_several([eps] if _is_one(eps) else eps)  # type: ignore[list-item]
+    grid = check_several_eps([eps] if is_one_eps(eps) else eps)  # type: ignore[list-item]
     check_score_columns(scores, [SCORE_COLUMN])
     column = scores[SCORE_COLUMN]
     return column.reduction(

@@ -54,11 +54,6 @@ def default_size(backend: str, client: Client | None = None) -> int:
     """Bytes of a partition: on a GPU so few that those that are there at once take half of it.
 
     Of the client, or the default one, the workers' threads are asked for.
-
-    Examples
-    --------
-    >>> default_size("pandas") // 2**20
-    128
     """
     if backend == "pandas":
         return PARTITION
@@ -69,13 +64,7 @@ def default_size(backend: str, client: Client | None = None) -> int:
 
 
 def fitting_size(size: int, backend: str, nbytes: int) -> int:
-    """Bytes of a partition of all `nbytes`: no more than cuDF can hold, nor than keep all cores or GPUs busy.
-
-    Examples
-    --------
-    >>> fitting_size(2**27, "pandas", nbytes=1000) // 2**20
-    16
-    """
+    """Bytes of a partition of all `nbytes`: no more than cuDF can hold, nor than keep all cores or GPUs busy."""
     if backend == "cudf":
         return min(size, CUDF_BYTES, max(GPU_PARTITIONS[0], nbytes // (PARTITIONS_A_GPU * visible_gpus())))
     return min(size, max(SMALL_PARTITION, nbytes // (PARTITIONS_A_CORE * CPU_COUNT)))
@@ -106,19 +95,12 @@ def plan(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> list[lis
     ----------
     .. [1] Graham, "Bounds on multiprocessing timing anomalies", SIAM Journal on Applied Mathematics 17 (1969): longest
        processing time first.
-
-    Examples
-    --------
-    >>> plan([(2, 20, 800), (0, 10, 400), (1, 10, 400)], partition_size=1000)
-    [[0, 1], [2]]
-    >>> plan([(0, 10, 400), (1, 10, 400), (2, 10, 400), (3, 9000, 9000)], partition_size=400)
-    [[3], [0], [1], [2]]
     """
-    runs, giants = _runs(sizes, partition_size)
+    runs, giants = cut_into_runs(sizes, partition_size)
     return [*(runs[run] for run in giants), *_without(runs, giants)]
 
 
-def _runs(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> tuple[list[list[Any]], list[int]]:
+def cut_into_runs(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> tuple[list[list[Any]], list[int]]:
     """The clusters of each partition, ascending throughout, and the positions of the giants, the costliest first."""
     ordered = sorted(sizes, key=itemgetter(0))
     if not ordered:
@@ -133,7 +115,7 @@ def _runs(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> tuple[l
     return [clusters[start:stop] for start, stop in runs], giants
 
 
-def _arranged(runs: Sequence[list[Any]], giants: Sequence[int]) -> list[list[Any]]:
+def arrange(runs: Sequence[list[Any]], giants: Sequence[int]) -> list[list[Any]]:
     """Partitions with the giants where Dask begins, and the others in order.
 
     Where tasks do not depend on each other, it begins with the one whose number is the last in the order of text: of

@@ -36,16 +36,7 @@ def remove_duplicates(
     eps: float | None = None,
     broadcast: bool = True,
 ) -> dd.DataFrame:
-    """Remove the rows whose ids are those of duplicates, lazily: see `SemDedupAccessor.remove`.
-
-    Examples
-    --------
-    >>> ddf = dd.from_pandas(pd.DataFrame({"id": ["a", "b", "c"], "text": ["x", "y", "x"]}), npartitions=2)
-    >>> remove_duplicates(ddf, pd.DataFrame({"id": ["c"]})).compute()
-      id text
-    0  a    x
-    1  b    y
-    """
+    """Remove the rows whose ids are those of duplicates, lazily: see `SemDedupAccessor.remove`."""
     _check_id_column(ddf, id_field, "id_field", "the data")
     duplicates = _select(_to_dask(duplicates), duplicates_id_field, eps)
     if is_cudf(duplicates._meta) != is_cudf(ddf._meta):
@@ -76,10 +67,6 @@ def check_ids(ddf: dd.DataFrame, id_field: str) -> None:
     ------
     IdError
         Naming a few of the ids.
-
-    Examples
-    --------
-    >>> check_ids(dd.from_pandas(pd.DataFrame({"id": ["a", "b"]}), npartitions=2), "id")
     """
     ids = ddf[id_field]
     meta = hash_column(ids._meta)

@@ -38,12 +38,6 @@ def partition_lengths(ddf: dd.DataFrame, embedding_field: str) -> list[int]:
     Returns
     -------
     list of int
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> partition_lengths(dd.from_pandas(pd.DataFrame({"id": range(5)}), npartitions=2), "embeddings")
-    [3, 2]
     """
     others = [name for name in ddf.columns if name != embedding_field]
     narrow = ddf[others[:1] or [embedding_field]]
@@ -75,11 +69,6 @@ def draw(lengths: list[int], size: int, seed: int) -> dict[int, np.ndarray]:
     References
     ----------
     .. [1] Madow, "On the theory of systematic sampling, II", Annals of Mathematical Statistics 20 (1949).
-
-    Examples
-    --------
-    >>> draw([3, 0, 2], 5, seed=0)
-    {0: array([0, 1, 2]), 2: array([0, 1])}
     """
     rng = np.random.default_rng(seed)
     counts = np.asarray(lengths, np.int64)
@@ -152,15 +141,6 @@ def sample_embeddings(
     ------
     EmbeddingError
         If the rows are null, not finite, or of different widths.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> import pyarrow as pa
-    >>> embeddings = pd.array([[1.0], [2.0], [3.0]], dtype=pd.ArrowDtype(pa.list_(pa.float32())))
-    >>> ddf = dd.from_pandas(pd.DataFrame({"embeddings": embeddings}), npartitions=2)
-    >>> sample_embeddings(ddf, {0: np.array([1])}, embedding_field="embeddings", id_field="id")
-    array([[2.]], dtype=float32)
     """
     narrow = ddf[[name for name in ddf.columns if name in (embedding_field, id_field)]]
     partitions = narrow.partitions[list(picks)].to_delayed()

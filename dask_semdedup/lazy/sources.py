@@ -19,28 +19,14 @@ __all__ = ["check_sources", "readers_of", "stored_schema"]
 
 
 def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
-    """The readers of Parquet files that a frame comes from.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> list(readers_of(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)))
-    []
-    """
+    """The readers of Parquet files that a frame comes from."""
     yield from (read.source.reader for read in ddf.expr.find_operations(ReadClusters))
     functions = (read.func for read in ddf.expr.find_operations(FromMap))
     yield from (read.reader for read in functions if isinstance(read, ReadPart) and isinstance(read.reader, Reader))
 
 
 def stored_schema(ddf: dd.DataFrame) -> pa.Schema:
-    """The schema of those files that most of a frame's columns come from; an empty one where there are none.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> stored_schema(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)).names
-    []
-    """
+    """The schema of those files that most of a frame's columns come from; an empty one where there are none."""
     schemas = [pa.schema([]), *(reader.schema for reader in readers_of(ddf))]
     return max(schemas, key=lambda schema: len(set(schema.names).intersection(ddf.columns)))
 
@@ -56,11 +42,6 @@ def check_sources(ddf: dd.DataFrame, columns: Sequence[str], ranking: RankingStr
         If files disagree about a column.
     InvalidArgumentError
         If the order of categories to rank by is lost.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> check_sources(dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1), ["id"])
     """
     for reader in readers_of(ddf):
         doubtful = [name for name in reader.schema.names if name in reader.problems or name in reader.unordered]

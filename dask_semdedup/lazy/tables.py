@@ -27,7 +27,7 @@ from dask_semdedup.io.jsonlines import JSON_SUFFIXES, JsonReader, read_json
 from dask_semdedup.io.listing import PARQUET_SUFFIXES, above_pattern, checksum, list_files
 from dask_semdedup.io.reader import Reader, taken_for_ids
 from dask_semdedup.io.scan import scan_files
-from dask_semdedup.io.scores import _clusters_of_files
+from dask_semdedup.io.scores import clusters_of_files
 
 __all__ = ["find_rows", "read_scores", "read_table", "table_token"]
 
@@ -159,17 +159,6 @@ def read_scores(
         If there are no files, or one cannot be read as Parquet.
     MissingColumnsError
         If one of the three columns is not there.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> scores = pd.DataFrame({"id": ["a", "b"], "max_id": ["a", "a"], "cosine_sim_score": [0.0, 0.5]})
-    >>> scores.to_parquet(f"{folder}/cluster_7.parquet")
-    >>> read_scores(folder).compute()
-      id max_id  cosine_sim_score  centroid
-    0  a      a               0.0         7
-    1  b      a               0.5         7
     """
     size = check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
@@ -178,7 +167,7 @@ def read_scores(
     if not set(SCORE_COLUMNS) <= set(names):
         raise MissingColumnsError.build(SCORE_COLUMNS, names, f"{first} holds no scores of `pairwise`.")
     columns, keys = list(SCORE_COLUMNS), None
-    if cluster_field in names or (keys := _clusters_of_files(files, cluster_field)):
+    if cluster_field in names or (keys := clusters_of_files(files, cluster_field)):
         columns.append(cluster_field)
     reader, fragments = _scan(fs, files, columns, keys)
     return _lazy(reader, _group(fragments, size), reader.columns, checksum(files))
@@ -219,14 +208,6 @@ def find_rows(
     ------
     MissingColumnsError
         If a column is not there.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> path = f"{tempfile.mkdtemp()}/table.parquet"
-    >>> pd.DataFrame({"id": [1, 2, 3], "text": ["a", "b", "c"]}).to_parquet(path)
-    >>> find_rows(path, [3, 1], ["text"])["text"].to_dict()
-    {1: 'a', 3: 'c'}
     """
     needed = list(dict.fromkeys([id_field, *columns]))
     table = read_table(path, needed, id_field=id_field, make_ids=make_ids, storage_options=storage_options)

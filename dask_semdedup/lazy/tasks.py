@@ -39,11 +39,6 @@ def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
     ------
     Exception
         The first of a task, when no other task runs any more: what is written can be removed.
-
-    Examples
-    --------
-    >>> compute_to_the_end(dd.from_pandas(pd.DataFrame({"rows": [3, 4]}), npartitions=2))["rows"].tolist()
-    [3, 4]
     """
     get = get_scheduler(collections=[frame])
     distributed = sys.modules.get("distributed")

@@ -35,13 +35,6 @@ def parts(ddf: dd.DataFrame, folder: str, storage_options: Mapping[str, Any] | N
         A new folder, which is made now.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> ddf = dd.from_pandas(pd.DataFrame({"id": [1, 2, 3]}), npartitions=2)
-    >>> parts(ddf, tempfile.mkdtemp()).compute()["rows"].sum()
-    np.int64(3)
     """
     options = dict(storage_options or {})
     fs, path = fsspec.url_to_fs(folder, **options)
@@ -61,14 +54,6 @@ def writable(ddf: dd.DataFrame, embedding_field: str) -> dd.DataFrame:
     -----
     UserWarning
         If Dask cannot write other columns either.
-
-    Examples
-    --------
-    >>> import dask
-    >>> with dask.config.set({"dataframe.convert-string": False}):
-    ...     ddf = dd.from_pandas(pd.DataFrame({"embeddings": [[3.0, 4.0]]}), npartitions=1)
-    >>> writable(ddf, "embeddings").dtypes["embeddings"]
-    list<item: double>[pyarrow]
     """
     meta = ddf._meta
     objects = [] if is_cudf(meta) else [name for name, dtype in meta.dtypes.items() if dtype == np.dtype(object)]
@@ -122,15 +107,6 @@ def write_layout(
     ------
     ClusterError
         If there are no rows, rows have no cluster, or two partitions differ in schema.
-
-    Examples
-    --------
-    >>> import os, tempfile
-    >>> folder = os.path.join(tempfile.mkdtemp(), "clusters")
-    >>> ddf = dd.from_pandas(pd.DataFrame({"id": [1, 2, 3], "centroid": [0, 1, 0]}), npartitions=1)
-    >>> write_layout(ddf, folder, "centroid", 2**28)
-    >>> sorted(os.listdir(folder))
-    ['centroid=0', 'centroid=1']
     """
     fs, root = fsspec.url_to_fs(folder, **options)
     fs.makedirs(root)

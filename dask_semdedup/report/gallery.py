@@ -157,11 +157,6 @@ def compare_texts(one: str, other: str, most: int = MOST_CHARACTERS) -> tuple[li
     Returns
     -------
     tuple of list of Piece
-
-    Examples
-    --------
-    >>> compare_texts("a red car", "a blue car")[0]
-    [Piece(text='a ', differs=False), Piece(text='red', differs=True), Piece(text=' car', differs=False)]
     """
     start = 0
     if one != other and max(len(one), len(other)) > most:
@@ -239,12 +234,7 @@ def text_gallery(
 
 
 def check_pairs(queries: Sized, matches: Sized, scores: Sized) -> None:
-    """Raise unless there are as many of all three.
-
-    Examples
-    --------
-    >>> check_pairs(["a"], ["b"], [0.5])
-    """
+    """Raise unless there are as many of all three."""
     if not len(queries) == len(matches) == len(scores):
         raise InvalidArgumentError(
             f"{len(queries)} queries, {len(matches)} matches and {len(scores)} scores do not make pairs."

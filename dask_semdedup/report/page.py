@@ -177,15 +177,6 @@ def write_report(
         If the scores, or the documents, lack a column.
     InvalidArgumentError
         If `eps` is not a number from 0 to 2, or no document has an id of the scores.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.9]})
-    >>> folder = tempfile.mkdtemp()
-    >>> tally = write_report(scores, folder, eps=0.01)
-    >>> int(tally.duplicates(0.01)), sorted(os.listdir(folder))
-    (1, ['duplicates.png', 'histogram.png', 'index.html'])
     """
     check_eps(eps)
     largest_eps = max(LARGEST_EPS, min(1.0, 1.5 * eps))

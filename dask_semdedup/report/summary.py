@@ -148,13 +148,6 @@ def take_tally(
         If the scores lack a column.
     InvalidArgumentError
         If `eps` is not a number from 0 to 2.
-
-    Examples
-    --------
-    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.9]})
-    >>> tally = take_tally(scores, eps=0.01)
-    >>> tally.rows, tally.compared, int(tally.duplicates(0.01))
-    (3, 2, 1)
     """
     if isinstance(scores, Tally):
         return scores

@@ -89,13 +89,7 @@ def nearest_earlier(
 
 @cache
 def has_triton(device: torch.device) -> bool:
-    """Whether the Triton engine runs on `device`: an NVIDIA GPU from the Ampere generation on, and Triton installed.
-
-    Examples
-    --------
-    >>> has_triton(torch.device("cpu"))
-    False
-    """
+    """Whether the Triton engine runs on `device`: an NVIDIA GPU from the Ampere generation on, and Triton installed."""
     if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -234,13 +228,7 @@ def _answer_zero_rows(unit: UnitRows, segments: torch.Tensor, stops: torch.Tenso
 
 
 def half_dtype(device: torch.device) -> torch.dtype | None:
-    """The half precision that `device` multiplies fast, or None.
-
-    Examples
-    --------
-    >>> half_dtype(torch.device("cpu")) in (torch.bfloat16, None)
-    True
-    """
+    """The half precision that `device` multiplies fast, or None."""
     if device.type == "cuda":
         return torch.float16
     if device.type == "cpu" and _cpu_has_bfloat16():

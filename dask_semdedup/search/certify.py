@@ -78,12 +78,6 @@ def scaled(rows: Any, peaks: Any) -> Any:
         Of NumPy, CuPy or torch.
     peaks : (n,) array or torch.Tensor
         The largest absolute element of each row.
-
-    Examples
-    --------
-    >>> rows = torch.tensor([[3.0, 4.0], [3e39, 4e39]], dtype=torch.float64)
-    >>> scaled(rows, rows.amax(dim=1)).tolist()
-    [[3.0, 4.0], [0.75, 1.0]]
     """
     low, high = SAFE_NORMS
     is_extreme = (peaks > 0) & (peaks < math.inf) & ((peaks < low) | (peaks > high))
@@ -102,13 +96,7 @@ def as_float32(rows: torch.Tensor) -> torch.Tensor:
 
 
 def chunks(n: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:
-    """Slices of about `chunk_bytes` that cover ``range(n)``.
-
-    Examples
-    --------
-    >>> chunks(5, row_bytes=4, chunk_bytes=8)
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-    """
+    """Slices of about `chunk_bytes` that cover ``range(n)``."""
     step = max(1, chunk_bytes // max(1, row_bytes))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
@@ -281,13 +269,7 @@ def sampled_bound(width: int) -> float:
 
 
 def group_max(values: torch.Tensor, group: torch.Tensor, n_groups: int) -> torch.Tensor:
-    """Largest of `values` in each group.
-
-    Examples
-    --------
-    >>> group_max(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 1]), 2)
-    tensor([3., 2.])
-    """
+    """Largest of `values` in each group."""
     start = torch.full((n_groups,), -math.inf, dtype=values.dtype, device=values.device)
     return start.scatter_reduce_(0, group, values, "amax")
 

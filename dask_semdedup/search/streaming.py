@@ -78,12 +78,6 @@ def nearest_earlier_from_host(
     ------
     ValueError
         If an argument is not one of those allowed.
-
-    Examples
-    --------
-    >>> rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [1.0, 1.0]])
-    >>> nearest_earlier_from_host(rows, torch.tensor([0, 3, 4]), device="cpu")
-    (tensor([0.0000, 0.0000, 0.8000, 0.0000]), tensor([0, 0, 1, 3]))
     """
     segments, stops = _check(rows, segments, stops, compute_dtype, batch_size)
     rows = certify.as_float32(rows)
@@ -109,23 +103,12 @@ def row_bytes(width: int) -> int:
 
     4 bytes a dimension in each of the two row buffers, 2 in the half-precision copy of the rows that are searched and
     10% of 4 for what comes with them; and 128 bytes for the row's candidates and answers.
-
-    Examples
-    --------
-    >>> row_bytes(100)
-    1168
     """
     return 2 * 4 * width + 2 * width + 4 * width // 10 + 128
 
 
 def most_rows(width: int, memory_bytes: int) -> int:
-    """Rows of a job: as many as fit beside the workspace; two at least, as a job of fewer compares nothing.
-
-    Examples
-    --------
-    >>> most_rows(100, WORKSPACE + 5000)
-    4
-    """
+    """Rows of a job: as many as fit beside the workspace; two at least, as a job of fewer compares nothing."""
     return max(2, (memory_bytes - WORKSPACE) // row_bytes(width))
 
 

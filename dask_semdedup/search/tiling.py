@@ -105,13 +105,6 @@ def tiling(segments: np.ndarray, config: Config, stops: np.ndarray | None = None
     ------
     ValueError
         If there are more tiles than an int32 can count.
-
-    Examples
-    --------
-    Three query blocks of 128 meet 1, 1 and 2 blocks of 256 candidates:
-
-    >>> tiling(np.array([0, 300]), Config(queries=128, candidates=256)).n_tiles
-    4
     """
     if len(segments) <= FEW_SEGMENTS and stops is None:
         return Tiling(_as_int32(_groups_of_few(segments.tolist(), config), segments))

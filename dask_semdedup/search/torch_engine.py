@@ -119,13 +119,7 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def strip_size(wanted: int | None, segments: torch.Tensor, device: torch.device) -> int:
-    """Queries to multiply at once: as `wanted`, but not more than the longest segment has.
-
-    Examples
-    --------
-    >>> strip_size(10**6, torch.tensor([0, 6, 8]), torch.device("cpu"))
-    6
-    """
+    """Queries to multiply at once: as `wanted`, but not more than the longest segment has."""
     longest = int(segments.diff().max()) if len(segments) > 1 else 1
     return max(1, min(wanted or STRIP[device.type], longest, MOST_QUERIES))
 
@@ -175,13 +169,6 @@ def strips(
         Queries in a strip.
     stops : torch.Tensor, optional
         (n,) int64 where the candidates of each row end, if not with the row itself.
-
-    Examples
-    --------
-    >>> for strip in strips(torch.tensor([1, 2, 4]), torch.tensor([0, 3, 5]), size=8):
-    ...     print(strip.start, strip.queries.tolist(), strip.stop)
-    0 [1, 2] 2
-    3 [4] 4
     """
     cuts = torch.searchsorted(queries, segments.to(queries.device)).tolist()
     starts = segments.tolist()
@@ -410,13 +397,7 @@ def _reaching(
 
 
 def _flat_nonzero(mask: torch.Tensor) -> torch.Tensor:
-    """Positions of what is true in `mask`, flattened: on a CPU by NumPy, four times as fast.
-
-    Examples
-    --------
-    >>> _flat_nonzero(torch.tensor([[False, True], [True, False]]))
-    tensor([1, 2])
-    """
+    """Positions of what is true in `mask`, flattened: on a CPU by NumPy, four times as fast."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.view(-1).nonzero().flatten()

@@ -2,14 +2,14 @@
 
 The kernels, in the order of their launch; the host waits for none:
 
-`_halve`
+`halve_kernel`
     rounds the unit rows to half precision, measures what that lost, and answers each row with itself to begin with.
-`_coarse`
+`coarse_kernel`
     multiplies tiles of queries by tiles of the candidates ranked before them. Of each tile and query only the two or
     three best scores and their candidates leave the kernel; the rest never reach memory.
-`_select`
+`select_kernel`
     holds those against the certificate and lists the candidates that remain.
-`_score`, `_finish`
+`score_kernel`, `finish_kernel`
     score them in float64, and take the best of each query.
 
 A tile's scores lie in (-1.01, 1.01). Adding 3 brings them into one binade, where the bits of a float grow in equal
@@ -32,8 +32,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dask_semdedup.search import certify
 from dask_semdedup.search.tiling import FEW_SEGMENTS, FIELDS, GROUP, Config, tiling
-from dask_semdedup.search.triton_kernels import _coarse, _finish, _halve, _score, _select
-from dask_semdedup.search.triton_launch import Launcher, Table, Workspace, _launcher, _upload
+from dask_semdedup.search.triton_kernels import coarse_kernel, finish_kernel, halve_kernel, score_kernel, select_kernel
+from dask_semdedup.search.triton_launch import Launcher, Table, Workspace, launcher_for, upload
 
 KEY_BYTES = 16 << 20
 """Device memory for the best and second best scores of the tiles. Larger searches take several launches, of about 2 ms:
@@ -78,16 +78,16 @@ def nearest(
     tiles = tiling(offsets, config, None if stops is None else stops.numpy())
     launches = tiles.launches(max(1, key_bytes // (4 * config.keep * config.queries)))
     most_tiles = max((stop_tile - first_tile for first_tile, stop_tile, *_ in launches), default=0)
-    table = _upload(tiles, stops, rows.device)
+    table = upload(tiles, stops, rows.device)
     work = Workspace.empty(len(rows), config.keep * most_tiles * config.queries, rows.device)
     part = min(config.queries, 8 if tiles.n_tiles > 16 * tiles.n_blocks else 32)
     is_aligned = rows.data_ptr() % 16 == 0
-    launch = _launcher(rows.device, rows.shape[1], is_aligned, dtype, config, part, exact, stops is not None)
+    launch = launcher_for(rows.device, rows.shape[1], is_aligned, dtype, config, part, exact, stops is not None)
     half = halve(launch, rows, dtype, table, work, scores, index)
     for first_tile, stop_tile, first_block, stop_block in launches:
         multiply(launch, half, config, table, first_tile, stop_tile - first_tile, work, most_tiles)
         launch(
-            _select,
+            select_kernel,
             (stop_block - first_block) * (config.queries // part),
             work.residual,
             table.largest,
@@ -129,7 +129,7 @@ def rescore(
     """Score the pairs in float64 and put the best of each query; multiply the queries that have too many."""
     n, width = rows.shape
     launch(
-        _score,
+        score_kernel,
         32 * _properties(rows.device)["multiprocessor_count"],
         rows,
         table.n_pairs,
@@ -146,7 +146,7 @@ def rescore(
         num_warps=1,
     )
     launch(
-        _finish,
+        finish_kernel,
         triton.cdiv(n, 128),
         rows,
         work.offset,
@@ -172,7 +172,7 @@ MOST_PAIRS = 128
 """Past this many pairs and runs a query is left to the dense product."""
 
 KEYS = 512
-"""Keys that one program of `_select` looks at together: few queries where each has many, and more where not."""
+"""Keys that one program of `select_kernel` looks at together: few queries where each has many, and more where not."""
 
 
 def choose_config(segments: np.ndarray, device: torch.device) -> Config:
@@ -223,7 +223,7 @@ def halve(
     padded = triton.next_power_of_2(stride)
     in_program = max(1, 4096 // padded)
     launch(
-        _halve,
+        halve_kernel,
         triton.cdiv(n, in_program),
         rows,
         half,
@@ -257,7 +257,7 @@ def multiply(
     # so it does not depend on that of the tiles.
     programs = 8 // config.warps * _properties(half.device)["multiprocessor_count"]
     launch(
-        _coarse,
+        coarse_kernel,
         programs,
         TensorDescriptor.from_tensor(half, [config.queries, config.depth]),
         TensorDescriptor.from_tensor(half, [config.candidates, config.depth]),

@@ -50,7 +50,7 @@ def _tiles_before(
 
 
 @triton.jit(do_not_specialize=["n"])
-def _halve(
+def halve_kernel(
     rows,
     half,
     residual,
@@ -105,7 +105,7 @@ def _stop(stops, row, mask, HAS_STOPS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["stride", "first_tile", "n_tiles", "n"])
-def _coarse(
+def coarse_kernel(
     query_rows,
     candidate_rows,
     group_of_tile,
@@ -171,7 +171,7 @@ def _load_keys(keys, tile, lane, here, QUERIES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["stride", "most_pairs", "first_tile", "first_block_of_all"])
-def _select(
+def select_kernel(
     residual,
     largest,
     group_of_block,
@@ -322,7 +322,7 @@ def _cosine64(rows, query, candidate, width, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["most_pairs", "n"])
-def _score(
+def score_kernel(
     rows,
     n_pairs,
     most_pairs,
@@ -358,7 +358,7 @@ def _score(
 
 
 @triton.jit(do_not_specialize=["n"])
-def _finish(
+def finish_kernel(
     rows,
     offset,
     count,

@@ -32,7 +32,7 @@ class Workspace:
     pair_query, pair_candidate : torch.Tensor
         (p,) int32 rows.
     keys : torch.Tensor
-        Best keys of the tiles: see `_coarse`.
+        Best keys of the tiles: see `coarse_kernel`.
     """
 
     most_pairs: int
@@ -62,8 +62,8 @@ PAIRS_AT_LEAST = 1 << 18
 class Launcher:
     """Launches kernels: from the second time on past Triton's look at each argument, which takes longer than most run.
 
-    There is one for each way in which Triton would compile them: see `_launcher`. Apart from the rows, all tensors are
-    allocated here, and so aligned; apart from the width, all numbers are marked `do_not_specialize`.
+    There is one for each way in which Triton would compile them: see `launcher_for`. Apart from the rows, all tensors
+    are allocated here, and so aligned; apart from the width, all numbers are marked `do_not_specialize`.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Launcher:
 
 
 @cache
-def _launcher(*traits: Any) -> Launcher:
+def launcher_for(*traits: Any) -> Launcher:
     """The launcher for all that the compiled kernels depend on: device, width and alignment of the rows, constants."""
     return Launcher()
 
@@ -155,7 +155,7 @@ ZERO = np.zeros(1, np.int32)
 NO_STOPS = np.zeros(0, np.int32)
 
 
-def _upload(tiles: Tiling, stops: torch.Tensor | None, device: torch.device) -> Table:
+def upload(tiles: Tiling, stops: torch.Tensor | None, device: torch.device) -> Table:
     """Send all of it in one copy."""
     groups = tiles.groups
     of_group = np.arange(len(groups) - 1, dtype=np.int32)

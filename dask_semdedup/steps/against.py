@@ -63,16 +63,6 @@ def against_partition(
         If rows have no cluster or, where they visit others, ids repeat.
     EmbeddingError
         If embeddings cannot be compared.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> new = pd.DataFrame({"id": ["a", "b"], "embeddings": [[3.0, 4.0], [0.0, 1.0]], "centroid": [0, 1]})
-    >>> old = pd.DataFrame({"id": [7, 8], "embeddings": [[1.0, 0.0], [0.0, 1.0]], "centroid": [0, 0]})
-    >>> columns = {"embedding_field": "embeddings", "cluster_field": "centroid"}
-    >>> against_partition(new, old, id_field="id", reference_id_field="id", **columns)
-      id  max_id  cosine_sim_score  centroid
-    0  a       8               0.8         0
     """
     check_device(device)
     if is_cudf(frame):
@@ -128,19 +118,7 @@ def against_partition(
 
 
 def against_meta(meta: Any, reference: Any, *, id_field: str, reference_id_field: str, cluster_field: str) -> Any:
-    """Build the empty frame that has exactly the dtypes of `against_partition`'s.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> frames = [pd.DataFrame({"id": [7], "centroid": [0]}, dtype=dtype) for dtype in ("int32", "int64")]
-    >>> against_meta(*frames, id_field="id", reference_id_field="id", cluster_field="centroid").dtypes
-    id                    int32
-    max_id                int64
-    cosine_sim_score    float32
-    centroid              int32
-    dtype: object
-    """
+    """Build the empty frame that has exactly the dtypes of `against_partition`'s."""
     own = home_field(cluster_field) if has_visits(meta, cluster_field) else cluster_field
     empty, other = meta.iloc[:0], reference.iloc[:0]
     clusters = empty[own].rename(cluster_field)
@@ -148,16 +126,7 @@ def against_meta(meta: Any, reference: Any, *, id_field: str, reference_id_field
 
 
 def best_of_probes(frame: Any, *, cluster_field: str) -> Any:
-    """Keep of each row the best of its scores against the reference rows of several clusters.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> scores = pd.DataFrame({"id": ["a", "a"], "max_id": [7, 8], "cosine_sim_score": [0.5, 0.9], "centroid": 0})
-    >>> best_of_probes(scores, cluster_field="centroid")
-      id  max_id  cosine_sim_score  centroid
-    0  a       8               0.9         0
-    """
+    """Keep of each row the best of its scores against the reference rows of several clusters."""
     best = frame.assign(**{name: as_stored(frame[name]) for name in ("id", "max_id")})
     best = best.sort_values(["cosine_sim_score", "max_id"], ascending=[False, True])
     best = best.drop_duplicates([cluster_field, "id"]).sort_values([cluster_field, "id"])

@@ -25,12 +25,7 @@ __all__ = [
 
 
 def check_eps(eps: float) -> None:
-    """Raise `InvalidArgumentError` unless `eps` is a cosine distance: a number from 0 to 2.
-
-    Examples
-    --------
-    >>> check_eps(0.01)
-    """
+    """Raise `InvalidArgumentError` unless `eps` is a cosine distance: a number from 0 to 2."""
     if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps <= 2:
         raise InvalidArgumentError(f"eps must be a number from 0 to 2, a cosine distance, not {eps!r}.")
 
@@ -52,11 +47,6 @@ def threshold(eps: Any) -> Any:
     -----
     Compared with a Python float, a float32 score would be one side of the threshold in pandas and the other side where
     a filter is pushed into a Parquet reader, which compares in float64. A float32 is the same to both.
-
-    Examples
-    --------
-    >>> threshold(0.05)
-    np.float32(0.95)
     """
     return np.subtract(1, np.asarray(eps, np.float64)).astype(np.float32)
 
@@ -74,12 +64,6 @@ def is_duplicate(scores: Any, eps: float) -> Any:
     Returns
     -------
     Series of bool
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> is_duplicate(pd.Series([0.0, 0.9, 0.95, 1.0]), eps=0.05).to_list()
-    [False, False, True, True]
     """
     # Without a conversion where none is needed, Dask can push the comparison into a Parquet reader.
     scores = scores if scores.dtype == np.float32 else scores.astype("float32")
@@ -109,25 +93,12 @@ def find_duplicates(scores: Any, eps: float | Sequence[float]) -> Any:
         If `eps` is not a number from 0 to 2, or a sequence of such that is empty or repeats one.
     MissingColumnsError
         If there is no column of scores.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.995, 0.9]})
-    >>> find_duplicates(scores, eps=0.01)
-       id  max_id  cosine_sim_score
-    1   2       1             0.995
-    >>> find_duplicates(scores, eps=[0.001, 0.01])
-       id  max_id  cosine_sim_score  eps=0.001  eps=0.01
-    0   1       1             0.000      False     False
-    1   2       1             0.995      False      True
-    2   3       2             0.900      False     False
     """
-    if _is_one(eps):
+    if is_one_eps(eps):
         check_eps(eps)  # type: ignore[arg-type]
         check_score_columns(scores, [SCORE_COLUMN])
         return scores[is_duplicate(scores[SCORE_COLUMN], eps)]  # type: ignore[arg-type]
-    grid = _check_several(eps)  # type: ignore[arg-type]
+    grid = check_several_eps(eps)  # type: ignore[arg-type]
     check_score_columns(scores, [SCORE_COLUMN])
     return scores.assign(**{eps_column(value): is_duplicate(scores[SCORE_COLUMN], value) for value in grid})
 
@@ -144,13 +115,6 @@ def without_first_rows(duplicates: Any) -> Any:
     ------
     IdError
         If rows that are not the first of their cluster are their own ``max_id``: two rows have one id.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> without_first_rows(pd.DataFrame({"id": [1, 2], "max_id": [1, 1], "cosine_sim_score": [0.0, 0.5]}))
-       id  max_id  cosine_sim_score
-    1   2       1               0.5
     """
     is_own = are_equal(duplicates["id"], duplicates["max_id"])
     repeated = duplicates["id"][is_own & (duplicates[SCORE_COLUMN] != 0)]
@@ -163,35 +127,23 @@ def without_first_rows(duplicates: Any) -> Any:
 
 
 def eps_column(eps: float) -> str:
-    """Name the column that says which rows are duplicates at one of several eps, as the original SemDeDup does.
-
-    Examples
-    --------
-    >>> eps_column(0.010)
-    'eps=0.01'
-    """
+    """Name the column that says which rows are duplicates at one of several eps, as the original SemDeDup does."""
     return f"eps={float(eps):g}"
 
 
 def check_score_columns(scores: Any, required: Iterable[str]) -> None:
-    """Raise `MissingColumnsError` unless a frame has these columns of scores.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> check_score_columns(pd.DataFrame({"id": [1], "max_id": [1]}), ["id", "max_id"])
-    """
+    """Raise `MissingColumnsError` unless a frame has these columns of scores."""
     required = list(required)
     if not set(required) <= set(scores.columns):
         raise MissingColumnsError.build(required, scores.columns, "Scores come from ddf.semdedup.pairwise().")
 
 
-def _is_one(eps: Any) -> bool:
+def is_one_eps(eps: Any) -> bool:
     """Whether this is meant as one eps, good or bad, rather than as several."""
     return isinstance(eps, (str, bytes)) or not isinstance(eps, Iterable) or getattr(eps, "ndim", 1) == 0
 
 
-def _check_several(eps: Iterable[float]) -> tuple[float, ...]:
+def check_several_eps(eps: Iterable[float]) -> tuple[float, ...]:
     values = list(eps)
     for value in values:
         check_eps(value)

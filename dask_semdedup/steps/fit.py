@@ -45,11 +45,6 @@ def default_n_clusters(n_rows: int) -> int:
     -------
     int
         At least 1.
-
-    Examples
-    --------
-    >>> [default_n_clusters(n) for n in (0, 100, 40_000, 1_000_000, 1_000_000_000)]
-    [1, 1, 1, 20, 7905]
     """
     return max(1, min(math.isqrt(n_rows) // 4, n_rows // ROWS_WORTH_PARTING))
 
@@ -96,13 +91,6 @@ def fit_centroids(
     -----
     On a CPU, where rows times clusters are more than 2²⁸, the fit is on mini-batches of 16,384 rows
     (`sklearn.cluster.MiniBatchKMeans`).
-
-    Examples
-    --------
-    >>> rows = np.array([[1, 0], [2, 0], [0, 1], [0, 3]], dtype=np.float32)
-    >>> fit_centroids(rows, 2, random_state=0)[::-1].round(3)
-    array([[1., 0.],
-           [0., 1.]], dtype=float32)
     """
     import torch
 

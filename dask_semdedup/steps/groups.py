@@ -16,7 +16,7 @@ from dask_semdedup.steps.duplicates import is_duplicate, without_first_rows
 __all__ = ["resolve_groups"]
 
 
-def _linked(scores: Any, eps: float) -> Any:
+def linked(scores: Any, eps: float) -> Any:
     """The duplicates, and the rows that are kept of which they are duplicates."""
     is_other = is_duplicate(scores[SCORE_COLUMN], eps)
     duplicates = without_first_rows(scores[is_other])[["id", "max_id"]]
@@ -25,7 +25,7 @@ def _linked(scores: Any, eps: float) -> Any:
     return concat([duplicates.assign(is_kept=False), kept.assign(is_kept=True)], ignore_index=True)
 
 
-def _resolve(linked: Any) -> Any:
+def resolve(linked: Any) -> Any:
     """Follow the chains, unless an id is that of a duplicate in one cluster and of a row that is kept in another."""
     duplicates, kept = linked[~linked["is_kept"]], linked[linked["is_kept"]]
     both = kept["id"][is_in(kept["id"], duplicates["id"])]
@@ -65,15 +65,6 @@ def resolve_groups(duplicates: Any) -> Any:
     References
     ----------
     J. JáJá, "An Introduction to Parallel Algorithms", 1992, section 2.2: pointer jumping.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> resolve_groups(pd.DataFrame({"id": ["b", "c", "e"], "max_id": ["a", "b", "d"]}))
-      id kept_id  n_duplicates
-    0  b       a             2
-    1  c       a             2
-    2  e       d             1
     """
     codes = factorize(duplicates["id"], duplicates["max_id"])
     own, preferred = codes[: len(duplicates)], codes[len(duplicates) :]

@@ -86,11 +86,6 @@ def check_centroids(centroids: Any) -> Centroids:
     ------
     InvalidArgumentError
         If they are not a matrix of finite numbers with at least one row.
-
-    Examples
-    --------
-    >>> len(check_centroids([[1, 0], [0, 1]]))
-    2
     """
     origin = "centroids"
     if isinstance(centroids, str | os.PathLike):
@@ -132,13 +127,6 @@ def normalise(rows: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
     (n, d) float32 tensor
         `rows` itself where all are of unit length already, to within 2⁻²⁰. Such rows, and all-zero ones, stay as they
         are, bit for bit.
-
-    Examples
-    --------
-    >>> import torch
-    >>> normalise(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    tensor([[0.6000, 0.8000],
-            [0.0000, 0.0000]])
     """
     import torch
 
@@ -181,13 +169,6 @@ def assign(rows: torch.Tensor, centroids: torch.Tensor, *, n_probe: int = 1) -> 
     ``|x - c|²`` is least where ``x·c - |c|²/2`` is largest. That is computed in float32 for a block of rows and a
     block of centroids at a time, of which the best `n_probe` are kept, so that memory beyond the result does not
     depend on the number of rows or centroids: less than 64 MB on a CPU, 256 MB on a GPU.
-
-    Examples
-    --------
-    >>> import torch
-    >>> assign(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), n_probe=2)
-    tensor([[1, 0],
-            [0, 1]], dtype=torch.int32)
     """
     import torch
 
@@ -278,13 +259,6 @@ def distances(rows: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor)
     l2, cosine : (n,) float32 tensors, where the rows are
         The Euclidean distance of the normalised row to its centroid, and 1 minus the cosine similarity of the two.
         Both are computed in float64. The cosine distance of an all-zero row, or to an all-zero centroid, is 1.
-
-    Examples
-    --------
-    >>> import torch
-    >>> l2, cosine = distances(torch.tensor([[0.6, 0.8]]), torch.tensor([[0.0, 0.5]]), torch.tensor([0]))
-    >>> l2, cosine
-    (tensor([0.6708]), tensor([0.2000]))
     """
     import torch
 
@@ -350,16 +324,6 @@ def kmeans_partition(
         If embeddings are null, not finite, or not of the centroids' width.
     InvalidArgumentError
         If `device` is none of these, or is "cuda" and torch sees none.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> frame = pd.DataFrame({"id": [7, 8], "embeddings": [[3.0, 4.0], [2.0, 0.0]]})
-    >>> columns = {"embedding_field": "embeddings", "cluster_field": "centroid", "id_field": "id"}
-    >>> kmeans_partition(frame, check_centroids([[1, 0], [0, 1]]), **columns)
-       id embeddings  centroid  l2_dist_to_cent  cosine_dist_to_cent
-    0   7  [0.6 0.8]         1         0.632456                  0.2
-    1   8    [1. 0.]         0         0.000000                  0.0
     """
     check_device(device)
     if is_cudf(frame):
@@ -414,18 +378,6 @@ def kmeans_meta(meta: Any, *, embedding_field: str, cluster_field: str, n_probe:
     -------
     DataFrame
         Without rows.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> meta = pd.DataFrame({"id": [7], "embeddings": [[3.0, 4.0]]})
-    >>> kmeans_meta(meta, embedding_field="embeddings", cluster_field="centroid").dtypes
-    id                                          int64
-    embeddings             list<item: float>[pyarrow]
-    centroid                                    int32
-    l2_dist_to_cent                           float32
-    cosine_dist_to_cent                       float32
-    dtype: object
     """
     empty = meta.iloc[:0]
     number, distance = np.empty(0, np.int32), np.empty(0, np.float32)

@@ -28,7 +28,7 @@ from dask_semdedup.frames.backend import (
 from dask_semdedup.frames.columns import SCORE_COLUMNS, home_field
 from dask_semdedup.frames.embeddings import to_tensor
 from dask_semdedup.steps.ranking import RankingStrategy
-from dask_semdedup.steps.visits import RANK_COLUMN, _are_visits, _of_visits, _visits_last
+from dask_semdedup.steps.visits import RANK_COLUMN, are_visits, of_visits, visits_last
 
 if TYPE_CHECKING:
     import torch
@@ -85,20 +85,6 @@ def pairwise_partition(
         If embeddings cannot be compared.
     InvalidArgumentError
         If `device` is none of these, or is "cuda" and torch sees none.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> frame = pd.DataFrame({"id": [7, 8, 9], "centroid": 0, "score": [0.1, 0.2, 0.3]})
-    >>> frame["embeddings"] = pd.Series([[1.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
-    >>> pairwise_partition(
-    ...     frame, id_field="id", embedding_field="embeddings", cluster_field="centroid",
-    ...     ranking=RankingStrategy(["score"]),
-    ... )
-       id  max_id  cosine_sim_score  centroid
-    0   7       7               0.0         0
-    1   8       7               0.6         0
-    2   9       8               0.8         0
     """
     _check_columns(frame.columns, id_field, embedding_field, cluster_field, ranking)
     check_device(device)
@@ -115,8 +101,8 @@ def pairwise_partition(
         own, stops = clusters, None
         if with_visits:
             own = frame[home_field(cluster_field)]
-            is_visit = _are_visits(clusters, own)[to_numpy(order)]
-            position, stops = _visits_last(is_visit, segments)
+            is_visit = are_visits(clusters, own)[to_numpy(order)]
+            position, stops = visits_last(is_visit, segments)
             order = order[array_like(tensor_like(position), frame)]
         device = choose_device(device, home, segments)
         with cores_for(device, segments):
@@ -131,7 +117,7 @@ def pairwise_partition(
             )
             scores, index = search_segments(rows, segments, stops, device, compute_dtype, batch_size)
         if with_visits:
-            scores, rank = _of_visits(scores, index, is_visit[position])
+            scores, rank = of_visits(scores, index, is_visit[position])
         nearest = order[array_like(index, frame)]
         columns = take(ids, order), take(ids, nearest), array_like(scores, frame)
         own = take(own, order)
@@ -158,17 +144,6 @@ def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str, with_visits: 
     -------
     DataFrame
         Without rows.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> frame = pd.DataFrame({"doc": [7], "cluster": [0]}, dtype="int32")
-    >>> pairwise_meta(frame, id_field="doc", cluster_field="cluster").dtypes
-    id                    int32
-    max_id                int32
-    cosine_sim_score    float32
-    cluster               int32
-    dtype: object
     """
     empty = meta.iloc[:0]
     own = empty[home_field(cluster_field) if with_visits else cluster_field].rename(cluster_field)
@@ -185,13 +160,6 @@ def score_frame(ids: Any, nearest: Any, scores: Any, clusters: Any) -> Any:
         Of the rows, of the rows nearest to them, and the rows' clusters; their indexes do not matter.
     scores : array
         Of NumPy or CuPy.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> score_frame(pd.Series([8]), pd.Series([7]), np.array([0.5]), pd.Series([0], name="centroid"))
-       id  max_id  cosine_sim_score  centroid
-    0   8       7               0.5         0
     """
     ids, nearest, own = (column.reset_index(drop=True) for column in (ids, nearest, clusters))
     columns = {"id": ids, "max_id": nearest, "cosine_sim_score": column_like(scores, ids), clusters.name: own}
@@ -211,13 +179,7 @@ def _check_columns(
 
 
 def check_clusters(clusters: Any, ids: Any) -> None:
-    """Raise `ClusterError` for rows that have no cluster.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> check_clusters(pd.Series([0, 0], name="centroid"), pd.Series([7, 8]))
-    """
+    """Raise `ClusterError` for rows that have no cluster."""
     null = _nulls(clusters)
     if null is not None and null.any():
         lost = ids[null]
@@ -242,13 +204,7 @@ def _codes(clusters: Any, order: Any) -> Any:
 
 
 def segments_of(codes: Any) -> np.ndarray:
-    """Offsets of the runs of equal codes, from 0 to their number.
-
-    Examples
-    --------
-    >>> segments_of(np.array([3, 3, 1]))
-    array([0, 2, 3])
-    """
+    """Offsets of the runs of equal codes, from 0 to their number."""
     starts = (codes[1:] != codes[:-1]).nonzero()[0] + 1
     return np.concatenate([[0], to_numpy(starts), [len(codes)]])
 

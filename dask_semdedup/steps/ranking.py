@@ -255,11 +255,6 @@ def make_strategy(
     ------
     InvalidArgumentError
         For a word that is not one of these.
-
-    Examples
-    --------
-    >>> make_strategy("easy", "l2").required_columns
-    ['l2_dist_to_cent', 'id']
     """
     check_choice("which_to_keep", which_to_keep, WHICH_TO_KEEP)
     check_choice("sim_metric", sim_metric, tuple(DISTANCE_COLUMNS))
@@ -277,11 +272,6 @@ def choose_strategy(
     ------
     InvalidArgumentError
         As `check_strategy` and `make_strategy` do, and for a seed that is no integer.
-
-    Examples
-    --------
-    >>> choose_strategy(RankingStrategy(["score"]), "hard", "cosine", "id", 42).required_columns
-    ['score']
     """
     check_seed(random_seed)
     if strategy is None:
@@ -298,10 +288,6 @@ def check_strategy(strategy: object) -> None:
     ------
     InvalidArgumentError
         Saying how to make one, or which kinds there are.
-
-    Examples
-    --------
-    >>> check_strategy(RankingStrategy(["score"]))
     """
     if not isinstance(strategy, RankingStrategy):
         raise InvalidArgumentError(

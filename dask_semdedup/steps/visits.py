@@ -23,13 +23,13 @@ RANK_COLUMN = "rank_in_partition"
 NO_CANDIDATE = -np.inf
 
 
-def _are_visits(clusters: Any, homes: Any) -> np.ndarray:
+def are_visits(clusters: Any, homes: Any) -> np.ndarray:
     """Which rows stand in a cluster that is not their own."""
     with outside(home_of(clusters)):
         return (clusters != homes).to_numpy().astype(bool)
 
 
-def _of_visits(scores: torch.Tensor, index: torch.Tensor, is_visit: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def of_visits(scores: torch.Tensor, index: torch.Tensor, is_visit: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores, of rows without a candidate below all others, and places in the order, of visits -1."""
     import torch
 
@@ -58,16 +58,6 @@ def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
     ------
     ClusterError
         If ids repeat within a cluster: the visits of a row are known by its id.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> found = pd.DataFrame({"id": [7, 8, 8], "max_id": [7, 7, 3], "cosine_sim_score": [-np.inf, 0.5, 0.9]})
-    >>> found["centroid"], found["rank_in_partition"] = 0, [0, 1, -1]
-    >>> best_of_visits(found, cluster_field="centroid")
-       id  max_id  cosine_sim_score  centroid
-    0   7       7               0.0         0
-    1   8       3               0.9         0
     """
     key = [cluster_field, "id"]
     dtypes = frame.dtypes
@@ -86,26 +76,13 @@ def best_of_visits(frame: Any, *, cluster_field: str) -> Any:
 
 
 def restored(scores: Any, dtypes: Any) -> Any:
-    """Give ids that were compared `as_stored` their dtypes back.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> restored(pd.DataFrame({"id": [1], "max_id": [2]}), {"id": "int64", "max_id": "int64"}).dtypes.tolist()
-    [dtype('int64'), dtype('int64')]
-    """
+    """Give ids that were compared `as_stored` their dtypes back."""
     changed = {name: dtypes[name] for name in ("id", "max_id") if scores[name].dtype != dtypes[name]}
     return scores.astype(changed) if changed else scores
 
 
 def check_unique(frame: Any, key: list[str], id_field: str) -> None:
-    """Raise `ClusterError` for rows that cannot be told from another by their ids and clusters.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> check_unique(pd.DataFrame({"id": [7, 7], "centroid": [0, 1]}), ["centroid", "id"], "id")
-    """
+    """Raise `ClusterError` for rows that cannot be told from another by their ids and clusters."""
     key_columns = frame[key].assign(**{id_field: as_stored(frame[id_field])})
     repeated = frame[id_field][key_columns.duplicated()]
     if len(repeated):
@@ -125,7 +102,7 @@ def _strays(best: Any, cluster_field: str) -> ClusterError:
     )
 
 
-def _visits_last(is_visit: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def visits_last(is_visit: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions that bring the visits of each segment behind its members, and where the candidates of each row end.
 
     Those of a visit are the members that were ranked before it.

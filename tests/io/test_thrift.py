@@ -423,7 +423,7 @@ class TestReadFooters:
     def test_few_long_footers_are_held_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_files(tmp_path / "in", many_shapes())
         expected = stats_of(path)
-        fetch, held = footers._fetch_footers, []
+        fetch, held = footers.fetch_footers, []
 
         def noted(fs: Any, sizes: dict[str, int]) -> list[bytes]:
             footers = fetch(fs, sizes)
@@ -432,7 +432,7 @@ class TestReadFooters:
 
         monkeypatch.setattr(scan, "FIRST_BLOCK", 2)
         monkeypatch.setattr(scan, "BLOCK_BYTES", 6000)
-        monkeypatch.setattr(scan, "_fetch_footers", noted)
+        monkeypatch.setattr(scan, "fetch_footers", noted)
         assert stats_of(path) == expected
         assert len(held) > 3
         assert max(held) < 3 * 6000
@@ -441,13 +441,13 @@ class TestReadFooters:
     def test_most_files_never_see_arrow(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = file_of(pa.table({"id": [1], "x": [1.0], "text": ["a"]}))
         path = write_files(tmp_path / "in", {f"{number}.parquet": file for number in range(100)})
-        read, calls = footers._read_metadata, []
+        read, calls = footers.read_metadata, []
 
         def counted(*args: Any) -> pq.FileMetaData:
             calls.append(args)
             return read(*args)
 
-        monkeypatch.setattr(scan, "_read_metadata", counted)
+        monkeypatch.setattr(scan, "read_metadata", counted)
         assert sum(file.rows for file in stats_of(path)) == 100
         assert len(calls) == 2  # the schema of the first file of each of two blocks
 

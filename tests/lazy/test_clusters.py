@@ -429,13 +429,13 @@ class TestExpression:
     def test_files_are_listed_once_and_footers_read_once(
         self, layout: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        fetch, calls = footers._fetch_footer, []
+        fetch, calls = footers.fetch_footer, []
 
         def counted(fs, path, size):
             calls.append(path)
             return fetch(fs, path, size)
 
-        monkeypatch.setattr(footers, "_fetch_footer", counted)
+        monkeypatch.setattr(footers, "fetch_footer", counted)
         ddf = read_clusters(layout[0], partition_size=1)
         assert len(set(calls)) == len(calls) == 8
         ddf[ddf.id > 3][["id"]].optimize().__dask_graph__()

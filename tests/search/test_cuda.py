@@ -159,7 +159,7 @@ def test_a_new_number_of_rows_compiles_nothing() -> None:
     """Sizes differ from partition to partition; a kernel takes a second to compile."""
     from dask_semdedup.search import triton_engine
 
-    kernels = ["_halve", "_coarse", "_select", "_score", "_finish"]
+    kernels = ["halve_kernel", "coarse_kernel", "select_kernel", "score_kernel", "finish_kernel"]
 
     def compiled() -> int:
         return sum(len(getattr(triton_engine, name).device_caches[torch.cuda.current_device()][0]) for name in kernels)

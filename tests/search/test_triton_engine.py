@@ -228,7 +228,7 @@ def test_plain_search_finds_the_best_coarse_score() -> None:
 def test_halving_loses_what_it_says(kind) -> None:
     rows = torch.from_numpy(kind(np.random.default_rng(6), 30, 37).astype(np.float32))
     scores, index = torch.full((30,), torch.nan), torch.full((30,), -1)
-    table = triton_engine._upload(tiling(np.array([0, 30]), TWO), None, torch.device("cpu"))
+    table = triton_engine.upload(tiling(np.array([0, 30]), TWO), None, torch.device("cpu"))
     work = triton_engine.Workspace.empty(30, 0, torch.device("cpu"))
     half = triton_engine.halve(triton_engine.Launcher(), rows, torch.float16, table, work, scores, index)
     residual, largest = work.residual[:30], table.largest[:1]

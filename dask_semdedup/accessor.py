@@ -53,7 +53,7 @@ __all__ = ["SemDedupAccessor"]
 COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Rows of a sample for each cluster: the default, and what is too few to fit on.
 ROWS_PER_CLUSTER = 256
-LEAST_SAMPLE = 16_384
+MIN_SAMPLE = 16_384
 FEW_ROWS_PER_CLUSTER = 40
 
 
@@ -1179,14 +1179,14 @@ def _sample_size(n_clusters: int | None, n_rows: int, fraction: float | None) ->
         n_clusters = default_n_clusters(n_rows)
     if n_clusters > n_rows:
         raise too_many_clusters(n_clusters, n_rows, "rows")
-    enough = max(ROWS_PER_CLUSTER * n_clusters, LEAST_SAMPLE)
+    enough = max(ROWS_PER_CLUSTER * n_clusters, MIN_SAMPLE)
     size = min(n_rows, enough) if fraction is None else math.ceil(fraction * n_rows)
     if n_clusters > size:
         raise too_many_clusters(n_clusters, size, f"rows in the sample, {fraction:.2g} of all")
     if n_clusters > 1 and size < FEW_ROWS_PER_CLUSTER * n_clusters:
         warnings.warn(
             f"k-means is fitted to {size:,} rows for {n_clusters:,} clusters, fewer than {FEW_ROWS_PER_CLUSTER} a "
-            "cluster: many of the clusters will be of chance. Ask for fewer clusters, or fit on more rows.",
+            "cluster: many clusters will be poorly estimated. Ask for fewer clusters, or fit on more rows.",
             stacklevel=stack_level(),
         )
     return n_clusters, size

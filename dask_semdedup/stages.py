@@ -27,10 +27,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_semdedup._validate import check_choice, check_positive, stack_level
-from dask_semdedup.device.devices import HOMES
+from dask_semdedup.device.devices import DEVICE_OF_BACKEND
 from dask_semdedup.device.memory import share_memory_pool
-from dask_semdedup.device.queues import place_for
-from dask_semdedup.device.streams import outside
+from dask_semdedup.device.queues import gpu_slot
+from dask_semdedup.device.streams import default_stream
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.backend import check_plain_dtype, to_arrow
 from dask_semdedup.frames.columns import SCORE_COLUMNS, home_field
@@ -105,7 +105,7 @@ def pairwise_cosine_similarity_batched(cluster_reps: torch.Tensor, batch_size: i
     from dask_semdedup.search import nearest_earlier
 
     if len(bad := rows_not_finite(cluster_reps)):
-        raise EmbeddingError(f"cluster_reps has NaN or infinite values in rows {some(bad)}. Drop or mend them first.")
+        raise EmbeddingError(f"cluster_reps has NaN or infinite values in rows {some(bad)}. Drop or fix them first.")
     segments = torch.tensor([0, len(cluster_reps)])
     scores, index = nearest_earlier(cluster_reps, segments, batch_size=batch_size)
     if cluster_reps.device.type != "cuda":
@@ -485,7 +485,7 @@ class PairwiseCosineSimilarityStage(_Stage):
         backend = self._backend_for(footers)
         if self.backend == "cudf":
             share_memory_pool()  # A batch that pandas reads may be the first.
-        with place_for(HOMES[backend]):
+        with gpu_slot(DEVICE_OF_BACKEND[backend]):
             scores = pairwise_partition(
                 self._read_with_kwargs(files) if self.read_kwargs else self._read(footers, backend),
                 id_field=self.id_field,
@@ -527,7 +527,7 @@ class PairwiseCosineSimilarityStage(_Stage):
         module: Any = import_cudf() if self.backend == "cudf" else pd
         options: dict[str, Any] = {"dtype_backend": "pyarrow"} if self.backend == "pandas" else {}
         options |= {**self.read_kwargs, "columns": self._columns(), "storage_options": self.input_storage_options}
-        with outside(HOMES[self.backend]):
+        with default_stream(DEVICE_OF_BACKEND[self.backend]):
             frames = [
                 module.read_parquet(path, **options).assign(**{CLUSTER_FIELD: cluster})
                 for cluster, paths in files.items()

@@ -17,9 +17,9 @@ import torch
 from dask_semdedup import read_clusters
 from dask_semdedup.device import streams
 from dask_semdedup.device.memory import share_memory_pool
-from dask_semdedup.device.streams import beside, current
+from dask_semdedup.device.streams import current_stream, reading_stream
 from dask_semdedup.errors import ClusterError, EmbeddingError
-from dask_semdedup.frames import embeddings
+from dask_semdedup.frames import backend
 from dask_semdedup.frames.backend import is_cudf, to_arrow
 from dask_semdedup.frames.embeddings import check_embedding_dtype, to_tensor
 from dask_semdedup.frames.hashing import hash_ids
@@ -301,22 +301,22 @@ class TestLaggingStreams:
     @pytest.fixture(autouse=True)
     def late_current(self, monkeypatch):
         """What is gathered, and what uses what cuDF made by itself, begins late."""
-        outside = streams._outside
+        default_stream = streams._default_stream
 
         def late():
-            stream = current()
+            stream = current_stream()
             if stream is not None:
                 torch.cuda._sleep(6_000_000)
             return stream
 
         @contextmanager
         def lagging():
-            with outside():
+            with default_stream():
                 yield
             late()
 
-        monkeypatch.setattr(streams, "_outside", lagging)
-        monkeypatch.setattr(embeddings, "current", late)
+        monkeypatch.setattr(streams, "_default_stream", lagging)
+        monkeypatch.setattr(backend, "current_stream", late)
 
     @pytest.fixture(autouse=True)
     def use_fresh_memory(self, fresh_memory):
@@ -361,14 +361,14 @@ class TestLaggingStreams:
         frame = pd.DataFrame({"id": rng.permutation(n), "centroid": rng.integers(7, size=n)})
         frame["source"] = pd.Categorical(rng.choice(["web", "book", "talk"], n))
         strategy = RankingStrategy([keep]) if keep in frame else make_strategy(keep)
-        with beside("cuda"):
+        with reading_stream("cuda"):
             order = strategy.order(on_gpu(cudf, frame), cluster_field="centroid", id_field="id")
             found = order.get()
         np.testing.assert_array_equal(found, strategy.order(frame, cluster_field="centroid", id_field="id"))
 
     def test_a_slice(self, cudf):
         rows = np.random.default_rng(0).standard_normal((3000, 16), dtype=np.float32)
-        with beside("cuda"):
+        with reading_stream("cuda"):
             found = to_tensor(lists(cudf, rows).iloc[100:2000], name="x").cpu().numpy()
         np.testing.assert_array_equal(found, rows[100:2000])
 

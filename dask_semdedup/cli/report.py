@@ -100,7 +100,7 @@ def command(
             connect(scheduler, workers, [scores_path, data]) as client,
             show_tasks(progress, "Reading", client=client),
         ):
-            tally = write_report(
+            summary = write_report(
                 scores,
                 folder,
                 eps,
@@ -110,9 +110,9 @@ def command(
                 storage_options=storage_options,
             )
     if not quiet:
-        count = int(tally.duplicates(eps))
-        share = count / max(tally.rows, 1)
-        click.echo(f"  {count:,} of {tally.rows:,} rows are duplicates at eps = {eps:g} ({share:.2%})")
+        count = int(summary.duplicates(eps))
+        share = count / max(summary.rows, 1)
+        click.echo(f"  {count:,} of {summary.rows:,} rows are duplicates at eps = {eps:g} ({share:.2%})")
         click.echo(f"  Look at them: {output.rstrip('/')}/{PAGE}")
 
 

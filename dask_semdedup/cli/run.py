@@ -408,7 +408,7 @@ class Run:
                 self.input_path, self.text_field, self.image_field, self.id_field, self.storage_options, self.make_ids
             )
         with show_tasks(self.progress, "Reporting", client=self.client):
-            tally = write_report(
+            summary = write_report(
                 self._read_scores(),
                 folder,
                 self.eps,
@@ -417,7 +417,7 @@ class Run:
                 source=self._folder("scores"),
                 storage_options=self.storage_options,
             )
-        return {"duplicates": int(tally.duplicates(self.eps))}
+        return {"duplicates": int(summary.duplicates(self.eps))}
 
 
 def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> Table:

@@ -8,12 +8,21 @@ from dask.system import CPU_COUNT
 from dask_semdedup._validate import check_choice
 from dask_semdedup.errors import InvalidArgumentError
 
-__all__ = ["DEVICES", "HOMES", "check_device", "choose_device", "cores_per_gpu", "has_cuda", "pairs_of", "visible_gpus"]
+__all__ = [
+    "DEVICES",
+    "DEVICE_OF_BACKEND",
+    "check_device",
+    "choose_device",
+    "cores_per_gpu",
+    "has_cuda",
+    "pairs_of",
+    "visible_gpus",
+]
 
 DEVICES = ("auto", "cpu", "cuda")
 
 # Where the frames of each backend are.
-HOMES = {"pandas": "cpu", "cudf": "cuda"}
+DEVICE_OF_BACKEND = {"pandas": "cpu", "cudf": "cuda"}
 
 # Pairs of rows from which on a GPU repays the way to it: 2,000 rows of 384 took an H200 half as long as 16 cores.
 PAIRS_WORTH_A_GPU = 2_000_000
@@ -28,20 +37,20 @@ def check_device(device: str) -> None:
         )
 
 
-def choose_device(device: str, home: str, segments: np.ndarray) -> str:
+def choose_device(device: str, frame_device: str, segments: np.ndarray) -> str:
     """Where to search: as told, else where the frame is, or on a GPU that is there if the work repays the way to it.
 
     Parameters
     ----------
     device : {"auto", "cpu", "cuda"}
-    home : {"cpu", "cuda"}
+    frame_device : {"cpu", "cuda"}
         Where the frame is.
     segments : numpy.ndarray
         (k + 1,) offsets of the clusters: every pair of rows of one is work.
     """
     if device != "auto":
         return device
-    return "cuda" if pairs_of(segments) >= PAIRS_WORTH_A_GPU and has_cuda() else home
+    return "cuda" if pairs_of(segments) >= PAIRS_WORTH_A_GPU and has_cuda() else frame_device
 
 
 def pairs_of(segments: np.ndarray) -> float:

@@ -14,9 +14,9 @@ from dask.system import CPU_COUNT
 from threadpoolctl import ThreadpoolController
 
 from dask_semdedup.device.memory import share_memory_pool
-from dask_semdedup.device.streams import beside
+from dask_semdedup.device.streams import reading_stream
 
-__all__ = ["cores", "cores_for", "place_for", "turn_on_gpu"]
+__all__ = ["cores", "cores_for", "gpu_slot", "gpu_turn"]
 
 # Rows of a cluster from which on torch's threads, all at one product, waste less time on waiting for each other than a
 # search to each of Dask's threads saves.
@@ -54,20 +54,20 @@ _room = threading.BoundedSemaphore(PARTITIONS_ON_GPU)
 
 
 @contextmanager
-def place_for(home: str) -> Iterator[None]:
+def gpu_slot(device: str) -> Iterator[None]:
     """Wait for one of the `PARTITIONS_ON_GPU` places on this process's GPU, and work there in this thread's stream.
 
     Parameters
     ----------
-    home : {"cpu", "cuda"}
+    device : {"cpu", "cuda"}
         Where a partition is read and scored; on a CPU there is nothing to wait for.
     """
-    if home == "cpu":
+    if device == "cpu":
         yield
         return
     # Torch can only share a pool that it finds when it first uses CUDA.
     share_memory_pool()
-    with _room, beside(home):
+    with _room, reading_stream(device):
         yield
 
 
@@ -79,7 +79,7 @@ _turns = {is_long: threading.Lock() for is_long in (True, False)}
 
 
 @contextmanager
-def turn_on_gpu(device: str, work: float | None = None) -> Iterator[None]:
+def gpu_turn(device: str, work: float | None = None) -> Iterator[None]:
     """Wait for a turn to search on this process's GPU; on a CPU there is nothing to wait for.
 
     Two searches at once take as long as one after the other, but the first would be done, and its place be free for

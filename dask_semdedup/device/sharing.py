@@ -21,7 +21,7 @@ __all__ = ["partitions_per_gpu"]
 def partitions_per_gpu(client: Client | None = None) -> int:
     """How many partitions to leave room for on a GPU: twice the places of each process, or as many as it has threads.
 
-    What is read and scored in one task takes a place (`place_for`), and all places take half of the GPU. Frames that
+    What is read and scored in one task takes a place (`gpu_slot`), and all places take half of the GPU. Frames that
     are tasks of their own may be as many as there are threads.
 
     Parameters

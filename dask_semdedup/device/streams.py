@@ -2,9 +2,9 @@
 
 What the default stream is given waits for all that other threads have given to it and for the copies of KvikIO, which
 reads the files; and those that come later wait for it. While it stands still, because a search fills the GPU, no file
-is read. Reading, ranking and gathering therefore run in a stream of their thread's own (`beside`), and the search in
-another one (`behind`): as soon as multiprocessors are free, the first goes first. What is left to the default stream
-is what cuDF does by itself (`outside`), and frames that others will see.
+is read. Reading, ranking and gathering therefore run in a stream of their thread's own (`reading_stream`), and the
+search in another one (`search_stream`): as soon as multiprocessors are free, the first goes first. The default stream
+(`default_stream`) keeps what cuDF does by itself, and frames that others will see.
 
 Memory belongs to the stream that asked for it, and is given away again as soon as that stream has come to its release:
 where another one uses it, the first must have waited for that before.
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["behind", "beside", "current", "finish", "outside", "owned"]
+__all__ = ["current_stream", "default_stream", "finish", "owned", "reading_stream", "search_stream"]
 
 # Priorities, of which the smaller one comes first. The default stream has that of the search.
 READING, SEARCH = -1, 0
@@ -47,27 +47,27 @@ def _stream(priority: int) -> torch.cuda.Stream:
     return _streams.made[key]
 
 
-def beside(home: str) -> AbstractContextManager[None]:
+def reading_stream(device: str) -> AbstractContextManager[None]:
     """Let torch and CuPy work in this thread's stream for reading, after what the current stream has been given by now.
 
     Parameters
     ----------
-    home : {"cpu", "cuda"}
+    device : {"cpu", "cuda"}
         Where the work is; on a CPU nothing changes. On a GPU the work is done when the context is left, unless it was
         entered within another one like it.
     """
-    return _within(READING) if home == "cuda" else nullcontext()
+    return _within(READING) if device == "cuda" else nullcontext()
 
 
-def behind(home: str) -> AbstractContextManager[None]:
-    """Do the same in this thread's stream for the search, before which all that is `beside` gets the GPU.
+def search_stream(device: str) -> AbstractContextManager[None]:
+    """Do the same in this thread's stream for the search, after what waits in `reading_stream`.
 
     Parameters
     ----------
-    home : {"cpu", "cuda"}
+    device : {"cpu", "cuda"}
         Where the work is.
     """
-    return _within(SEARCH) if home == "cuda" else nullcontext()
+    return _within(SEARCH) if device == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -106,8 +106,8 @@ def _set(stream: torch.cuda.Stream) -> Iterator[None]:
         yield
 
 
-def outside(home: str) -> AbstractContextManager[None]:
-    """Let cuDF do something by itself, in the default stream, in the midst of work on a GPU `beside` it.
+def default_stream(device: str) -> AbstractContextManager[None]:
+    """Let cuDF do something by itself, in the default stream, in the midst of work in `reading_stream`.
 
     What the current stream has been given is done before, and later it waits for what the default stream was given.
     Where that is the current stream, nothing changes.
@@ -117,17 +117,17 @@ def outside(home: str) -> AbstractContextManager[None]:
 
     Parameters
     ----------
-    home : {"cpu", "cuda"}
+    device : {"cpu", "cuda"}
         Where the work is.
     """
-    return _outside() if home == "cuda" else nullcontext()
+    return _default_stream() if device == "cuda" else nullcontext()
 
 
 @contextmanager
-def _outside() -> Iterator[None]:
+def _default_stream() -> Iterator[None]:
     import torch
 
-    stream = current()
+    stream = current_stream()
     if stream is None:
         yield
         return
@@ -140,7 +140,7 @@ def _outside() -> Iterator[None]:
             stream.wait_stream(default)
 
 
-def current() -> torch.cuda.Stream | None:
+def current_stream() -> torch.cuda.Stream | None:
     """The stream that pylibcudf is to work in; None for the one that it takes by itself."""
     import torch
 
@@ -153,7 +153,7 @@ def current() -> torch.cuda.Stream | None:
 
 def finish() -> None:
     """Wait until what the current stream has been given is done; not for the default stream, as cuDF does by itself."""
-    stream = current()
+    stream = current_stream()
     if stream is not None:
         stream.synchronize()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from dask_semdedup.device.streams import current, outside
+from dask_semdedup.device.streams import current_stream, default_stream
 from dask_semdedup.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ __all__ = [
     "array_like",
     "check_plain_dtype",
     "column_like",
+    "device_of",
     "frame_like",
-    "home_of",
     "is_cudf",
     "is_string",
     "published",
@@ -113,7 +113,7 @@ def take(column: Any, positions: Any) -> Any:
     taken = _cudf_take(column, positions)
     if taken.dtype == column.dtype:
         return taken
-    with outside("cuda"):
+    with default_stream("cuda"):
         return column.iloc[positions].reset_index(drop=True)
 
 
@@ -128,7 +128,7 @@ def _cudf_take(column: Any, positions: Any) -> Any:
     table = plc.Table([column.to_pylibcudf()[0]])
     where = plc.Column.from_cuda_array_interface(positions)
     unchecked = plc.copying.OutOfBoundsPolicy.DONT_CHECK
-    (rows,) = plc.copying.gather(table, where, unchecked, current()).columns()
+    (rows,) = plc.copying.gather(table, where, unchecked, current_stream()).columns()
     return cudf.Series.from_pylibcudf(rows, metadata={"name": column.name})
 
 
@@ -171,7 +171,7 @@ def is_cudf(frame: Any) -> bool:
     return type(frame).__module__.partition(".")[0] == "cudf"
 
 
-def home_of(frame: Any) -> str:
+def device_of(frame: Any) -> str:
     """Where a frame or column is: "cuda" or "cpu"."""
     return "cuda" if is_cudf(frame) else "cpu"
 

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dask_semdedup.device.streams import beside, outside
+from dask_semdedup.device.streams import default_stream, reading_stream
 from dask_semdedup.errors import EmbeddingError, some
 from dask_semdedup.frames.backend import is_cudf, is_string, tensor_like, to_list, to_numpy
 
@@ -44,7 +44,7 @@ BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2")}
 
 # So many numbered columns are taken for dimensions.
-FEWEST_DIMENSIONS = 8
+MIN_DIMENSIONS = 8
 
 # The most elements of an Arrow list array, whose offsets are int32.
 LIST_ELEMENTS = 2**31 - 1
@@ -133,7 +133,7 @@ def dimensions_advice(columns: Iterable[object]) -> str:
             numbers.setdefault(match[1], []).append(int(match[2]))
     for prefix, found in numbers.items():
         first, last = min(found), max(found)
-        if len(found) >= FEWEST_DIMENSIONS and last - first + 1 == len(found):
+        if len(found) >= MIN_DIMENSIONS and last - first + 1 == len(found):
             joined = 'pd.Series(list(rows.to_numpy("float32")), rows.index, pd.ArrowDtype(pa.list_(pa.float32())))'
             return (
                 f" If {prefix}{first} to {prefix}{last} are the dimensions of embeddings, join them: "
@@ -206,11 +206,11 @@ def to_tensor(
     width = source.check_rows(embedding_dim)
     blocks = _float32_blocks(source.pieces(), width, source.device)
     rows = _assemble(blocks, (len(column), width), order, device)
-    with beside(device):
+    with reading_stream(device):
         bad = rows_not_finite(rows)
     if len(bad):
         positions = bad if order is None else to_numpy(order)[bad]
-        raise report.error(positions, "with NaN or infinite values", "Drop or mend them first.")
+        raise report.error(positions, "with NaN or infinite values", "Drop or fix them first.")
     return rows
 
 
@@ -433,7 +433,7 @@ class _CudfSource(_Source):
 
         data, _ = self.column.to_pylibcudf()
         offsets = cudf.Series.from_pylibcudf(data.list_view().offsets()).values
-        with beside(self.device):
+        with reading_stream(self.device):
             widths = tensor_like(offsets)[data.offset() : data.offset() + len(self.column) + 1].diff()
             return torch.stack(widths.aminmax()).tolist()
 
@@ -444,7 +444,7 @@ class _CudfSource(_Source):
         leaves = self.column.list.leaves
         if len(leaves) != len(self.column) * self.width:
             # A slice of a longer column may still refer to all leaves of that: compact it.
-            with outside("cuda"):
+            with default_stream("cuda"):
                 self.column = self.column.take(np.arange(len(self.column)))
             leaves = self.column.list.leaves
         return leaves
@@ -495,7 +495,7 @@ def _assemble(blocks: Iterator[Any], shape: tuple[int, int], order: Any, device:
     rows = _empty(shape, device)
     place = None if order is None else _moved(_inverse(order), device)
     start = 0
-    with beside(device):
+    with reading_stream(device):
         for block in chain([first], blocks):
             stop = start + len(block)
             rows[slice(start, stop) if place is None else place[start:stop]] = _moved(block, device)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dask_semdedup.device.streams import outside
-from dask_semdedup.frames.backend import home_of, is_cudf
+from dask_semdedup.device.streams import default_stream
+from dask_semdedup.frames.backend import device_of, is_cudf
 from dask_semdedup.frames.ids import ids_to_arrow, plain_ids
 
 __all__ = ["hash_ids"]
@@ -45,7 +45,7 @@ def hash_ids(ids: Any, seed: int) -> Any:
     generators", OOPSLA 2014.
     """
     key = _mix(np.array([seed % 2**64], np.uint64))[0]
-    with outside(home_of(ids)):
+    with default_stream(device_of(ids)):
         return _mix(_fingerprints(ids) ^ key)
 
 

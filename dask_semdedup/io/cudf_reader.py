@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dask_semdedup.device.devices import cores_per_gpu
-from dask_semdedup.device.streams import current, finish, outside
+from dask_semdedup.device.streams import current_stream, default_stream, finish
 from dask_semdedup.errors import MissingDependencyError
 from dask_semdedup.io.fragments import Fragment, changed, check_size, unreadable
 from dask_semdedup.io.listing import is_local
@@ -94,7 +94,7 @@ def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragm
     frames = [_read_with_cudf(fs, part, columns) for part in parts]
     frame = frames[0]
     if len(frames) > 1:
-        with outside("cuda"):
+        with default_stream("cuda"):
             frame = cudf.concat(frames, ignore_index=True)
     if len(frame) != rows:
         raise changed([fragment.path for fragment in fragments])
@@ -111,7 +111,7 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
                     if fragment.row_groups is not None:
                         check_size(fragment.path, fragment.size, os.path.getsize(fragment.path))
                 return _read_with_libcudf(fragments, columns, groups)
-            with outside("cuda"):
+            with default_stream("cuda"):
                 return import_cudf().read_parquet(
                     [fragment.path for fragment in fragments],
                     columns=list(columns),
@@ -139,12 +139,12 @@ def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], gr
     options.set_column_names(list(columns))
     if groups:
         options.set_row_groups(groups)
-    table = parquet.read_parquet(options, current())
+    table = parquet.read_parquet(options, current_stream())
     finish()
     _check_rows(fragments, table.num_rows_per_source)
     # Of dates cuDF makes times.
     is_converted = any(column.type().id() == TypeId.TIMESTAMP_DAYS for column in table.columns)
-    with outside("cuda" if is_converted else "cpu"):
+    with default_stream("cuda" if is_converted else "cpu"):
         frame = import_cudf().DataFrame.from_pylibcudf(table)
     return frame
 

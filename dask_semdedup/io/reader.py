@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from dask.dataframe.utils import pyarrow_strings_enabled
 
 from dask_semdedup.device.memory import share_memory_pool
-from dask_semdedup.device.streams import current, finish, outside
+from dask_semdedup.device.streams import current_stream, default_stream, finish
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.backend import take
 from dask_semdedup.io.cudf_reader import cupy_repeat, import_cudf, in_cudf, read_fragments_cudf
@@ -141,7 +141,7 @@ class Reader:
         frame = self._read_cudf_files(fragments, [name for name in in_files if name not in ordered])
         if ordered:
             categories = self._from_arrow(fragments, ordered)
-            with outside("cuda"):
+            with default_stream("cuda"):
                 frame = frame.assign(**{name: categories[name] for name in ordered})
         if keys:
             finish()
@@ -162,19 +162,21 @@ class Reader:
         ]
         if len(frames) == 1:
             return frames[0]
-        with outside("cuda"):
+        with default_stream("cuda"):
             return import_cudf().concat(frames, ignore_index=True)
 
     def _from_arrow(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
         table = self._read_arrow(fragments, columns)
-        with outside("cuda"):
+        with default_stream("cuda"):
             return import_cudf().DataFrame.from_arrow(table)
 
     def _cudf_keys(self, fragments: Sequence[Fragment], name: str) -> Any:
         cudf = import_cudf()
         import pylibcudf
 
-        column = cudf.Series.from_pylibcudf(pylibcudf.Column.from_arrow(self._keys(fragments, name), stream=current()))
+        column = cudf.Series.from_pylibcudf(
+            pylibcudf.Column.from_arrow(self._keys(fragments, name), stream=current_stream())
+        )
         return take(column, cupy_repeat(np.array([fragment.rows for fragment in fragments])))
 
     def _keys(self, fragments: Sequence[Fragment], name: str) -> pa.Array:

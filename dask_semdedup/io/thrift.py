@@ -35,13 +35,13 @@ INTEGERS = (4, 5, 6)
 TRAILER = 8
 
 # Bits of a number that a byte holds, and of the longest number.
-BITS, MOST_BITS = 7, 64
+BITS, MAX_BITS = 7, 64
 
 # Structs and lists in one another: Parquet's are few, and those of others may not exhaust Python's stack.
 DEEPEST = 32
 
 # No chunk, and no file, has so many rows, values or bytes.
-MOST = 2**40
+MAX_NUMBER = 2**40
 
 # Bytes of an integer, by its physical type.
 WIDTHS = {"INT32": 4, "INT64": 8}
@@ -210,11 +210,13 @@ def _read_groups(thrift: _Thrift, file: Mapping[int, Any], bounded: Bounded | No
     except KeyError as error:
         raise FooterError(f"one of its structs has no field {error}") from None
     for group in groups:
-        thrift.must((group.rows >= 0) & (group.rows < MOST), "a row group has an impossible number of rows")
+        thrift.must((group.rows >= 0) & (group.rows < MAX_NUMBER), "a row group has an impossible number of rows")
         for chunk in group.chunks:
             # A number of these bits is negative, or too large, if one of them is.
             bits = chunk.values | chunk.nbytes | (0 if chunk.nulls is None else chunk.nulls)
-            thrift.must((bits >= 0) & (bits < MOST), "a column has an impossible number of values, bytes or nulls")
+            thrift.must(
+                (bits >= 0) & (bits < MAX_NUMBER), "a column has an impossible number of values, bytes or nulls"
+            )
     return groups
 
 
@@ -396,7 +398,7 @@ class _One(_Thrift):
         if value < 128:
             return value
         value &= 127
-        for shift in range(BITS, MOST_BITS, BITS):
+        for shift in range(BITS, MAX_BITS, BITS):
             byte = self.byte()
             value |= (byte & 127) << shift
             if byte < 128:
@@ -450,7 +452,7 @@ class _Many(_Thrift):
         first = self.byte()
         values = (first & 127).astype(np.int64)
         longer = np.flatnonzero(first > 127)
-        for shift in range(BITS, MOST_BITS, BITS):
+        for shift in range(BITS, MAX_BITS, BITS):
             if not len(longer):
                 break
             following = self.data.take(self.at[longer], mode="clip")

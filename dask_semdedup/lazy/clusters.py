@@ -220,9 +220,10 @@ def _scan(
         _check_cudf(units, cluster_field)
     size = fitting_size(size, backend, sum(unit.nbytes for unit in units))
     units.sort(key=attrgetter("key"))
-    runs, giants = cut_into_runs([(place, unit.rows, unit.nbytes) for place, unit in enumerate(units)], size)
+    runs, oversized = cut_into_runs([(place, unit.rows, unit.nbytes) for place, unit in enumerate(units)], size)
     partitions = tuple(
-        _join(fragment for place in places for fragment in units[place].fragments) for places in arrange(runs, giants)
+        _join(fragment for place in places for fragment in units[place].fragments)
+        for places in arrange(runs, oversized)
     )
     wanted = None if columns is None else tuple(columns)
     token = tokenize(checksum(files), reader, cluster_field, aligned, size, wanted)

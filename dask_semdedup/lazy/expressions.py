@@ -30,8 +30,8 @@ from dask.typing import Key
 from dask.utils import get_default_shuffle_method
 
 from dask_semdedup._compat import OwnExpr
-from dask_semdedup.device.devices import HOMES, has_cuda
-from dask_semdedup.device.queues import place_for
+from dask_semdedup.device.devices import DEVICE_OF_BACKEND, has_cuda
+from dask_semdedup.device.queues import gpu_slot
 from dask_semdedup.errors import EmbeddingError
 from dask_semdedup.frames.columns import has_visits
 from dask_semdedup.frames.embeddings import first_width
@@ -83,7 +83,7 @@ def _score_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequenc
     if by_folder and on_cpu:
         with suppress(EmbeddingError):
             return _score_runs(reader, in_runs(fragments, RUN), columns, **arguments)
-    with place_for(HOMES[reader.backend]):
+    with gpu_slot(DEVICE_OF_BACKEND[reader.backend]):
         return pairwise_partition(reader.read(fragments, columns), **arguments)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 # A partition that costs more than so many times the median is begun before the others.
-GIANT = 2
+OVERSIZED = 2
 
 # Reading a row costs about as much as comparing it with this many others, so that small clusters are not free.
 READING_COST = 1024
@@ -96,12 +96,12 @@ def plan(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> list[lis
     .. [1] Graham, "Bounds on multiprocessing timing anomalies", SIAM Journal on Applied Mathematics 17 (1969): longest
        processing time first.
     """
-    runs, giants = cut_into_runs(sizes, partition_size)
-    return [*(runs[run] for run in giants), *_without(runs, giants)]
+    runs, oversized = cut_into_runs(sizes, partition_size)
+    return [*(runs[run] for run in oversized), *_without(runs, oversized)]
 
 
 def cut_into_runs(sizes: Iterable[tuple[Any, int, int]], partition_size: int) -> tuple[list[list[Any]], list[int]]:
-    """The clusters of each partition, ascending throughout, and the positions of the giants, the costliest first."""
+    """The clusters of each partition, ascending throughout, and the positions of the oversized, the costliest first."""
     ordered = sorted(sizes, key=itemgetter(0))
     if not ordered:
         return [[]], []
@@ -110,26 +110,26 @@ def cut_into_runs(sizes: Iterable[tuple[Any, int, int]], partition_size: int) ->
     total_cost = list(accumulate((nbytes * (rows + READING_COST) for _, rows, nbytes in ordered), initial=0))
     runs = list(pairwise(_cut_evenly(total_bytes, total_cost, partition_size)))
     costs = [total_cost[stop] - total_cost[start] for start, stop in runs]
-    most = GIANT * statistics.median(costs)
-    giants = sorted((run for run, cost in enumerate(costs) if cost > most), key=lambda run: -costs[run])
-    return [clusters[start:stop] for start, stop in runs], giants
+    most = OVERSIZED * statistics.median(costs)
+    oversized = sorted((run for run, cost in enumerate(costs) if cost > most), key=lambda run: -costs[run])
+    return [clusters[start:stop] for start, stop in runs], oversized
 
 
-def arrange(runs: Sequence[list[Any]], giants: Sequence[int]) -> list[list[Any]]:
-    """Partitions with the giants where Dask begins, and the others in order.
+def arrange(runs: Sequence[list[Any]], oversized: Sequence[int]) -> list[list[Any]]:
+    """Partitions with the oversized where Dask begins, and the others in order.
 
     Where tasks do not depend on each other, it begins with the one whose number is the last in the order of text: of
     twelve with 9, then 8; not with 0. See `dask.order`.
     """
     begun = sorted(range(len(runs)), key=lambda place: f"{place})", reverse=True)
-    places = {place: runs[run] for place, run in zip(begun, giants, strict=False)}
-    others = iter(_without(runs, giants))
+    places = {place: runs[run] for place, run in zip(begun, oversized, strict=False)}
+    others = iter(_without(runs, oversized))
     return [places[place] if place in places else next(others) for place in range(len(runs))]
 
 
-def _without(runs: Sequence[list[Any]], giants: Iterable[int]) -> list[list[Any]]:
-    giants = set(giants)
-    return [clusters for run, clusters in enumerate(runs) if run not in giants]
+def _without(runs: Sequence[list[Any]], oversized: Iterable[int]) -> list[list[Any]]:
+    oversized = set(oversized)
+    return [clusters for run, clusters in enumerate(runs) if run not in oversized]
 
 
 def _cut_evenly(total_bytes: Sequence[int], total_cost: Sequence[int], partition_size: int) -> list[int]:

@@ -23,7 +23,7 @@ __all__ = ["draw", "partition_lengths", "sample_embeddings"]
 # would be read for few rows each, and fewer might be all alike, where rows stand in the order of their subjects.
 ROWS_READ_PER_ROW = 4
 
-LEAST_PARTITIONS = 32
+MIN_PARTITIONS = 32
 
 
 def partition_lengths(ddf: dd.DataFrame, embedding_field: str) -> list[int]:
@@ -73,7 +73,7 @@ def draw(lengths: list[int], size: int, seed: int) -> dict[int, np.ndarray]:
     rng = np.random.default_rng(seed)
     counts = np.asarray(lengths, np.int64)
     order = rng.permutation(np.flatnonzero(counts))
-    choices = max(LEAST_PARTITIONS, -(-ROWS_READ_PER_ROW * size * len(order) // max(1, int(counts.sum()))))
+    choices = max(MIN_PARTITIONS, -(-ROWS_READ_PER_ROW * size * len(order) // max(1, int(counts.sum()))))
     if choices >= len(order):
         units, chosen = [order], np.array([1])
     else:

@@ -239,7 +239,9 @@ def _list_table(
         what, conversion = CONVERSIONS[os.path.splitext(name)[1]]
         raise ClusterError(f"{name} is {what}, which is not read. Convert it first: {conversion}.")
     if lines and parquet:
-        raise ClusterError(f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(lines, 1)}). Part them.")
+        raise ClusterError(
+            f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(lines, 1)}). Split them into two folders."
+        )
     # What is named may be Parquet whatever its name, unless it is beside lines.
     tables = {name: info for name, info in files.items() if name not in others and not name.endswith(JSON_SUFFIXES)}
     return fs, lines or tables, bool(lines)

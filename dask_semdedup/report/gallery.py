@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 # Characters of a text that are shown and compared.
-MOST_CHARACTERS = 500
+MAX_CHARACTERS = 500
 
 # Texts that share less of their words are marked nowhere: marks everywhere say nothing.
-LEAST_SHARED = 0.4
+MIN_SHARED = 0.4
 
 WORDS = re.compile(r"\w+|\s+|[^\w\s]")
 
@@ -142,7 +142,7 @@ def merge_pairs(select: Callable[[pd.DataFrame], pd.DataFrame], one: pd.DataFram
     return select(pd.concat([one, other], ignore_index=True))
 
 
-def compare_texts(one: str, other: str, most: int = MOST_CHARACTERS) -> tuple[list[Piece], list[Piece]]:
+def compare_texts(one: str, other: str, most: int = MAX_CHARACTERS) -> tuple[list[Piece], list[Piece]]:
     """Part two texts into what they share and what they do not, word by word.
 
     Long texts are cut, at both ends where they begin alike, so that the first difference is seen.
@@ -166,7 +166,7 @@ def compare_texts(one: str, other: str, most: int = MOST_CHARACTERS) -> tuple[li
     left, right = (WORDS.findall(text[start : start + most]) for text in (one, other))
     pieces: tuple[list[Piece], list[Piece]] = ([], [])
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
-    if _shared(matcher, left, right) < LEAST_SHARED:
+    if _shared(matcher, left, right) < MIN_SHARED:
         runs = [(False, left, right)]
     else:
         runs = [(tag != "equal", left[a:b], right[c:d]) for tag, a, b, c, d in matcher.get_opcodes()]

@@ -37,7 +37,7 @@ from dask_semdedup.report.gallery import (
     templates,
     thumbnail,
 )
-from dask_semdedup.report.summary import Tally, delayed_parts, merge_tree, tally_counter
+from dask_semdedup.report.summary import ScoreSummary, delayed_parts, merge_tree, summary_maker
 from dask_semdedup.steps.duplicates import check_eps, threshold
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def write_report(
     cluster_field: str = "centroid",
     source: str = "",
     storage_options: Mapping[str, Any] | None = None,
-) -> Tally:
+) -> ScoreSummary:
     """Write a page on scores, ``index.html``, and its pictures as PNG files.
 
     Parameters
@@ -168,7 +168,7 @@ def write_report(
 
     Returns
     -------
-    Tally
+    ScoreSummary
         The numbers that the page shows.
 
     Raises
@@ -180,31 +180,33 @@ def write_report(
     """
     check_eps(eps)
     largest_eps = max(LARGEST_EPS, min(1.0, 1.5 * eps))
-    tally, pairs = _survey(scores, eps, largest_eps, cluster_field)
+    summary, pairs = _survey(scores, eps, largest_eps, cluster_field)
     cards = _cards(pairs, documents)
-    figures = _draw(tally, eps, cluster_field)
-    page = _render(tally, eps, cards, figures, source=source, images=bool(documents and documents.image_field))
+    figures = _draw(summary, eps, cluster_field)
+    page = _render(summary, eps, cards, figures, source=source, images=bool(documents and documents.image_field))
     fs, root = fsspec.url_to_fs(os.fspath(folder), **(storage_options or {}))
     fs.makedirs(root, exist_ok=True)
     for name, picture in figures.items():
         fs.pipe_file(f"{root}/{name}.png", picture.png)
     fs.pipe_file(f"{root}/{PAGE}", page.encode())
-    return tally
+    return summary
 
 
-def _survey(scores: Any, eps: float, largest_eps: float, cluster_field: str) -> tuple[Tally, pd.DataFrame]:
-    """The tally of the scores and the pairs to show, in one pass."""
-    count = tally_counter(scores, eps, largest_eps=largest_eps, cluster_field=cluster_field)
+def _survey(scores: Any, eps: float, largest_eps: float, cluster_field: str) -> tuple[ScoreSummary, pd.DataFrame]:
+    """The summary of the scores and the pairs to show, in one pass."""
+    count = summary_maker(scores, eps, largest_eps=largest_eps, cluster_field=cluster_field)
     counts = dict.fromkeys(threshold(largest_eps * np.linspace(0, 1, STOPS) ** 2).tolist(), SHOWN_ELSEWHERE)
     counts[float(threshold(eps))] = SHOWN
     select = partial(select_pairs, counts=counts, most_similar=SHOWN)
     parts = delayed_parts(scores, count.columns)
     if parts is None:
         return count(scores), select(scores)
-    tallies = [dask.delayed(count)(part) for part in parts]
+    summaries = [dask.delayed(count)(part) for part in parts]
     pairs = [dask.delayed(select)(part) for part in parts]
-    tally, chosen = dask.compute(merge_tree(tallies, Tally.merge), merge_tree(pairs, partial(merge_pairs, select)))
-    return tally, chosen
+    summary, chosen = dask.compute(
+        merge_tree(summaries, ScoreSummary.merge), merge_tree(pairs, partial(merge_pairs, select))
+    )
+    return summary, chosen
 
 
 def _cards(pairs: pd.DataFrame, documents: Documents | None) -> list[Pair]:
@@ -252,15 +254,15 @@ class Picture:
     width: float
 
 
-def _draw(tally: Tally, eps: float, cluster_field: str) -> dict[str, Picture]:
+def _draw(summary: ScoreSummary, eps: float, cluster_field: str) -> dict[str, Picture]:
     from dask_semdedup.report import plots
 
     drawings: dict[str, Any] = {
-        "histogram": partial(plots.score_histogram, tally, eps),
-        "duplicates": partial(plots.duplicates_curve, tally, eps, largest_eps=tally.largest_eps),
+        "histogram": partial(plots.score_histogram, summary, eps),
+        "duplicates": partial(plots.duplicates_curve, summary, eps, largest_eps=summary.largest_eps),
     }
-    if tally.clusters is not None:
-        drawings["clusters"] = partial(plots.cluster_sizes, tally, eps, cluster_field=cluster_field)
+    if summary.clusters is not None:
+        drawings["clusters"] = partial(plots.cluster_sizes, summary, eps, cluster_field=cluster_field)
     return {name: _picture(name, draw) for name, draw in drawings.items()}
 
 
@@ -317,7 +319,7 @@ def _scales(figure: Figure) -> tuple[tuple[float, float], tuple[float, float]]:
 
 
 def _render(
-    tally: Tally,
+    summary: ScoreSummary,
     eps: float,
     cards: Sequence[Pair],
     figures: Mapping[str, Picture],
@@ -332,19 +334,19 @@ def _render(
     kept = cards[len(dropped) :]
     script = load_asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    rows = [value for value in tally.grid if value in EPS_GRID or value == eps]
+    rows = [value for value in summary.grid if value in EPS_GRID or value == eps]
     return str(
         templates()
         .get_template("report.html")
         .render(
             eps=f"{eps:g}",
             similarity=f"{1 - eps:g}",
-            rows=tally.rows,
-            compared=tally.compared,
-            duplicates=int(tally.duplicates(eps)),
-            table=[{"eps": f"{value:g}", "duplicates": int(tally.duplicates(value))} for value in rows],
-            clusters=_listed(tally),
-            cluster_count=None if tally.clusters is None else len(tally.clusters),
+            rows=summary.rows,
+            compared=summary.compared,
+            duplicates=int(summary.duplicates(eps)),
+            table=[{"eps": f"{value:g}", "duplicates": int(summary.duplicates(value))} for value in rows],
+            clusters=_listed(summary),
+            cluster_count=None if summary.clusters is None else len(summary.clusters),
             figures=figures,
             before=dropped[:-SHOWN],
             dropped=dropped[-SHOWN:],
@@ -352,7 +354,7 @@ def _render(
             after=kept[SHOWN:],
             most_similar=cards[:SHOWN],
             images=images,
-            data=_script_data(tally, eps, figures),
+            data=_script_data(summary, eps, figures),
             style=load_asset("pairs.css") + load_asset("report.css"),
             script=script,
             digest=digest,
@@ -362,24 +364,24 @@ def _render(
     )
 
 
-def _listed(tally: Tally) -> list[dict[str, Any]]:
+def _listed(summary: ScoreSummary) -> list[dict[str, Any]]:
     """The clusters with the most duplicates."""
-    if tally.clusters is None:
+    if summary.clusters is None:
         return []
-    most = tally.clusters.sort_values(["duplicates", "rows"], ascending=False).head(CLUSTERS_LISTED)
+    most = summary.clusters.sort_values(["duplicates", "rows"], ascending=False).head(CLUSTERS_LISTED)
     counted = zip(most.index, most["rows"], most["duplicates"], strict=True)
     return [{"name": str(name), "rows": int(rows), "duplicates": int(count)} for name, rows, count in counted if count]
 
 
-def _script_data(tally: Tally, eps: float, figures: Mapping[str, Picture]) -> dict[str, Any]:
+def _script_data(summary: ScoreSummary, eps: float, figures: Mapping[str, Picture]) -> dict[str, Any]:
     """What the page's script must know to follow the slider."""
     return {
-        "rows": tally.rows,
+        "rows": summary.rows,
         "shown": SHOWN,
-        "start": int(np.searchsorted(tally.grid, eps)),
-        "eps": tally.grid.tolist(),
-        "thresholds": threshold(tally.grid).astype(float).tolist(),
-        "duplicates": tally.duplicates(tally.grid).tolist(),
+        "start": int(np.searchsorted(summary.grid, eps)),
+        "eps": summary.grid.tolist(),
+        "thresholds": threshold(summary.grid).astype(float).tolist(),
+        "duplicates": summary.duplicates(summary.grid).tolist(),
         "histogram": {"x": figures["histogram"].x, "width": figures["histogram"].width},
         "curve": {"x": figures["duplicates"].x, "y": figures["duplicates"].y},
     }

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, Percent
 
 from dask_semdedup.errors import MissingColumnsError
 from dask_semdedup.report.gallery import check_pairs
-from dask_semdedup.report.summary import take_tally
+from dask_semdedup.report.summary import summarize
 from dask_semdedup.steps.duplicates import threshold as duplicate_threshold
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Given = TypeVar("Given", Figure, SubFigure)
 BLUE, VERMILION, INK, PALE = "#0072B2", "#D55E00", "#333333", "#C8CDD2"
 
 # More steps than this cannot be told apart in a picture.
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
@@ -56,7 +56,7 @@ def score_histogram(
 
     Parameters
     ----------
-    scores : pandas, cuDF or Dask DataFrame, or Tally
+    scores : pandas, cuDF or Dask DataFrame, or ScoreSummary
         What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
         partition.
     eps : float, optional
@@ -77,10 +77,10 @@ def score_histogram(
     >>> score_histogram(scores, eps=0.01).axes[0].get_title(loc="left")
     '1 duplicate among 2 compared rows'
     """
-    tally = take_tally(scores, eps)
+    summary = summarize(scores, eps)
     threshold = 1.0 if eps is None else float(duplicate_threshold(eps))
     figure, axes = _axes(figure, "Cosine similarity to the most similar preferred row", "Rows")
-    edges, counts = tally.histogram(bins)
+    edges, counts = summary.histogram(bins)
     colours = [VERMILION if left >= threshold else BLUE for left in edges[:-1]]
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours, edgecolor=colours, linewidth=0.4)
     if counts.any():
@@ -92,11 +92,11 @@ def score_histogram(
     axes.yaxis.set_major_formatter(THOUSANDS)
     axes.yaxis.set_minor_formatter(NullFormatter())
     if eps is None:
-        _title(axes, f"Scores of {tally.compared:,} compared rows")
+        _title(axes, f"Scores of {summary.compared:,} compared rows")
         return figure
-    duplicates = int(tally.duplicates(eps))
+    duplicates = int(summary.duplicates(eps))
     noun = "duplicate" if duplicates == 1 else "duplicates"
-    _title(axes, f"{duplicates:,} {noun} among {tally.compared:,} compared rows")
+    _title(axes, f"{duplicates:,} {noun} among {summary.compared:,} compared rows")
     _mark_threshold(axes, threshold, f"1 − eps = {1 - eps:.6g}")
     return figure
 
@@ -118,7 +118,7 @@ def duplicates_curve(
 
     Parameters
     ----------
-    scores : pandas, cuDF or Dask DataFrame, or Tally
+    scores : pandas, cuDF or Dask DataFrame, or ScoreSummary
         What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
         partition.
     eps : float, optional
@@ -139,21 +139,21 @@ def duplicates_curve(
     >>> duplicates_curve(scores, eps=0.01).axes[0].get_title(loc="left")
     'eps = 0.01 drops 1 of 3 rows (33.3%)'
     """
-    tally = take_tally(scores, eps, largest_eps=largest_eps)
-    rows = max(tally.rows, 1)
+    summary = summarize(scores, eps, largest_eps=largest_eps)
+    rows = max(summary.rows, 1)
     figure, axes = _axes(figure, "eps: how far below 1 a duplicate's similarity may be", "Rows dropped")
-    grid = tally.grid
-    dropped = tally.duplicates(grid)
+    grid = summary.grid
+    dropped = summary.duplicates(grid)
     axes.fill_between(grid, dropped / rows, color=BLUE, alpha=0.12, linewidth=0)
     axes.plot(grid, dropped / rows, color=BLUE, linewidth=2)
     axes.set_xlim(0, grid[-1])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _title(axes, f"What each eps drops of {tally.rows:,} rows")
+    _title(axes, f"What each eps drops of {summary.rows:,} rows")
     if eps is not None:
-        count = int(tally.duplicates(eps))
+        count = int(summary.duplicates(eps))
         axes.plot([eps], [count / rows], "o", color=VERMILION, markersize=9, clip_on=False, zorder=3)
-        _title(axes, f"eps = {eps:g} drops {count:,} of {tally.rows:,} rows ({count / rows:.1%})")
+        _title(axes, f"eps = {eps:g} drops {count:,} of {summary.rows:,} rows ({count / rows:.1%})")
     return figure
 
 
@@ -174,7 +174,7 @@ def cluster_sizes(
 
     Parameters
     ----------
-    scores : pandas, cuDF or Dask DataFrame, or Tally
+    scores : pandas, cuDF or Dask DataFrame, or ScoreSummary
         What ``pairwise`` returns. Dask frames are read partition by partition.
     eps : float
         Rows with a score of at least ``1 - eps`` are duplicates.
@@ -199,12 +199,12 @@ def cluster_sizes(
     >>> cluster_sizes(scores.assign(centroid=[0, 0, 1])).axes[0].get_title(loc="left")
     '2 clusters of 1 to 2 rows'
     """
-    tally = take_tally(scores, eps, cluster_field=cluster_field)
-    if tally.clusters is None:
+    summary = summarize(scores, eps, cluster_field=cluster_field)
+    if summary.clusters is None:
         raise MissingColumnsError.build([cluster_field], scores.columns, "Name the clusters' column as cluster_field.")
-    counts = tally.clusters.sort_values(["rows", "duplicates"], ascending=False)
+    counts = summary.clusters.sort_values(["rows", "duplicates"], ascending=False)
     figure, axes = _axes(figure, "Clusters, from the largest to the smallest", "Rows")
-    shown = np.unique(np.linspace(0, max(len(counts) - 1, 0), MOST_STEPS).astype(int))[: len(counts)]
+    shown = np.unique(np.linspace(0, max(len(counts) - 1, 0), MAX_STEPS).astype(int))[: len(counts)]
     edges = np.append(shown, len(counts))
     for name, colour, label in [("rows", BLUE, "all rows"), ("duplicates", VERMILION, "duplicates")]:
         axes.stairs(counts[name].to_numpy()[shown], edges, fill=True, color=colour, label=label)

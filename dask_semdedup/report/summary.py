@@ -1,6 +1,6 @@
 """Scores summed up partition by partition: what pictures and pages show of them, without holding them.
 
-A tally is small however many scores there are, and tallies of parts merge into that of the whole.
+A summary is small however many scores there are, and summaries of parts merge into that of the whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pandas as pd
 from dask_semdedup.frames.columns import SCORE_COLUMN, SCORE_COLUMNS
 from dask_semdedup.steps.duplicates import check_eps, check_score_columns, is_duplicate, threshold
 
-__all__ = ["Tally", "delayed_parts", "merge_tree", "take_tally"]
+__all__ = ["ScoreSummary", "delayed_parts", "merge_tree", "summarize"]
 
 # Fine bins from which a histogram's bars are put together: of equal width below the threshold, and so many above it,
 # a number with many divisors.
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Tally:
+class ScoreSummary:
     """What a frame of scores holds, in counts.
 
     Only rows that were compared with another are counted, all but the first of each cluster; `rows` counts all.
@@ -79,7 +79,7 @@ class Tally:
         wanted = threshold(eps)
         index = np.searchsorted(self.thresholds, wanted)
         if not np.array_equal(self.thresholds.take(index, mode="clip"), wanted):
-            raise ValueError(f"The tally does not count the duplicates at eps={eps!r}, only those of its grid.")
+            raise ValueError(f"The summary does not count the duplicates at eps={eps!r}, only those of its grid.")
         return self.at_least[index]
 
     def histogram(self, bins: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,12 +102,12 @@ class Tally:
         at_least[0], at_least[-1] = self.compared, 0
         return edges, -np.diff(at_least)
 
-    def merge(self, other: Tally) -> Tally:
-        """The tally of both frames, which were counted at the same thresholds."""
+    def merge(self, other: ScoreSummary) -> ScoreSummary:
+        """The summary of both frames, which were counted at the same thresholds."""
         clusters = self.clusters
         if clusters is not None:
             clusters = pd.concat([clusters, other.clusters]).groupby(level=0).sum()
-        return Tally(
+        return ScoreSummary(
             self.rows + other.rows,
             self.compared + other.compared,
             min(self.lowest, other.lowest),
@@ -121,16 +121,16 @@ class Tally:
 _DIVISORS = [count for count in range(1, FINE_ABOVE + 1) if FINE_ABOVE % count == 0]
 
 
-def take_tally(
+def summarize(
     scores: Any, eps: float | None = 0.01, *, largest_eps: float = 0.2, cluster_field: str = "centroid"
-) -> Tally:
+) -> ScoreSummary:
     """Sum scores up.
 
     Parameters
     ----------
-    scores : pandas, cuDF or Dask DataFrame, or Tally
+    scores : pandas, cuDF or Dask DataFrame, or ScoreSummary
         What ``pairwise`` returns, with or without the column of clusters. A Dask DataFrame is read partition by
-        partition; a tally is returned as it is.
+        partition; a summary is returned as it is.
     eps : float, optional
         The choice of eps.
     largest_eps : float
@@ -140,7 +140,7 @@ def take_tally(
 
     Returns
     -------
-    Tally
+    ScoreSummary
 
     Raises
     ------
@@ -149,18 +149,18 @@ def take_tally(
     InvalidArgumentError
         If `eps` is not a number from 0 to 2.
     """
-    if isinstance(scores, Tally):
+    if isinstance(scores, ScoreSummary):
         return scores
-    count = tally_counter(scores, eps, largest_eps=largest_eps, cluster_field=cluster_field)
+    count = summary_maker(scores, eps, largest_eps=largest_eps, cluster_field=cluster_field)
     parts = delayed_parts(scores, count.columns)
     if parts is None:
         return count(scores)
-    return merge_tree([dask.delayed(count)(part) for part in parts], Tally.merge).compute()
+    return merge_tree([dask.delayed(count)(part) for part in parts], ScoreSummary.merge).compute()
 
 
 @dataclass(frozen=True)
-class TallyCounter:
-    """Makes the tally of a frame in memory: the task of each partition."""
+class SummaryMaker:
+    """Makes the summary of a frame in memory: the task of each partition."""
 
     eps: float | None
     largest_eps: float
@@ -171,7 +171,7 @@ class TallyCounter:
         """The columns that are needed."""
         return [*SCORE_COLUMNS, *([self.cluster_field] if self.cluster_field else [])]
 
-    def __call__(self, scores: Any) -> Tally:
+    def __call__(self, scores: Any) -> ScoreSummary:
         frame = to_pandas(scores[self.columns])
         compared = compared_rows(frame)
         values = np.sort(compared[SCORE_COLUMN].to_numpy(dtype=np.float32))
@@ -179,7 +179,7 @@ class TallyCounter:
         at_least = len(values) - np.searchsorted(values, thresholds, side="left")
         lowest = float(values[0]) if len(values) else 1.0
         clusters = self._clusters(frame)
-        return Tally(len(frame), len(values), lowest, self.eps, self.largest_eps, at_least, clusters)
+        return ScoreSummary(len(frame), len(values), lowest, self.eps, self.largest_eps, at_least, clusters)
 
     def _clusters(self, frame: pd.DataFrame) -> pd.DataFrame | None:
         if self.cluster_field is None:
@@ -191,13 +191,13 @@ class TallyCounter:
         return counted.groupby(frame[self.cluster_field].to_numpy()).sum()
 
 
-def tally_counter(scores: Any, eps: float | None, *, largest_eps: float, cluster_field: str) -> TallyCounter:
-    """Check the columns of a frame of scores, and say how to make the tally of each of its partitions."""
+def summary_maker(scores: Any, eps: float | None, *, largest_eps: float, cluster_field: str) -> SummaryMaker:
+    """Check the columns of a frame of scores, and say how to make the summary of each of its partitions."""
     if eps is not None:
         check_eps(eps)
     check_score_columns(scores, SCORE_COLUMNS)
     known = cluster_field if cluster_field in scores.columns else None
-    return TallyCounter(eps, largest_eps, known)
+    return SummaryMaker(eps, largest_eps, known)
 
 
 def compared_rows(frame: Any) -> Any:

@@ -32,7 +32,7 @@ STAGING_BYTES = 32 << 20
 WORKSPACE = 256 << 20
 """Bytes that a search may take beyond what grows with its rows."""
 
-FEWEST_ROWS = 4096
+MIN_ROWS = 4096
 """Rows of a job that a search asks for even if there is no memory for them."""
 
 MARGIN = 4e-6
@@ -89,7 +89,7 @@ def nearest_earlier_from_host(
     is_exact = compute_dtype == "auto"
     with link.lock:
         # Where nothing is free, to run out of memory is better than a search of a few rows at a time.
-        least = WORKSPACE + FEWEST_ROWS * row_bytes(rows.shape[1])
+        least = WORKSPACE + MIN_ROWS * row_bytes(rows.shape[1])
         available = max(link.free_bytes(), least) if memory_bytes is None else memory_bytes
         jobs = list(_jobs(segments, most_rows(rows.shape[1], available)))
         with closing(_answers(link, rows, stops, jobs, compute_dtype, batch_size)) as answers:

@@ -29,7 +29,7 @@ BLOCK = 64
 STRIP = {"cpu": 512, "cuda": 4096}
 """Queries multiplied at once, unless the caller says otherwise: a GPU is not filled by fewer."""
 
-MOST_QUERIES = 8192
+MAX_QUERIES = 8192
 """Queries multiplied at once whatever the caller says: more gain nothing, and the mask of a strip grows as a square."""
 
 BATCH_BYTES = 4 << 20
@@ -39,7 +39,7 @@ STEP = 256
 """Candidates multiplied at once where the triangle's edge crosses a strip: each step leaves out earlier queries. In
 wide strips an eighth of these, so that there are few steps."""
 
-MOST_HITS = 32
+MAX_HITS = 32
 """A query with more candidates than this, and than one in `DENSE` rows, is multiplied again more precisely:
 past it, one dense product is cheaper than rescoring the pairs."""
 
@@ -121,7 +121,7 @@ def workspace_bytes(device: torch.device) -> int:
 def strip_size(wanted: int | None, segments: torch.Tensor, device: torch.device) -> int:
     """Queries to multiply at once: as `wanted`, but not more than the longest segment has."""
     longest = int(segments.diff().max()) if len(segments) > 1 else 1
-    return max(1, min(wanted or STRIP[device.type], longest, MOST_QUERIES))
+    return max(1, min(wanted or STRIP[device.type], longest, MAX_QUERIES))
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def certified(
     crowded = [queries[:0]]
     for strip in strips(queries, segments, strip_size, stops):
         bound = coarse.bound[strip.queries]
-        most = max(MOST_HITS, (strip.stop - strip.start) // DENSE)
+        most = max(MAX_HITS, (strip.stop - strip.start) // DENSE)
         best = torch.full_like(bound, -math.inf)
         hits = torch.zeros(len(bound), dtype=torch.int64, device=bound.device)
         found = []
@@ -510,7 +510,7 @@ def certified_in_batches(
         is_padding = torch.arange(batch.longest, device=rows.device) >= batch.lengths[:, None]
         threshold[is_padding | is_zero[rows] | (best == -math.inf)] = math.inf
         hits = scores >= threshold[:, None]
-        is_crowded = hits.sum(dim=1) > MOST_HITS
+        is_crowded = hits.sum(dim=1) > MAX_HITS
         crowded.append(rows[is_crowded])
         hits &= ~is_crowded[:, None]
         segment, candidate, query = hits.nonzero(as_tuple=True)

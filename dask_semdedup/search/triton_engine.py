@@ -116,7 +116,7 @@ def nearest(
             STEP=KEYS // part,
             EXACT=exact,
             RUN=RUN,
-            MOST_PAIRS=MOST_PAIRS,
+            MAX_PAIRS=MAX_PAIRS,
             HAS_STOPS=table.has_stops,
         )
     if exact and launches:
@@ -168,7 +168,7 @@ def rescore(
 RUN = 8
 """Candidates that are scored one by one where more of a tile reach the threshold than its keys name."""
 
-MOST_PAIRS = 128
+MAX_PAIRS = 128
 """Past this many pairs and runs a query is left to the dense product."""
 
 KEYS = 512

@@ -199,7 +199,7 @@ def select_kernel(
     STEP: tl.constexpr,
     EXACT: tl.constexpr,
     RUN: tl.constexpr,
-    MOST_PAIRS: tl.constexpr,
+    MAX_PAIRS: tl.constexpr,
     HAS_STOPS: tl.constexpr,
 ):
     """List the candidates of `PART` queries that the certificate leaves.
@@ -257,7 +257,7 @@ def select_kernel(
                 pairs += (is_second & (is_full == 0)).to(tl.int32)
             n += tl.sum(pairs, axis=0)
 
-        wanted = tl.where(n <= MOST_PAIRS, n, 0)
+        wanted = tl.where(n <= MAX_PAIRS, n, 0)
         first = tl.atomic_add(n_pairs, tl.sum(wanted, axis=0), sem="relaxed") + tl.cumsum(wanted, axis=0) - wanted
         # Pairs that find no room leave their query to the dense products.
         n = tl.where((first + wanted <= most_pairs) & is_query, wanted, 0)

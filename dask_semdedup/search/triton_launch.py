@@ -47,7 +47,7 @@ class Workspace:
     @classmethod
     def empty(cls, n: int, n_keys: int, device: torch.device) -> Workspace:
         """Room for `n` queries."""
-        room = PAIRS_PER_QUERY * n + PAIRS_AT_LEAST
+        room = PAIRS_PER_QUERY * n + MIN_PAIRS
         per_row = -(-n // 4) * 4  # Each part begins at a multiple of 16 bytes, as memory of its own would.
         sizes = [2 * room, per_row, per_row, per_row, room, room, n_keys]
         score, residual, *others = torch.empty(sum(sizes), dtype=torch.int32, device=device).split_with_sizes(sizes)
@@ -56,7 +56,7 @@ class Workspace:
 
 PAIRS_PER_QUERY = 4
 
-PAIRS_AT_LEAST = 1 << 18
+MIN_PAIRS = 1 << 18
 
 
 class Launcher:

@@ -10,7 +10,7 @@ from dask.dataframe.dispatch import concat
 from dask_semdedup.device.devices import check_device, choose_device
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import cores_for
-from dask_semdedup.frames.backend import array_like, home_of, is_cudf, tensor_like, to_numpy
+from dask_semdedup.frames.backend import array_like, device_of, is_cudf, tensor_like, to_numpy
 from dask_semdedup.frames.columns import has_visits, home_field
 from dask_semdedup.frames.embeddings import to_tensor
 from dask_semdedup.frames.ids import as_stored
@@ -87,8 +87,8 @@ def against_partition(
     position = np.lexsort([is_query, codes])
     segments = segments_of(codes[position])
     stops = _stops(is_query[position], segments)
-    home = home_of(frame)
-    device = choose_device(device, home, segments)
+    frame_device = device_of(frame)
+    device = choose_device(device, frame_device, segments)
     with cores_for(device, segments):
         parts: list[Any] = []
         for (side, ids), order in zip(sides, orders, strict=True):
@@ -100,7 +100,7 @@ def against_partition(
                 # The two must be comparable.
                 embedding_dim=parts[0].shape[1] if parts else embedding_dim,
                 order=order,
-                device=device if home == "cuda" else "cpu",
+                device=device if frame_device == "cuda" else "cpu",
             )
             parts.append(rows)
         rows = _joined(parts, position)

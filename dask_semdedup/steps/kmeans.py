@@ -22,7 +22,7 @@ from dask_semdedup.device.devices import check_device, choose_device
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import cores_for
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, have, some
-from dask_semdedup.frames.backend import array_like, home_of, is_cudf, shares_memory
+from dask_semdedup.frames.backend import array_like, device_of, is_cudf, shares_memory
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, home_field
 from dask_semdedup.frames.embeddings import to_embeddings, to_tensor
 
@@ -331,17 +331,17 @@ def kmeans_partition(
     if len(frame) == 0:
         return kmeans_meta(frame, embedding_field=embedding_field, cluster_field=cluster_field, n_probe=n_probe)
     column = frame[embedding_field]
-    home = home_of(frame)
+    frame_device = device_of(frame)
     # As much work as searching one cluster of so many rows.
     work = np.array([0, math.isqrt(2 * len(frame) * len(centroids))])
-    device = choose_device(device, home, work)
+    device = choose_device(device, frame_device, work)
     with cores_for(device, work):
         rows = to_tensor(
             column,
             name=embedding_field,
             ids=frame[id_field] if id_field in frame.columns else None,
             embedding_dim=embedding_dim,
-            device=device if home == "cuda" else "cpu",
+            device=device if frame_device == "cuda" else "cpu",
         )
         if rows.shape[1] != centroids.width:
             raise EmbeddingError(

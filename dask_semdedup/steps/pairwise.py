@@ -10,14 +10,14 @@ import numpy as np
 
 from dask_semdedup.device.devices import check_device, choose_device, pairs_of
 from dask_semdedup.device.memory import share_memory_pool
-from dask_semdedup.device.queues import cores_for, turn_on_gpu
-from dask_semdedup.device.streams import behind, beside, outside, owned
+from dask_semdedup.device.queues import cores_for, gpu_turn
+from dask_semdedup.device.streams import default_stream, owned, reading_stream, search_stream
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.frames.backend import (
     array_like,
     column_like,
+    device_of,
     frame_like,
-    home_of,
     is_cudf,
     published,
     take,
@@ -93,8 +93,8 @@ def pairwise_partition(
     if len(frame) == 0:
         return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field, with_visits=with_visits)
     ids, clusters = frame[id_field], frame[cluster_field]
-    home = home_of(frame)
-    with beside(home):
+    frame_device = device_of(frame)
+    with reading_stream(frame_device):
         check_clusters(clusters, ids)
         order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
         segments = segments_of(_codes(clusters, order))
@@ -104,7 +104,7 @@ def pairwise_partition(
             is_visit = are_visits(clusters, own)[to_numpy(order)]
             position, stops = visits_last(is_visit, segments)
             order = order[array_like(tensor_like(position), frame)]
-        device = choose_device(device, home, segments)
+        device = choose_device(device, frame_device, segments)
         with cores_for(device, segments):
             rows = to_tensor(
                 frame[embedding_field],
@@ -113,7 +113,7 @@ def pairwise_partition(
                 clusters=clusters,
                 embedding_dim=embedding_dim,
                 order=order,
-                device=device if home == "cuda" else "cpu",
+                device=device if frame_device == "cuda" else "cpu",
             )
             scores, index = search_segments(rows, segments, stops, device, compute_dtype, batch_size)
         if with_visits:
@@ -121,7 +121,7 @@ def pairwise_partition(
         nearest = order[array_like(index, frame)]
         columns = take(ids, order), take(ids, nearest), array_like(scores, frame)
         own = take(own, order)
-        with outside(home):
+        with default_stream(frame_device):
             result = score_frame(*columns, own.rename(cluster_field))
             if with_visits:
                 result[RANK_COLUMN] = array_like(rank, frame)
@@ -199,7 +199,7 @@ def _codes(clusters: Any, order: Any) -> Any:
     """Numbers of rows in order, equal where their clusters are."""
     if clusters.dtype.kind in "iu":
         return (clusters.values if is_cudf(clusters) else clusters.to_numpy())[order]
-    with outside(home_of(clusters)):
+    with default_stream(device_of(clusters)):
         return clusters.factorize()[0][order]
 
 
@@ -225,7 +225,7 @@ def search_segments(
     find = nearest_earlier if is_there else partial(nearest_earlier_from_host, device=device)
     ends = None if stops is None else tensor_like(stops)
     work = rows.shape[1] * pairs_of(segments) if is_there else None
-    with turn_on_gpu(device, work), behind(rows.device.type):
+    with gpu_turn(device, work), search_stream(rows.device.type):
         scores, index = find(
             rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size
         )

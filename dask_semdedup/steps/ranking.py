@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_semdedup._validate import check_choice, check_seed
-from dask_semdedup.device.streams import current, finish, outside
+from dask_semdedup.device.streams import current_stream, default_stream, finish
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.backend import is_cudf
 from dask_semdedup.frames.hashing import hash_ids
@@ -306,7 +306,7 @@ def _cudf_order(keys: list[tuple[Any, bool]]) -> Any:
     orders = [Order.ASCENDING if ascending else Order.DESCENDING for _, ascending in keys]
     # What is missing comes last: a descending order turns it round with the rest.
     nulls = [NullOrder.AFTER if ascending else NullOrder.BEFORE for _, ascending in keys]
-    positions = plc.sorting.stable_sorted_order(table, orders, nulls, current())
+    positions = plc.sorting.stable_sorted_order(table, orders, nulls, current_stream())
     finish()  # Keys that were made outside are released here.
     return cudf.Series.from_pylibcudf(positions).values.astype(np.int64)
 
@@ -316,11 +316,11 @@ def _with_nulls(column: Any) -> Any:
     import pylibcudf as plc
 
     is_categorical = type(column.dtype).__name__ == "CategoricalDtype"
-    with outside("cuda" if is_categorical else "cpu"):
+    with default_stream("cuda" if is_categorical else "cpu"):
         if is_categorical and not column.cat.ordered:
             column = column.astype(column.cat.categories.dtype)  # whose order does not depend on the partition
         data, _ = column.to_pylibcudf()
-        return plc.transform.column_nans_to_nulls(data, current()) if column.dtype.kind == "f" else data
+        return plc.transform.column_nans_to_nulls(data, current_stream()) if column.dtype.kind == "f" else data
 
 
 def _pandas_order(keys: list[tuple[pd.Series, bool]]) -> np.ndarray:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dask_semdedup.device.streams import outside
+from dask_semdedup.device.streams import default_stream
 from dask_semdedup.errors import ClusterError, have, some
-from dask_semdedup.frames.backend import home_of, tensor_like, to_list
+from dask_semdedup.frames.backend import device_of, tensor_like, to_list
 from dask_semdedup.frames.columns import SCORE_COLUMNS, home_field
 from dask_semdedup.frames.ids import as_stored
 
@@ -25,7 +25,7 @@ NO_CANDIDATE = -np.inf
 
 def are_visits(clusters: Any, homes: Any) -> np.ndarray:
     """Which rows stand in a cluster that is not their own."""
-    with outside(home_of(clusters)):
+    with default_stream(device_of(clusters)):
         return (clusters != homes).to_numpy().astype(bool)
 
 

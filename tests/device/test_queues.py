@@ -182,35 +182,35 @@ def most_inside(place):
 
 
 def test_so_many_partitions_are_on_a_gpu_at_once(monkeypatch):
-    monkeypatch.setattr(queues, "beside", lambda home: nullcontext())
-    assert most_inside(lambda: queues.place_for("cuda")) == queues.PARTITIONS_ON_GPU
-    assert most_inside(lambda: queues.place_for("cpu")) > queues.PARTITIONS_ON_GPU
+    monkeypatch.setattr(queues, "reading_stream", lambda home: nullcontext())
+    assert most_inside(lambda: queues.gpu_slot("cuda")) == queues.PARTITIONS_ON_GPU
+    assert most_inside(lambda: queues.gpu_slot("cpu")) > queues.PARTITIONS_ON_GPU
 
 
 def test_the_pool_is_shared_before_torch_first_uses_cuda(monkeypatch):
     calls = []
     monkeypatch.setattr(queues, "share_memory_pool", lambda: calls.append("pool"))
-    monkeypatch.setattr(queues, "beside", lambda home: calls.append(home) or nullcontext())
-    with queues.place_for("cuda"):
+    monkeypatch.setattr(queues, "reading_stream", lambda home: calls.append(home) or nullcontext())
+    with queues.gpu_slot("cuda"):
         assert calls == ["pool", "cuda"]
 
 
 def test_searches_take_turns_on_a_gpu_and_not_on_a_cpu():
-    assert most_inside(lambda: queues.turn_on_gpu("cuda")) == 1
-    assert most_inside(lambda: queues.turn_on_gpu("cpu")) > 1
+    assert most_inside(lambda: queues.gpu_turn("cuda")) == 1
+    assert most_inside(lambda: queues.gpu_turn("cpu")) > 1
 
 
 def test_long_searches_take_turns_with_each_other_only():
     works = cycle([0.9 * queues.LONG_SEARCH, queues.LONG_SEARCH])
-    assert most_inside(lambda: queues.turn_on_gpu("cuda", next(works))) == 2
-    assert most_inside(lambda: queues.turn_on_gpu("cuda", queues.LONG_SEARCH)) == 1
+    assert most_inside(lambda: queues.gpu_turn("cuda", next(works))) == 2
+    assert most_inside(lambda: queues.gpu_turn("cuda", queues.LONG_SEARCH)) == 1
 
 
 @pytest.mark.parametrize(
     ("work", "taken"), [(0, [False, True]), (queues.LONG_SEARCH, [True, False]), (None, [True, True])]
 )
 def test_rows_in_host_memory_have_the_gpu_for_themselves(work, taken):
-    with queues.turn_on_gpu("cuda", work):
+    with queues.gpu_turn("cuda", work):
         assert [turn.locked() for turn in queues._turns.values()] == taken
     assert not any(turn.locked() for turn in queues._turns.values())
 
@@ -218,7 +218,7 @@ def test_rows_in_host_memory_have_the_gpu_for_themselves(work, taken):
 @pytest.mark.parametrize("is_there", [True, False])
 def test_only_a_search_of_rows_on_the_gpu_is_long(monkeypatch, is_there):
     work = []
-    monkeypatch.setattr(pairwise, "turn_on_gpu", lambda device, its: work.append(its) or nullcontext())
+    monkeypatch.setattr(pairwise, "gpu_turn", lambda device, its: work.append(its) or nullcontext())
     monkeypatch.setattr(streaming, "nearest_earlier_from_host", lambda *_, **__: (torch.empty(0),) * 2)
     pairwise.search_segments(torch.ones(6, 5), np.array([0, 4, 6]), None, "cpu" if is_there else "cuda", "auto", None)
     assert work == [5 * (16 + 4) / 2 if is_there else None]

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from dask_semdedup import read_clusters
-from dask_semdedup.device.streams import behind, beside, current, finish, outside, owned
+from dask_semdedup.device.streams import current_stream, default_stream, finish, owned, reading_stream, search_stream
 
 
 def test_on_a_cpu_there_is_but_one_place() -> None:
-    with beside("cpu"), behind("cpu"), outside("cpu"):
+    with reading_stream("cpu"), search_stream("cpu"), default_stream("cpu"):
         rows = torch.arange(3)
     assert owned(rows) is rows
 
@@ -28,8 +28,8 @@ def test_on_a_cpu_there_is_but_one_place() -> None:
 def test_nobody_asks_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: pytest.fail("asked for CUDA"))
-    with outside("cuda"):
-        assert current() is None
+    with default_stream("cuda"):
+        assert current_stream() is None
         finish()
 
 
@@ -55,9 +55,9 @@ class TestCuda:
 
     def test_each_thread_has_one_stream_for_reading_and_one_for_the_search(self) -> None:
         def used(_: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-            with beside("cuda"):
+            with reading_stream("cuda"):
                 reading = torch.cuda.current_stream()
-                with behind("cuda"):
+                with search_stream("cuda"):
                     return reading, torch.cuda.current_stream()
 
         with ThreadPoolExecutor(1) as pool:
@@ -70,32 +70,32 @@ class TestCuda:
     def test_the_stream_is_that_of_all_libraries_and_is_entered_once(self) -> None:
         import cupy
 
-        assert current() is None
-        with beside("cuda"):
+        assert current_stream() is None
+        with reading_stream("cuda"):
             stream = torch.cuda.current_stream()
-            assert current() == stream
+            assert current_stream() == stream
             assert cupy.cuda.get_current_stream().ptr == stream.cuda_stream
-            with beside("cuda"):
+            with reading_stream("cuda"):
                 assert torch.cuda.current_stream() == stream
-            with outside("cuda"):
-                assert current() is None
+            with default_stream("cuda"):
+                assert current_stream() is None
                 assert cupy.cuda.get_current_stream().ptr == 0
-            assert current() == stream
+            assert current_stream() == stream
             finish()
             assert stream.query()
-        assert current() is None
+        assert current_stream() is None
 
     def test_what_is_made_behind_is_complete_and_outlives_its_stream(self) -> None:
-        with behind("cuda"):
+        with search_stream("cuda"):
             square = torch.full((2048, 2048), 0.5, device="cuda") @ torch.full((2048, 2048), 2.0, device="cuda")
         slow(1)  # What is copied now, is copied late.
         copy = owned(square)
         del square
-        with torch.cuda.stream(torch.cuda.Stream()), behind("cuda"):
+        with torch.cuda.stream(torch.cuda.Stream()), search_stream("cuda"):
             torch.zeros((2048, 2048), device="cuda")  # It may get the memory of what was released.
         assert (copy == 2048).all()
 
-    @pytest.mark.parametrize(("place", "value"), [(beside, 2), (behind, 3)])
+    @pytest.mark.parametrize(("place", "value"), [(reading_stream, 2), (search_stream, 3)])
     def test_what_the_default_stream_was_given_comes_first(self, place: Callable[[str], Any], value: int) -> None:
         rows = slow(value)  # No other test's: memory that is used again might hold it already.
         with place("cuda"):
@@ -104,9 +104,9 @@ class TestCuda:
     def test_cudf_comes_after_the_stream_and_the_stream_after_cudf(self) -> None:
         import cudf
 
-        with beside("cuda"):
+        with reading_stream("cuda"):
             rows = slow(4)
-            with outside("cuda"):
+            with default_stream("cuda"):
                 frame = cudf.DataFrame({"x": cupy_of(rows[0])})
                 total = frame["x"].sum()
                 later = slow(5)

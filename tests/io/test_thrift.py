@@ -28,7 +28,7 @@ from dask_semdedup.io.footers import read_schema
 from dask_semdedup.io.fragments import FileStats
 from dask_semdedup.io.listing import list_files
 from dask_semdedup.io.scan import scan_files
-from dask_semdedup.io.thrift import MOST, Bounded, FooterError, read_alike, read_footer
+from dask_semdedup.io.thrift import MAX_NUMBER, Bounded, FooterError, read_alike, read_footer
 
 VALUES: dict[pa.DataType, st.SearchStrategy[Any]] = {
     pa.int64(): st.integers(-(2**63), 2**63 - 1),
@@ -248,7 +248,7 @@ class TestReadFooter:
         [
             (built({}, rows=4), "its row groups have other rows than the file"),
             (built({5: -1}), "a column has an impossible number of values"),
-            (built({6: MOST}), "a column has an impossible number of values, bytes"),
+            (built({6: MAX_NUMBER}), "a column has an impossible number of values, bytes"),
             (built({12: {3: -1}}), "a column has an impossible number of values, bytes or nulls"),
             (built({12: {3: 2**64}}), "a column has an impossible number of values, bytes or nulls"),
             (built({12: {3: 2**80}}), "a number is too long"),

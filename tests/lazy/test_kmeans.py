@@ -303,7 +303,7 @@ def test_a_sample_is_even_over_rows_and_reads_few_partitions() -> None:
     counts = np.zeros(len(lengths))
     for seed in range(200):
         picks = draw(lengths, 400, seed)
-        assert len(picks) <= sampling.LEAST_PARTITIONS
+        assert len(picks) <= sampling.MIN_PARTITIONS
         for number, positions in picks.items():
             counts[number] += len(positions)
     ratio = counts[1::2].sum() / counts[::2].sum()
@@ -325,7 +325,7 @@ def test_each_row_has_the_same_chance_whatever_the_sizes(lengths: list[int], siz
     for length in np.unique(sizes):
         share = (length * (sizes == length)).sum() / sizes.sum()
         # Five standard deviations of a share of all that was drawn, were each choice its own.
-        choices = runs * max(sampling.LEAST_PARTITIONS, 1)
+        choices = runs * max(sampling.MIN_PARTITIONS, 1)
         assert drawn[sizes == length].sum() / (runs * size) == pytest.approx(
             share, abs=5 * np.sqrt(share * (1 - share) / choices)
         )
@@ -353,7 +353,7 @@ def write_raw(root: Path, rows: np.ndarray, files: int) -> dd.DataFrame:
 
 def test_only_some_partitions_are_read_for_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ddf = write_raw(tmp_path / "raw", blobs(400)[0], files=20)
-    monkeypatch.setattr(sampling, "LEAST_PARTITIONS", 1)
+    monkeypatch.setattr(sampling, "MIN_PARTITIONS", 1)
     taken = []
     take = sampling.take_embeddings
 

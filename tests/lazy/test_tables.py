@@ -21,7 +21,7 @@ ROWS = [{"id": f"d{number}", "text": f"text {number}\nwith lines", "embeddings":
 
 def write_json(path: Path, rows: list[dict], compress: bool = False) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text) if compress else text)
+    path.write_bytes(gzip.compress(text, mtime=0) if compress else text)
     return path
 
 

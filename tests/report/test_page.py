@@ -58,9 +58,9 @@ def visible(page: str, name: str, following: str) -> list[float]:
 
 
 def test_numbers_are_those_of_the_scores(scores: pd.DataFrame, tmp_path: Path) -> None:
-    tally = write_report(scores, tmp_path, eps=0.05)
+    summary = write_report(scores, tmp_path, eps=0.05)
     expected = int((scores["cosine_sim_score"] >= np.float32(0.95)).sum())
-    assert tally.duplicates(0.05) == expected
+    assert summary.duplicates(0.05) == expected
     page = read(tmp_path)
     assert f'<span data-value="duplicates">{expected}</span> of 80 documents are duplicates' in page
     data = script_data(page)

@@ -1,4 +1,4 @@
-"""A tally is the same as counting all scores at once, however they are parted."""
+"""A summary is the same as counting all scores at once, however they are parted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
-from dask_semdedup.report.summary import take_tally
+from dask_semdedup.report.summary import summarize
 from dask_semdedup.steps.duplicates import threshold
 
 SCORES = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=40)
@@ -32,8 +32,8 @@ def frame_of(values: list[float]) -> pd.DataFrame:
 @given(values=SCORES, eps=st.floats(0, 1), npartitions=st.integers(1, 20))
 def test_tallies_of_partitions_make_that_of_the_whole(values: list[float], eps: float, npartitions: int) -> None:
     scores = frame_of(values)
-    whole = take_tally(scores, eps)
-    parted = take_tally(dd.from_pandas(scores, npartitions=npartitions, sort=False), eps)
+    whole = summarize(scores, eps)
+    parted = summarize(dd.from_pandas(scores, npartitions=npartitions, sort=False), eps)
     assert (whole.rows, whole.compared, whole.lowest) == (parted.rows, parted.compared, parted.lowest)
     assert np.array_equal(whole.at_least, parted.at_least)
     pd.testing.assert_frame_equal(whole.clusters, parted.clusters)
@@ -41,19 +41,19 @@ def test_tallies_of_partitions_make_that_of_the_whole(values: list[float], eps: 
 
 @given(values=SCORES, eps=st.floats(0, 2))
 def test_duplicates_are_those_that_the_threshold_selects(values: list[float], eps: float) -> None:
-    tally = take_tally(frame_of(values), eps)
+    summary = summarize(frame_of(values), eps)
     scores = np.array(values, dtype=np.float32)
-    assert tally.duplicates(eps) == (scores >= threshold(eps)).sum()
-    expected = [(scores >= threshold(value)).sum() for value in tally.grid]
-    assert tally.duplicates(tally.grid).tolist() == expected
-    assert tally.clusters["duplicates"].sum() == tally.duplicates(eps)
+    assert summary.duplicates(eps) == (scores >= threshold(eps)).sum()
+    expected = [(scores >= threshold(value)).sum() for value in summary.grid]
+    assert summary.duplicates(summary.grid).tolist() == expected
+    assert summary.clusters["duplicates"].sum() == summary.duplicates(eps)
 
 
 @given(values=SCORES, eps=st.one_of(st.none(), st.floats(0, 2)), bins=st.integers(1, 200))
 @example(values=[-4e-19], eps=None, bins=1)
 def test_bars_hold_every_score_once(values: list[float], eps: float | None, bins: int) -> None:
-    tally = take_tally(frame_of(values), eps)
-    edges, counts = tally.histogram(bins)
+    summary = summarize(frame_of(values), eps)
+    edges, counts = summary.histogram(bins)
     assert (np.diff(edges) > 0).all()
     assert edges[0] <= min(values)
     assert edges[-1] == 1
@@ -65,15 +65,15 @@ def test_bars_hold_every_score_once(values: list[float], eps: float | None, bins
 
 def test_only_counted_eps_are_answered() -> None:
     with pytest.raises(ValueError, match=r"eps=0\.0123456"):
-        take_tally(frame_of([0.5]), 0.01).duplicates(0.0123456)
+        summarize(frame_of([0.5]), 0.01).duplicates(0.0123456)
 
 
 def test_clusters_are_left_out_where_there_are_none() -> None:
-    assert take_tally(frame_of([0.5]).drop(columns="centroid"), 0.01).clusters is None
+    assert summarize(frame_of([0.5]).drop(columns="centroid"), 0.01).clusters is None
 
 
 def test_frames_that_are_no_scores_are_refused() -> None:
     with pytest.raises(MissingColumnsError, match="max_id"):
-        take_tally(pd.DataFrame({"id": [1], "cosine_sim_score": [0.5]}))
+        summarize(pd.DataFrame({"id": [1], "cosine_sim_score": [0.5]}))
     with pytest.raises(InvalidArgumentError, match="eps"):
-        take_tally(frame_of([0.5]), 3)
+        summarize(frame_of([0.5]), 3)

@@ -41,7 +41,7 @@ def engine(half: torch.dtype | None, small: int, block: int, most_hits: int, one
         stack.enter_context(patch.object(search, "half_dtype", lambda device: half))
         stack.enter_context(patch.object(torch_engine, "SMALL", small))
         stack.enter_context(patch.object(torch_engine, "BLOCK", block))
-        stack.enter_context(patch.object(torch_engine, "MOST_HITS", most_hits))
+        stack.enter_context(patch.object(torch_engine, "MAX_HITS", most_hits))
         stack.enter_context(patch.object(torch_engine.Pairs, "FLUSH", 10))
         if one_block_panels:
             stack.enter_context(patch.object(torch_engine, "workspace_bytes", lambda device: 1))

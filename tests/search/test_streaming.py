@@ -237,7 +237,7 @@ def test_where_no_memory_is_free_rows_are_not_searched_two_by_two() -> None:
     _jobs = streaming._jobs
     with patch.object(streaming._Link, "free_bytes", lambda link: 0), patch.object(streaming, "_jobs", jobs):
         streaming.nearest_earlier_from_host(torch.from_numpy(rows), torch.tensor([0, 100]), device="cpu")
-    assert seen == [streaming.FEWEST_ROWS]
+    assert seen == [streaming.MIN_ROWS]
 
 
 @pytest.mark.gpu

@@ -90,7 +90,7 @@ def test_crowded_queries_are_named_and_add_no_pairs() -> None:
     crowded = torch_engine.certified(torch_engine.in_float32(unit), torch.arange(1, 300), segments, None, pairs)
     pairs.flush()
     # What counts is the blocks that reach the window, here one, and the candidates in them.
-    few = torch_engine.MOST_HITS
+    few = torch_engine.MAX_HITS
     assert crowded.tolist() == list(range(few, 300))
     assert index[:few].tolist() == [0] * few
     assert index[few:].tolist() == list(range(few, 300))

@@ -184,7 +184,7 @@ def test_kernels_keep_to_stops(config: Config, exact: bool) -> None:
 def test_queries_with_too_many_candidates_are_multiplied_in_float64(most_pairs: int) -> None:
     rng = np.random.default_rng(0)
     rows = (rng.standard_normal(10) + 1e-4 * rng.standard_normal((40, 10))).astype(np.float32)
-    with patch.object(triton_engine, "MOST_PAIRS", most_pairs):
+    with patch.object(triton_engine, "MAX_PAIRS", most_pairs):
         check(rows, np.array([0, 25, 40]), TWO)
 
 
@@ -192,7 +192,7 @@ def test_queries_with_too_many_candidates_are_multiplied_in_float64(most_pairs: 
 def test_pairs_that_find_no_room_lose_nothing() -> None:
     rng = np.random.default_rng(1)
     rows = rng.standard_normal((6, 10))[rng.integers(6, size=60)].astype(np.float32)
-    with patch.object(triton_launch, "PAIRS_PER_QUERY", 0), patch.object(triton_launch, "PAIRS_AT_LEAST", 30):
+    with patch.object(triton_launch, "PAIRS_PER_QUERY", 0), patch.object(triton_launch, "MIN_PAIRS", 30):
         check(rows, np.array([0, 60]), THREE)
 
 
@@ -251,7 +251,7 @@ def test_halving_loses_what_it_says(kind) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def few_pairs() -> Iterator[None]:
     """Limits so low that a few rows reach them: the interpreter takes a millisecond a pair."""
-    with patch.object(triton_engine, "RUN", 4), patch.object(triton_engine, "MOST_PAIRS", 9):
+    with patch.object(triton_engine, "RUN", 4), patch.object(triton_engine, "MAX_PAIRS", 9):
         yield
 
 

@@ -2,59 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import dask
 import dask.dataframe as dd
-import fsspec
 import numpy as np
-from dask.dataframe.dask_expr._collection import new_collection
-from dask.dataframe.dask_expr._expr import _DelayedExpr
 from dask.dataframe.extensions import register_dataframe_accessor
 
-from dask_semdedup._validate import check_bytes, check_choice, check_keywords, check_positive, stack_level
-from dask_semdedup.device.devices import DEVICES
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, some
-from dask_semdedup.frames.backend import check_plain_dtype, is_cudf
-from dask_semdedup.frames.columns import DISTANCE_COLUMNS, SCORE_COLUMNS, has_visits, home_field
-from dask_semdedup.frames.embeddings import check_embedding_dtype, dimensions_advice
-from dask_semdedup.io.layout import CLUSTERS, check_cluster_dtype, cluster_files
-from dask_semdedup.io.staging import staged_folder
-from dask_semdedup.io.write import PARTS
-from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
+from dask_semdedup._validate import check_keywords
+from dask_semdedup.frames.columns import Columns, SearchOptions
+from dask_semdedup.lazy.deduplicate import keep_one_of_each
 from dask_semdedup.lazy.duplicates import EPS_GRID, eps_curve
-from dask_semdedup.lazy.expressions import (
-    AgainstScores,
-    BestOfProbes,
-    BestOfVisits,
-    KMeansClusters,
-    PairwiseScores,
-    ReadClusters,
-)
+from dask_semdedup.lazy.embed import embed_texts
 from dask_semdedup.lazy.groups import find_groups
+from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.removal import remove_duplicates
-from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
-from dask_semdedup.lazy.sources import check_sources, stored_schema
-from dask_semdedup.lazy.tasks import compute_to_the_end
-from dask_semdedup.lazy.writing import parts, writable, write_layout
-from dask_semdedup.steps.duplicates import check_eps, find_duplicates
-from dask_semdedup.steps.embed import DEFAULT_MODEL, check_embed_arguments, embed_meta, embed_partition
-from dask_semdedup.steps.fit import check_fit_arguments, default_n_clusters, fit_centroids, too_many_clusters
-from dask_semdedup.steps.kmeans import check_centroids
+from dask_semdedup.lazy.scores import score_against, score_pairwise
+from dask_semdedup.lazy.writing import write_clusters_of, write_parts_of
+from dask_semdedup.steps.duplicates import find_duplicates
+from dask_semdedup.steps.embed import DEFAULT_MODEL
+from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.ranking import RankingStrategy, choose_strategy
 
 __all__ = ["SemDedupAccessor"]
-
-# As in `dask_semdedup.search`, which is not imported here because it needs torch, and that takes seconds.
-COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
-# Rows of a sample for each cluster: the default, and what is too few to fit on.
-ROWS_PER_CLUSTER = 256
-MIN_SAMPLE = 16_384
-FEW_ROWS_PER_CLUSTER = 40
 
 
 @register_dataframe_accessor("semdedup")
@@ -184,53 +155,12 @@ class SemDedupAccessor:
         1  11         1                  0.0
         2  12         1                  0.2
         """
-        self._check_embeddings(embedding_field, embedding_dim)
-        self._check_new_columns(embedding_field, cluster_field, id_field)
-        self._check_no_visits(cluster_field)
-        check_choice("device", device, DEVICES)
-        check_positive("n_clusters", n_clusters)
-        check_positive("n_probe", n_probe)
-        fitted = None
-        if centroids is None:
-            fitted = self.fit_centroids(
-                n_clusters,
-                embedding_field=embedding_field,
-                id_field=id_field,
-                embedding_dim=embedding_dim,
-                fit_data_fraction=fit_data_fraction,
-                max_iter=max_iter,
-                tol=tol,
-                random_state=random_state,
-                init=init,
-                n_init=n_init,
-                oversampling_factor=oversampling_factor,
-                max_samples_per_batch=max_samples_per_batch,
-                device=device,
-            )
-        known = check_centroids(centroids if fitted is None else fitted)
-        if n_clusters not in (None, len(known)):
-            raise InvalidArgumentError(
-                f"n_clusters is {n_clusters}, but there are {len(known)} centroids. Give either."
-            )
-        self._check_embeddings(embedding_field, known.width if embedding_dim is None else embedding_dim)
-        if n_clusters is None and centroids is None:
-            n_probe = min(n_probe, len(known.distinct))
-        if n_probe > len(known.distinct):
-            raise InvalidArgumentError(
-                f"n_probe is {n_probe}, but there are only {len(known.distinct)} distinct centroids."
-            )
-        return new_collection(
-            KMeansClusters(
-                self._ddf,
-                _DelayedExpr(dask.delayed(known, name=f"centroids-{known.token}", traverse=False)),
-                embedding_field=embedding_field,
-                cluster_field=cluster_field,
-                id_field=id_field,
-                embedding_dim=embedding_dim,
-                n_probe=int(n_probe),
-                device=device,
-            )
+        columns = Columns(id_field, embedding_field, cluster_field)
+        fit = KMeansOptions(
+            fit_data_fraction, max_iter, tol, random_state, init, n_init, oversampling_factor, max_samples_per_batch
         )
+        options = SearchOptions(embedding_dim=embedding_dim, device=device)
+        return cluster(self._ddf, columns, n_clusters, centroids, n_probe, fit, options)
 
     def fit_centroids(
         self,
@@ -287,33 +217,12 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> ddf.semdedup.fit_centroids(2).shape
         (2, 8)
         """
-        self._check_embeddings(embedding_field, embedding_dim)
-        check_sources(self._ddf, [embedding_field])
-        check_choice("device", device, DEVICES)
-        check_fit_arguments(n_clusters, max_iter, tol, random_state, init, n_init, oversampling_factor)
-        check_positive("max_samples_per_batch", max_samples_per_batch)
-        _check_fraction(fit_data_fraction)
-        lengths = partition_lengths(self._ddf, embedding_field)
-        n_clusters, size = _sample_size(n_clusters, sum(lengths), fit_data_fraction)
-        rows = sample_embeddings(
-            self._ddf,
-            draw(lengths, size, random_state),
-            embedding_field=embedding_field,
-            id_field=id_field,
-            embedding_dim=embedding_dim,
+        columns = Columns(id_field, embedding_field)
+        fit = KMeansOptions(
+            fit_data_fraction, max_iter, tol, random_state, init, n_init, oversampling_factor, max_samples_per_batch
         )
-        return fit_centroids(
-            rows,
-            n_clusters,
-            max_iter=max_iter,
-            tol=tol,
-            random_state=random_state,
-            init=init,
-            n_init=n_init,
-            oversampling_factor=oversampling_factor,
-            max_samples_per_batch=max_samples_per_batch,
-            device=("cuda" if is_cudf(self._ddf._meta) else "cpu") if device == "auto" else device,
-        )
+        options = SearchOptions(embedding_dim=embedding_dim, device=device)
+        return fit_to_sample(self._ddf, columns, n_clusters, fit, options)
 
     def to_clusters(
         self,
@@ -371,25 +280,14 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> list(files), [len(names) for names in files.values()]
         ([0, 1, 2], [1, 1, 1])
         """
-        size = check_bytes("max_file_size", max_file_size)
-        if "/" in cluster_field or "=" in cluster_field:
-            raise InvalidArgumentError(f"cluster_field {cluster_field!r} cannot be part of a folder's name. Rename it.")
-        aligned = align(self._ddf, cluster_field)
-        check_cluster_dtype(self._ddf._meta[cluster_field])
-        if len(self._ddf.columns) == 1:
-            raise InvalidArgumentError(f"The frame has no columns to write but {cluster_field!r}.")
-        fs, output = fsspec.url_to_fs(os.fspath(path), **(storage_options or {}))
-        for read in self._ddf.expr.find_operations(ReadClusters):
-            if (root := read.source.folder_around(fs, output)) is not None:
-                raise InvalidArgumentError(
-                    f"Output {output!r} is within {root!r}, which is read: its clusters would be read twice from then "
-                    "on. Name a folder apart."
-                )
-        with staged_folder(
-            os.fspath(path), contents=CLUSTERS, overwrite=overwrite, storage_options=storage_options
-        ) as folder:
-            write_layout(aligned, folder, cluster_field, size, stored_schema(self._ddf), **(storage_options or {}))
-        return cluster_files(path, storage_options, cluster_field=cluster_field)
+        return write_clusters_of(
+            self._ddf,
+            path,
+            cluster_field,
+            overwrite=overwrite,
+            max_file_size=max_file_size,
+            storage_options=storage_options,
+        )
 
     def to_parquet(
         self,
@@ -428,11 +326,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> pd.read_parquet(folder)["id"].tolist()
         [1, 2, 3]
         """
-        self._columns()
-        with staged_folder(
-            os.fspath(path), contents=PARTS, overwrite=overwrite, storage_options=storage_options
-        ) as folder:
-            compute_to_the_end(parts(self._ddf, folder, storage_options))
+        write_parts_of(self._ddf, path, overwrite=overwrite, storage_options=storage_options)
 
     def pairwise(
         self,
@@ -520,33 +414,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1  11      10               0.0         0
         2  12      11               0.8         0
         """
-        check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
-        check_choice("device", device, DEVICES)
-        check_positive("embedding_dim", embedding_dim)
-        check_positive("pairwise_batch_size", pairwise_batch_size)
+        columns = Columns(id_field, embedding_field, cluster_field)
+        options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
-        self._check_schema(id_field, embedding_field, cluster_field, ranking, embedding_dim)
-        check_sources(self._ddf, [id_field, embedding_field, cluster_field, *ranking.required_columns], ranking)
-        with_visits = has_visits(self._ddf._meta, cluster_field)
-        home = [home_field(cluster_field)] if with_visits else []
-        needed = {id_field, embedding_field, cluster_field, *home, *ranking.required_columns}
-        frame = align(self._ddf[[name for name in self._ddf.columns if name in needed]], cluster_field)
-        scores = PairwiseScores(
-            frame,
-            id_field=id_field,
-            embedding_field=embedding_field,
-            cluster_field=cluster_field,
-            ranking=ranking,
-            compute_dtype=compute_dtype,
-            batch_size=pairwise_batch_size,
-            embedding_dim=embedding_dim,
-            device=device,
-            with_visits=with_visits,
-            verbose=bool(verbose),
-        )
-        if not with_visits:
-            return new_collection(scores)
-        return new_collection(BestOfVisits(align(new_collection(scores), cluster_field), cluster_field=cluster_field))
+        return score_pairwise(self._ddf, columns, ranking, options, verbose=verbose)
 
     def duplicates(self, eps: float | Sequence[float] = 0.01) -> dd.DataFrame:
         """Select the duplicates from a frame of scores: the rows with ``cosine_sim_score >= 1 - eps``.
@@ -807,26 +678,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1   1       2              0.96         0
         2   3       2              0.11         0
         """
-        check_choice("device", device, DEVICES)
-        columns = list(self._ddf.columns)
-        if text_field not in columns:
-            raise MissingColumnsError.build([text_field], columns, "Name the column of texts as text_field.")
-        if embedding_field in columns:
-            raise InvalidArgumentError(
-                f"The frame has a column {embedding_field!r} already. Drop it, or choose another embedding_field."
-            )
-        check_embed_arguments(self._ddf._meta[text_field], model, batch_size, encode_kwargs)
-        embeddings = self._ddf[text_field].map_partitions(
-            embed_partition,
-            # A loaded model goes into the graph once, and is not pickled to name its tasks.
-            os.fspath(model) if isinstance(model, str | os.PathLike) else dask.delayed(model, pure=False),
-            embedding_field=embedding_field,
-            batch_size=batch_size,
-            device=device,
-            encode_kwargs=encode_kwargs,
-            meta=embed_meta(self._ddf._meta[text_field], embedding_field=embedding_field),
-        )
-        return self._ddf.assign(**{embedding_field: embeddings})
+        return embed_texts(self._ddf, text_field, model, embedding_field, batch_size, device, encode_kwargs)
 
     def against(
         self,
@@ -900,101 +752,11 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1  b       3          0.999902         0
         """
         check_keywords("against", kmeans_options, self.fit_centroids, self.against)
-        check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
-        check_choice("device", device, DEVICES)
-        check_positive("n_probe", n_probe)
-        if eps is not None:
-            check_eps(eps)
-        reference_id_field = id_field if reference_id_field is None else reference_id_field
-        if not isinstance(reference, dd.DataFrame):
-            kind = type(reference).__name__
-            raise InvalidArgumentError(
-                f"reference must be a Dask DataFrame, not a {kind}: for one of pandas, dd.from_pandas(reference, "
-                "npartitions=1)."
-            )
-        # Before a fit, which takes longer than to see that a column is not there.
-        self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
-        reference.semdedup._check_ids_and_embeddings(reference_id_field, embedding_field, embedding_dim)
-        queries, candidates = self._in_same_clusters(
-            reference,
-            id_field=id_field,
-            reference_id_field=reference_id_field,
-            embedding_field=embedding_field,
-            cluster_field=cluster_field,
-            n_clusters=n_clusters,
-            centroids=centroids,
-            n_probe=n_probe,
-            embedding_dim=embedding_dim,
-            device=device,
-            kmeans_options=kmeans_options,
-        )
-        by_id = RankingStrategy.random()  # needs no other column
-        queries.semdedup._check_schema(id_field, embedding_field, cluster_field, by_id, embedding_dim)
-        candidates.semdedup._check_schema(reference_id_field, embedding_field, cluster_field, by_id, embedding_dim)
-        home = home_field(cluster_field)
-        wanted = [
-            id_field,
-            embedding_field,
-            cluster_field,
-            *([home] if has_visits(queries._meta, cluster_field) else []),
-        ]
-        if has_visits(candidates._meta, cluster_field):
-            candidates = candidates[candidates[cluster_field] == candidates[home]]
-        scores = new_collection(
-            AgainstScores(
-                *align_both(
-                    queries[wanted], candidates[[reference_id_field, embedding_field, cluster_field]], cluster_field
-                ),
-                id_field=id_field,
-                reference_id_field=reference_id_field,
-                embedding_field=embedding_field,
-                cluster_field=cluster_field,
-                compute_dtype=compute_dtype,
-                embedding_dim=embedding_dim,
-                device=device,
-            )
-        )
-        if home in wanted:
-            scores = new_collection(BestOfProbes(align(scores, cluster_field), cluster_field=cluster_field))
-        return scores if eps is None else find_duplicates(scores, eps)
-
-    def _in_same_clusters(
-        self,
-        reference: dd.DataFrame,
-        *,
-        id_field: str,
-        reference_id_field: str,
-        cluster_field: str,
-        n_probe: int,
-        kmeans_options: dict[str, Any],
-        **options: Any,
-    ) -> tuple[dd.DataFrame, dd.DataFrame]:
-        """The frame and the reference as they are where both have clusters, else assigned to the same centroids."""
-        has_clusters = [cluster_field in frame.columns for frame in (self._ddf, reference)]
-        kmeans_is_asked_for = options["n_clusters"] is not None or options["centroids"] is not None
-        if all(has_clusters) and not kmeans_is_asked_for:
-            unused = [*(["n_probe"] if n_probe != 1 else []), *kmeans_options]
-            if unused:
-                raise InvalidArgumentError(
-                    f"Both frames have clusters, which k-means would replace: {', '.join(unused)} would mean nothing. "
-                    "Pass the centroids too, or cluster with these arguments."
-                )
-            return self._ddf, reference
-        if any(has_clusters) and not kmeans_is_asked_for:
-            raise ClusterError(
-                f"Only one of the two frames has a cluster column {cluster_field!r}. Pass the centroids of its "
-                "clusters as `centroids`, or n_clusters to cluster both anew."
-            )
-        options |= kmeans_options
-        if options["centroids"] is None:
-            fit = {name: value for name, value in options.items() if name != "centroids"}
-            options["centroids"] = reference.semdedup.fit_centroids(id_field=reference_id_field, **fit)
-            if options["n_clusters"] is None:
-                n_probe = min(n_probe, len(check_centroids(options["centroids"]).distinct))
-        options["cluster_field"] = cluster_field
-        return (
-            self._ddf.semdedup.kmeans(id_field=id_field, n_probe=n_probe, **options),
-            reference.semdedup.kmeans(id_field=reference_id_field, **options),
+        columns = Columns(id_field, embedding_field, cluster_field)
+        options = SearchOptions(compute_dtype, embedding_dim=embedding_dim, device=device)
+        reference_id = id_field if reference_id_field is None else reference_id_field
+        return score_against(
+            self._ddf, reference, columns, reference_id, eps, n_clusters, centroids, n_probe, kmeans_options, options
         )
 
     def deduplicate(
@@ -1065,128 +827,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1   2    y
         """
         check_keywords("deduplicate", kmeans_options, self.fit_centroids, self.deduplicate)
-        check_eps(eps)
-        # Before a fit, which takes longer than to see what is wrong.
-        check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
-        check_positive("pairwise_batch_size", pairwise_batch_size)
+        columns = Columns(id_field, embedding_field, cluster_field)
+        fit, options = (
+            KMeansOptions(**kmeans_options),
+            SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device),
+        )
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
-        self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
-        ranking.check_columns(dict.fromkeys([*self._ddf.columns, cluster_field, *DISTANCE_COLUMNS]))
-        check_sources(self._ddf, [id_field, embedding_field, *ranking.required_columns], ranking)
-        ddf = writable(self._ddf, embedding_field)
-        clustered = ddf.semdedup.kmeans(
-            n_clusters,
-            embedding_field=embedding_field,
-            cluster_field=cluster_field,
-            id_field=id_field,
-            embedding_dim=embedding_dim,
-            centroids=centroids,
-            n_probe=n_probe,
-            device=device,
-            **kmeans_options,
-        )
-        scores = clustered.semdedup.pairwise(
-            ranking_strategy=ranking,
-            id_field=id_field,
-            embedding_field=embedding_field,
-            cluster_field=cluster_field,
-            embedding_dim=embedding_dim,
-            pairwise_batch_size=pairwise_batch_size,
-            compute_dtype=compute_dtype,
-            device=device,
-        )
-        return ddf.semdedup.remove(scores, id_field=id_field, eps=eps)
-
-    def _check_schema(
-        self,
-        id_field: str,
-        embedding_field: str,
-        cluster_field: str,
-        ranking: RankingStrategy,
-        embedding_dim: int | None,
-    ) -> None:
-        self._check_ids_and_embeddings(id_field, embedding_field, embedding_dim)
-        columns = list(self._ddf.columns)
-        if cluster_field not in columns:
-            raise no_cluster_column(cluster_field, "the frame", columns)
-        if cluster_field in SCORE_COLUMNS:
-            raise InvalidArgumentError(
-                f"cluster_field may not be {cluster_field!r}: scores have a column of that name."
-            )
-        ranking.check_columns(columns)
-        check_plain_dtype(self._ddf._meta[cluster_field], "cluster_field")
-
-    def _columns(self) -> list[Any]:
-        """The frame's columns, of which no two may have one name."""
-        columns = self._ddf.columns
-        if not columns.is_unique:
-            repeated = list(columns[columns.duplicated()].unique())
-            raise InvalidArgumentError(f"Several columns have one name: {some(map(repr, repeated))}. Rename them.")
-        return list(columns)
-
-    def _check_ids_and_embeddings(self, id_field: str, embedding_field: str, embedding_dim: int | None) -> None:
-        columns = self._columns()
-        if not {id_field, embedding_field} <= set(columns):
-            advice = "Name the columns of ids and embeddings as id_field and embedding_field."
-            if embedding_field not in columns:
-                advice += dimensions_advice(columns)
-            raise MissingColumnsError.build([id_field, embedding_field], columns, advice)
-        meta = self._ddf._meta
-        check_plain_dtype(meta[id_field], "id_field")
-        check_embedding_dtype(meta[embedding_field], embedding_field, embedding_dim)
-
-    def _check_embeddings(self, embedding_field: str, embedding_dim: int | None) -> None:
-        check_positive("embedding_dim", embedding_dim)
-        columns = self._columns()
-        if embedding_field not in columns:
-            advice = "Name the column of embeddings as embedding_field." + dimensions_advice(columns)
-            raise MissingColumnsError.build([embedding_field], columns, advice)
-        check_embedding_dtype(self._ddf._meta[embedding_field], embedding_field, embedding_dim)
-
-    def _check_no_visits(self, cluster_field: str) -> None:
-        dtype = self._ddf._meta.dtypes.get(cluster_field)
-        if has_visits(self._ddf._meta, cluster_field) and getattr(dtype, "kind", "") in ("i", "u"):
-            home = home_field(cluster_field)
-            raise InvalidArgumentError(
-                f"The frame holds visits: {home!r} is the row's own cluster, and rows stand in several. Keep each row "
-                f"once, as ddf[ddf.{cluster_field} == ddf.{home}].drop(columns={home!r})."
-            )
-
-    def _check_new_columns(self, embedding_field: str, cluster_field: str, id_field: str) -> None:
-        """No new column may replace the embeddings, the ids or another new one."""
-        new = [cluster_field, home_field(cluster_field), *DISTANCE_COLUMNS]
-        if cluster_field in (embedding_field, id_field, *DISTANCE_COLUMNS):
-            raise InvalidArgumentError(
-                f"cluster_field may not be {cluster_field!r}, the name of another column that the result has."
-            )
-        for parameter, name in (("embedding_field", embedding_field), ("id_field", id_field)):
-            if name in new:
-                raise InvalidArgumentError(
-                    f"{parameter} may not be {name!r}: kmeans makes a column of that name. Rename it."
-                )
-
-
-def _check_fraction(fraction: float | None) -> None:
-    if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction <= 1):
-        raise InvalidArgumentError(f"fit_data_fraction must be a number above 0 and up to 1, not {fraction!r}.")
-
-
-def _sample_size(n_clusters: int | None, n_rows: int, fraction: float | None) -> tuple[int, int]:
-    """The clusters to fit, and the rows to fit them on."""
-    if n_rows == 0:
-        raise InvalidArgumentError("The frame has no rows to fit k-means on.")
-    if n_clusters is None:
-        n_clusters = default_n_clusters(n_rows)
-    if n_clusters > n_rows:
-        raise too_many_clusters(n_clusters, n_rows, "rows")
-    enough = max(ROWS_PER_CLUSTER * n_clusters, MIN_SAMPLE)
-    size = min(n_rows, enough) if fraction is None else math.ceil(fraction * n_rows)
-    if n_clusters > size:
-        raise too_many_clusters(n_clusters, size, f"rows in the sample, {fraction:.2g} of all")
-    if n_clusters > 1 and size < FEW_ROWS_PER_CLUSTER * n_clusters:
-        warnings.warn(
-            f"k-means is fitted to {size:,} rows for {n_clusters:,} clusters, fewer than {FEW_ROWS_PER_CLUSTER} a "
-            "cluster: many clusters will be poorly estimated. Ask for fewer clusters, or fit on more rows.",
-            stacklevel=stack_level(),
-        )
-    return n_clusters, size
+        return keep_one_of_each(self._ddf, columns, eps, ranking, n_clusters, centroids, n_probe, fit, options)

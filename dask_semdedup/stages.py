@@ -31,10 +31,10 @@ from dask_semdedup.device.devices import DEVICE_OF_BACKEND
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import gpu_slot
 from dask_semdedup.device.streams import default_stream
-from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
-from dask_semdedup.frames.backend import check_plain_dtype, to_arrow
-from dask_semdedup.frames.columns import SCORE_COLUMNS, home_field
-from dask_semdedup.frames.embeddings import check_embedding_dtype, rows_not_finite
+from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, some
+from dask_semdedup.frames.backend import to_arrow
+from dask_semdedup.frames.columns import SCORE_COLUMNS, Columns, SearchOptions
+from dask_semdedup.frames.embeddings import rows_not_finite
 from dask_semdedup.io.cudf_reader import import_cudf
 from dask_semdedup.io.folder_keys import key_type
 from dask_semdedup.io.fragments import FileStats, Fragment
@@ -65,7 +65,7 @@ __all__ = [
 # The column that tells clusters apart while several are one frame; it is in no file.
 CLUSTER_FIELD = "__cluster__"
 # Of the layout whose folders are named centroid=<k>, the only one that is read.
-HOME_FIELD = home_field("centroid")
+OWN_CLUSTER = Columns().own_cluster
 # What NeMo Curator's stage can be asked to multiply in.
 COMPUTE_DTYPES = ("auto", "float16", "float32")
 
@@ -488,12 +488,9 @@ class PairwiseCosineSimilarityStage(_Stage):
         with gpu_slot(DEVICE_OF_BACKEND[backend]):
             scores = pairwise_partition(
                 self._read_with_kwargs(files) if self.read_kwargs else self._read(footers, backend),
-                id_field=self.id_field,
-                embedding_field=self.embedding_field,
-                cluster_field=CLUSTER_FIELD,
-                ranking=self.ranking_strategy,
-                batch_size=self.pairwise_batch_size,
-                embedding_dim=self.embedding_dim,
+                self._fields,
+                self.ranking_strategy,
+                SearchOptions(batch_size=self.pairwise_batch_size, embedding_dim=self.embedding_dim),
             )
         written = self._write(scores, files)
         if self.verbose:
@@ -535,6 +532,10 @@ class PairwiseCosineSimilarityStage(_Stage):
             ]
             return module.concat(frames, ignore_index=True)
 
+    @property
+    def _fields(self) -> Columns:
+        return Columns(self.id_field, self.embedding_field, CLUSTER_FIELD)
+
     def _columns(self) -> list[str]:
         return list(dict.fromkeys([self.id_field, *self.ranking_strategy.required_columns, self.embedding_field]))
 
@@ -562,20 +563,17 @@ class PairwiseCosineSimilarityStage(_Stage):
 
     def _check_schema(self, scan: Scan, reader: Reader, path: str) -> None:
         names = scan.names
-        if not {self.id_field, self.embedding_field} <= set(names):
-            advice = f"Name the columns of ids and embeddings in {path} as id_field and embedding_field."
-            raise MissingColumnsError.build([self.id_field, self.embedding_field], names, advice)
-        if HOME_FIELD in names:
+        self._fields.require(names, "id", "embedding", where=f" in {path}")
+        if OWN_CLUSTER in names:
             raise ClusterError(
-                f"{path} has a column {HOME_FIELD!r}: its rows visit other clusters (k-means with n_probe), of which a "
-                "stage knows nothing. Use read_clusters(...).semdedup.pairwise(), or cluster with n_probe=1."
+                f"{path} has a column {OWN_CLUSTER!r}: it holds secondary assignments (k-means with n_probe), which a "
+                "stage does not know. Use read_clusters(...).semdedup.pairwise(), or cluster with n_probe=1."
             )
         self.ranking_strategy.check_columns(names)
         scan.check_columns(self._columns(), [], "")
         self.ranking_strategy.check_order(reader.unordered)
-        empty = reader.meta(list({self.id_field, self.embedding_field}))
-        check_plain_dtype(empty[self.id_field], "id_field")
-        check_embedding_dtype(empty[self.embedding_field], self.embedding_field, self.embedding_dim)
+        meta = reader.meta(list({self.id_field, self.embedding_field}))
+        self._fields.check_dtypes(meta, "id", "embedding", embedding_dim=self.embedding_dim)
 
     def _write(self, scores: Any, files: Mapping[Any, list[str]]) -> dict[Any, str]:
         """Write each cluster its file; one without rows gets an empty one."""

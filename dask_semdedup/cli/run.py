@@ -274,7 +274,7 @@ class Run:
         if self.has_all_ids or self.make_ids:
             return
         with show_tasks(self.progress, "Looking at ids", client=self.client):
-            check_ids(self._read_input([self.id_field]), self.id_field)
+            check_ids(self._read_input([self.id_field])[self.id_field])
         self.has_all_ids = True
 
     def _column_advice(self, columns: list[str]) -> str:

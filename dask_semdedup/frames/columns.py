@@ -1,35 +1,162 @@
-"""Names of columns that the package makes."""
+"""Columns: the names that users give, checked once, and the names that the package makes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DISTANCE_COLUMNS", "has_visits", "home_field"]
+from dask_semdedup._validate import check_choice, check_positive
+from dask_semdedup.device.devices import DEVICES
+from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.frames.backend import check_plain_dtype
+from dask_semdedup.frames.embeddings import check_embedding_dtype, dimensions_advice
+
+__all__ = [
+    "DISTANCE_COLUMNS",
+    "SCORE_COLUMN",
+    "SCORE_COLUMNS",
+    "Columns",
+    "SearchOptions",
+    "has_secondary",
+    "unique_columns",
+]
+
+SCORE_COLUMN = "cosine_sim_score"
+SCORE_COLUMNS = ("id", "max_id", SCORE_COLUMN)
+# Distances to the centroid, by metric.
+DISTANCE_COLUMNS = {"cosine": "cosine_dist_to_cent", "l2": "l2_dist_to_cent"}
+# As in `dask_semdedup.search`, which needs torch: that takes seconds to import.
+COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+# What columns hold, by the attribute of `Columns`.
+HELD = {"id": "ids", "embedding": "embeddings", "cluster": "clusters"}
 
 
-def home_field(cluster_field: str) -> str:
-    """Name of the column that holds a row's own cluster, in frames where rows visit others.
-
-    A row whose cluster is not its own is a visit: it is compared with the rows of that cluster, and none with it.
-    """
-    return f"home_{cluster_field}"
-
-
-def has_visits(frame: Any, cluster_field: str) -> bool:
-    """Whether rows of a frame may visit other clusters, as the column of their own ones, of integers, tells.
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that hold ids, embeddings and clusters.
 
     Parameters
     ----------
-    frame : pandas.DataFrame or cudf.DataFrame
-        It may be empty.
-    cluster_field : str
+    id, embedding, cluster : str
+        What the parameters `id_field`, `embedding_field` and `cluster_field` name.
     """
-    home = home_field(cluster_field)
-    return home in frame.columns and getattr(frame[home].dtype, "kind", "") in ("i", "u")
+
+    id: str = "id"
+    embedding: str = "embeddings"
+    cluster: str = "centroid"
+
+    @property
+    def own_cluster(self) -> str:
+        """The column of the rows' own clusters, in frames with secondary assignments.
+
+        A row whose cluster is not its own is a secondary assignment: it is compared with the members of the cluster,
+        and none of them with it.
+        """
+        return f"home_{self.cluster}"
+
+    def require(self, present: Iterable[Any], *held: str, where: str = "") -> None:
+        """Raise unless columns are there.
+
+        Parameters
+        ----------
+        present : iterable of str
+            The columns that there are.
+        *held : {"id", "embedding", "cluster"}
+            Which columns are needed.
+        where : str
+            What has them, for the message: as " in a.parquet".
+
+        Raises
+        ------
+        MissingColumnsError
+            If one is missing.
+        InvalidArgumentError
+            If scores would have two columns of one name.
+        """
+        present, names = list(present), [getattr(self, attribute) for attribute in held]
+        if not set(names) <= set(present):
+            contents, parameters = (
+                _listed(words) for words in zip(*((HELD[h], f"{h}_field") for h in held), strict=True)
+            )
+            advice = f"Name the column{'s' * (len(held) > 1)} of {contents}{where} as {parameters}."
+            if "embedding" in held and self.embedding not in present:
+                advice += dimensions_advice(present)
+            raise MissingColumnsError.build(names, present, advice)
+        if "cluster" in held and self.cluster in SCORE_COLUMNS:
+            raise InvalidArgumentError(f"cluster_field may not be {self.cluster!r}: scores have a column of that name.")
+
+    def check_dtypes(self, meta: Any, *held: str, embedding_dim: int | None = None) -> None:
+        """Raise unless columns are of dtypes that can hold what they shall.
+
+        Parameters
+        ----------
+        meta : pandas.DataFrame or cudf.DataFrame
+            A frame of these dtypes, which may be empty.
+        *held : {"id", "embedding", "cluster"}
+            Which columns to check.
+        embedding_dim : int, optional
+            Length of the embeddings.
+
+        Raises
+        ------
+        EmbeddingError, InvalidArgumentError
+            Naming the column and its dtype.
+        """
+        for attribute in held:
+            column = meta[getattr(self, attribute)]
+            if attribute == "embedding":
+                check_embedding_dtype(column, self.embedding, embedding_dim)
+            else:
+                check_plain_dtype(column, f"{attribute}_field")
 
 
-SCORE_COLUMN = "cosine_sim_score"
+@dataclass(frozen=True)
+class SearchOptions:
+    """How and where rows are compared.
 
-SCORE_COLUMNS = ("id", "max_id", SCORE_COLUMN)
+    Parameters
+    ----------
+    compute_dtype, batch_size
+        As in `dask_semdedup.search.nearest_earlier`.
+    embedding_dim : int, optional
+        The length that every embedding must have.
+    device : {"auto", "cpu", "cuda"}
+        Where the work is done. "auto" is where the frame is, or a GPU where there is one and enough work for it.
 
-DISTANCE_COLUMNS = ("l2_dist_to_cent", "cosine_dist_to_cent")
+    Raises
+    ------
+    InvalidArgumentError
+        If an option is not one of those allowed.
+    """
+
+    compute_dtype: str = "auto"
+    batch_size: int | None = None
+    embedding_dim: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        check_choice("device", self.device, DEVICES)
+        check_positive("embedding_dim", self.embedding_dim)
+        check_positive("pairwise_batch_size", self.batch_size)
+
+
+def has_secondary(frame: Any, columns: Columns) -> bool:
+    """Return whether a frame may hold secondary assignments: it then has integers as the rows' own clusters."""
+    own = columns.own_cluster
+    return own in frame.columns and getattr(frame[own].dtype, "kind", "") in ("i", "u")
+
+
+def unique_columns(frame: Any) -> list[Any]:
+    """Return the names of a frame's columns, or raise if two columns have one name."""
+    columns = frame.columns
+    if not columns.is_unique:
+        repeated = list(columns[columns.duplicated()].unique())
+        raise InvalidArgumentError(f"Several columns have one name: {some(map(repr, repeated))}. Rename them.")
+    return list(columns)
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last

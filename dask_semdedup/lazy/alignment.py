@@ -7,35 +7,32 @@ from typing import Any
 
 import dask.dataframe as dd
 import pandas as pd
-from dask import _expr as core
-from dask.dataframe.dask_expr._collection import new_collection
-from dask.dataframe.dask_expr._expr import Filter, Projection
-from dask.dataframe.dask_expr._merge import Merge
-from dask.dataframe.dask_expr._shuffle import RearrangeByColumn
+from dask.dataframe.api import new_collection
 
+from dask_semdedup._dask import AnyExpr, Filter, Merge, Projection, RearrangeByColumn, claims_of
 from dask_semdedup.errors import ClusterError, InvalidArgumentError
-from dask_semdedup.lazy.expressions import ReadClusters, ShuffleByCluster, claims_of
+from dask_semdedup.lazy.expressions import ReadClusters, ShuffleByCluster
 
 __all__ = ["align", "align_both", "is_aligned"]
 
 
-def no_cluster_column(cluster_field: str, where: str, columns: Iterable[object]) -> ClusterError:
-    """The error for a missing cluster column, which says how to get one."""
+def no_cluster_column(name: str, where: str, columns: Iterable[object]) -> ClusterError:
+    """Return the error for a missing cluster column, which says how to get one."""
     return ClusterError(
-        f"No cluster column {cluster_field!r} in {where}, only columns {list(columns)}. Cluster the embeddings first, "
+        f"No cluster column {name!r} in {where}, only columns {list(columns)}. Cluster the embeddings first, "
         "with k-means: ddf.semdedup.kmeans() and, to keep them, .semdedup.to_clusters(path); or name the column that "
         "holds the clusters as cluster_field."
     )
 
 
-def align(ddf: dd.DataFrame, cluster_field: str) -> dd.DataFrame:
+def align(ddf: dd.DataFrame, on: str) -> dd.DataFrame:
     """Bring every cluster into one partition.
 
     Parameters
     ----------
     ddf : dask.dataframe.DataFrame
         Any frame with the cluster column.
-    cluster_field : str
+    on : str
         The cluster column.
 
     Returns
@@ -48,21 +45,21 @@ def align(ddf: dd.DataFrame, cluster_field: str) -> dd.DataFrame:
     ClusterError
         If the frame has no such column.
     """
-    if cluster_field not in ddf.columns:
-        raise no_cluster_column(cluster_field, "the frame", ddf.columns)
-    if is_aligned(ddf, cluster_field):
+    if on not in ddf.columns:
+        raise no_cluster_column(on, "the frame", ddf.columns)
+    if is_aligned(ddf, on):
         return ddf
-    return new_collection(ShuffleByCluster(ddf.expr, [cluster_field], ddf.npartitions))
+    return new_collection(ShuffleByCluster(ddf.expr, [on], ddf.npartitions))
 
 
-def align_both(left: dd.DataFrame, right: dd.DataFrame, cluster_field: str) -> tuple[dd.DataFrame, dd.DataFrame]:
+def align_both(left: dd.DataFrame, right: dd.DataFrame, on: str) -> tuple[dd.DataFrame, dd.DataFrame]:
     """Partition two frames alike: the rows of a cluster stand in the same partition of both.
 
     Parameters
     ----------
     left, right : dask.dataframe.DataFrame
         Any frames with the cluster column.
-    cluster_field : str
+    on : str
         The cluster column, of integers in both or of one dtype.
 
     Returns
@@ -75,26 +72,26 @@ def align_both(left: dd.DataFrame, right: dd.DataFrame, cluster_field: str) -> t
     InvalidArgumentError
         If clusters are of different kinds.
     """
-    ours, theirs = left._meta[cluster_field].dtype, right._meta[cluster_field].dtype
+    ours, theirs = left._meta[on].dtype, right._meta[on].dtype
     if ours != theirs:
         if not (pd.api.types.is_integer_dtype(ours) and pd.api.types.is_integer_dtype(theirs)):
             raise InvalidArgumentError(
-                f"Column {cluster_field!r} is {ours} in one frame and {theirs} in the other: clusters must be of one "
+                f"Column {on!r} is {ours} in one frame and {theirs} in the other: clusters must be of one "
                 "clustering. If they are, convert one of the columns with astype."
             )
         # Numbers of different widths may be sent to different partitions. Nulls are left to be named by their ids.
         may_be_null = any(pd.api.types.is_extension_array_dtype(dtype) for dtype in (ours, theirs))
         to = "Int64" if may_be_null else "int64"
-        left, right = (frame.assign(**{cluster_field: frame[cluster_field].astype(to)}) for frame in (left, right))
+        left, right = (frame.assign(**{on: frame[on].astype(to)}) for frame in (left, right))
     n = max(left.npartitions, right.npartitions)
     if n == 1:
         return left, right
-    shuffled = [new_collection(ShuffleByCluster(frame.expr, [cluster_field], n)) for frame in (left, right)]
+    shuffled = [new_collection(ShuffleByCluster(frame.expr, [on], n)) for frame in (left, right)]
     return shuffled[0], shuffled[1]
 
 
-def is_aligned(ddf: dd.DataFrame, cluster_field: str) -> bool:
-    """Whether the frame is known to have no cluster in two partitions.
+def is_aligned(ddf: dd.DataFrame, on: str) -> bool:
+    """Return whether the frame is known to have no cluster in two partitions.
 
     It is when there is one partition, or when Dask knows that it came from a shuffle by cluster or from
     `read_clusters`. Not all that Dask says of the result of a merge is believed. Of a broadcast merge it says that both
@@ -104,19 +101,19 @@ def is_aligned(ddf: dd.DataFrame, cluster_field: str) -> bool:
     """
     if ddf.npartitions == 1:
         return True
-    known: set[Any] = {(cluster_field,)}
+    known: set[Any] = {(on,)}
     above = ddf.expr
     while isinstance(above, (Projection, Filter)):
         above = above.frame
     if isinstance(above, Merge):
-        known.add(cluster_field)
+        known.add(on)
     return not known.isdisjoint(claims_of(ddf.expr)) and all(
-        _is_hashed_by(merge, cluster_field) for merge in _last_merges(ddf.expr)
+        _is_hashed_by(merge, on) for merge in _last_merges(ddf.expr)
     )
 
 
-def _last_merges(expr: core.Expr) -> Iterator[Merge]:
-    """The merges that are not followed by a shuffle."""
+def _last_merges(expr: AnyExpr) -> Iterator[Merge]:
+    """Yield the merges that are not followed by a shuffle."""
     if isinstance(expr, Merge):
         yield expr
     elif not isinstance(expr, (RearrangeByColumn, ReadClusters)):
@@ -125,6 +122,6 @@ def _last_merges(expr: core.Expr) -> Iterator[Merge]:
 
 
 def _is_hashed_by(merge: Merge, column: str) -> bool:
-    """Whether a merge brings rows of equal values in a column of both sides into one partition."""
+    """Return whether a merge brings rows of equal values in a column of both sides into one partition."""
     broadcast = merge.is_broadcast_join or merge._is_single_partition_broadcast
     return not broadcast and all(column == on or on == [column] for on in (merge.left_on, merge.right_on))

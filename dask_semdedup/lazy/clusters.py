@@ -16,7 +16,7 @@ import dask
 import dask.dataframe as dd
 import fsspec
 import pyarrow as pa
-from dask.dataframe.dask_expr._collection import new_collection
+from dask.dataframe.api import new_collection
 from dask.tokenize import tokenize
 
 from dask_semdedup._validate import check_bytes, check_names

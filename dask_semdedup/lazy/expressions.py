@@ -5,35 +5,38 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
-from dask import _expr as core
-from dask._task_spec import Task, TaskRef
-from dask.dataframe.dask_expr._expr import (
-    Blockwise,
-    Expr,
-    Index,
-    Lengths,
-    Literal,
-    PartitionsFiltered,
-    Projection,
-    determine_column_projection,
-)
-from dask.dataframe.dask_expr._merge import Merge
-from dask.dataframe.dask_expr._reductions import Len
-from dask.dataframe.dask_expr._shuffle import RearrangeByColumn
-from dask.dataframe.dask_expr.io.io import BlockwiseIO
 from dask.typing import Key
 from dask.utils import get_default_shuffle_method
 
-from dask_semdedup._compat import OwnExpr
+from dask_semdedup._dask import (
+    AnyExpr,
+    Blockwise,
+    BlockwiseIO,
+    Expr,
+    Index,
+    Len,
+    Lengths,
+    Literal,
+    Merge,
+    OwnExpr,
+    PartitionsFiltered,
+    Projection,
+    RearrangeByColumn,
+    Task,
+    TaskRef,
+    claims_of,
+    determine_column_projection,
+)
 from dask_semdedup.device.devices import DEVICE_OF_BACKEND, has_cuda
 from dask_semdedup.device.queues import gpu_slot
 from dask_semdedup.errors import EmbeddingError
-from dask_semdedup.frames.columns import has_visits
+from dask_semdedup.frames.columns import Columns, SearchOptions, has_secondary
 from dask_semdedup.frames.embeddings import first_width
 from dask_semdedup.frames.ids import is_in
 from dask_semdedup.io.fragments import Fragment, in_runs
@@ -41,16 +44,21 @@ from dask_semdedup.io.reader import Reader
 from dask_semdedup.steps.against import against_meta, against_partition, best_of_probes
 from dask_semdedup.steps.kmeans import kmeans_meta, kmeans_partition
 from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
+from dask_semdedup.steps.ranking import RankingStrategy
 from dask_semdedup.steps.removal import checked_ids
-from dask_semdedup.steps.visits import best_of_visits
+from dask_semdedup.steps.secondary import best_of_assignments
 
 __all__ = [
     "AgainstScores",
+    "BestOfAssignments",
     "BestOfProbes",
-    "BestOfVisits",
+    "CheckedIds",
     "KMeansClusters",
     "PairwiseScores",
+    "ReadClusters",
+    "RowsKept",
     "ScoresOfFiles",
+    "ShuffleByCluster",
     "is_against",
 ]
 
@@ -61,60 +69,73 @@ logger = logging.getLogger("dask_semdedup")
 RUN = 2**25
 
 
-def score_partition(frame: Any, *, verbose: bool, **arguments: Any) -> Any:
+def score_partition(
+    frame: Any, columns: Columns, ranking: RankingStrategy, options: SearchOptions, *, verbose: bool
+) -> Any:
     """Run `pairwise_partition`, and log how long it took."""
-    return _logged(pairwise_partition, frame, verbose=verbose, **arguments)
+    start = time.perf_counter()
+    return _logged(pairwise_partition(frame, columns, ranking, options), columns, start, verbose)
 
 
 def score_files(
-    reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], *, verbose: bool, **arguments: Any
+    reader: Reader,
+    fragments: Sequence[Fragment],
+    reading: Sequence[str],
+    columns: Columns,
+    ranking: RankingStrategy,
+    options: SearchOptions,
+    *,
+    verbose: bool,
 ) -> Any:
     """Read a partition and score it, and log how long it took: the task that `ScoresOfFiles` puts into the graph."""
-    return _logged(_score_files, reader, fragments, columns, verbose=verbose, **arguments)
+    start = time.perf_counter()
+    return _logged(_score_files(reader, fragments, reading, columns, ranking, options), columns, start, verbose)
 
 
-def _score_files(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str], **arguments: Any) -> Any:
+def _score_files(
+    reader: Reader,
+    fragments: Sequence[Fragment],
+    reading: Sequence[str],
+    columns: Columns,
+    ranking: RankingStrategy,
+    options: SearchOptions,
+) -> Any:
     """Score some clusters after the others; if rows are bad, all at once, for an error that names all of them.
 
     All at once too where a GPU does the work, or may, which is to be told of as much of it as there is.
     """
-    by_folder = arguments["cluster_field"] in reader.folders.names
-    on_cpu = reader.backend == "pandas" and (arguments.get("device") == "cpu" or not has_cuda())
+    by_folder = columns.cluster in reader.folders.names
+    on_cpu = reader.backend == "pandas" and (options.device == "cpu" or not has_cuda())
     if by_folder and on_cpu:
         with suppress(EmbeddingError):
-            return _score_runs(reader, in_runs(fragments, RUN), columns, **arguments)
+            return _score_runs(reader, in_runs(fragments, RUN), reading, columns, ranking, options)
     with gpu_slot(DEVICE_OF_BACKEND[reader.backend]):
-        return pairwise_partition(reader.read(fragments, columns), **arguments)
+        return pairwise_partition(reader.read(fragments, reading), columns, ranking, options)
 
 
 def _score_runs(
     reader: Reader,
     runs: Iterable[Sequence[Fragment]],
-    columns: Sequence[str],
-    *,
-    embedding_field: str,
-    embedding_dim: int | None = None,
-    **arguments: Any,
+    reading: Sequence[str],
+    columns: Columns,
+    ranking: RankingStrategy,
+    options: SearchOptions,
 ) -> pd.DataFrame:
     """Read and score runs of whole clusters one after the other, of which only one needs to be in memory."""
     scores = []
     for run in runs:
-        frame = reader.read(run, columns)
-        if embedding_dim is None and len(frame):
+        frame = reader.read(run, reading)
+        if options.embedding_dim is None and len(frame):
             # All must be of one width.
-            embedding_dim = first_width(frame[embedding_field])
-        scores.append(
-            pairwise_partition(frame, embedding_field=embedding_field, embedding_dim=embedding_dim, **arguments)
-        )
+            options = replace(options, embedding_dim=first_width(frame[columns.embedding]))
+        scores.append(pairwise_partition(frame, columns, ranking, options))
         del frame  # The next is read only now.
     return scores[0] if len(scores) == 1 else pd.concat(scores, ignore_index=True)
 
 
-def _logged(score: Callable[..., Any], *args: Any, verbose: bool, **arguments: Any) -> Any:
-    start = time.perf_counter()
-    scores = score(*args, **arguments)
+def _logged(scores: Any, columns: Columns, start: float, verbose: bool) -> Any:
     if verbose:
-        clusters = scores[arguments["cluster_field"]].nunique()
+        clusters = scores[columns.cluster].nunique()
         seconds = time.perf_counter() - start
         logger.info("pairwise: %d rows in %d clusters took %.3f s", len(scores), clusters, seconds)
     return scores
@@ -123,17 +144,7 @@ def _logged(score: Callable[..., Any], *args: Any, verbose: bool, **arguments: A
 class KMeansClusters(OwnExpr, Blockwise):
     """Rows assigned to centroids, which are in the graph once. Nothing is known of how they are partitioned."""
 
-    _parameters = [  # noqa: RUF012
-        "frame",
-        "centroids",
-        "embedding_field",
-        "cluster_field",
-        "id_field",
-        "embedding_dim",
-        "n_probe",
-        "device",
-    ]
-    _keyword_only = _parameters[2:]
+    _parameters = ["frame", "centroids", "fields", "n_probe", "options"]  # noqa: RUF012
 
     operation = staticmethod(kmeans_partition)
 
@@ -143,22 +154,18 @@ class KMeansClusters(OwnExpr, Blockwise):
 
     @functools.cached_property
     def _meta(self) -> Any:
-        return kmeans_meta(
-            self.frame._meta,
-            embedding_field=self.embedding_field,
-            cluster_field=self.cluster_field,
-            n_probe=self.n_probe,
-        )
+        return kmeans_meta(self.frame._meta, self.fields, self.n_probe)
 
     def _divisions(self) -> tuple[Any, ...]:
-        # With visits, an index value stands in one partition still, but not in order.
+        # With secondary assignments, an index value stands in one partition still, but not in order.
         return self.frame.divisions if self.n_probe == 1 else (None,) * (self.frame.npartitions + 1)
 
-    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> AnyExpr | None:
         """Read only the columns that are asked for, and those that the work needs."""
         if not isinstance(parent, Projection):
             return None
-        asked: Any = determine_column_projection(self, parent, dependents, [self.embedding_field, self.id_field])
+        needed = [self.fields.embedding, self.fields.id]
+        asked: Any = determine_column_projection(self, parent, dependents, needed)
         columns = [name for name in self.frame.columns if name in asked]
         if columns == list(self.frame.columns):
             return None
@@ -174,43 +181,30 @@ class _ByCluster(OwnExpr, Blockwise):
 
     @functools.cached_property
     def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        return {(self.cluster_field,)} & claims_of(self.frame)
+        return {(self.fields.cluster,)} & claims_of(self.frame)
 
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (self.frame.npartitions + 1)
 
 
 class PairwiseScores(_ByCluster):
-    """Scores of aligned partitions; with visits, what `BestOfVisits` puts together."""
+    """Scores of aligned partitions; with secondary assignments, what `BestOfAssignments` puts together."""
 
-    _parameters = [  # noqa: RUF012
-        "frame",
-        "id_field",
-        "embedding_field",
-        "cluster_field",
-        "ranking",
-        "compute_dtype",
-        "batch_size",
-        "embedding_dim",
-        "device",
-        "with_visits",
-        "verbose",
-    ]
-    _keyword_only = _parameters[1:]
+    _parameters = ["frame", "fields", "ranking", "options", "verbose"]  # noqa: RUF012
+    _keyword_only = ["verbose"]  # noqa: RUF012
     _prefix = "pairwise"
 
     operation = staticmethod(score_partition)
 
     @functools.cached_property
     def _meta(self) -> Any:
-        return pairwise_meta(
-            self.frame._meta, id_field=self.id_field, cluster_field=self.cluster_field, with_visits=self.with_visits
-        )
+        return pairwise_meta(self.frame._meta, self.fields)
 
     @functools.cached_property
     def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        # With visits the cluster column is the rows' own, and these stand wherever they visit.
-        return set() if self.with_visits else super().unique_partition_mapping_columns_from_shuffle
+        # With secondary assignments the cluster column is the rows' own, and these stand in several partitions.
+        claims = super().unique_partition_mapping_columns_from_shuffle
+        return set() if has_secondary(self.frame._meta, self.fields) else claims
 
     def _lower(self) -> ScoresOfFiles | None:
         """Read and score in one task what is read from files: its columns and partitions are chosen by now."""
@@ -218,13 +212,22 @@ class PairwiseScores(_ByCluster):
         if not isinstance(files, ReadClusters):
             return None
         claims = self.unique_partition_mapping_columns_from_shuffle
-        return ScoresOfFiles(files.source, files.columns, self._kwargs, claims, files.operand("_partitions"))
+        return ScoresOfFiles(files.source, files.columns, *self.operands[1:], claims, files.operand("_partitions"))
 
 
 class ScoresOfFiles(OwnExpr, PartitionsFiltered, BlockwiseIO):
     """What `PairwiseScores` of `ReadClusters` becomes: its tasks need not hold all rows of a partition at once."""
 
-    _parameters = ["source", "reading", "arguments", "claims", "_partitions"]  # noqa: RUF012
+    _parameters = [  # noqa: RUF012
+        "source",
+        "reading",
+        "fields",
+        "ranking",
+        "options",
+        "verbose",
+        "claims",
+        "_partitions",
+    ]
     _defaults = {"_partitions": None}  # noqa: RUF012
 
     @functools.cached_property
@@ -233,8 +236,7 @@ class ScoresOfFiles(OwnExpr, PartitionsFiltered, BlockwiseIO):
 
     @functools.cached_property
     def _meta(self) -> Any:
-        names = ("id_field", "cluster_field", "with_visits")
-        return pairwise_meta(self.source.reader.meta(self.reading), **{name: self.arguments[name] for name in names})
+        return pairwise_meta(self.source.reader.meta(self.reading), self.fields)
 
     @functools.cached_property
     def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
@@ -243,66 +245,56 @@ class ScoresOfFiles(OwnExpr, PartitionsFiltered, BlockwiseIO):
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (len(self.source.partitions) + 1)
 
-    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> AnyExpr | None:
         # As of `ReadClusters`, and here of frames that were optimised before they are merged.
         if self.claims and is_merged(self, dependents):
             return parent.substitute(self, self.substitute_parameters({"claims": set()}))
         return super()._simplify_up(parent, dependents)
 
     def _filtered_task(self, name: Key, index: int) -> Task:
-        fragments = self.source.partitions[index]
         return Task(
-            name, score_files, self.source.reader, fragments, self.reading, _data_producer=True, **self.arguments
+            name,
+            score_files,
+            self.source.reader,
+            self.source.partitions[index],
+            self.reading,
+            self.fields,
+            self.ranking,
+            self.options,
+            verbose=self.verbose,
+            _data_producer=True,
         )
 
 
-class BestOfVisits(_ByCluster):
-    """Scores of rows, from what was found in their own clusters and on their visits."""
+class BestOfAssignments(_ByCluster):
+    """Scores of rows, from what was found in their own clusters and in those of their secondary assignments."""
 
-    _parameters = ["frame", "cluster_field"]  # noqa: RUF012
-    _keyword_only = ["cluster_field"]  # noqa: RUF012
-    _prefix = "best-of-visits"
+    _parameters = ["frame", "fields"]  # noqa: RUF012
+    _prefix = "best-of-assignments"
 
-    operation = staticmethod(best_of_visits)
+    operation = staticmethod(best_of_assignments)
 
     @functools.cached_property
     def _meta(self) -> Any:
-        return best_of_visits(self.frame._meta, cluster_field=self.cluster_field)
+        return best_of_assignments(self.frame._meta, self.fields)
 
 
 class _AgainstPartitions(_ByCluster):
-    """What `AgainstScores` becomes: a task a pair of partitions."""
+    """Scores of pairs of partitions: what `AgainstScores` is lowered to."""
 
-    _parameters = [  # noqa: RUF012
-        "frame",
-        "reference",
-        "id_field",
-        "reference_id_field",
-        "embedding_field",
-        "cluster_field",
-        "compute_dtype",
-        "embedding_dim",
-        "device",
-    ]
-    _keyword_only = _parameters[2:]
+    _parameters = ["frame", "reference", "fields", "reference_id", "options"]  # noqa: RUF012
     _prefix = "against"
 
     operation = staticmethod(against_partition)
 
     @functools.cached_property
     def _meta(self) -> Any:
-        return against_meta(
-            self.frame._meta,
-            self.reference._meta,
-            id_field=self.id_field,
-            reference_id_field=self.reference_id_field,
-            cluster_field=self.cluster_field,
-        )
+        return against_meta(self.frame._meta, self.reference._meta, self.fields, self.reference_id)
 
     @functools.cached_property
     def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        with_visits = has_visits(self.frame._meta, self.cluster_field)
-        return set() if with_visits else super().unique_partition_mapping_columns_from_shuffle
+        claims = super().unique_partition_mapping_columns_from_shuffle
+        return set() if has_secondary(self.frame._meta, self.fields) else claims
 
 
 class AgainstScores(OwnExpr, Expr):
@@ -329,16 +321,15 @@ class AgainstScores(OwnExpr, Expr):
         return _AgainstPartitions(*self.operands)
 
 
-def is_against(expr: core.Expr) -> bool:
-    """Whether a frame comes from scores against another one: its ``max_id`` are then rows of that one."""
+def is_against(expr: AnyExpr) -> bool:
+    """Return whether a frame comes from scores against another one: its ``max_id`` are then rows of that one."""
     return any(True for _ in expr.find_operations(AgainstScores))
 
 
 class BestOfProbes(_ByCluster):
     """The best of the scores that rows have against the reference rows of several clusters."""
 
-    _parameters = ["frame", "cluster_field"]  # noqa: RUF012
-    _keyword_only = ["cluster_field"]  # noqa: RUF012
+    _parameters = ["frame", "fields"]  # noqa: RUF012
     _prefix = "best-of-probes"
 
     operation = staticmethod(best_of_probes)
@@ -390,7 +381,7 @@ class ReadClusters(OwnExpr, PartitionsFiltered, BlockwiseIO):
             name, read_partition, self.source.reader, self.source.partitions[index], self.columns, _data_producer=True
         )
 
-    def _simplify_up(self, parent: Expr, dependents: Mapping[str, Any]) -> core.Expr | None:
+    def _simplify_up(self, parent: Expr, dependents: Mapping[str, Any]) -> AnyExpr | None:
         if self.claims_alignment and is_merged(self, dependents):
             return parent.substitute(self, self.substitute_parameters({"claims_alignment": False}))
         if isinstance(parent, Lengths):
@@ -405,7 +396,7 @@ class ReadClusters(OwnExpr, PartitionsFiltered, BlockwiseIO):
 
 
 def is_merged(expr: Expr, dependents: Mapping[str, Any]) -> bool:
-    """Whether a merge depends on the expression."""
+    """Return whether a merge depends on the expression."""
     names: set[str] = set()
     stack = [expr._name]
     while stack:
@@ -421,22 +412,11 @@ def is_merged(expr: Expr, dependents: Mapping[str, Any]) -> bool:
 class ShuffleByCluster(OwnExpr, RearrangeByColumn):
     """A shuffle that carries list columns: the peer-to-peer method fails on Arrow lists, so tasks replace it."""
 
-    def _lower(self) -> core.Expr:
+    def _lower(self) -> AnyExpr:
         method = self.method or get_default_shuffle_method()
         operands = dict(zip(self._parameters, self.operands, strict=True))
         # In the same step as Dask lowers its own: later the frame below would be lowered, and have other partitions.
         return RearrangeByColumn(**{**operands, "method": "tasks" if method == "p2p" else method})._lower()
-
-
-def claims_of(expr: Expr) -> set[Any]:
-    """What Dask says the partitions are distinct in; nothing where its own answer fails.
-
-    That of a frame whose ``columns`` were set does, and where a dropped column was the one.
-    """
-    try:
-        return expr.unique_partition_mapping_columns_from_shuffle
-    except (KeyError, TypeError):
-        return set()
 
 
 class CheckedIds(OwnExpr, Expr):
@@ -472,13 +452,13 @@ class CheckedIds(OwnExpr, Expr):
 class RowsKept(OwnExpr, Blockwise):
     """The rows of a frame whose ids are not those of duplicates."""
 
-    _parameters = ["frame", "duplicates", "id_field", "duplicates_id_field"]  # noqa: RUF012
-    _keyword_only = ["id_field", "duplicates_id_field"]  # noqa: RUF012
+    _parameters = ["frame", "duplicates", "left_on", "right_on"]  # noqa: RUF012
+    _keyword_only = ["left_on", "right_on"]  # noqa: RUF012
     _preserves_partitioning_information = True
 
     @staticmethod
-    def operation(frame: Any, duplicates: Any, *, id_field: str, duplicates_id_field: str) -> Any:
-        return frame[~is_in(frame[id_field], duplicates[duplicates_id_field])]
+    def operation(frame: Any, duplicates: Any, *, left_on: str, right_on: str) -> Any:
+        return frame[~is_in(frame[left_on], duplicates[right_on])]
 
     @functools.cached_property
     def _name(self) -> str:
@@ -491,11 +471,11 @@ class RowsKept(OwnExpr, Blockwise):
     def _broadcast_dep(self, dep: Expr) -> bool:
         return dep.npartitions == 1
 
-    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> core.Expr | None:
+    def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> AnyExpr | None:
         """Read no other columns than those asked for and the ids."""
         if not isinstance(parent, (Projection, Index)):
             return None
-        names: Any = determine_column_projection(self, parent, dependents, additional_columns=[self.id_field])
+        names: Any = determine_column_projection(self, parent, dependents, additional_columns=[self.left_on])
         names = names if isinstance(names, list) else [names]
         columns = [name for name in self.frame.columns if name in names]
         if columns == self.frame.columns:

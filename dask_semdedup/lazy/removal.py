@@ -12,9 +12,7 @@ import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
-from dask.dataframe.dask_expr._collection import new_collection
-from dask.dataframe.dask_expr._util import _BackendData
-from dask.dataframe.dask_expr.io.io import FromPandas
+from dask.dataframe.api import new_collection
 
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.frames.backend import check_plain_dtype, is_cudf, to_list
@@ -55,11 +53,11 @@ def remove_duplicates(
         found = found.repartition(npartitions=1)
     repeated = found.map_partitions(repeated_ids, meta=ids._meta).repartition(npartitions=1)
     checked = CheckedIds(duplicates.expr, repeated.expr)
-    return new_collection(RowsKept(ddf.expr, checked, id_field=id_field, duplicates_id_field=duplicates_id_field))
+    return new_collection(RowsKept(ddf.expr, checked, left_on=id_field, right_on=duplicates_id_field))
 
 
-def check_ids(ddf: dd.DataFrame, id_field: str) -> None:
-    """Look at all ids now, and raise if rows have none, or share one.
+def check_ids(ids: dd.Series) -> None:
+    """Look at a column of ids now, and raise if rows have none, or share one.
 
     Eight bytes a row come together in this process.
 
@@ -68,11 +66,10 @@ def check_ids(ddf: dd.DataFrame, id_field: str) -> None:
     IdError
         Naming a few of the ids.
     """
-    ids = ddf[id_field]
     meta = hash_column(ids._meta)
     missing, hashes = dask.compute(ids.isna().sum(), ids.dropna().map_partitions(hash_column, meta=meta))
     if missing:
-        raise IdError(f"Column {id_field!r}: {have(int(missing), 'row')} a null id. Give every row an id, or drop it.")
+        raise IdError(f"Column {ids.name!r}: {have(int(missing), 'row')} a null id. Give every row an id, or drop it.")
     values, counts = np.unique(hashes.to_numpy(), return_counts=True)
     if (counts == 1).all():
         return
@@ -80,7 +77,7 @@ def check_ids(ddf: dd.DataFrame, id_field: str) -> None:
     if count := len(repeated := doubtful[repeats(doubtful)].drop_duplicates()):
         stand = "1 id stands" if count == 1 else f"{count:,} ids stand"
         raise IdError(
-            f"Column {id_field!r}: {stand} in several rows ({some(to_list(repeated))}). Name a column whose ids are "
+            f"Column {ids.name!r}: {stand} in several rows ({some(to_list(repeated))}). Name a column whose ids are "
             "unique as id_field, or have ids made, by make_ids and an id_field that is not there."
         )
 
@@ -101,14 +98,14 @@ def _to_dask(duplicates: Any) -> dd.DataFrame:
     if not isinstance(duplicates, pd.DataFrame) and not (is_cudf(duplicates) and hasattr(duplicates, "columns")):
         kind = type(duplicates).__name__
         raise InvalidArgumentError(f"duplicates must be a DataFrame of Dask, pandas or cuDF, not a {kind}.")
-    # `from_pandas` would make strings of objects, which may be integers or UUIDs.
-    frame = _BackendData(duplicates.copy())
-    return new_collection(FromPandas(frame, npartitions=1, sort=False, pyarrow_strings_enabled=False))
+    # Objects stay objects: they may be integers or UUIDs.
+    with dask.config.set({"dataframe.convert-string": False}):
+        return dd.from_pandas(duplicates, npartitions=1, sort=False)
 
 
-def _select(duplicates: dd.DataFrame, id_field: str, eps: float | None) -> dd.DataFrame:
-    """The ids to remove, from a frame of duplicates at one eps, at several, or of scores."""
-    _check_id_column(duplicates, id_field, "duplicates_id_field", "the duplicates")
+def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFrame:
+    """Return the ids to remove, from a frame of duplicates at one eps, at several, or of scores."""
+    _check_id_column(duplicates, ids, "duplicates_id_field", "the duplicates")
     flags = [name for name in duplicates.columns if str(name).startswith("eps=")]
     if eps is None and flags:
         raise InvalidArgumentError(
@@ -122,23 +119,22 @@ def _select(duplicates: dd.DataFrame, id_field: str, eps: float | None) -> dd.Da
         if flags and flag not in flags:
             raise InvalidArgumentError(f"duplicates were found at {', '.join(flags)}, not at {flag}.")
         duplicates = duplicates if flags else find_duplicates(duplicates, eps)
-    are_scores = {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and id_field == "id"
+    are_scores = {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and ids == "id"
     # Ids of another frame may be the same.
     are_scores &= not is_against(duplicates.expr)
-    needed = [id_field, *(["max_id", SCORE_COLUMN] if are_scores else []), *([] if flag is None else [flag])]
-    options: dict[str, Any] = {
-        "id_field": id_field,
-        "are_scores": are_scores,
-        "flag": flag,
-        "is_chosen": eps is not None,
-    }
+    needed = [ids, *(["max_id", SCORE_COLUMN] if are_scores else []), *([] if flag is None else [flag])]
+    options: dict[str, Any] = {"are_scores": are_scores, "flag": flag, "is_chosen": eps is not None}
     return duplicates[needed].map_partitions(
-        ids_to_remove, **options, meta=ids_to_remove(duplicates._meta[needed], **options), clear_divisions=True
+        ids_to_remove,
+        ids,
+        **options,
+        meta=ids_to_remove(duplicates._meta[needed], ids, **options),
+        clear_divisions=True,
     )
 
 
 def _by_itself(ids: dd.DataFrame) -> dd.DataFrame:
-    """The frame with its projection pushed down now.
+    """Return the frame with its projection pushed down now.
 
     Otherwise Dask finds later that the rest of the graph needs the other columns of the same file, reads them all once
     for both, and holds them in memory until all ids are checked.
@@ -146,9 +142,9 @@ def _by_itself(ids: dd.DataFrame) -> dd.DataFrame:
     return new_collection(ids.expr.simplify())
 
 
-def _shuffle_by_id(frame: dd.DataFrame, id_field: str, npartitions: int) -> dd.DataFrame:
+def _shuffle_by_id(frame: dd.DataFrame, name: str, npartitions: int) -> dd.DataFrame:
     """Bring equal ids of whatever dtypes into partitions of equal number, which Dask's own hash of them may not."""
-    ids = frame[id_field]
+    ids = frame[name]
     hashes = ids.map_partitions(hash_column, meta=hash_column(ids._meta))
     hashed = frame.assign(**{HASH_COLUMN: hashes})
     return new_collection(ShuffleByCluster(hashed.expr, [HASH_COLUMN], npartitions))[list(frame.columns)]

@@ -11,10 +11,11 @@ from typing import Any
 import dask
 import dask.dataframe as dd
 import numpy as np
-from dask.dataframe.dask_expr._collection import new_collection
-from dask.dataframe.dask_expr._expr import Lengths
+from dask.dataframe.api import new_collection
 
+from dask_semdedup._dask import Lengths
 from dask_semdedup.errors import EmbeddingError, some
+from dask_semdedup.frames.columns import Columns
 from dask_semdedup.frames.embeddings import to_tensor
 
 __all__ = ["draw", "partition_lengths", "sample_embeddings"]
@@ -26,21 +27,10 @@ ROWS_READ_PER_ROW = 4
 MIN_PARTITIONS = 32
 
 
-def partition_lengths(ddf: dd.DataFrame, embedding_field: str) -> list[int]:
-    """Count the rows of each partition.
-
-    Parameters
-    ----------
-    ddf : dask.dataframe.DataFrame
-    embedding_field : str
-        The column that need not be read for it, unless it is the only one.
-
-    Returns
-    -------
-    list of int
-    """
-    others = [name for name in ddf.columns if name != embedding_field]
-    narrow = ddf[others[:1] or [embedding_field]]
+def partition_lengths(ddf: dd.DataFrame, columns: Columns) -> list[int]:
+    """Count the rows of each partition: from footers, or by a column other than that of embeddings if there is one."""
+    others = [name for name in ddf.columns if name != columns.embedding]
+    narrow = ddf[others[:1] or [columns.embedding]]
     return list(new_collection(Lengths(narrow.expr)).compute())
 
 
@@ -111,12 +101,7 @@ def _shared_out(total: int, weights: np.ndarray, rng: np.random.Generator) -> np
 
 
 def sample_embeddings(
-    ddf: dd.DataFrame,
-    picks: dict[int, np.ndarray],
-    *,
-    embedding_field: str,
-    id_field: str,
-    embedding_dim: int | None = None,
+    ddf: dd.DataFrame, picks: dict[int, np.ndarray], columns: Columns, embedding_dim: int | None = None
 ) -> np.ndarray:
     """Read the drawn rows' embeddings.
 
@@ -125,10 +110,8 @@ def sample_embeddings(
     ddf : dask.dataframe.DataFrame
     picks : dict
         What `draw` returned.
-    embedding_field : str
-        The column of embeddings.
-    id_field : str
-        The column of ids, for messages. It need not be there.
+    columns : Columns
+        The column of embeddings, and that of ids, which is for messages and need not be there.
     embedding_dim : int, optional
         The width that every embedding must have.
 
@@ -142,32 +125,29 @@ def sample_embeddings(
     EmbeddingError
         If the rows are null, not finite, or of different widths.
     """
-    narrow = ddf[[name for name in ddf.columns if name in (embedding_field, id_field)]]
+    narrow = ddf[[name for name in ddf.columns if name in (columns.embedding, columns.id)]]
     partitions = narrow.partitions[list(picks)].to_delayed()
     take = dask.delayed(take_embeddings, pure=False)
     parts = [
-        take(part, positions, embedding_field, id_field, embedding_dim)
+        take(part, positions, columns, embedding_dim)
         for part, positions in zip(partitions, picks.values(), strict=True)
     ]
-    return _stack(list(dask.compute(*parts)), embedding_field)
+    return _stack(list(dask.compute(*parts)), columns)
 
 
-def take_embeddings(
-    frame: Any, positions: np.ndarray, embedding_field: str, id_field: str, embedding_dim: int | None
-) -> np.ndarray:
+def take_embeddings(frame: Any, positions: np.ndarray, columns: Columns, embedding_dim: int | None) -> np.ndarray:
     """Take some rows' embeddings out of a partition."""
-    rows = frame.iloc[positions]
-    ids = rows[id_field] if id_field in rows.columns else None
-    matrix = to_tensor(rows[embedding_field], name=embedding_field, ids=ids, embedding_dim=embedding_dim, device="cpu")
-    return matrix.numpy()
+    rows, name = frame.iloc[positions], columns.embedding
+    ids = rows[columns.id] if columns.id in rows.columns else None
+    return to_tensor(rows[name], name=name, ids=ids, embedding_dim=embedding_dim, device="cpu").numpy()
 
 
-def _stack(parts: list[np.ndarray], embedding_field: str) -> np.ndarray:
+def _stack(parts: list[np.ndarray], columns: Columns) -> np.ndarray:
     """Put the parts together, letting go of each as soon as it is copied."""
     widths = sorted({part.shape[1] for part in parts})
     if len(widths) > 1:
         raise EmbeddingError(
-            f"Column {embedding_field!r} has rows of width {some(widths)}. All embeddings must come from one model."
+            f"Column {columns.embedding!r} has rows of width {some(widths)}. All embeddings must come from one model."
         )
     rows = np.empty((sum(map(len, parts)), widths[0]), np.float32)
     start = len(rows)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import dask.dataframe as dd
 import pyarrow as pa
-from dask.dataframe.dask_expr.io.io import FromMap
 
+from dask_semdedup._dask import FromMap
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import COLUMNS_ADVICE
 from dask_semdedup.io.schemas import refuse
@@ -19,14 +19,14 @@ __all__ = ["check_sources", "readers_of", "stored_schema"]
 
 
 def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
-    """The readers of Parquet files that a frame comes from."""
+    """Yield the readers of Parquet files that a frame comes from."""
     yield from (read.source.reader for read in ddf.expr.find_operations(ReadClusters))
     functions = (read.func for read in ddf.expr.find_operations(FromMap))
     yield from (read.reader for read in functions if isinstance(read, ReadPart) and isinstance(read.reader, Reader))
 
 
 def stored_schema(ddf: dd.DataFrame) -> pa.Schema:
-    """The schema of those files that most of a frame's columns come from; an empty one where there are none."""
+    """Return the schema of those files that most of a frame's columns come from; an empty one where there are none."""
     schemas = [pa.schema([]), *(reader.schema for reader in readers_of(ddf))]
     return max(schemas, key=lambda schema: len(set(schema.names).intersection(ddf.columns)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +14,20 @@ import pandas as pd
 import pyarrow as pa
 from dask.dataframe.utils import has_known_categories
 
-from dask_semdedup._validate import stack_level
-from dask_semdedup.errors import ClusterError, some
+from dask_semdedup._validate import check_bytes, stack_level
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, some
 from dask_semdedup.frames.backend import is_cudf
+from dask_semdedup.frames.columns import Columns, unique_columns
 from dask_semdedup.frames.embeddings import as_lists, list_type
-from dask_semdedup.io.layout import write_partition
-from dask_semdedup.io.write import write_part
+from dask_semdedup.io.layout import CLUSTERS, check_cluster_dtype, cluster_files, write_partition
+from dask_semdedup.io.staging import staged_folder
+from dask_semdedup.io.write import PARTS, write_part
+from dask_semdedup.lazy.alignment import align
+from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.sources import stored_schema
 from dask_semdedup.lazy.tasks import compute_to_the_end
 
-__all__ = ["parts", "writable", "write_layout"]
+__all__ = ["parts", "writable", "write_clusters_of", "write_layout", "write_parts_of"]
 
 
 def parts(ddf: dd.DataFrame, folder: str, storage_options: Mapping[str, Any] | None = None) -> dd.DataFrame:
@@ -45,8 +50,8 @@ def parts(ddf: dd.DataFrame, folder: str, storage_options: Mapping[str, Any] | N
     return written.optimize()
 
 
-def writable(ddf: dd.DataFrame, embedding_field: str) -> dd.DataFrame:
-    """The frame with its embeddings as Arrow lists, where they are objects: Dask cannot write these to Parquet.
+def writable(ddf: dd.DataFrame, columns: Columns) -> dd.DataFrame:
+    """Return the frame with its embeddings as Arrow lists, where they are objects: Dask cannot write these to Parquet.
 
     Which lists they are, their first row tells.
 
@@ -59,29 +64,70 @@ def writable(ddf: dd.DataFrame, embedding_field: str) -> dd.DataFrame:
     objects = [] if is_cudf(meta) else [name for name, dtype in meta.dtypes.items() if dtype == np.dtype(object)]
     categories = [name for name, dtype in meta.dtypes.items() if isinstance(dtype, pd.CategoricalDtype)]
     unknown = [name for name in categories if not has_known_categories(meta[name])]
-    if others := [name for name in [*objects, *unknown] if name != embedding_field]:
+    if others := [name for name in [*objects, *unknown] if name != columns.embedding]:
         warnings.warn(
             f"Dask's to_parquet cannot write columns of Python objects or unknown categories ({some(others)}). Write "
             "the rows that are kept with .semdedup.to_parquet(path), or read the files with "
             "dask_semdedup.read_table(path) or dtype_backend='pyarrow'.",
             stacklevel=stack_level(),
         )
-    if embedding_field not in objects:
+    if columns.embedding not in objects:
         return ddf
-    column = ddf[embedding_field]
+    column = ddf[columns.embedding]
     rows = (part.head(1).dropna() for part in column.partitions)
     first = next((found for found in rows if len(found)), None)
     type_ = None if first is None else list_type(first)
     if type_ is None:
         return ddf  # What reads it says what is wrong.
-    lists = column.map_partitions(as_lists, type_, embedding_field, meta=as_lists(column._meta, type_, embedding_field))
-    return ddf.assign(**{embedding_field: lists})
+    meta = as_lists(column._meta, type_, columns.embedding)
+    lists = column.map_partitions(as_lists, type_, columns.embedding, meta=meta)
+    return ddf.assign(**{columns.embedding: lists})
+
+
+def write_parts_of(
+    ddf: dd.DataFrame, path: str | os.PathLike[str], *, overwrite: bool, storage_options: Mapping[str, Any] | None
+) -> None:
+    """Write a frame to Parquet, one file a partition: see `SemDedupAccessor.to_parquet`."""
+    unique_columns(ddf)
+    final = os.fspath(path)
+    with staged_folder(final, contents=PARTS, overwrite=overwrite, storage_options=storage_options) as folder:
+        compute_to_the_end(parts(ddf, folder, storage_options))
+
+
+def write_clusters_of(
+    ddf: dd.DataFrame,
+    path: str | os.PathLike[str],
+    key: str,
+    *,
+    overwrite: bool,
+    max_file_size: str | int,
+    storage_options: Mapping[str, Any] | None,
+) -> dict[int | str, list[str]]:
+    """Write a frame in the layout of k-means: see `SemDedupAccessor.to_clusters`."""
+    size = check_bytes("max_file_size", max_file_size)
+    if "/" in key or "=" in key:
+        raise InvalidArgumentError(f"cluster_field {key!r} cannot be part of a folder's name. Rename it.")
+    aligned = align(ddf, key)
+    check_cluster_dtype(ddf._meta[key])
+    if len(ddf.columns) == 1:
+        raise InvalidArgumentError(f"The frame has no columns to write but {key!r}.")
+    final, options = os.fspath(path), dict(storage_options or {})
+    fs, output = fsspec.url_to_fs(final, **options)
+    for read in ddf.expr.find_operations(ReadClusters):
+        if (root := read.source.folder_around(fs, output)) is not None:
+            raise InvalidArgumentError(
+                f"Output {output!r} is within {root!r}, which is read: its clusters would be read twice from then on. "
+                "Name a folder apart."
+            )
+    with staged_folder(final, contents=CLUSTERS, overwrite=overwrite, storage_options=storage_options) as folder:
+        write_layout(aligned, folder, key, size, stored_schema(ddf), **options)
+    return cluster_files(path, storage_options, cluster_field=key)
 
 
 def write_layout(
     ddf: dd.DataFrame,
     folder: str,
-    cluster_field: str,
+    key: str,
     max_file_size: int,
     stored: pa.Schema | None = None,
     **options: Any,
@@ -94,7 +140,7 @@ def write_layout(
         Aligned: no cluster spans two partitions.
     folder : str
         A path or URL. It must not exist.
-    cluster_field : str
+    key : str
         The cluster column. It becomes the folders' names and is not in the files.
     max_file_size : int
         Bytes in memory of what goes to one file; a cluster of more has several.
@@ -111,7 +157,7 @@ def write_layout(
     fs, root = fsspec.url_to_fs(folder, **options)
     fs.makedirs(root)
     meta = pd.DataFrame({"rows": pd.Series(dtype="int64"), "schema": pd.Series(dtype=object)})
-    written = ddf.map_partitions(write_partition, folder, cluster_field, max_file_size, options, stored, meta=meta)
+    written = ddf.map_partitions(write_partition, folder, key, max_file_size, options, stored, meta=meta)
     # Optimised here, reading, assigning and writing a partition become one task; compute() alone may not fuse them.
     parts = compute_to_the_end(written.optimize())
     if not len(parts):

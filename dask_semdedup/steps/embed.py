@@ -49,7 +49,6 @@ def embed_partition(
     texts: Any,
     model: Any,
     *,
-    embedding_field: str,
     batch_size: int = 32,
     device: str = "auto",
     encode_kwargs: Mapping[str, Any] | None = None,
@@ -62,8 +61,6 @@ def embed_partition(
         Of strings, without nulls. Empty strings are texts.
     model : str, path-like or sentence_transformers.SentenceTransformer
         A name or folder is loaded once a process.
-    embedding_field : str
-        Name of the result.
     batch_size : int
         Texts that go through the model at once. It sorts them by length first.
     device : {"auto", "cpu", "cuda"}
@@ -92,7 +89,7 @@ def embed_partition(
 
     check_device(device)
     if len(texts) == 0:
-        return embed_meta(texts, embedding_field=embedding_field)
+        return embed_meta(texts)
     sentences = _checked_texts(texts)
     target = None if device == "auto" else device
     if isinstance(model, str | os.PathLike):
@@ -102,12 +99,12 @@ def embed_partition(
             sentences, batch_size=batch_size, device=target, show_progress_bar=False, **(encode_kwargs or {})
         )
     rows = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
-    return to_embeddings(array_like(rows, texts), texts).rename(embedding_field)
+    return to_embeddings(array_like(rows, texts), texts)
 
 
-def embed_meta(texts: Any, *, embedding_field: str) -> Any:
+def embed_meta(texts: Any) -> Any:
     """Build the empty series that has exactly the dtype of `embed_partition`'s."""
-    return to_embeddings(np.empty((0, 1), np.float32), texts.iloc[:0]).rename(embedding_field)
+    return to_embeddings(np.empty((0, 1), np.float32), texts.iloc[:0])
 
 
 def check_embed_arguments(

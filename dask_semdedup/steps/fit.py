@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from typing import TYPE_CHECKING, Any
+import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from dask_semdedup._validate import check_choice, check_positive
+from dask_semdedup._validate import check_choice, check_positive, stack_level
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.steps.kmeans import normalise
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["default_n_clusters", "fit_centroids"]
+__all__ = ["KMeansOptions", "default_n_clusters", "fit_centroids", "sample_size"]
 
 INITS = ("k-means++", "k-means||", "random")
 
@@ -24,15 +23,20 @@ PAIRS_WORTH_MINI_BATCHES = 1 << 28
 
 MINI_BATCH = 16_384
 
-# What an exact search compares within seconds on two cores, or 10 milliseconds on a GPU. To part these rows would lose
-# duplicates and gain little: of 40,000 texts, the first cut already costs 4% of the duplicates at eps = 0.05.
-ROWS_WORTH_PARTING = 50_000
+# Rows of a sample for each cluster: the default, and what is too few to fit on.
+ROWS_PER_CLUSTER = 256
+MIN_SAMPLE = 16_384
+FEW_ROWS_PER_CLUSTER = 40
+
+# What an exact search compares within seconds on two cores, or 10 milliseconds on a GPU. To split these rows would
+# lose duplicates and gain little: of 40,000 texts, the first cut already costs 4% of the duplicates at eps = 0.05.
+ROWS_WORTH_SPLITTING = 50_000
 
 
 def default_n_clusters(n_rows: int) -> int:
     """Choose a number of clusters: of 50,000 rows each, but no more than a quarter of the square root of the rows.
 
-    Clusters part some duplicates from each other, so that below 100,000 rows there is but one. Assigning n rows to k
+    Clusters separate some duplicates, so that below 100,000 rows there is but one. Assigning n rows to k
     centroids costs in proportion to n·k and searching the clusters to n²/k, so that the sum is least where k is in
     proportion to √n: that bounds the number from 160 million rows on. ``benchmarks/recall.py`` measures what is lost.
 
@@ -46,21 +50,56 @@ def default_n_clusters(n_rows: int) -> int:
     int
         At least 1.
     """
-    return max(1, min(math.isqrt(n_rows) // 4, n_rows // ROWS_WORTH_PARTING))
+    return max(1, min(math.isqrt(n_rows) // 4, n_rows // ROWS_WORTH_SPLITTING))
+
+
+@dataclass(frozen=True)
+class KMeansOptions:
+    """How k-means is fitted.
+
+    Parameters
+    ----------
+    fit_data_fraction : float, optional
+        The share of all rows that is the sample.
+    max_iter, tol, random_state, init, n_init
+        As in scikit-learn. "k-means++" and "k-means||" both mean the one of them that the library has.
+    oversampling_factor, max_samples_per_batch
+        Of cuML: see there.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an option is not one of those allowed.
+    """
+
+    fit_data_fraction: float | None = None
+    max_iter: int = 300
+    tol: float = 1e-4
+    random_state: int = 42
+    init: str = "k-means++"
+    n_init: int | str = "auto"
+    oversampling_factor: float = 2.0
+    max_samples_per_batch: int = 32_768
+
+    def __post_init__(self) -> None:
+        check_positive("max_iter", self.max_iter)
+        check_positive("max_samples_per_batch", self.max_samples_per_batch)
+        check_choice("init", self.init, INITS)
+        if self.n_init != "auto":
+            check_positive("n_init", self.n_init)
+        for name in ("tol", "oversampling_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise InvalidArgumentError(f"{name} must be a number from 0, not {value!r}.")
+        seed, fraction = self.random_state, self.fit_data_fraction
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+            raise InvalidArgumentError(f"random_state must be an integer from 0 to 2**32 - 1, not {seed!r}.")
+        if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction <= 1):
+            raise InvalidArgumentError(f"fit_data_fraction must be a number above 0 and up to 1, not {fraction!r}.")
 
 
 def fit_centroids(
-    rows: np.ndarray,
-    n_clusters: int,
-    *,
-    max_iter: int = 300,
-    tol: float = 1e-4,
-    random_state: int = 42,
-    init: str = "k-means++",
-    n_init: int | str = "auto",
-    oversampling_factor: float = 2.0,
-    max_samples_per_batch: int = 32_768,
-    device: str = "cpu",
+    rows: np.ndarray, n_clusters: int, options: KMeansOptions | None = None, *, device: str = "cpu"
 ) -> np.ndarray:
     """Fit k-means to rows.
 
@@ -70,10 +109,8 @@ def fit_centroids(
         They are brought to unit length first, in place where they are not.
     n_clusters : int
         The number of centroids.
-    max_iter, tol, random_state, init, n_init
-        As in scikit-learn. "k-means++" and "k-means||" both mean the one of them that the library has.
-    oversampling_factor, max_samples_per_batch
-        Of cuML: see there.
+    options : KMeansOptions, optional
+        How to fit.
     device : {"cpu", "cuda"}
         On "cuda" it is cuML that fits, where it is installed.
 
@@ -85,7 +122,7 @@ def fit_centroids(
     Raises
     ------
     InvalidArgumentError
-        If there are fewer rows than clusters, or an argument is not one of those allowed.
+        If there are fewer rows than clusters.
 
     Notes
     -----
@@ -94,59 +131,44 @@ def fit_centroids(
     """
     import torch
 
-    check_fit_arguments(n_clusters, max_iter, tol, random_state, init, n_init, oversampling_factor)
+    options = options or KMeansOptions()
     if n_clusters > len(rows):
         raise too_many_clusters(n_clusters, len(rows), "rows to fit on")
     unit = normalise(torch.from_numpy(rows), in_place=True).numpy()
-    arguments = {"n_clusters": n_clusters, "max_iter": max_iter, "tol": tol, "random_state": random_state}
-    if device == "cuda" and importlib.util.find_spec("cuml"):
-        extra = {"oversampling_factor": oversampling_factor, "max_samples_per_batch": max_samples_per_batch}
-        return _fit_with_cuml(unit, init=init, n_init=n_init, **arguments, **extra)
-    return _fit_with_sklearn(unit, init=init, n_init=n_init, **arguments)
+    fit = _fit_with_cuml if device == "cuda" and importlib.util.find_spec("cuml") else _fit_with_sklearn
+    return np.ascontiguousarray(fit(unit, n_clusters, options), dtype=np.float32)
 
 
-def _fit_with_sklearn(rows: np.ndarray, *, init: str, **arguments: Any) -> np.ndarray:
+def _shared_arguments(n_clusters: int, options: KMeansOptions) -> dict[str, Any]:
+    names = ("max_iter", "tol", "random_state", "n_init")
+    return {"n_clusters": n_clusters} | {name: getattr(options, name) for name in names}
+
+
+def _fit_with_sklearn(rows: np.ndarray, n_clusters: int, options: KMeansOptions) -> np.ndarray:
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
-    init = "random" if init == "random" else "k-means++"
-    if len(rows) * arguments["n_clusters"] > PAIRS_WORTH_MINI_BATCHES:
+    init = "random" if options.init == "random" else "k-means++"
+    arguments = _shared_arguments(n_clusters, options)
+    if len(rows) * n_clusters > PAIRS_WORTH_MINI_BATCHES:
         model = MiniBatchKMeans(init=init, batch_size=MINI_BATCH, **arguments)
     else:
         # The rows are ours: it may shift them to their mean in place.
         model = KMeans(init=init, copy_x=False, **arguments)
-    return np.ascontiguousarray(model.fit(rows).cluster_centers_, dtype=np.float32)
+    return model.fit(rows).cluster_centers_
 
 
-def _fit_with_cuml(rows: np.ndarray, *, init: str, **arguments: Any) -> np.ndarray:
+def _fit_with_cuml(rows: np.ndarray, n_clusters: int, options: KMeansOptions) -> np.ndarray:
     import cupy
     from cuml import KMeans
 
-    init = "random" if init == "random" else "k-means||"
-    model = KMeans(init=init, output_type="numpy", **arguments).fit(cupy.asarray(rows))
-    return np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
-
-
-def check_fit_arguments(
-    n_clusters: int | None,
-    max_iter: int,
-    tol: float,
-    random_state: int,
-    init: str,
-    n_init: int | str,
-    oversampling_factor: float,
-) -> None:
-    """Raise unless the arguments of a fit are those allowed."""
-    check_positive("n_clusters", n_clusters)
-    check_positive("max_iter", max_iter)
-    check_choice("init", init, INITS)
-    if n_init != "auto":
-        check_positive("n_init", n_init)
-    if not isinstance(tol, int | float) or not 0 <= tol < math.inf:
-        raise InvalidArgumentError(f"tol must be a number from 0, not {tol!r}.")
-    if not isinstance(oversampling_factor, int | float) or not 0 <= oversampling_factor < math.inf:
-        raise InvalidArgumentError(f"oversampling_factor must be a number from 0, not {oversampling_factor!r}.")
-    if not isinstance(random_state, int | np.integer) or not 0 <= random_state < 2**32:
-        raise InvalidArgumentError(f"random_state must be an integer from 0 to 2**32 - 1, not {random_state!r}.")
+    model = KMeans(
+        init="random" if options.init == "random" else "k-means||",
+        output_type="numpy",
+        oversampling_factor=options.oversampling_factor,
+        max_samples_per_batch=options.max_samples_per_batch,
+        **_shared_arguments(n_clusters, options),
+    )
+    return model.fit(cupy.asarray(rows)).cluster_centers_
 
 
 def too_many_clusters(n_clusters: int, n_rows: int, where: str) -> InvalidArgumentError:
@@ -154,3 +176,24 @@ def too_many_clusters(n_clusters: int, n_rows: int, where: str) -> InvalidArgume
     return InvalidArgumentError(
         f"n_clusters is {n_clusters:,}, but there are only {n_rows:,} {where}. Ask for fewer clusters."
     )
+
+
+def sample_size(n_clusters: int | None, n_rows: int, fraction: float | None) -> tuple[int, int]:
+    """Return the number of clusters to fit, and of the rows to fit them on."""
+    if n_rows == 0:
+        raise InvalidArgumentError("The frame has no rows to fit k-means on.")
+    if n_clusters is None:
+        n_clusters = default_n_clusters(n_rows)
+    if n_clusters > n_rows:
+        raise too_many_clusters(n_clusters, n_rows, "rows")
+    enough = max(ROWS_PER_CLUSTER * n_clusters, MIN_SAMPLE)
+    size = min(n_rows, enough) if fraction is None else math.ceil(fraction * n_rows)
+    if n_clusters > size:
+        raise too_many_clusters(n_clusters, size, f"rows in the sample, {fraction:.2g} of all")
+    if n_clusters > 1 and size < FEW_ROWS_PER_CLUSTER * n_clusters:
+        warnings.warn(
+            f"k-means is fitted to {size:,} rows for {n_clusters:,} clusters, fewer than {FEW_ROWS_PER_CLUSTER} a "
+            "cluster: many clusters will be poorly estimated. Ask for fewer clusters, or fit on more rows.",
+            stacklevel=stack_level(),
+        )
+    return n_clusters, size

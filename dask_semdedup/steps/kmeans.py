@@ -23,7 +23,7 @@ from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import cores_for
 from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, have, some
 from dask_semdedup.frames.backend import array_like, device_of, is_cudf, shares_memory
-from dask_semdedup.frames.columns import DISTANCE_COLUMNS, home_field
+from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import to_embeddings, to_tensor
 
 if TYPE_CHECKING:
@@ -285,15 +285,7 @@ def _unit(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def kmeans_partition(
-    frame: Any,
-    centroids: Centroids,
-    *,
-    embedding_field: str,
-    cluster_field: str,
-    id_field: str,
-    embedding_dim: int | None = None,
-    n_probe: int = 1,
-    device: str = "auto",
+    frame: Any, centroids: Centroids, columns: Columns, n_probe: int = 1, options: SearchOptions | None = None
 ) -> Any:
     """Assign the rows of a partition to their nearest centroids.
 
@@ -301,51 +293,49 @@ def kmeans_partition(
     ----------
     frame : pandas.DataFrame or cudf.DataFrame
     centroids : Centroids
-    embedding_field, cluster_field : str
-        The column of embeddings, and that of clusters to make.
-    id_field : str
-        Column of ids, for messages. It need not be there.
-    embedding_dim : int, optional
-        The width that every embedding must have.
+    columns : Columns
+        The column of embeddings, and that of clusters to make. The column of ids is for messages, and need not be
+        there.
     n_probe : int, default 1
         Clusters that each row stands in.
-    device : {"auto", "cpu", "cuda"}
-        Where to assign. "auto" is where the frame is, or a GPU where there is one and enough work for it.
+    options : SearchOptions, optional
+        The width of the embeddings, and the device.
 
     Returns
     -------
     DataFrame
-        Of the same backend: see `SemDedupAccessor.kmeans`. First all rows in their own clusters, then the visits to
-        the second nearest, and so on, each in the frame's order and with its index.
+        Of the same backend: see `SemDedupAccessor.kmeans`. First all rows in their own clusters, then the assignments
+        to the second nearest, and so on, each in the frame's order and with its index.
 
     Raises
     ------
     EmbeddingError
         If embeddings are null, not finite, or not of the centroids' width.
     InvalidArgumentError
-        If `device` is none of these, or is "cuda" and torch sees none.
+        If the device is "cuda" and torch sees none.
     """
-    check_device(device)
+    options = options or SearchOptions()
+    check_device(options.device)
     if is_cudf(frame):
         share_memory_pool()
     if len(frame) == 0:
-        return kmeans_meta(frame, embedding_field=embedding_field, cluster_field=cluster_field, n_probe=n_probe)
-    column = frame[embedding_field]
+        return kmeans_meta(frame, columns, n_probe)
+    column = frame[columns.embedding]
     frame_device = device_of(frame)
     # As much work as searching one cluster of so many rows.
     work = np.array([0, math.isqrt(2 * len(frame) * len(centroids))])
-    device = choose_device(device, frame_device, work)
+    device = choose_device(options.device, frame_device, work)
     with cores_for(device, work):
         rows = to_tensor(
             column,
-            name=embedding_field,
-            ids=frame[id_field] if id_field in frame.columns else None,
-            embedding_dim=embedding_dim,
+            name=columns.embedding,
+            ids=frame[columns.id] if columns.id in frame.columns else None,
+            embedding_dim=options.embedding_dim,
             device=device if frame_device == "cuda" else "cpu",
         )
         if rows.shape[1] != centroids.width:
             raise EmbeddingError(
-                f"Column {embedding_field!r} has embeddings of width {rows.shape[1]}, but the centroids are of width "
+                f"Column {columns.embedding!r} has embeddings of width {rows.shape[1]}, but the centroids are of width "
                 f"{centroids.width}. Use centroids that were fitted to embeddings of the same model."
             )
         rows = normalise(rows, in_place=not shares_memory(rows, column))
@@ -356,22 +346,21 @@ def kmeans_partition(
             to_embeddings(array_like(rows, frame), frame),
             [array_like(array.contiguous(), frame) for array in (labels[:, probe], l2, cosine)],
             array_like(labels[:, 0].contiguous(), frame) if n_probe > 1 else None,
-            embedding_field,
-            cluster_field,
+            columns,
         )
         for probe in range(n_probe)
     ]
     return parts[0] if n_probe == 1 else concat(parts)
 
 
-def kmeans_meta(meta: Any, *, embedding_field: str, cluster_field: str, n_probe: int = 1) -> Any:
+def kmeans_meta(meta: Any, columns: Columns, n_probe: int = 1) -> Any:
     """Build the empty frame that has exactly the dtypes of `kmeans_partition`'s.
 
     Parameters
     ----------
     meta : pandas.DataFrame or cudf.DataFrame
         A frame with the dtypes of the partitions.
-    embedding_field, cluster_field, n_probe
+    columns, n_probe
         As in `kmeans_partition`.
 
     Returns
@@ -382,8 +371,7 @@ def kmeans_meta(meta: Any, *, embedding_field: str, cluster_field: str, n_probe:
     empty = meta.iloc[:0]
     number, distance = np.empty(0, np.int32), np.empty(0, np.float32)
     embeddings = to_embeddings(np.empty((0, 1), np.float32), empty)
-    home = number if n_probe > 1 else None
-    return _clustered(empty, embeddings, [number, distance, distance], home, embedding_field, cluster_field)
+    return _clustered(empty, embeddings, [number, distance, distance], number if n_probe > 1 else None, columns)
 
 
 def _assign_and_measure(
@@ -403,15 +391,13 @@ def _assign_and_measure(
     return labels, *distances(rows, values, labels[:, 0])
 
 
-def _clustered(
-    frame: Any, embeddings: Any, columns: list[Any], home: Any, embedding_field: str, cluster_field: str
-) -> Any:
-    """The frame with its new columns, in the place of those of their names."""
-    names = [cluster_field, *DISTANCE_COLUMNS]
-    result = frame[[name for name in frame.columns if name not in {*names, home_field(cluster_field)}]].copy(deep=False)
-    result[embedding_field] = embeddings
-    for name, column in zip(names, columns, strict=True):
+def _clustered(frame: Any, embeddings: Any, values: list[Any], own: Any, columns: Columns) -> Any:
+    """Return the frame with its new columns, which replace those of the same names."""
+    names = [columns.cluster, DISTANCE_COLUMNS["l2"], DISTANCE_COLUMNS["cosine"]]
+    result = frame[[name for name in frame.columns if name not in {*names, columns.own_cluster}]].copy(deep=False)
+    result[columns.embedding] = embeddings
+    for name, column in zip(names, values, strict=True):
         result[name] = column
-    if home is not None:
-        result[home_field(cluster_field)] = home
+    if own is not None:
+        result[columns.own_cluster] = own
     return result

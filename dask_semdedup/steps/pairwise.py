@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from dask_semdedup.device.devices import check_device, choose_device, pairs_of
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import cores_for, gpu_turn
 from dask_semdedup.device.streams import default_stream, owned, reading_stream, search_stream
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.errors import ClusterError, have, some
 from dask_semdedup.frames.backend import (
     array_like,
     column_like,
@@ -25,10 +25,10 @@ from dask_semdedup.frames.backend import (
     to_list,
     to_numpy,
 )
-from dask_semdedup.frames.columns import SCORE_COLUMNS, home_field
+from dask_semdedup.frames.columns import Columns, SearchOptions, has_secondary
 from dask_semdedup.frames.embeddings import to_tensor
 from dask_semdedup.steps.ranking import RankingStrategy
-from dask_semdedup.steps.visits import RANK_COLUMN, are_visits, of_visits, visits_last
+from dask_semdedup.steps.secondary import RANK_COLUMN, are_secondary, mark_secondary, secondary_last
 
 if TYPE_CHECKING:
     import torch
@@ -37,43 +37,27 @@ __all__ = ["check_clusters", "pairwise_meta", "pairwise_partition", "score_frame
 
 
 def pairwise_partition(
-    frame: Any,
-    *,
-    id_field: str,
-    embedding_field: str,
-    cluster_field: str,
-    ranking: RankingStrategy,
-    compute_dtype: str = "auto",
-    batch_size: int | None = None,
-    embedding_dim: int | None = None,
-    device: str = "auto",
-    with_visits: bool = False,
+    frame: Any, columns: Columns, ranking: RankingStrategy, options: SearchOptions | None = None
 ) -> Any:
     """Find for every row its most similar row among those of its cluster that are preferred over it.
 
     Parameters
     ----------
     frame : pandas.DataFrame or cudf.DataFrame
-        Whole clusters, in any order.
-    id_field, embedding_field, cluster_field : str
+        Whole clusters, in any order. With a column `Columns.own_cluster`, some rows are secondary assignments.
+    columns : Columns
         Its columns of ids, embeddings and clusters.
     ranking : RankingStrategy
         Which rows are preferred.
-    compute_dtype, batch_size
-        Of the search: see `dask_semdedup.search.nearest_earlier`.
-    embedding_dim : int, optional
-        The width that every embedding must have.
-    device : {"auto", "cpu", "cuda"}
-        Where to search. "auto" is where the frame is, or a GPU where there is one and enough work for it.
-    with_visits : bool, default False
-        Whether some rows are visits: see `home_field`.
+    options : SearchOptions, optional
+        How to search.
 
     Returns
     -------
     DataFrame
         Of the same backend: ``id``, ``max_id`` (both of the ids' dtype), ``cosine_sim_score`` (float32) and the
         clusters, which ascend; the rows of each stand in rank order. The first of each has score 0 and its own id.
-        With visits, it is what `best_of_visits` puts together.
+        With secondary assignments, it is what `best_of_assignments` puts together.
 
     Raises
     ------
@@ -84,71 +68,72 @@ def pairwise_partition(
     EmbeddingError
         If embeddings cannot be compared.
     InvalidArgumentError
-        If `device` is none of these, or is "cuda" and torch sees none.
+        If the device is "cuda" and torch sees none.
     """
-    _check_columns(frame.columns, id_field, embedding_field, cluster_field, ranking)
-    check_device(device)
+    options = options or SearchOptions()
+    columns.require(frame.columns, "id", "embedding", "cluster")
+    ranking.check_columns(frame.columns)
+    check_device(options.device)
     if is_cudf(frame):
         share_memory_pool()
     if len(frame) == 0:
-        return pairwise_meta(frame, id_field=id_field, cluster_field=cluster_field, with_visits=with_visits)
-    ids, clusters = frame[id_field], frame[cluster_field]
+        return pairwise_meta(frame, columns)
+    ids, clusters = frame[columns.id], frame[columns.cluster]
+    with_secondary = has_secondary(frame, columns)
     frame_device = device_of(frame)
     with reading_stream(frame_device):
         check_clusters(clusters, ids)
-        order = ranking.order(frame, cluster_field=cluster_field, id_field=id_field)
+        order = ranking.order(frame, cluster_field=columns.cluster, id_field=columns.id)
         segments = segments_of(_codes(clusters, order))
         own, stops = clusters, None
-        if with_visits:
-            own = frame[home_field(cluster_field)]
-            is_visit = are_visits(clusters, own)[to_numpy(order)]
-            position, stops = visits_last(is_visit, segments)
+        if with_secondary:
+            own = frame[columns.own_cluster]
+            is_secondary = are_secondary(clusters, own)[to_numpy(order)]
+            position, stops = secondary_last(is_secondary, segments)
             order = order[array_like(tensor_like(position), frame)]
-        device = choose_device(device, frame_device, segments)
+        device = choose_device(options.device, frame_device, segments)
         with cores_for(device, segments):
             rows = to_tensor(
-                frame[embedding_field],
-                name=embedding_field,
+                frame[columns.embedding],
+                name=columns.embedding,
                 ids=ids,
                 clusters=clusters,
-                embedding_dim=embedding_dim,
+                embedding_dim=options.embedding_dim,
                 order=order,
                 device=device if frame_device == "cuda" else "cpu",
             )
-            scores, index = search_segments(rows, segments, stops, device, compute_dtype, batch_size)
-        if with_visits:
-            scores, rank = of_visits(scores, index, is_visit[position])
+            scores, index = search_segments(rows, segments, stops, replace(options, device=device))
+        if with_secondary:
+            scores, rank = mark_secondary(scores, index, is_secondary[position])
         nearest = order[array_like(index, frame)]
-        columns = take(ids, order), take(ids, nearest), array_like(scores, frame)
+        found = take(ids, order), take(ids, nearest), array_like(scores, frame)
         own = take(own, order)
         with default_stream(frame_device):
-            result = score_frame(*columns, own.rename(cluster_field))
-            if with_visits:
+            result = score_frame(*found, own.rename(columns.cluster))
+            if with_secondary:
                 result[RANK_COLUMN] = array_like(rank, frame)
             return published(result)
 
 
-def pairwise_meta(meta: Any, *, id_field: str, cluster_field: str, with_visits: bool = False) -> Any:
+def pairwise_meta(meta: Any, columns: Columns) -> Any:
     """Build the empty frame that has exactly the dtypes of `pairwise_partition`'s.
 
     Parameters
     ----------
     meta : pandas.DataFrame or cudf.DataFrame
         A frame with the dtypes of the partitions.
-    id_field, cluster_field : str
+    columns : Columns
         Its columns of ids and clusters.
-    with_visits : bool, default False
-        Whether some rows are visits.
 
     Returns
     -------
     DataFrame
         Without rows.
     """
-    empty = meta.iloc[:0]
-    own = empty[home_field(cluster_field) if with_visits else cluster_field].rename(cluster_field)
-    result = score_frame(empty[id_field], empty[id_field], np.empty(0, np.float32), own)
-    return result.assign(**{RANK_COLUMN: np.empty(0, np.int64)}) if with_visits else result
+    empty, with_secondary = meta.iloc[:0], has_secondary(meta, columns)
+    own = empty[columns.own_cluster if with_secondary else columns.cluster].rename(columns.cluster)
+    result = score_frame(empty[columns.id], empty[columns.id], np.empty(0, np.float32), own)
+    return result.assign(**{RANK_COLUMN: np.empty(0, np.int64)}) if with_secondary else result
 
 
 def score_frame(ids: Any, nearest: Any, scores: Any, clusters: Any) -> Any:
@@ -164,18 +149,6 @@ def score_frame(ids: Any, nearest: Any, scores: Any, clusters: Any) -> Any:
     ids, nearest, own = (column.reset_index(drop=True) for column in (ids, nearest, clusters))
     columns = {"id": ids, "max_id": nearest, "cosine_sim_score": column_like(scores, ids), clusters.name: own}
     return frame_like(columns, ids)
-
-
-def _check_columns(
-    present: Iterable[str], id_field: str, embedding_field: str, cluster_field: str, ranking: RankingStrategy
-) -> None:
-    present = list(present)
-    if not {id_field, embedding_field, cluster_field} <= set(present):
-        advice = "Name the columns of ids, embeddings and clusters as id_field, embedding_field and cluster_field."
-        raise MissingColumnsError.build([id_field, embedding_field, cluster_field], present, advice)
-    if cluster_field in SCORE_COLUMNS:
-        raise InvalidArgumentError(f"cluster_field may not be {cluster_field!r}: scores have a column of that name.")
-    ranking.check_columns(present)
 
 
 def check_clusters(clusters: Any, ids: Any) -> None:
@@ -210,23 +183,22 @@ def segments_of(codes: Any) -> np.ndarray:
 
 
 def search_segments(
-    rows: torch.Tensor,
-    segments: np.ndarray,
-    stops: np.ndarray | None,
-    device: str,
-    compute_dtype: str,
-    batch_size: int | None,
+    rows: torch.Tensor, segments: np.ndarray, stops: np.ndarray | None, options: SearchOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Search where `rows` are, or send them to a GPU as its memory permits."""
+    """Search where rows are, or send them to a GPU as its memory permits; the device is chosen by now."""
     from dask_semdedup.search import nearest_earlier
     from dask_semdedup.search.streaming import nearest_earlier_from_host
 
-    is_there = rows.device.type == device
-    find = nearest_earlier if is_there else partial(nearest_earlier_from_host, device=device)
+    is_there = rows.device.type == options.device
+    find = nearest_earlier if is_there else partial(nearest_earlier_from_host, device=options.device)
     ends = None if stops is None else tensor_like(stops)
     work = rows.shape[1] * pairs_of(segments) if is_there else None
-    with gpu_turn(device, work), search_stream(rows.device.type):
+    with gpu_turn(options.device, work), search_stream(rows.device.type):
         scores, index = find(
-            rows, tensor_like(segments), stops=ends, compute_dtype=compute_dtype, batch_size=batch_size
+            rows,
+            tensor_like(segments),
+            stops=ends,
+            compute_dtype=options.compute_dtype,
+            batch_size=options.batch_size,
         )
     return owned(scores), owned(index)

@@ -16,13 +16,12 @@ from dask_semdedup._validate import check_choice, check_seed
 from dask_semdedup.device.streams import current_stream, default_stream, finish
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.backend import is_cudf
+from dask_semdedup.frames.columns import DISTANCE_COLUMNS
 from dask_semdedup.frames.hashing import hash_ids
 from dask_semdedup.frames.ids import as_stored
 from dask_semdedup.io.schemas import is_ordered, one_order
 
-__all__ = ["DISTANCE_COLUMNS", "RankingStrategy", "check_strategy", "choose_strategy", "make_strategy"]
-
-DISTANCE_COLUMNS = {"cosine": "cosine_dist_to_cent", "l2": "l2_dist_to_cent"}
+__all__ = ["RankingStrategy", "check_strategy", "choose_strategy", "make_strategy"]
 
 WHICH_TO_KEEP = ("hard", "easy", "random")
 
@@ -218,18 +217,19 @@ class RankingStrategy:
             raise MissingColumnsError.build([id_field], frame.columns, "Pass the column of ids as id_field.")
         clusters = [] if cluster_field is None else [(frame[cluster_field], True)]
         ids = [] if id_field is None else [(frame[id_field], True)]
-        keys = [*clusters, *self._keys(frame, id_field), *ids]
+        keys = [*clusters, *(self._keys(frame) if self.strategy == "sort" else self._shuffled(ids)), *ids]
         return _cudf_order(keys) if is_cudf(frame) else _pandas_order(keys)
 
     def _check_kind(self) -> None:
         """Raise for an unknown `strategy`: as with NeMo Curator, not before it is used."""
         check_choice("Invalid strategy: strategy", self.strategy, STRATEGIES)
 
-    def _keys(self, frame: Any, id_field: str | None) -> list[tuple[Any, bool]]:
-        """Columns to sort by, with their directions."""
-        if self.strategy == "random":
-            ids = frame[id_field]
-            return [(type(ids)(hash_ids(ids, self.random_seed)), True)]
+    def _shuffled(self, ids: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
+        """Return hashes of the ids to sort by."""
+        return [(type(column)(hash_ids(column, self.random_seed)), True) for column, _ in ids]
+
+    def _keys(self, frame: Any) -> list[tuple[Any, bool]]:
+        """Return the columns to sort by, with their directions."""
         assert isinstance(self.ascending, list)
         return [(frame[name], ascending) for name, ascending in zip(self.metadata_cols, self.ascending, strict=True)]
 

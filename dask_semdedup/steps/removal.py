@@ -16,8 +16,8 @@ from dask_semdedup.steps.duplicates import without_first_rows
 HASH_COLUMN = "_semdedup_id_hash"
 
 
-def ids_to_remove(frame: Any, *, id_field: str, are_scores: bool, flag: str | None, is_chosen: bool) -> Any:
-    """The ids of one partition's duplicates; not those of rows that are preferred to all of their cluster.
+def ids_to_remove(frame: Any, name: str, *, are_scores: bool, flag: str | None, is_chosen: bool) -> Any:
+    """Return the ids of one partition's duplicates; not those of rows that are preferred to all of their cluster.
 
     Where such rows are there and no eps is chosen, the frame holds what is no duplicate, too.
     """
@@ -26,36 +26,36 @@ def ids_to_remove(frame: Any, *, id_field: str, are_scores: bool, flag: str | No
     if are_scores:
         duplicates = without_first_rows(frame)
         if not is_chosen and (count := len(frame) - len(duplicates)):
-            first = some(to_list(frame[id_field][are_equal(frame["id"], frame["max_id"])]))
+            first = some(to_list(frame[name][are_equal(frame["id"], frame["max_id"])]))
             raise InvalidArgumentError(
                 f"{have(count, 'row')} no preferred row in their cluster (ids {first}), so these are scores, or were "
                 "found at an eps of 1 or more: say at which eps rows are duplicates, as remove(..., eps=...)."
             )
         frame = duplicates
-    return frame[[id_field]].dropna().reset_index(drop=True)
+    return frame[[name]].dropna().reset_index(drop=True)
 
 
 def hash_column(ids: Any) -> Any:
-    """A column of int64, equal for equal ids."""
+    """Return a column of int64, equal for equal ids."""
     hashes = frame_like({HASH_COLUMN: hash_ids(ids, 0).view(np.int64)}, ids)[HASH_COLUMN]
     hashes.index = ids.index
     return hashes
 
 
-def find_ids(frame: Any, duplicates: Any, id_field: str, duplicates_id_field: str) -> Any:
-    """The ids of one partition that are those of duplicates: each once, or twice where it repeats."""
-    found = frame[is_in(frame[id_field], duplicates[duplicates_id_field])]
-    return concat([found[~repeats(found[id_field])], repeated_ids(found)])
+def find_ids(frame: Any, duplicates: Any, left_on: str, right_on: str) -> Any:
+    """Return the ids of one partition that are those of duplicates: each once, or twice where it repeats."""
+    found = frame[is_in(frame[left_on], duplicates[right_on])]
+    return concat([found[~repeats(found[left_on])], repeated_ids(found)])
 
 
 def repeated_ids(frame: Any) -> Any:
-    """The ids that stand in several rows, each once."""
+    """Return the ids that stand in several rows, each once."""
     again = frame[repeats(frame[frame.columns[0]])]
     return again[~repeats(again[again.columns[0]])]
 
 
 def checked_ids(duplicates: Any, repeated: Any) -> Any:
-    """The ids to remove; raise `IdError` if any of them repeats in the data."""
+    """Return the ids to remove, or raise `IdError` if any of them repeats in the data."""
     if count := len(repeated):
         name = repeated.columns[0]
         ids = "1 id of the duplicates stands" if count == 1 else f"{count} ids of the duplicates stand"

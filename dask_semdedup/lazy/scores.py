@@ -1,0 +1,128 @@
+"""Scores: rows compared within their clusters, and with those of another frame."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import dask.dataframe as dd
+from dask.dataframe.api import new_collection
+
+from dask_semdedup._validate import check_positive
+from dask_semdedup.errors import ClusterError, InvalidArgumentError
+from dask_semdedup.frames.columns import Columns, SearchOptions, has_secondary, unique_columns
+from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
+from dask_semdedup.lazy.expressions import AgainstScores, BestOfAssignments, BestOfProbes, PairwiseScores
+from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
+from dask_semdedup.lazy.sources import check_sources
+from dask_semdedup.steps.duplicates import check_eps, find_duplicates
+from dask_semdedup.steps.fit import KMeansOptions
+from dask_semdedup.steps.kmeans import check_centroids
+from dask_semdedup.steps.ranking import RankingStrategy
+
+__all__ = ["check_rows", "score_against", "score_pairwise"]
+
+
+def score_pairwise(
+    ddf: dd.DataFrame, columns: Columns, ranking: RankingStrategy, options: SearchOptions, *, verbose: bool = False
+) -> dd.DataFrame:
+    """Score every row within its cluster: see `SemDedupAccessor.pairwise`."""
+    _check_clustered(ddf, columns, options)
+    ranking.check_columns(ddf.columns)
+    needed = {columns.id, columns.embedding, columns.cluster, *ranking.required_columns}
+    check_sources(ddf, sorted(needed), ranking)
+    with_secondary = has_secondary(ddf._meta, columns)
+    if with_secondary:
+        needed.add(columns.own_cluster)
+    frame = align(ddf[[name for name in ddf.columns if name in needed]], columns.cluster)
+    scores = new_collection(PairwiseScores(frame, columns, ranking, options, verbose=bool(verbose)))
+    if not with_secondary:
+        return scores
+    return new_collection(BestOfAssignments(align(scores, columns.cluster), columns))
+
+
+def score_against(
+    ddf: dd.DataFrame,
+    reference: Any,
+    columns: Columns,
+    reference_id_field: str,
+    eps: float | None,
+    n_clusters: int | None,
+    centroids: Any,
+    n_probe: int,
+    fit: dict[str, Any],
+    options: SearchOptions,
+) -> dd.DataFrame:
+    """Score every row against the reference rows of its cluster: see `SemDedupAccessor.against`."""
+    check_positive("n_probe", n_probe)
+    if eps is not None:
+        check_eps(eps)
+    if not isinstance(reference, dd.DataFrame):
+        raise InvalidArgumentError(
+            f"reference must be a Dask DataFrame, not a {type(reference).__name__}: for one of pandas, "
+            "dd.from_pandas(reference, npartitions=1)."
+        )
+    of_reference = replace(columns, id=reference_id_field)
+    # Before a fit, which takes longer than to see that a column is not there.
+    check_rows(ddf, columns, options)
+    check_rows(reference, of_reference, options)
+    queries, candidates = ddf, reference
+    if _are_clustered(ddf, reference, columns, n_clusters is None and centroids is None, n_probe, fit):
+        _check_clustered(queries, columns, options)
+        _check_clustered(candidates, of_reference, options)
+    else:
+        kmeans = KMeansOptions(**fit)
+        if centroids is None:
+            centroids = fit_to_sample(reference, of_reference, n_clusters, kmeans, options)
+            if n_clusters is None:
+                n_probe = min(n_probe, len(check_centroids(centroids).distinct))
+        queries = cluster(ddf, columns, n_clusters, centroids, n_probe, kmeans, options)
+        candidates = cluster(reference, of_reference, n_clusters, centroids, 1, kmeans, options)
+    with_secondary = has_secondary(queries._meta, columns)
+    own = [columns.own_cluster] if with_secondary else []
+    if has_secondary(candidates._meta, columns):
+        candidates = candidates[candidates[columns.cluster] == candidates[columns.own_cluster]]
+    aligned = align_both(
+        queries[[columns.id, columns.embedding, columns.cluster, *own]],
+        candidates[[reference_id_field, columns.embedding, columns.cluster]],
+        columns.cluster,
+    )
+    scores = new_collection(AgainstScores(*aligned, columns, reference_id_field, options))
+    if with_secondary:
+        scores = new_collection(BestOfProbes(align(scores, columns.cluster), columns))
+    return scores if eps is None else find_duplicates(scores, eps)
+
+
+def check_rows(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:
+    """Raise unless a frame has ids and embeddings, of dtypes that can hold them."""
+    columns.require(unique_columns(ddf), "id", "embedding")
+    columns.check_dtypes(ddf._meta, "id", "embedding", embedding_dim=options.embedding_dim)
+
+
+def _check_clustered(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:
+    """Raise unless a frame has ids, embeddings and clusters, of dtypes that can hold them."""
+    check_rows(ddf, columns, options)
+    if columns.cluster not in ddf.columns:
+        raise no_cluster_column(columns.cluster, "the frame", ddf.columns)
+    columns.require(ddf.columns, "cluster")
+    columns.check_dtypes(ddf._meta, "cluster")
+
+
+def _are_clustered(
+    ddf: dd.DataFrame, reference: dd.DataFrame, columns: Columns, as_they_are: bool, n_probe: int, fit: dict[str, Any]
+) -> bool:
+    """Return whether the clusters of both frames are used as they are, and not made by k-means."""
+    have_clusters = [columns.cluster in frame.columns for frame in (ddf, reference)]
+    if not as_they_are or not any(have_clusters):
+        return False
+    if not all(have_clusters):
+        raise ClusterError(
+            f"Only one of the two frames has a cluster column {columns.cluster!r}. Pass the centroids of its clusters "
+            "as `centroids`, or n_clusters to cluster both anew."
+        )
+    if unused := [*(["n_probe"] if n_probe != 1 else []), *fit]:
+        raise InvalidArgumentError(
+            f"Both frames have clusters, which k-means would replace: {', '.join(unused)} would mean nothing. Pass the "
+            "centroids too, or cluster with these arguments."
+        )
+    return True

@@ -20,7 +20,7 @@ import dask_semdedup
 from dask_semdedup import cli
 from dask_semdedup.accessor import SemDedupAccessor
 from dask_semdedup.cli.steps import MANIFEST
-from tests.cli.test_pairwise import assert_one_line
+from tests.data import assert_one_line
 
 ROWS, COPIES = 200, 20
 STEPS = ["clusters", "deduplicated", "duplicates", "report", "scores"]

@@ -566,13 +566,13 @@ def _check(files: list[list[str]], size: int, choose: Any) -> None:
 
 
 @settings(max_examples=30)
-@given(_files(), st.sampled_from([1, 30, 1000]), st.data())
+@given(_files(), st.sampled_from([10, 30, 1000]), st.data())
 def test_any_objects_are_read_as_python_reads_them(files: list[list[str]], size: int, data: st.DataObject) -> None:
     _check(files, size, lambda names: data.draw(st.lists(st.sampled_from(names), unique=True)) if names else [])
 
 
 @settings(max_examples=30)
-@given(_files(), st.sampled_from([1, 30, 1000]), st.data())
+@given(_files(), st.sampled_from([10, 30, 1000]), st.data())
 def test_any_objects_beyond_the_sample_are_read_or_named(
     files: list[list[str]], size: int, data: st.DataObject
 ) -> None:

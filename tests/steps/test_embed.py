@@ -240,9 +240,11 @@ def test_sample_has_distinct_texts(sample: pd.DataFrame) -> None:
 
 
 def test_near_duplicates_among_the_descriptions_are_of_one_family(sample: pd.DataFrame) -> None:
-    embedded = dd.from_pandas(sample, npartitions=3).semdedup.embed(model=MODEL, device="cpu").assign(centroid=0)
+    # Short texts are embedded soon; the notebook takes all.
+    short = sample.loc[sample["text"].str.len().nsmallest(300).index]
+    embedded = dd.from_pandas(short, npartitions=3).semdedup.embed(model=MODEL, device="cpu").assign(centroid=0)
     scores = embedded.semdedup.pairwise(which_to_keep="random")
     duplicates = scores.semdedup.duplicates(eps=0.05).compute(scheduler="threads")
-    assert 100 < len(duplicates) < 300
+    assert 30 < len(duplicates) < 100
     families = [ids.str.extract(r"^([a-z]+)")[0] for ids in (duplicates["id"], duplicates["max_id"])]
     assert (families[0] == families[1]).mean() > 0.95

@@ -31,69 +31,9 @@ from dask_semdedup import (
 from dask_semdedup.io import fragments, reader
 from dask_semdedup.lazy.alignment import is_aligned
 from dask_semdedup.lazy.expressions import ScoresOfFiles
-from tests import oracle
-from tests.strategies import STR
+from tests.data import GOLDEN, by_cluster, expected_scores, make_frame, write_layout
 
 WIDTH = 8
-GOLDEN = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3], [1, 2, 3]], dtype=np.float32)
-
-
-def arrow_lists(rows: np.ndarray) -> pd.api.extensions.ExtensionArray:
-    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
-    lists = pa.ListArray.from_arrays(offsets, pa.array(rows.ravel()))
-    return pd.array(lists, dtype=pd.ArrowDtype(lists.type))
-
-
-@pytest.fixture
-def golden() -> pd.DataFrame:
-    unit = GOLDEN / np.linalg.norm(GOLDEN, axis=1, keepdims=True)
-    return pd.DataFrame(
-        {
-            "id": range(6),
-            "embeddings": arrow_lists(unit),
-            "centroid": 0,
-            "cosine_dist_to_cent": 1 - unit @ unit[0],
-            "l2_dist_to_cent": np.linalg.norm(unit - unit[0], axis=1),
-            "custom_score": [0.1, 0.8, 0.3, 0.9, 0.2, 0.15],
-            "priority": [3, 1, 2, 1, 3, 2],
-        }
-    )
-
-
-def make_frame(seed: int = 0, clusters: int = 9, max_rows: int = 30) -> pd.DataFrame:
-    """Random documents in random order, with exact duplicates among them and ties in their distances."""
-    rng = np.random.default_rng(seed)
-    centroid = np.repeat(np.arange(clusters) * 3, rng.integers(1, max_rows + 1, clusters))
-    rows = rng.standard_normal((len(centroid), WIDTH)).astype(np.float32)
-    copies = rng.integers(len(rows), size=len(rows) // 3)
-    rows[copies] = rows[np.maximum(copies - 1, 0)]
-    frame = pd.DataFrame(
-        {
-            "id": rng.permutation(10 * len(rows))[: len(rows)],
-            "embeddings": arrow_lists(rows),
-            "centroid": centroid,
-            "cosine_dist_to_cent": rng.integers(0, 20, len(rows)) / np.float32(16),
-            "text": pd.Series("not needed", range(len(rows)), STR),
-        }
-    )
-    return frame.sample(frac=1, random_state=seed, ignore_index=True)
-
-
-def expected_scores(frame: pd.DataFrame) -> pd.DataFrame:
-    """What ``which_to_keep="hard"`` must give, by the float64 oracle."""
-    ranked = frame.sort_values(
-        ["centroid", "cosine_dist_to_cent", "id"], ascending=[True, False, False], ignore_index=True
-    )
-    segments = np.append(np.flatnonzero(~ranked.centroid.duplicated()), len(ranked))
-    scores, index = oracle.nearest_earlier(np.array(ranked.embeddings.to_list()), segments)
-    return pd.DataFrame(
-        {
-            "id": ranked.id,
-            "max_id": ranked.id.to_numpy()[index],
-            "cosine_sim_score": scores.astype(np.float32),
-            "centroid": ranked.centroid,
-        }
-    )
 
 
 def assert_scores(scores: dd.DataFrame, expected: pd.DataFrame) -> None:
@@ -104,15 +44,6 @@ def assert_scores(scores: dd.DataFrame, expected: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(computed, expected, rtol=0, atol=2e-6)
     held = [set(frame.centroid) for frame in frames]
     assert sum(map(len, held)) == len(set().union(*held))
-
-
-def write_layout(frame: pd.DataFrame, root: Path, files: int = 2) -> Path:
-    for cluster, rows in frame.groupby("centroid"):
-        folder = root / f"centroid={cluster}"
-        folder.mkdir(parents=True)
-        for part in range(files):
-            rows[part::files].drop(columns="centroid").to_parquet(folder / f"part.{part}.parquet", index=False)
-    return root
 
 
 def shuffles(ddf: dd.DataFrame) -> list[object]:
@@ -131,7 +62,6 @@ class TestGolden:
     )
     def test_which_to_keep(
         self,
-        golden: pd.DataFrame,
         npartitions: int,
         sim_metric: str,
         which_to_keep: str,
@@ -139,10 +69,7 @@ class TestGolden:
         max_ids: list[int],
         scores: list[float],
     ) -> None:
-        # The three copies tie, up to the rounding that their distances were computed with.
-        golden["cosine_dist_to_cent"] = golden["cosine_dist_to_cent"].round(6)
-        golden["l2_dist_to_cent"] = golden["l2_dist_to_cent"].round(6)
-        ddf = dd.from_pandas(golden, npartitions=npartitions)
+        ddf = dd.from_pandas(GOLDEN, npartitions=npartitions)
         computed = ddf.semdedup.pairwise(which_to_keep=which_to_keep, sim_metric=sim_metric).compute()
         assert computed.columns.to_list() == ["id", "max_id", "cosine_sim_score", "centroid"]
         assert computed.id.to_list() == ids
@@ -156,15 +83,13 @@ class TestGolden:
             (["priority", "custom_score"], [True, False], [3, 1, 2, 5, 4, 0]),
         ],
     )
-    def test_ranking_strategy(
-        self, golden: pd.DataFrame, columns: list[str], ascending: bool | list[bool], ids: list[int]
-    ) -> None:
+    def test_ranking_strategy(self, columns: list[str], ascending: bool | list[bool], ids: list[int]) -> None:
         strategy = RankingStrategy.metadata_based(columns, ascending)
-        scores = dd.from_pandas(golden, npartitions=2).semdedup.pairwise(ranking_strategy=strategy)
+        scores = dd.from_pandas(GOLDEN, npartitions=2).semdedup.pairwise(ranking_strategy=strategy)
         assert scores.compute().id.to_list() == ids
 
-    def test_duplicates(self, golden: pd.DataFrame) -> None:
-        scores = dd.from_pandas(golden, npartitions=2).semdedup.pairwise(which_to_keep="easy")
+    def test_duplicates(self) -> None:
+        scores = dd.from_pandas(GOLDEN, npartitions=2).semdedup.pairwise(which_to_keep="easy")
         assert sorted(scores.semdedup.duplicates(eps=1e-4).id.compute()) == [4, 5]
         assert sorted(scores.semdedup.duplicates(eps=1e-3).id.compute()) == [3, 4, 5]
 
@@ -181,7 +106,7 @@ class TestAnswers:
     @pytest.mark.parametrize("files", [1, 3])
     def test_read_clusters(self, tmp_path: Path, partition_size: int | str, files: int) -> None:
         frame = make_frame(1)
-        ddf = read_clusters(write_layout(frame, tmp_path, files), partition_size=partition_size)
+        ddf = read_clusters(write_layout(tmp_path, by_cluster(frame, files)), partition_size=partition_size)
         assert_scores(ddf.semdedup.pairwise(), expected_scores(frame))
 
     def test_plain_parquet_in_any_order(self, tmp_path: Path) -> None:
@@ -205,7 +130,7 @@ class TestAnswers:
 
     def test_random_depends_on_seed_and_ids_alone(self, tmp_path: Path) -> None:
         frame = make_frame(4)
-        from_files = read_clusters(write_layout(frame, tmp_path), partition_size=1)
+        from_files = read_clusters(write_layout(tmp_path, by_cluster(frame)), partition_size=1)
         from_memory = dd.from_pandas(frame[::-1].reset_index(drop=True), npartitions=3, sort=False)
         arguments = {"which_to_keep": "random", "random_seed": 7}
         first, second = (ddf.semdedup.pairwise(**arguments).compute() for ddf in (from_files, from_memory))
@@ -244,7 +169,7 @@ class TestLaziness:
         self, tmp_path: Path, reads: list[tuple[str, list[str]]]
     ) -> None:
         frame = make_frame(6)
-        scores = read_clusters(write_layout(frame, tmp_path)).semdedup.pairwise()
+        scores = read_clusters(write_layout(tmp_path, by_cluster(frame))).semdedup.pairwise()
         duplicates = scores.semdedup.duplicates()
         duplicates.optimize().__dask_graph__()
         assert reads == []
@@ -253,7 +178,7 @@ class TestLaziness:
         assert all(names == ["id", "embeddings", "cosine_dist_to_cent"] for _, names in reads)
 
     def test_projection_reaches_the_reader(self, tmp_path: Path) -> None:
-        ddf = read_clusters(write_layout(make_frame(6), tmp_path), partition_size=1)
+        ddf = read_clusters(write_layout(tmp_path, by_cluster(make_frame(6))), partition_size=1)
         needed = ["id", "embeddings", "cosine_dist_to_cent", "centroid"]
         for query, columns in [
             (ddf.semdedup.pairwise(), needed),
@@ -269,7 +194,7 @@ class TestLaziness:
 
     def test_aligned_frames_are_not_shuffled_and_others_are(self, tmp_path: Path) -> None:
         frame = make_frame(7)
-        aligned = read_clusters(write_layout(frame, tmp_path), partition_size=1)
+        aligned = read_clusters(write_layout(tmp_path, by_cluster(frame)), partition_size=1)
         unaligned = dd.from_pandas(frame, npartitions=3)
         assert not shuffles(aligned.semdedup.pairwise())
         assert not shuffles(aligned[aligned.id > 3].semdedup.pairwise())
@@ -280,7 +205,7 @@ class TestLaziness:
     def test_scores_say_that_they_are_aligned(self, tmp_path: Path) -> None:
         frame = make_frame(7)
         for ddf in (
-            read_clusters(write_layout(frame, tmp_path), partition_size=1),
+            read_clusters(write_layout(tmp_path, by_cluster(frame)), partition_size=1),
             dd.from_pandas(frame, npartitions=3),
         ):
             scores = ddf.semdedup.pairwise()
@@ -292,7 +217,7 @@ class TestLaziness:
 
     def test_scores_merge_by_cluster(self, tmp_path: Path) -> None:
         frame = make_frame(7)
-        scores = read_clusters(write_layout(frame, tmp_path), partition_size=1).semdedup.pairwise()
+        scores = read_clusters(write_layout(tmp_path, by_cluster(frame)), partition_size=1).semdedup.pairwise()
         names = pd.DataFrame({"centroid": frame.centroid.unique()}).assign(
             name=lambda table: "c" + table.centroid.map(str)
         )
@@ -301,14 +226,14 @@ class TestLaziness:
         assert (merged.name == "c" + merged.centroid.map(str)).all()
 
     def test_read_and_search_are_one_task(self, tmp_path: Path) -> None:
-        ddf = read_clusters(write_layout(make_frame(8), tmp_path), partition_size=1)
+        ddf = read_clusters(write_layout(tmp_path, by_cluster(make_frame(8))), partition_size=1)
         assert len(ddf.semdedup.pairwise().optimize().__dask_graph__()) == ddf.npartitions == 9
 
     def test_partitions_and_pickling(self, tmp_path: Path) -> None:
         from distributed.protocol import deserialize, serialize
 
         frame = make_frame(8)
-        scores = read_clusters(write_layout(frame, tmp_path), partition_size=1).semdedup.pairwise()
+        scores = read_clusters(write_layout(tmp_path, by_cluster(frame)), partition_size=1).semdedup.pairwise()
         assert set(scores.partitions[2:4].centroid.compute()) == {6, 9}
         copy = deserialize(*serialize(scores, serializers=["pickle"]))
         assert copy._name == scores._name
@@ -462,7 +387,7 @@ class TestCudf:
     def test_read_clusters(self, tmp_path: Path, partition_size: int | str) -> None:
         cudf = pytest.importorskip("cudf")
         frame = make_frame(10)
-        path = write_layout(frame, tmp_path)
+        path = write_layout(tmp_path, by_cluster(frame))
         scores = read_clusters(path, backend="cudf", partition_size=partition_size).semdedup.pairwise()
         assert isinstance(scores._meta, cudf.DataFrame)
         assert not shuffles(scores)

@@ -28,10 +28,7 @@ from dask_semdedup.stages import PairwiseStage
 from dask_semdedup.steps.kmeans import check_centroids, kmeans_meta, kmeans_partition
 from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
-from tests.frames.test_embeddings import ORDER, ROWS
-from tests.lazy.test_visits import with_visits
-from tests.steps.test_pairwise import GOLDEN, run
-from tests.test_stages import check_hard, write_layout
+from tests.data import GOLDEN, ORDER, ROWS, check_hard, run, with_visits, write_layout
 
 pytestmark = pytest.mark.gpu
 ELEMENTS = [pa.float32(), pa.float64(), pa.uint16(), pa.int16()]

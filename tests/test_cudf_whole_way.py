@@ -11,7 +11,7 @@ import pytest
 from dask_semdedup import IdError, InvalidArgumentError, read_clusters
 from dask_semdedup.frames.backend import is_cudf
 from dask_semdedup.steps.groups import resolve_groups
-from tests.frames.test_embeddings import arrow_lists
+from tests.data import arrow_lists
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dask_semdedup
@@ -370,15 +370,16 @@ def any_type() -> st.SearchStrategy[pa.DataType]:
     return st.sampled_from(LEAVES) | inner.map(pa.list_) | structs
 
 
+@settings(max_examples=20)
 @given(st.data())
 def test_columns_come_out_as_they_went_in(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """The Arrow type, the metadata, and the values to the last bit, of every type that Parquet holds."""
     folder = tmp_path_factory.mktemp("carried")
-    column = data.draw(any_type().flatmap(lambda type_: columns_of(type_, 3)))
-    field = pa.field("x", column.type, metadata={"label": "of the field"})
-    table = (
-        documents().append_column(field, column).replace_schema_metadata({"huggingface": '{"info": 1}', "geo": "{}"})
-    )
+    table = documents().replace_schema_metadata({"huggingface": '{"info": 1}', "geo": "{}"})
+    columns = any_type().flatmap(lambda type_: columns_of(type_, 3))
+    for number, column in enumerate(data.draw(st.lists(columns, min_size=1, max_size=10))):
+        field = pa.field(f"x{number}", column.type, metadata={"label": "of the field"})
+        table = table.append_column(field, column)
     write_parts(folder / "in", table)
     before = pq.read_table(folder / "in" / "0.parquet")
     read_table(folder / "in").semdedup.deduplicate(0.01, 1).semdedup.to_parquet(folder / "out")

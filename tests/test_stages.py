@@ -39,8 +39,8 @@ from dask_semdedup.stages import (
     pairwise_cosine_similarity_batched,
 )
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
+from tests.data import GOLDEN, NORMED, check_hard, write_layout
 from tests.oracle import assert_nearest_earlier
-from tests.steps.test_pairwise import GOLDEN, NORMED
 from tests.strategies import rows_and_segments
 
 HARD = make_strategy("hard")
@@ -53,15 +53,6 @@ def golden(tmp_path) -> Path:
     return write_layout(tmp_path / "input", {0: [GOLDEN[:2], GOLDEN[2:]], 10: [GOLDEN], 9: [GOLDEN[:1]]})
 
 
-def write_layout(root: Path, layout: dict, **kwargs) -> Path:
-    for cluster, frames in layout.items():
-        folder = root / f"centroid={cluster}"
-        folder.mkdir(parents=True)
-        for number, frame in enumerate(frames):
-            frame.drop(columns="centroid").to_parquet(folder / f"part.{number}.parquet", index=False, **kwargs)
-    return root
-
-
 def similarity(output: Path | str, ranking: RankingStrategy = HARD, **arguments) -> PairwiseCosineSimilarityStage:
     return PairwiseCosineSimilarityStage("id", "embeddings", str(output), ranking, **arguments)
 
@@ -69,15 +60,6 @@ def similarity(output: Path | str, ranking: RankingStrategy = HARD, **arguments)
 def task(cluster=0, files=(), **metadata) -> FileGroupTask:
     metadata = {"centroid_id": cluster, "filetype": "parquet"} | metadata
     return FileGroupTask("docs", [str(file) for file in files], _metadata=metadata, task_id=f"task-{cluster}")
-
-
-def check_hard(path: str) -> None:
-    scores = pd.read_parquet(path)
-    assert list(scores.columns) == ["id", "max_id", "cosine_sim_score"]
-    assert scores["id"].tolist() == [3, 2, 1, 5, 4, 0]
-    assert scores["max_id"].tolist() == [3, 3, 2, 1, 5, 5]
-    np.testing.assert_allclose(scores["cosine_sim_score"], [0, 0.99961, 0.99819, 0.974631, 1, 1], atol=2e-5)
-    assert scores["cosine_sim_score"].dtype == np.float32
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from distributed import LocalCluster
 
 from dask_semdedup import cli
-from tests.cli.test_pairwise import assert_one_line
+from tests.data import assert_one_line
 
 FILES = ["clusters.png", "duplicates.png", "histogram.png", "index.html"]
 

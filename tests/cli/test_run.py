@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import dask_semdedup
 from dask_semdedup import cli
 from dask_semdedup.accessor import SemDedupAccessor
 from dask_semdedup.cli.steps import MANIFEST
-from tests.cli.test_pairwise import assert_one_line
+from tests.data import assert_one_line
 
 ROWS, COPIES = 200, 20
 STEPS = ["clusters", "deduplicated", "duplicates", "report", "scores"]
@@ -49,9 +50,27 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a raw file and of what a run has made of it."""
+    folder = tmp_path_factory.mktemp("finished")
+    pq.write_table(table(), folder / "raw.parquet", row_group_size=50)
+    arguments = ["run", folder / "raw.parquet", folder / "out", *OPTIONS]
+    result = CliRunner().invoke(cli.main, list(map(str, arguments)))
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def finished(finished_run: Path, tmp_path: Path) -> Path:
+    """The raw file of a run whose output is there, for this test to change."""
+    shutil.copytree(finished_run / "out", tmp_path / "out")
+    return finished_run / "raw.parquet"
+
+
 @pytest.fixture
 def invoke(tmp_path: Path) -> Callable[..., Result]:
-    def run(source: Path, *options: object) -> Result:
+    def run(source: Path | str, *options: object) -> Result:
         arguments = ["run", source, tmp_path / "out", *OPTIONS, *options]
         return CliRunner().invoke(cli.main, list(map(str, arguments)))
 
@@ -178,21 +197,19 @@ def test_texts_are_embedded_first(
 # --- Steps that are used again ---------------------------------------------------------------------------------------
 
 
-def test_the_same_run_makes_nothing(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    invoke(source)
+def test_the_same_run_makes_nothing(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     before = tokens(tmp_path)
-    result = invoke(source)
+    result = invoke(finished)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("reused") == len(STEPS)
     assert tokens(tmp_path) == before
 
 
 def test_another_eps_uses_clusters_and_scores_again(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result]
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
-    invoke(source)
     before = tokens(tmp_path)
-    result = invoke(source, "--eps", "0.9")
+    result = invoke(finished, "--eps", "0.9")
     assert result.exit_code == 0, result.stderr
     assert redone(before, tokens(tmp_path)) == ["deduplicated", "duplicates", "report"]
     assert result.stdout.count("reused") == 2
@@ -210,24 +227,22 @@ def test_another_eps_uses_clusters_and_scores_again(
     ],
 )
 def test_costly_steps_are_redone_on_request_only(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object], step: str, words: list[str]
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object], step: str, words: list[str]
 ) -> None:
-    invoke(source)
     before = tokens(tmp_path)
-    result = invoke(source, *options)
+    result = invoke(finished, *options)
     assert result.exit_code == 2
     assert_one_line(result.stderr, f"{step}/", *words)
     assert tokens(tmp_path) == before
-    result = invoke(source, *options, "--from", step)
+    result = invoke(finished, *options, "--from", step)
     assert result.exit_code == 0, result.stderr
     following = [name for name in STEPS if name != "clusters" or step == "clusters"]
     assert redone(before, tokens(tmp_path)) == following
 
 
-def test_overwrite_makes_all_anew(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    invoke(source)
+def test_overwrite_makes_all_anew(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     before = tokens(tmp_path)
-    assert invoke(source, "--overwrite").exit_code == 0
+    assert invoke(finished, "--overwrite").exit_code == 0
     assert redone(before, tokens(tmp_path)) == STEPS
 
 
@@ -255,9 +270,8 @@ def test_a_failed_step_leaves_those_before_it(
 
 
 def test_what_follows_a_step_made_anew_is_made_anew_later(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    invoke(source)
     before = tokens(tmp_path)
 
     def fail(*_: object, **__: object) -> None:
@@ -265,20 +279,19 @@ def test_what_follows_a_step_made_anew_is_made_anew_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(SemDedupAccessor, "pairwise", fail)
-        assert_one_line(invoke(source, "--from", "clusters").stderr, "the disk is full")
+        assert_one_line(invoke(finished, "--from", "clusters").stderr, "the disk is full")
     assert redone(before, tokens(tmp_path)) == ["clusters"]
-    assert invoke(source).exit_code == 0
+    assert invoke(finished).exit_code == 0
     assert redone(before, tokens(tmp_path)) == STEPS
 
 
-@pytest.mark.parametrize("spelling", ["{}/raw.parquet", "./raw.parquet", "file://{}/raw.parquet"])
 def test_input_is_known_by_any_name(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, spelling: str
+    finished: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    invoke(source)
-    result = invoke(Path(spelling.format(tmp_path)) if "://" not in spelling else spelling.format(tmp_path))
-    assert result.stdout.count("reused") == len(STEPS), result.output
+    monkeypatch.chdir(finished.parent)
+    for name in (finished, "./raw.parquet", f"file://{finished}"):
+        result = invoke(name)
+        assert result.stdout.count("reused") == len(STEPS), result.output
 
 
 @pytest.mark.parametrize("step", ["scores", "duplicates"])
@@ -425,22 +438,20 @@ def test_output_may_be_a_link(source: Path, tmp_path: Path, invoke: Callable[...
     assert "scores" in redone(before, tokens(tmp_path))
 
 
-def test_files_of_others_are_no_loss(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    invoke(source)
+def test_files_of_others_are_no_loss(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     (tmp_path / "out" / "report" / "notes.txt").write_text("mine")
-    assert invoke(source).stdout.count("reused") == len(STEPS)
+    assert invoke(finished).stdout.count("reused") == len(STEPS)
     assert (tmp_path / "out" / "report" / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("name", ["report/.DS_Store", "scores/.ipynb_checkpoints/a-checkpoint.parquet", ".DS_Store"])
 def test_what_systems_leave_in_folders_is_no_reason_to_stop(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], name: str
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
-    invoke(source)
-    litter = tmp_path / "out" / name
-    litter.parent.mkdir(exist_ok=True)
-    litter.touch()
-    assert invoke(source, "--overwrite").exit_code == 0
+    for name in ("report/.DS_Store", "scores/.ipynb_checkpoints/a-checkpoint.parquet", ".DS_Store"):
+        litter = tmp_path / "out" / name
+        litter.parent.mkdir(exist_ok=True)
+        litter.touch()
+    assert invoke(finished, "--overwrite").exit_code == 0
 
 
 def test_a_log_may_be_where_the_run_works(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
@@ -450,58 +461,58 @@ def test_a_log_may_be_where_the_run_works(source: Path, tmp_path: Path, invoke: 
 
 
 @pytest.mark.parametrize("options", [["--eps", 0.9], ["--overwrite"]])
-@pytest.mark.parametrize(
-    "name", ["report/notes.txt", "deduplicated/joined.parquet", "duplicates/.notes", "duplicates/mine/part.0.parquet"]
-)
 def test_files_of_others_are_not_lost(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object], name: str
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object]
 ) -> None:
-    invoke(source)
-    before, mine = tokens(tmp_path), tmp_path / "out" / name
-    mine.parent.mkdir(exist_ok=True)
-    mine.write_text("the only copy")
-    result = invoke(source, *options)
-    assert result.exit_code == 2
-    assert_one_line(result.stderr, mine.name, "would be lost")
-    assert MANIFEST not in result.stderr
-    assert mine.read_text() == "the only copy"
-    assert tokens(tmp_path) == before
-    mine.unlink()
-    assert invoke(source, *options).exit_code == 0
+    before = tokens(tmp_path)
+    for name in (
+        "report/notes.txt",
+        "deduplicated/joined.parquet",
+        "duplicates/.notes",
+        "duplicates/mine/part.0.parquet",
+    ):
+        mine = tmp_path / "out" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("the only copy")
+        result = invoke(finished, *options)
+        assert result.exit_code == 2
+        assert_one_line(result.stderr, mine.name, "would be lost")
+        assert MANIFEST not in result.stderr
+        assert mine.read_text() == "the only copy"
+        assert tokens(tmp_path) == before
+        mine.unlink()
+    assert invoke(finished, *options).exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "centroid=0/mine.parquet", "scores.parquet"])
 def test_files_of_others_among_clusters_are_not_lost(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], name: str
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result], name: str
 ) -> None:
-    invoke(source)
     (tmp_path / "out" / "clusters" / name).write_text("the only copy")
-    assert_one_line(invoke(source, "--overwrite").stderr, "not of this step", name)
+    assert_one_line(invoke(finished, "--overwrite").stderr, "not of this step", name)
     assert (tmp_path / "out" / "clusters" / name).exists()
 
 
-def test_no_file_of_a_step_is_in_its_way(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    invoke(source)
+def test_no_file_of_a_step_is_in_its_way(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     (tmp_path / "out" / "report" / "index.html").unlink()
-    assert invoke(source).exit_code == 0
+    assert invoke(finished).exit_code == 0
     assert (tmp_path / "out" / "report" / "index.html").exists()
     (tmp_path / "out" / "report" / "index.html").write_text("my own page")
-    result = invoke(source, "--overwrite")
+    result = invoke(finished, "--overwrite")
     assert_one_line(result.stderr, "not a report", "index.html")
     assert "png" not in result.stderr
 
 
-def test_a_report_of_its_own_makes_way(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+def test_a_report_of_its_own_makes_way(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     """`report` takes the place of a run's page, and the next run that of `report`'s."""
-    invoke(source)
     page, arguments = tmp_path / "out" / "report" / "index.html", ["report", str(tmp_path / "out" / "scores")]
-    arguments += ["--data", str(source), "--text-field", "text"]
+    arguments += ["--data", str(finished), "--text-field", "text"]
     assert_one_line(CliRunner().invoke(cli.main, arguments).stderr, "--overwrite")
     result = CliRunner().invoke(cli.main, [*arguments, "--overwrite"])
     assert result.exit_code == 0, result.stderr
     assert not (page.parent / MANIFEST).exists()
     assert "text 1" in page.read_text()
-    result = invoke(source)
+    result = invoke(finished)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("reused") == len(STEPS) - 1
     assert "text 1" not in page.read_text()

@@ -27,8 +27,7 @@ from dask_semdedup.curator import ClusterWiseFilePartitioningStage, PairwiseCosi
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.lazy.clusters import read_clusters
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
-from tests.steps.test_pairwise import GOLDEN
-from tests.test_stages import check_hard, write_layout
+from tests.data import GOLDEN, check_hard, write_layout
 
 RANKING = "nemo_curator.stages.deduplication.semantic.ranking"
 

@@ -22,7 +22,7 @@ from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.errors import ClusterError
 from dask_semdedup.io import cudf_reader, fragments, reader
 from dask_semdedup.steps import pairwise
-from tests.steps.test_pairwise import GOLDEN, run
+from tests.data import GOLDEN, run
 
 GIB = 1 << 30
 

@@ -21,7 +21,7 @@ from dask_semdedup import search
 from dask_semdedup.device import devices, queues, sharing
 from dask_semdedup.search import streaming
 from dask_semdedup.steps import pairwise
-from tests.steps.test_pairwise import GOLDEN, run
+from tests.data import GOLDEN, run
 
 
 @pytest.mark.parametrize(

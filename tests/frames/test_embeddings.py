@@ -12,52 +12,8 @@ from dask_semdedup.errors import EmbeddingError
 from dask_semdedup.frames import embeddings
 from dask_semdedup.frames.backend import array_like, tensor_like
 from dask_semdedup.frames.embeddings import check_embedding_dtype, to_tensor
+from tests.data import LAYOUTS, ORDER, ROWS, arrow_lists, arrow_series, fixed_size, objects
 from tests.strategies import STR
-
-# Numbers that every accepted element type holds exactly.
-ROWS = np.array([[1.0, -2.0, 0.5], [0.25, 4.0, -8.0], [0.0, 0.0, 0.0], [3.0, 1.0, 1.0]])
-
-
-def arrow_series(chunks: list, arrow_type: pa.DataType) -> pd.Series:
-    chunked = pa.chunked_array([pa.array(chunk, arrow_type) for chunk in chunks], arrow_type)
-    return pd.Series(pd.arrays.ArrowExtensionArray(chunked))
-
-
-def arrow_lists(rows: np.ndarray, element: pa.DataType, kind=pa.list_) -> pd.Series:
-    values = rows.astype(np.float16).view(np.uint16) if element == pa.uint16() else rows
-    return arrow_series([[list(row) for row in values.astype(element.to_pandas_dtype())]], kind(element))
-
-
-def fixed_size(element: pa.DataType) -> pa.DataType:
-    return pa.list_(element, ROWS.shape[1])
-
-
-def objects(rows) -> pd.Series:
-    column = pd.Series([None] * len(rows), dtype=object)
-    column[:] = rows
-    return column
-
-
-LAYOUTS = {
-    **{
-        f"{kind.__name__}<{element}>": arrow_lists(ROWS, element, kind)
-        for kind in (pa.list_, pa.large_list, fixed_size)
-        for element in (pa.float16(), pa.float32(), pa.float64(), pa.uint16())
-    },
-    "several chunks": arrow_series([ROWS[:1].tolist(), [], ROWS[1:].tolist()], pa.list_(pa.float32())),
-    "several chunks, float64": arrow_series([ROWS[:3].tolist(), ROWS[3:].tolist()], pa.list_(pa.float64())),
-    "slice": arrow_lists(np.tile(ROWS, (3, 1)), pa.float32()).iloc[4:8],
-    "slice of fixed size": arrow_lists(np.tile(ROWS, (3, 1)), pa.float32(), fixed_size).iloc[4:8],
-    "slice over chunks": arrow_series([ROWS[2:].tolist()] + [ROWS.tolist()] * 2, pa.list_(pa.float32())).iloc[2:6],
-    "lists": objects(ROWS.tolist()),
-    "tuples": objects([tuple(row) for row in ROWS.tolist()]),
-    "lists of NumPy numbers": objects([list(row) for row in ROWS]),
-    "lists and arrays": objects([ROWS[0], ROWS[1].tolist(), tuple(ROWS[2]), ROWS[3].astype(np.float32)]),
-    **{f"arrays of {code}": objects(list(ROWS.astype(code))) for code in ("f2", "f4", "f8", ">f4")},
-    "arrays of float16 bits": objects(list(ROWS.astype(np.float16).view(np.uint16))),
-    "strided arrays": objects(list(np.repeat(ROWS, 2, axis=1)[:, ::2])),
-}
-ORDER = np.array([2, 0, 3, 1])
 
 
 @pytest.mark.parametrize("column", LAYOUTS.values(), ids=LAYOUTS)

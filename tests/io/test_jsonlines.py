@@ -27,7 +27,7 @@ from dask_semdedup.io import jsonlines
 from dask_semdedup.io.folder_keys import keys_below
 from dask_semdedup.io.jsonlines import Block, read_json, rows_before
 from dask_semdedup.lazy.tables import read_table
-from tests.lazy.test_tables import ROWS, write_json
+from tests.data import RECORDS, write_json
 
 
 def zstd(text: bytes) -> bytes:
@@ -50,12 +50,12 @@ def first_line_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
 @pytest.mark.parametrize("partition_size", ["1MiB", "300B", "7B"])
 def test_json_lines_are_read_once_each(tmp_path: Path, name: str, partition_size: str) -> None:
-    write_json(tmp_path / name, ROWS, compress=name.endswith(".gz"))
+    write_json(tmp_path / name, RECORDS, compress=name.endswith(".gz"))
     frame = read_table(tmp_path, partition_size=partition_size).compute()
-    assert frame["id"].tolist() == [row["id"] for row in ROWS]
-    assert frame["text"].tolist() == [row["text"] for row in ROWS]
+    assert frame["id"].tolist() == [row["id"] for row in RECORDS]
+    assert frame["text"].tolist() == [row["text"] for row in RECORDS]
     assert frame["embeddings"].dtype == pd.ArrowDtype(pa.list_(pa.float32()))
-    assert np.stack(frame["embeddings"].tolist()).tolist() == [row["embeddings"] for row in ROWS]
+    assert np.stack(frame["embeddings"].tolist()).tolist() == [row["embeddings"] for row in RECORDS]
 
 
 def test_meta_is_what_partitions_are(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_lines_that_are_not_of_a_kind_name_the_file(tmp_path: Path, text: str, m
 
 
 def test_truncated_gzip_names_the_file(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "bad.jsonl.gz", ROWS, compress=True)
+    path = write_json(tmp_path / "bad.jsonl.gz", RECORDS, compress=True)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ClusterError, match=r"bad\.jsonl\.gz"):
         read_table(tmp_path)
@@ -566,13 +566,13 @@ def _check(files: list[list[str]], size: int, choose: Any) -> None:
 
 
 @settings(max_examples=30)
-@given(_files(), st.sampled_from([1, 30, 1000]), st.data())
+@given(_files(), st.sampled_from([10, 30, 1000]), st.data())
 def test_any_objects_are_read_as_python_reads_them(files: list[list[str]], size: int, data: st.DataObject) -> None:
     _check(files, size, lambda names: data.draw(st.lists(st.sampled_from(names), unique=True)) if names else [])
 
 
 @settings(max_examples=30)
-@given(_files(), st.sampled_from([1, 30, 1000]), st.data())
+@given(_files(), st.sampled_from([10, 30, 1000]), st.data())
 def test_any_objects_beyond_the_sample_are_read_or_named(
     files: list[list[str]], size: int, data: st.DataObject
 ) -> None:

@@ -20,8 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from dask_semdedup import ClusterError, InvalidArgumentError, read_clusters
 from dask_semdedup.io import layout, write
 from dask_semdedup.lazy import writing
-from tests.lazy.test_kmeans import blobs, in_partitions
-from tests.test_accessor import arrow_lists
+from tests.data import arrow_lists, blobs, in_partitions
 
 
 @pytest.fixture

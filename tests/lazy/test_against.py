@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import dask_semdedup  # noqa: F401  (registers the accessor)
 from dask_semdedup import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.steps.against import against_meta, against_partition, best_of_probes
-from tests.frames.test_embeddings import arrow_lists
+from tests.data import arrow_lists
 from tests.strategies import seeds
 
 

@@ -35,37 +35,8 @@ from dask_semdedup.lazy import planning
 from dask_semdedup.lazy.alignment import align, is_aligned
 from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.planning import plan
+from tests.data import write_random_layout
 from tests.strategies import STR
-
-WIDTH = 4
-
-
-def cluster_table(cluster: int, rows: int, first_id: int) -> pa.Table:
-    rng = np.random.default_rng([cluster, first_id])
-    embeddings = rng.standard_normal((rows, WIDTH)).astype(np.float32)
-    return pa.table(
-        {
-            "id": np.arange(first_id, first_id + rows),
-            "embeddings": pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * WIDTH, embeddings.ravel()),
-            "cosine_dist_to_cent": rng.random(rows).astype(np.float32),
-            "text": pa.array([f"text {first_id + row}" for row in range(rows)], pa.string()),
-        }
-    )
-
-
-def write_layout(root: Path | str, sizes: dict[int | str, list[int]], **storage_options: object) -> pd.DataFrame:
-    """Write `sizes[k]` files for each cluster k; what they hold, in the order of clusters and files."""
-    fs, folder = fsspec.core.url_to_fs(str(root), **storage_options)
-    written, first_id = [], 0
-    for number, (cluster, files) in enumerate(sizes.items()):
-        fs.makedirs(f"{folder}/centroid={cluster}", exist_ok=True)
-        for part, rows in enumerate(files):
-            table = cluster_table(number, rows, first_id)
-            with fs.open(f"{folder}/centroid={cluster}/part.{part}.parquet", "wb") as file:
-                pq.write_table(table, file)
-            written.append(table.to_pandas().assign(centroid=cluster))
-            first_id += rows
-    return pd.concat(written).sort_values(["centroid", "id"], ignore_index=True)
 
 
 def partition_frames(ddf: dd.DataFrame) -> list[pd.DataFrame]:
@@ -110,7 +81,7 @@ def clusters_are_whole(ddf: dd.DataFrame, cluster_field: str = "centroid") -> bo
 
 @pytest.fixture
 def layout(tmp_path: Path) -> tuple[Path, pd.DataFrame]:
-    frame = write_layout(tmp_path / "in", {10: [3], 2: [4, 5], 0: [1], 7: [2, 1, 6], 1: [8]})
+    frame = write_random_layout(tmp_path / "in", {10: [3], 2: [4, 5], 0: [1], 7: [2, 1, 6], 1: [8]})
     return tmp_path / "in", frame
 
 
@@ -173,7 +144,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("many", [5, 12, 23])
     def test_dask_begins_with_giants(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int) -> None:
-        write_layout(tmp_path, {cluster: [2] for cluster in range(many)} | {1: [3000], 2: [2000]})
+        write_random_layout(tmp_path, {cluster: [2] for cluster in range(many)} | {1: [3000], 2: [2000]})
         ddf = read_clusters(tmp_path, columns=["id", "embeddings", "cosine_dist_to_cent", "centroid"], partition_size=1)
         read, begun = reader.read_fragment, []
 
@@ -295,14 +266,14 @@ class TestLayout:
         assert_same(ddf, layout[1])
 
     def test_clusters_that_are_not_integers_are_strings(self, tmp_path: Path) -> None:
-        expected = write_layout(tmp_path, {"b%20c": [2], "01": [1], "a": [1]})
+        expected = write_random_layout(tmp_path, {"b%20c": [2], "01": [1], "a": [1]})
         ddf = read_clusters(tmp_path, partition_size=1)
         assert ddf.dtypes["centroid"] == pd.StringDtype("pyarrow")
         assert_same(ddf, expected.replace({"centroid": {"b%20c": "b c"}}))
         assert clusters_are_whole(ddf)
 
     def test_the_folder_overrules_a_column_of_the_same_name(self, tmp_path: Path) -> None:
-        expected = write_layout(tmp_path, {3: [2]})
+        expected = write_random_layout(tmp_path, {3: [2]})
         path = tmp_path / "centroid=3/part.0.parquet"
         pq.write_table(pq.read_table(path, partitioning=None).append_column("centroid", [[8, 9]]), path)
         assert_same(read_clusters(tmp_path), expected)
@@ -351,7 +322,7 @@ class TestLayout:
         assert list(read_clusters(tmp_path).columns) == ["id", "centroid"]
 
     def test_the_innermost_folder_names_the_cluster(self, tmp_path: Path) -> None:
-        expected = write_layout(tmp_path / "centroid=9", {3: [2], 4: [1]})
+        expected = write_random_layout(tmp_path / "centroid=9", {3: [2], 4: [1]})
         assert_same(read_clusters(tmp_path), expected)
         odd = tmp_path / "centroid=9/centroid=4/centroid=5.parquet"
         (tmp_path / "centroid=9/centroid=4/part.0.parquet").rename(odd)
@@ -367,7 +338,7 @@ class TestLayout:
         assert_same(read_clusters(path), expected)
 
     def test_files_without_rows(self, tmp_path: Path) -> None:
-        expected = write_layout(tmp_path, {0: [0], 1: [2, 0]})
+        expected = write_random_layout(tmp_path, {0: [0], 1: [2, 0]})
         ddf = read_clusters(tmp_path, partition_size=1)
         assert_same(ddf, expected)
         assert len(ddf) == 2
@@ -392,7 +363,7 @@ class TestLayout:
         assert_same(read_clusters("in"), expected)
 
     def test_memory_filesystem(self) -> None:
-        expected = write_layout("memory://clusters/in", {4: [70_000, 2], 11: [3]})
+        expected = write_random_layout("memory://clusters/in", {4: [70_000, 2], 11: [3]})
         ddf = read_clusters("memory://clusters/in", partition_size=1)
         assert ddf.npartitions == 2
         assert_same(ddf[["id", "embeddings", "centroid"]], expected)
@@ -400,13 +371,13 @@ class TestLayout:
 
     def test_a_footer_longer_than_the_first_guess(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(footers, "FOOTER_GUESS", 16)
-        expected = write_layout("memory://guess/in", {4: [3]})
+        expected = write_random_layout("memory://guess/in", {4: [3]})
         assert_same(read_clusters("memory://guess/in"), expected)
         fsspec.filesystem("memory").rm("/guess", recursive=True)
 
     def test_file_names_do_not_order_results_by_time_of_listing(self, tmp_path: Path) -> None:
-        write_layout(tmp_path / "a", {0: [2, 3], 1: [1]})
-        write_layout(tmp_path / "b", {0: [2, 3], 1: [1]})
+        write_random_layout(tmp_path / "a", {0: [2, 3], 1: [1]})
+        write_random_layout(tmp_path / "b", {0: [2, 3], 1: [1]})
         (tmp_path / "b/centroid=0/part.0.parquet").rename(tmp_path / "b/centroid=0/x.parquet")
         (tmp_path / "b/centroid=0/part.1.parquet").rename(tmp_path / "b/centroid=0/a.parquet")
         first, second = read_clusters(tmp_path / "a").compute(), read_clusters(tmp_path / "b").compute()
@@ -467,7 +438,7 @@ class TestExpression:
         assert read_clusters(path)._name != first._name
 
     def test_graph_of_many_clusters_has_a_task_for_each(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write_layout(tmp_path, {0: [2]})
+        write_random_layout(tmp_path, {0: [2]})
         one = read_clusters(tmp_path).expr
         fragment = one.source.partitions[0][0]
         source = one.source.__class__(
@@ -730,13 +701,13 @@ class TestNames:
 
     def test_paths_are_of_one_file_system(self, layout: tuple[Path, pd.DataFrame]) -> None:
         path, _ = layout
-        write_layout("memory://in", {3: [2]})
+        write_random_layout("memory://in", {3: [2]})
         with pytest.raises(InvalidArgumentError, match="memory://in is on another file system"):
             read_clusters([path, "memory://in"])
         fsspec.filesystem("memory").rm("/in", recursive=True)
 
     def test_digits_of_other_scripts_are_no_numbers(self, tmp_path: Path) -> None:
-        write_layout(tmp_path / "in", {"13": [2], "1\u0663": [2]})
+        write_random_layout(tmp_path / "in", {"13": [2], "1\u0663": [2]})
         assert sorted(read_clusters(tmp_path / "in").compute()["centroid"].unique()) == ["13", "1\u0663"]
 
     def test_names_depend_on_the_options_of_the_file_system(self) -> None:
@@ -861,7 +832,7 @@ class TestClusterFiles:
         assert files[7] == [f"{path}/centroid=7/part.{part}.parquet" for part in range(3)]
 
     def test_remote_files_are_urls(self) -> None:
-        write_layout("memory://files/in", {4: [1]})
+        write_random_layout("memory://files/in", {4: [1]})
         assert cluster_files("memory://files/in") == {4: ["memory:///files/in/centroid=4/part.0.parquet"]}
         fsspec.filesystem("memory").rm("/files", recursive=True)
 

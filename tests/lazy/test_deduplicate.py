@@ -10,7 +10,7 @@ import pytest
 
 import dask_semdedup  # noqa: F401  (registers the accessor)
 from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError, RankingStrategy
-from tests.frames.test_embeddings import arrow_lists
+from tests.data import arrow_lists
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from distributed import Client, LocalCluster, wait
 from dask_semdedup import ClusterError, EmbeddingError, IdError, MissingColumnsError, read_clusters
 from dask_semdedup.steps.duplicates import find_duplicates
 from dask_semdedup.steps.groups import resolve_groups
-from tests.frames.test_embeddings import arrow_lists
-from tests.test_accessor import expected_scores, make_frame, write_layout
+from tests.data import arrow_lists, by_cluster, expected_scores, make_frame, write_layout
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def computed(scores: dd.DataFrame) -> pd.DataFrame:
 
 def test_files_to_files(client: Client, tmp_path: Path) -> None:
     frame = make_frame(1)
-    ddf = read_clusters(write_layout(frame, tmp_path / "in"), partition_size=2000)
+    ddf = read_clusters(write_layout(tmp_path / "in", by_cluster(frame)), partition_size=2000)
     assert ddf.npartitions > 2
     ddf.semdedup.pairwise().to_parquet(tmp_path / "out")
     expected = expected_scores(frame)
@@ -62,7 +61,7 @@ def test_unaligned_frames_are_shuffled_by_a_method_that_carries_lists(client: Cl
 
 def test_both_processes_work_and_agree_with_one(client: Client, tmp_path: Path) -> None:
     frame = make_frame(3)
-    ddf = read_clusters(write_layout(frame, tmp_path), partition_size=1)
+    ddf = read_clusters(write_layout(tmp_path, by_cluster(frame)), partition_size=1)
     scores = ddf.semdedup.pairwise().persist()
     wait(scores)
     assert all(client.has_what().values())
@@ -73,7 +72,7 @@ def test_both_processes_work_and_agree_with_one(client: Client, tmp_path: Path) 
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_from_scores_to_rows_left(client: Client, tmp_path: Path, broadcast: bool) -> None:
     frame = make_frame(5)
-    ddf = read_clusters(write_layout(frame, tmp_path), partition_size=2000)
+    ddf = read_clusters(write_layout(tmp_path, by_cluster(frame)), partition_size=2000)
     scores = ddf.semdedup.pairwise().persist()
     expected = find_duplicates(expected_scores(frame), 0.05)
     pd.testing.assert_frame_equal(scores.semdedup.groups(0.05).compute(), resolve_groups(expected))

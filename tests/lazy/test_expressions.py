@@ -23,8 +23,7 @@ from dask_semdedup.lazy import expressions
 from dask_semdedup.lazy.expressions import PairwiseScores, ScoresOfFiles
 from dask_semdedup.steps.pairwise import pairwise_partition
 from dask_semdedup.steps.ranking import make_strategy
-from tests.frames.test_embeddings import LAYOUTS
-from tests.lazy.test_visits import assert_best, with_visits
+from tests.data import LAYOUTS, arrow_lists, assert_best, by_cluster, with_visits, write_layout
 from tests.strategies import STR, rows_and_segments
 
 FIELDS = {"id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
@@ -34,18 +33,12 @@ RANKINGS = [
     make_strategy("random"),
     RankingStrategy(["text", "cosine_dist_to_cent"], ascending=[False, True]),
 ]
-TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float16()), pa.list_(pa.float32(), 6)]
-
-
-def write(root: Path, frame: pd.DataFrame, files: int = 2) -> Path:
-    """A folder for each cluster, whose rows are in several files in turns."""
-    for cluster, rows in frame.groupby("centroid"):
-        folder = root / f"centroid={cluster}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for part in range(files):
-            table = pa.Table.from_pandas(rows[part::files].drop(columns="centroid"), preserve_index=False)
-            pq.write_table(table.replace_schema_metadata(None), folder / f"part.{part}.parquet")
-    return root
+TYPES = [
+    (pa.float32(), pa.list_),
+    (pa.float64(), pa.list_),
+    (pa.float16(), pa.large_list),
+    (pa.float32(), lambda element: pa.list_(element, 6)),
+]
 
 
 def make_frame(embeddings: Any, centroid: Any) -> pd.DataFrame:
@@ -59,11 +52,6 @@ def make_frame(embeddings: Any, centroid: Any) -> pd.DataFrame:
             "text": pd.Series([f"text {number % 3}" for number in range(len(centroid))], dtype=STR),
         }
     )
-
-
-def lists(rows: np.ndarray, type_: pa.DataType) -> pd.Series:
-    values = rows.astype(type_.value_type.to_pandas_dtype())
-    return pd.Series(pd.array(pa.array(list(values), type_), dtype=pd.ArrowDtype(type_)))
 
 
 @pytest.fixture(params=[1, 2000, 2**25])
@@ -96,7 +84,7 @@ class TestSameScores:
             return
         rows = np.pad(rows, ((0, 0), (0, 6 - rows.shape[1]))).clip(-6e4, 6e4)
         centroid = np.repeat(np.arange(len(segments) - 1) * 5, np.diff(segments))
-        path = write(tmp_path_factory.mktemp("in"), make_frame(lists(rows, type_), centroid))
+        path = write_layout(tmp_path_factory.mktemp("in"), by_cluster(make_frame(arrow_lists(rows, *type_), centroid)))
         monkeypatch.setattr(expressions, "RUN", run)
         ddf = read_clusters(path, partition_size=partition_size)
         scores = ddf.semdedup.pairwise(ranking_strategy=ranking)
@@ -109,7 +97,8 @@ class TestSameScores:
     @pytest.mark.parametrize("how", ["inner", "left"])
     def test_merges_of_optimised_scores(self, tmp_path: Path, fuse: bool, how: str) -> None:
         centroid = np.repeat(np.arange(20), 20)
-        path = write(tmp_path / "in", make_frame(lists(np.random.default_rng(0).random((400, 6)), TYPES[0]), centroid))
+        frame = make_frame(arrow_lists(np.random.default_rng(0).random((400, 6)), pa.float32()), centroid)
+        path = write_layout(tmp_path / "in", by_cluster(frame))
         scores = read_clusters(path, partition_size="2kB").semdedup.pairwise().optimize(fuse=fuse)
         assert scores.npartitions > 4
         labels = dd.from_pandas(pd.DataFrame({"centroid": range(20), "name": range(20)}), npartitions=2)
@@ -126,7 +115,7 @@ class TestSameScores:
     def test_every_layout_of_embeddings(self, tmp_path: Path, run: int, name: str) -> None:
         column = LAYOUTS[name].reset_index(drop=True)
         frame = make_frame(column, [1, 0, 1, 1])
-        scores = read_clusters(write(tmp_path, frame)).semdedup.pairwise().compute()
+        scores = read_clusters(write_layout(tmp_path, by_cluster(frame))).semdedup.pairwise().compute()
         whole = pairwise_partition(frame, ranking=make_strategy("hard"), **FIELDS)
         pd.testing.assert_frame_equal(scores, whole, rtol=0, atol=1e-7)
 
@@ -134,12 +123,12 @@ class TestSameScores:
         rng = np.random.default_rng(0)
         frame = with_visits(rng, rng.standard_normal((60, 6)).astype(np.float32), 5, 2)
         frame["home_centroid"] = frame["home_centroid"].astype("int64")
-        scores = read_clusters(write(tmp_path, frame)).semdedup.pairwise().compute()
+        scores = read_clusters(write_layout(tmp_path, by_cluster(frame))).semdedup.pairwise().compute()
         assert_best(scores, frame.astype({"centroid": "int64"}))
 
     def test_files_without_rows(self, tmp_path: Path, small_runs: None) -> None:
-        frame = make_frame(lists(np.eye(4), TYPES[0]), [0, 0, 0, 1])
-        path = write(tmp_path, frame)
+        frame = make_frame(arrow_lists(np.eye(4), pa.float32()), [0, 0, 0, 1])
+        path = write_layout(tmp_path, by_cluster(frame))
         for empty in ("centroid=0/z.parquet", "centroid=3/a.parquet", "centroid=4/a.parquet"):
             (path / empty).parent.mkdir(exist_ok=True)
             pq.write_table(pq.read_table(path / "centroid=0/part.0.parquet", partitioning=None)[:0], path / empty)
@@ -151,15 +140,16 @@ class TestSameScores:
     def test_clusters_that_are_not_the_folders(self, tmp_path: Path, small_runs: None) -> None:
         """One partition holds whole clusters of any column: those of another must not be parted by the folders."""
         rng = np.random.default_rng(0)
-        frame = make_frame(lists(rng.standard_normal((30, 6)), TYPES[0]), rng.integers(3, size=30))
+        frame = make_frame(arrow_lists(rng.standard_normal((30, 6)), pa.float32()), rng.integers(3, size=30))
         frame["label"] = rng.integers(4, size=30)
-        scores = read_clusters(write(tmp_path, frame)).semdedup.pairwise(cluster_field="label").compute()
+        ddf = read_clusters(write_layout(tmp_path, by_cluster(frame)))
+        scores = ddf.semdedup.pairwise(cluster_field="label").compute()
         fields = {**FIELDS, "cluster_field": "label"}
         pd.testing.assert_frame_equal(scores, pairwise_partition(frame, ranking=make_strategy("hard"), **fields))
 
     def test_files_that_are_not_in_folders(self, tmp_path: Path, small_runs: None) -> None:
         rng = np.random.default_rng(0)
-        frame = make_frame(lists(rng.standard_normal((30, 6)), TYPES[0]), np.repeat([0, 1, 2], 10))
+        frame = make_frame(arrow_lists(rng.standard_normal((30, 6)), pa.float32()), np.repeat([0, 1, 2], 10))
         table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
         pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
         scores = read_clusters(tmp_path).semdedup.pairwise().compute()
@@ -170,7 +160,8 @@ class TestExpression:
     @pytest.fixture
     def ddf(self, tmp_path: Path) -> dd.DataFrame:
         rows = np.random.default_rng(1).standard_normal((40, 6))
-        return read_clusters(write(tmp_path, make_frame(lists(rows, TYPES[0]), np.arange(40) % 5)), partition_size=1)
+        frame = make_frame(arrow_lists(rows, pa.float32()), np.arange(40) % 5)
+        return read_clusters(write_layout(tmp_path, by_cluster(frame)), partition_size=1)
 
     def test_it_replaces_reading_only_where_nothing_comes_between(self, ddf: dd.DataFrame) -> None:
         for frame, is_read in ((ddf, True), (ddf[ddf.id > 5], False), (ddf.persist(), False)):
@@ -227,7 +218,7 @@ def test_bad_rows_are_reported_as_if_all_had_been_read_at_once(
 ) -> None:
     rows = [bad.get(row, [1.0, float(row), 0.5]) for row in range(30)]
     column = pd.Series(pd.array(rows, dtype=pd.ArrowDtype(pa.list_(pa.float32()))))
-    path = write(tmp_path, make_frame(column, np.repeat([0, 1, 2], 10)))
+    path = write_layout(tmp_path, by_cluster(make_frame(column, np.repeat([0, 1, 2], 10))))
     with pytest.raises(EmbeddingError) as whole:
         pairwise_partition(read_clusters(path).compute(), ranking=make_strategy("hard"), **FIELDS, **options)
     with pytest.raises(EmbeddingError) as found:
@@ -258,7 +249,8 @@ def measured() -> Iterator[Peak]:
 def test_a_partition_is_never_in_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster, n_clusters = 100 * 256 * 4, 40
     rows = np.random.default_rng(2).standard_normal((100 * n_clusters, 256)).astype(np.float32)
-    ddf = read_clusters(write(tmp_path, make_frame(lists(rows, TYPES[0]), np.repeat(np.arange(n_clusters), 100))))
+    frame = make_frame(arrow_lists(rows), np.repeat(np.arange(n_clusters), 100))
+    ddf = read_clusters(write_layout(tmp_path, by_cluster(frame)))
     assert ddf.npartitions == 1
     scores = ddf.semdedup.pairwise()
     scores.compute()  # First uses take memory of their own.

@@ -26,8 +26,8 @@ from dask_semdedup.lazy.sampling import draw
 from dask_semdedup.steps import fit, kmeans
 from dask_semdedup.steps.fit import default_n_clusters, fit_centroids
 from dask_semdedup.steps.kmeans import Centroids, assign, check_centroids, distances, kmeans_partition, normalise
+from tests.data import arrow_lists, blobs, in_partitions
 from tests.strategies import KINDS, seeds
-from tests.test_accessor import arrow_lists
 
 COLUMNS = {"embedding_field": "embeddings", "cluster_field": "centroid", "id_field": "id"}
 
@@ -119,11 +119,12 @@ def test_zero_and_minus_zero_are_one_centroid() -> None:
 
 def test_memory_does_not_grow_with_clusters() -> None:
     """2,000 rows and 50,000 centroids: their product is 400 MB, and the centroids themselves are 77 MB."""
-    script = """
+    script = (
+        f"from {__name__} import COLUMNS, arrow_lists"
+        + """
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from dask_semdedup.steps.kmeans import Centroids, kmeans_partition
-from tests.lazy.test_kmeans import COLUMNS, arrow_lists
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -140,6 +141,7 @@ extra = resident("VmHWM") - before
 allowed = 2000 * 384 * 4 + 128e6
 assert extra < allowed, (extra, allowed)
 """
+    )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
@@ -212,14 +214,6 @@ def test_input_is_not_written_to() -> None:
 
 
 # --- Fitting ---------------------------------------------------------------------------------------------------------
-
-
-def blobs(n: int, k: int = 4, width: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows around k far corners, of any length, and their corners' numbers."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(k, size=n)
-    rows = np.eye(width)[labels] + 0.05 * rng.standard_normal((n, width))
-    return (rows * rng.uniform(0.1, 10, (n, 1))).astype(np.float32), labels
 
 
 @pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
@@ -374,10 +368,6 @@ def test_only_some_partitions_are_read_for_a_sample(tmp_path: Path, monkeypatch:
 def raw() -> pd.DataFrame:
     rows, _ = blobs(300)
     return pd.DataFrame({"id": np.arange(300) + 1000, "embeddings": arrow_lists(rows), "text": "words"})
-
-
-def in_partitions(frame: pd.DataFrame, npartitions: int = 4) -> dd.DataFrame:
-    return dd.from_pandas(frame, npartitions=npartitions, sort=False)
 
 
 def rows_of(frame: pd.DataFrame) -> np.ndarray:

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError
-from tests.frames.test_embeddings import arrow_lists
+from tests.data import arrow_lists
 from tests.strategies import STR, id_columns
 
 BOTH = pytest.mark.parametrize("broadcast", [True, False])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import zipfile
 from pathlib import Path
 
@@ -15,32 +13,25 @@ import pytest
 
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.lazy.tables import find_rows, read_scores, read_table, table_token
-
-ROWS = [{"id": f"d{number}", "text": f"text {number}\nwith lines", "embeddings": [number, 0.5]} for number in range(50)]
-
-
-def write_json(path: Path, rows: list[dict], compress: bool = False) -> Path:
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text, mtime=0) if compress else text)
-    return path
+from tests.data import RECORDS, write_json
 
 
 def test_files_in_hidden_folders_are_no_data(tmp_path: Path) -> None:
     for folder in ("", ".ipynb_checkpoints", "_temporary/0", "_lang=en"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        write_json(tmp_path / folder / "a.jsonl", ROWS)
+        write_json(tmp_path / folder / "a.jsonl", RECORDS)
     frame = read_table(tmp_path).compute()
-    assert len(frame) == 2 * len(ROWS)
-    assert frame["_lang"].dropna().tolist() == ["en"] * len(ROWS)
+    assert len(frame) == 2 * len(RECORDS)
+    assert frame["_lang"].dropna().tolist() == ["en"] * len(RECORDS)
 
 
 @pytest.mark.parametrize("name", ["run[1]", "a*b", "what?"])
 def test_a_folder_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> None:
     for folder in (name, "run1", "a b", "whats"):
         (tmp_path / folder).mkdir()
-        write_json(tmp_path / folder / "a.jsonl", ROWS if folder == name else ROWS[:1])
+        write_json(tmp_path / folder / "a.jsonl", RECORDS if folder == name else RECORDS[:1])
         pq.write_table(pa.table({"id": [1, 2]} if folder == name else {"id": [1]}), tmp_path / folder / "b.parquet")
-    assert len(read_table(tmp_path / name / "a.jsonl")) == len(ROWS)
+    assert len(read_table(tmp_path / name / "a.jsonl")) == len(RECORDS)
     assert len(read_table(tmp_path / name / "b.parquet")) == 2
 
 
@@ -55,30 +46,30 @@ def test_keys_above_a_folder_are_not_its_own(tmp_path: Path) -> None:
 
 def test_patterns_find_json_lines_too(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", "c.txt", "_c.jsonl", ".d.jsonl"):
-        write_json(tmp_path / name, ROWS)
-    assert len(read_table(tmp_path / "*.jsonl")) == 2 * len(ROWS)
+        write_json(tmp_path / name, RECORDS)
+    assert len(read_table(tmp_path / "*.jsonl")) == 2 * len(RECORDS)
     (tmp_path / "c.txt").write_text("what these are")
-    assert len(read_table(tmp_path / "*")) == 2 * len(ROWS)
+    assert len(read_table(tmp_path / "*")) == 2 * len(RECORDS)
 
 
 def test_only_wanted_columns_are_read(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
     frame = read_table(tmp_path)[["id"]].optimize()
     assert frame.expr.columns == ["id"]
     assert "'text'" not in repr(frame.expr.operands)
-    assert frame.compute()["id"].tolist() == [row["id"] for row in ROWS]
+    assert frame.compute()["id"].tolist() == [row["id"] for row in RECORDS]
 
 
 def test_parquet_is_parted_by_row_groups(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10)
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet", row_group_size=10)
     assert read_table(tmp_path).npartitions == 1
     assert read_table(tmp_path, partition_size="100B").npartitions == 5
-    assert len(read_table(tmp_path, partition_size="100B").compute()) == len(ROWS)
+    assert len(read_table(tmp_path, partition_size="100B").compute()) == len(RECORDS)
 
 
 def test_truncated_parquet_names_the_file(tmp_path: Path) -> None:
     for name in ("a", "bad"):
-        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / f"{name}.parquet")
+        pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / f"{name}.parquet")
     bad = tmp_path / "bad.parquet"
     bad.write_bytes(bad.read_bytes()[:-100])
     with pytest.raises(ClusterError, match=r"bad\.parquet"):
@@ -91,7 +82,7 @@ def test_mixed_folders_and_missing_columns_are_refused(tmp_path: Path) -> None:
         read_table(tmp_path, ["id", "text"])
     (tmp_path / "dataset_info.json").write_text('{"rows": 1}')
     assert len(read_table(tmp_path)) == 1
-    write_json(tmp_path / "b.jsonl", ROWS)
+    write_json(tmp_path / "b.jsonl", RECORDS)
     with pytest.raises(ClusterError, match="both Parquet"):
         read_table(tmp_path)
 
@@ -152,17 +143,17 @@ def test_columns_are_a_list(tmp_path: Path) -> None:
 
 
 def test_rows_are_found_by_id(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10)
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet", row_group_size=10)
     found = find_rows(tmp_path / "a.parquet", ["d31", "d4", "nowhere"], ["text"])
-    assert found["text"].to_dict() == {"d4": ROWS[4]["text"], "d31": ROWS[31]["text"]}
+    assert found["text"].to_dict() == {"d4": RECORDS[4]["text"], "d31": RECORDS[31]["text"]}
     assert find_rows(tmp_path / "a.parquet", ["d4"], ["id"])["id"].to_dict() == {"d4": "d4"}
 
 
 def test_token_follows_the_files(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.jsonl", ROWS)
+    write_json(tmp_path / "a.jsonl", RECORDS)
     token = table_token(tmp_path)
     assert table_token(tmp_path) == token
-    write_json(tmp_path / "a.jsonl", ROWS[:-1])
+    write_json(tmp_path / "a.jsonl", RECORDS[:-1])
     assert table_token(tmp_path) != token
 
 

@@ -18,58 +18,8 @@ from dask_semdedup import ClusterError, InvalidArgumentError
 from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
 from dask_semdedup.steps.visits import best_of_visits
-from tests.frames.test_embeddings import arrow_lists
+from tests.data import arrow_lists, assert_best, with_visits
 from tests.strategies import KINDS, seeds
-
-
-def with_visits(rng: np.random.Generator, rows: np.ndarray, n_clusters: int, n_probe: int, ids=None) -> pd.DataFrame:
-    """Rows of random own clusters, each in `n_probe` clusters, in random order."""
-    n = len(rows)
-    homes = rng.integers(n_clusters, size=n).astype(np.int32)
-    members = pd.DataFrame(
-        {
-            "id": np.arange(n) if ids is None else ids,
-            "embeddings": arrow_lists(rows, pa.float32()),
-            "centroid": homes,
-            "cosine_dist_to_cent": rng.integers(5, size=n).astype(np.float32),
-            "home_centroid": homes,
-        }
-    )
-    visits = [members.assign(centroid=((homes + probe) % n_clusters).astype(np.int32)) for probe in range(1, n_probe)]
-    return pd.concat([members, *visits]).sample(frac=1, random_state=0).reset_index(drop=True)
-
-
-def expected(frame: pd.DataFrame) -> pd.DataFrame:
-    """Scores by plain loops in float64: of the members of all clusters that a row stands in."""
-    members = frame[frame["centroid"] == frame["home_centroid"]]
-    # "hard": descending distance, then descending id.
-    members = members.sort_values(["cosine_dist_to_cent", "id"], ascending=False).reset_index(drop=True)
-    rows = np.stack(members["embeddings"].to_list()).astype(np.float64)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit = rows / np.where(norms > 0, norms, 1)
-    stands_in = frame.groupby("id")["centroid"].agg(set)
-    found = []
-    for place, row in members.iterrows():
-        earlier = [j for j in range(place) if members["centroid"][j] in stands_in[row["id"]]]
-        score = max((unit[j] @ unit[place] for j in earlier), default=0.0)
-        found.append((row["id"], score, row["centroid"], bool(earlier)))
-    return pd.DataFrame(found, columns=["id", "score", "centroid", "compared"])
-
-
-def assert_best(scores: pd.DataFrame, frame: pd.DataFrame) -> None:
-    truth = expected(frame)
-    assert list(scores.columns) == ["id", "max_id", "cosine_sim_score", "centroid"]
-    by_cluster = truth.sort_values("centroid", kind="stable")
-    assert scores["id"].tolist() == by_cluster["id"].tolist()
-    np.testing.assert_array_equal(scores["centroid"], by_cluster["centroid"])
-    np.testing.assert_allclose(scores["cosine_sim_score"], by_cluster["score"].clip(-1, 1), atol=2e-6)
-    alone = ~by_cluster["compared"].to_numpy()
-    assert scores["max_id"][alone].tolist() == scores["id"][alone].tolist()
-    rows = frame.drop_duplicates("id").set_index("id")["embeddings"]
-    for _, row in scores[~alone].iterrows():
-        x, y = (np.asarray(rows[id_], np.float64) for id_ in (row["id"], row["max_id"]))
-        norms = np.linalg.norm(x) * np.linalg.norm(y)
-        assert abs((x @ y / norms if norms else 0.0) - row["cosine_sim_score"]) < 3e-6
 
 
 @settings(max_examples=30)

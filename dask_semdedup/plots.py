@@ -1,4 +1,14 @@
-"""Figures of scores and of pairs of documents."""
+"""Figures to look at before choosing eps: scores, duplicates, clusters and pairs of documents.
+
+>>> from dask_semdedup import plots
+
+`score_histogram`, `duplicates_curve` and `cluster_sizes` take what ``ddf.semdedup.pairwise()`` returns, read partition
+by partition. `pairs_around` selects the pairs on both sides of a threshold; `pair_gallery` and `text_gallery` show
+their images and texts side by side.
+
+A figure is a :class:`matplotlib.figure.Figure` made without pyplot: no global state changes and no display is needed.
+A notebook shows it, a script calls ``savefig``. With ``figure=``, a function draws on that figure or subfigure instead.
+"""
 
 from __future__ import annotations
 

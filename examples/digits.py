@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
-from dask_semdedup.report.plots import pair_gallery, score_histogram
+from dask_semdedup.plots import pair_gallery, score_histogram
 
 CLUSTERS = 20
 EPS = 0.015

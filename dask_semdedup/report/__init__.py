@@ -1,4 +1,4 @@
-"""Pages and figures to look at before eps is chosen."""
+"""The report: pages and figures to look at before choosing eps."""
 
 from __future__ import annotations
 

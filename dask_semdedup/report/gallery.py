@@ -1,6 +1,6 @@
-"""Pairs of documents to look at: which ones, and how their texts and images are shown.
+"""Pairs of documents to look at, with their texts and images.
 
-Texts and images are other people's. Texts reach a page only through templates that escape them, images only after they
+Texts and images are not trusted. Texts reach a page only through templates that escape them, images only after they
 have been decoded and encoded again.
 """
 
@@ -16,14 +16,13 @@ from functools import lru_cache, partial
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-import dask
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.columns import SCORE_COLUMN, SCORE_COLUMNS
-from dask_semdedup.report.summary import compared_rows, delayed_parts, merge_tree, to_pandas
+from dask_semdedup.report.summary import Reduction, compared_rows, reduce_partitions, to_pandas
 from dask_semdedup.steps.duplicates import check_eps, check_score_columns, is_duplicate, threshold
 
 __all__ = [
@@ -32,15 +31,15 @@ __all__ = [
     "compare_texts",
     "document_text",
     "load_asset",
+    "near_pairs",
     "pairs_around",
-    "select_pairs",
     "text_gallery",
 ]
 
 # Characters of a text that are shown and compared.
 MAX_CHARACTERS = 500
 
-# Texts that share less of their words are marked nowhere: marks everywhere say nothing.
+# Texts that share fewer of their words are not marked at all: marks everywhere say nothing.
 MIN_SHARED = 0.4
 
 WORDS = re.compile(r"\w+|\s+|[^\w\s]")
@@ -50,7 +49,7 @@ THUMBNAIL = 256
 
 
 class Piece(NamedTuple):
-    """A run of text, and whether the other text lacks it."""
+    """A run of text; `differs` if the other text lacks it."""
 
     text: str
     differs: bool = False
@@ -58,7 +57,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """A row and the row it resembles most among those preferred over it.
+    """A row and its most similar preferred row.
 
     Parameters
     ----------
@@ -69,9 +68,9 @@ class Pair:
     texts : tuple of list of Piece, optional
         Both texts.
     images : tuple of str, optional
-        Both images as URLs that hold them, or why an image cannot be shown.
+        Both images as ``data:`` URLs, or the reason why one cannot be shown.
     same : bool
-        Whether both texts are the same.
+        True if both texts are the same.
     """
 
     id: str
@@ -83,7 +82,7 @@ class Pair:
 
 
 def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFrame:
-    """Pick the pairs to look at before choosing eps: the nearest on both sides of the threshold.
+    """Select the pairs to look at before choosing eps: the nearest on both sides of the threshold.
 
     Parameters
     ----------
@@ -92,7 +91,7 @@ def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFr
     eps : float, default 0.01
         Rows with a score of at least ``1 - eps`` are duplicates.
     count : int, default 4
-        The most pairs of each side.
+        Maximum number of pairs on each side.
 
     Returns
     -------
@@ -116,17 +115,20 @@ def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFr
     """
     check_eps(eps)
     check_score_columns(scores, SCORE_COLUMNS)
-    select = partial(select_pairs, counts={float(threshold(eps)): count})
-    parts = delayed_parts(scores, SCORE_COLUMNS)
-    if parts is None:
-        pairs = select(scores)
-    else:
-        pairs = merge_tree([dask.delayed(select)(part) for part in parts], partial(merge_pairs, select)).compute()
+    [pairs] = reduce_partitions(scores, near_pairs({float(threshold(eps)): count}))
     return pairs.assign(duplicate=is_duplicate(pairs[SCORE_COLUMN], eps))
 
 
-def select_pairs(scores: Any, *, counts: Mapping[float, int], most_similar: int = 0) -> pd.DataFrame:
-    """The pairs nearest to each threshold, as many on both sides as it says, and the most similar, best first."""
+def near_pairs(counts: Mapping[float, int], most_similar: int = 0) -> Reduction[pd.DataFrame]:
+    """The reduction of scores to the pairs nearest to thresholds, and the most similar, best first.
+
+    `counts` says how many pairs on each side of each threshold.
+    """
+    select = partial(_select_pairs, counts=counts, most_similar=most_similar)
+    return Reduction(list(SCORE_COLUMNS), select, partial(_merge_pairs, select))
+
+
+def _select_pairs(scores: Any, counts: Mapping[float, int], most_similar: int) -> pd.DataFrame:
     compared = to_pandas(compared_rows(scores[list(SCORE_COLUMNS)]))
     values = compared[SCORE_COLUMN].to_numpy()
     order = np.argsort(values, kind="stable")
@@ -137,22 +139,23 @@ def select_pairs(scores: Any, *, counts: Mapping[float, int], most_similar: int 
     return compared.take(order[wanted[::-1]]).reset_index(drop=True)
 
 
-def merge_pairs(select: Callable[[pd.DataFrame], pd.DataFrame], one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """The pairs that both parts together would give."""
+def _merge_pairs(
+    select: Callable[[pd.DataFrame], pd.DataFrame], one: pd.DataFrame, other: pd.DataFrame
+) -> pd.DataFrame:
     return select(pd.concat([one, other], ignore_index=True))
 
 
 def compare_texts(one: str, other: str, most: int = MAX_CHARACTERS) -> tuple[list[Piece], list[Piece]]:
-    """Part two texts into what they share and what they do not, word by word.
+    """Split two texts, word by word, into what they share and what they do not.
 
-    Long texts are cut, at both ends where they begin alike, so that the first difference is seen.
+    Long texts are cut, at both ends if they begin alike, so that the first difference is seen.
 
     Parameters
     ----------
     one, other : str
         The texts.
     most : int
-        The most characters of each that are shown.
+        Maximum number of characters of each that are shown.
 
     Returns
     -------
@@ -183,7 +186,7 @@ def compare_texts(one: str, other: str, most: int = MAX_CHARACTERS) -> tuple[lis
 
 
 def _shared(matcher: difflib.SequenceMatcher[str], left: list[str], right: list[str]) -> float:
-    """The share of words that both have, in the same order."""
+    """Share of the words that both texts have in the same order."""
     shared = [word for block in matcher.get_matching_blocks() for word in left[block.a : block.a + block.size]]
     words = sum(not word.isspace() for word in [*left, *right])
     return 2 * sum(not word.isspace() for word in shared) / max(words, 1)
@@ -197,7 +200,7 @@ def text_gallery(
     eps: float | None = None,
     title: str = "Pairs of texts",
 ) -> TextGallery:
-    """Texts side by side: each row's own, and the one it was found to resemble, with the words that differ marked.
+    """Texts side by side: each row's own and its most similar preferred row's, with the words that differ marked.
 
     Parameters
     ----------
@@ -206,14 +209,14 @@ def text_gallery(
     scores : iterable of float
         Their cosine similarities.
     eps : float, optional
-        Says of each pair whether this choice drops it.
+        Mark each pair as dropped or kept at this eps.
     title : str
         Heading of the gallery.
 
     Returns
     -------
     TextGallery
-        Notebooks show it as HTML, in which the texts are escaped.
+        Notebooks show it as HTML in which the texts are escaped.
 
     Examples
     --------
@@ -234,7 +237,7 @@ def text_gallery(
 
 
 def check_pairs(queries: Sized, matches: Sized, scores: Sized) -> None:
-    """Raise unless there are as many of all three."""
+    """Raise `InvalidArgumentError` unless all three have the same length."""
     if not len(queries) == len(matches) == len(scores):
         raise InvalidArgumentError(
             f"{len(queries)} queries, {len(matches)} matches and {len(scores)} scores do not make pairs."
@@ -262,19 +265,19 @@ class TextGallery:
         return "\n".join(lines)
 
     def verdict(self, score: float) -> str:
-        """Whether a pair of that score is dropped, if there is a threshold."""
+        """``dropped`` or ``kept``, after a space, for a pair of that score; empty without a threshold."""
         if self.threshold is None:
             return ""
         return " dropped" if score >= self.threshold else " kept"
 
 
 def document_text(value: Any) -> str:
-    """A text as it is shown: of a missing one, nothing."""
+    """A text as it is shown; a missing one is empty."""
     return "" if value is None or value is pd.NA or value != value else str(value)
 
 
 def thumbnail(value: Any, open_path: Callable[[str], Any]) -> str:
-    """A small copy of an image as a ``data:`` URL, or a sentence on why there is none.
+    """A small copy of an image as a ``data:`` URL, or a sentence that says why there is none.
 
     Parameters
     ----------
@@ -287,18 +290,18 @@ def thumbnail(value: Any, open_path: Callable[[str], Any]) -> str:
 
     try:
         with io.BytesIO(value) if isinstance(value, bytes) else open_path(value) as file, Image.open(file) as image:
-            # Large JPEGs are decoded at about the size that is wanted.
+            # Large JPEGs are decoded at about the size of the thumbnail.
             image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
             upright = ImageOps.exif_transpose(image)
             upright.thumbnail((THUMBNAIL, THUMBNAIL))
             return _encode(upright)
-    # Pillow's decoders raise whatever a broken file makes them.
+    # A broken file may make Pillow's decoders raise anything.
     except Exception as error:
         return f"The image cannot be read: {type(error).__name__}."
 
 
 def _encode(image: Any) -> str:
-    """Losslessly where that is small or parts are transparent, else as JPEG."""
+    """An image as a ``data:`` URL: lossless if that is small or parts are transparent, else JPEG."""
     lossless = image.has_transparency_data or max(image.size) <= THUMBNAIL // 4 or image.mode in ("1", "L", "P")
     encoded = io.BytesIO()
     if lossless:
@@ -311,7 +314,7 @@ def _encode(image: Any) -> str:
 
 @lru_cache(maxsize=1)
 def templates() -> Any:
-    """The package's templates, which escape all that they are given."""
+    """The package's templates, which escape all values."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -327,5 +330,5 @@ def templates() -> Any:
 
 
 def load_asset(name: str) -> Markup:
-    """A style sheet or script of the package, which pages hold as it is."""
+    """A style sheet or script of the package, to stand in a page unescaped."""
     return Markup(files("dask_semdedup.report").joinpath("templates", name).read_text(encoding="utf-8"))

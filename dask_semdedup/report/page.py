@@ -1,7 +1,7 @@
-"""From scores to a page that stands alone: numbers, pictures and pairs, to look at before choosing eps.
+"""The report: a page of numbers, figures and pairs of documents, to look at before choosing eps.
 
-The page is one file that fetches nothing: pictures, style and script are in it, and browsers are told to allow no more.
-What it shows of the scores is summed up partition by partition, and of the documents only those of its pairs are read.
+The page is one file that fetches nothing: figures, style and script are in it, and its content security policy forbids
+anything else. Scores are summarized partition by partition; of the documents only those of the pairs are held.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import dask
 import fsspec
 import numpy as np
 import pandas as pd
@@ -32,12 +31,11 @@ from dask_semdedup.report.gallery import (
     compare_texts,
     document_text,
     load_asset,
-    merge_pairs,
-    select_pairs,
+    near_pairs,
     templates,
     thumbnail,
 )
-from dask_semdedup.report.summary import ScoreSummary, delayed_parts, merge_tree, summary_maker
+from dask_semdedup.report.summary import Reduction, ScoreSummary, reduce_partitions, score_summary
 from dask_semdedup.steps.duplicates import check_eps, threshold
 
 if TYPE_CHECKING:
@@ -51,20 +49,24 @@ PICTURES = ("histogram", "duplicates", "clusters")
 
 REPORT_FILES = {PAGE, *(f"{name}.png" for name in PICTURES), MANIFEST}
 
-# What a page says that made it.
+# The tag by which a page of this package is told from others.
 GENERATOR = b'<meta name="generator" content="dask-semdedup '
 
 LARGEST_EPS = 0.2
 
-# Pairs that the page shows on either side of the threshold; and elsewhere, where the slider may go, so many values of
-# eps around which there are pairs, and pairs on either side of each.
+# Pairs on either side of the threshold; other values of eps that the slider may reach and that have pairs, and pairs
+# on either side of each of these.
 SHOWN, STOPS, SHOWN_ELSEWHERE = 4, 40, 2
 
 CLUSTERS_LISTED = 10
 
 
 def _not_of_report(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[str]) -> list[str]:
-    """Files of other names; all, if the page is another's, but for those beside a manifest, which are of `run`."""
+    """The files in a folder that are not a report's.
+
+    If the page is not of this package, all are; but next to a manifest, which is a file of `run`, only other names and
+    the page.
+    """
     others = set(names) - REPORT_FILES
     if PAGE in names and GENERATOR in fs.cat_file(f"{folder}/{PAGE}"):
         return sorted(others)
@@ -76,21 +78,21 @@ REPORT = Contents("a report", _not_of_report)
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents are that scores are about.
+    """The source of the documents that were scored.
 
     Parameters
     ----------
     path : str
         Parquet or JSON lines.
     text_field, image_field : str, optional
-        Columns to show. An image is encoded bytes, such as PNG or JPEG, or the path of a file, relative to `path`; or
-        a struct of ``bytes`` and ``path``.
+        Columns to show. An image is encoded bytes, such as PNG or JPEG, the path of a file relative to `path`, or a
+        struct of ``bytes`` and ``path``.
     id_field : str, default "id"
-        Column of ids.
+        Id column.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     make_ids : bool, default False
-        Whether the ids were made, by `read_table`.
+        True if `read_table` made the ids.
     """
 
     path: str
@@ -110,7 +112,7 @@ class Documents:
         return [name for name in (self.text_field, self.image_field) if name is not None]
 
     def find(self, ids: pd.Index) -> pd.DataFrame:
-        """The documents of these ids, by id."""
+        """The documents with these ids, indexed by id."""
         try:
             found = find_rows(
                 self.path,
@@ -131,7 +133,7 @@ class Documents:
         return found
 
     def open(self, path: str) -> Any:
-        """Open a file that a document names."""
+        """Open a file whose path is in a document."""
         fs, root = fsspec.url_to_fs(self.path, **(self.storage_options or {}))
         folder = root if fs.isdir(root) else os.path.dirname(root)
         return fs.open(path if path.startswith("/") else f"{folder}/{path}")
@@ -147,22 +149,22 @@ def write_report(
     source: str = "",
     storage_options: Mapping[str, Any] | None = None,
 ) -> ScoreSummary:
-    """Write a page on scores, ``index.html``, and its pictures as PNG files.
+    """Write a page on scores, ``index.html``, and its figures as PNG files.
 
     Parameters
     ----------
     scores : pandas, cuDF or Dask DataFrame
-        What ``pairwise`` returns, with or without the column of clusters. Dask frames are read partition by partition.
+        What ``pairwise`` returns, with or without the cluster column. Dask frames are read partition by partition.
     folder : str or path-like
-        Where to write, made where it is missing; local, or a URL that fsspec understands.
+        Folder to write to, created if it is missing; local, or a URL that fsspec understands.
     eps : float, default 0.01
-        The choice of eps that the page shows first.
+        The eps that the page shows first.
     documents : Documents, optional
-        Where the texts or images are; without it the page shows ids.
+        The source of texts or images; without it the page shows ids.
     cluster_field : str, default "centroid"
-        Column of clusters.
+        Cluster column.
     source : str
-        What the scores are, for the page to say.
+        Path of the scores, to be named on the page.
     storage_options : mapping, optional
         Arguments of the folder's fsspec file system.
 
@@ -180,9 +182,10 @@ def write_report(
     """
     check_eps(eps)
     largest_eps = max(LARGEST_EPS, min(1.0, 1.5 * eps))
-    summary, pairs = _survey(scores, eps, largest_eps, cluster_field)
+    summarizing = score_summary(scores, eps, largest_eps, cluster_field)
+    summary, pairs = reduce_partitions(scores, summarizing, _pairs_to_show(eps, largest_eps))
     cards = _cards(pairs, documents)
-    figures = _draw(summary, eps, cluster_field)
+    figures = _draw(summary, eps)
     page = _render(summary, eps, cards, figures, source=source, images=bool(documents and documents.image_field))
     fs, root = fsspec.url_to_fs(os.fspath(folder), **(storage_options or {}))
     fs.makedirs(root, exist_ok=True)
@@ -192,25 +195,14 @@ def write_report(
     return summary
 
 
-def _survey(scores: Any, eps: float, largest_eps: float, cluster_field: str) -> tuple[ScoreSummary, pd.DataFrame]:
-    """The summary of the scores and the pairs to show, in one pass."""
-    count = summary_maker(scores, eps, largest_eps=largest_eps, cluster_field=cluster_field)
+def _pairs_to_show(eps: float, largest_eps: float) -> Reduction[pd.DataFrame]:
     counts = dict.fromkeys(threshold(largest_eps * np.linspace(0, 1, STOPS) ** 2).tolist(), SHOWN_ELSEWHERE)
     counts[float(threshold(eps))] = SHOWN
-    select = partial(select_pairs, counts=counts, most_similar=SHOWN)
-    parts = delayed_parts(scores, count.columns)
-    if parts is None:
-        return count(scores), select(scores)
-    summaries = [dask.delayed(count)(part) for part in parts]
-    pairs = [dask.delayed(select)(part) for part in parts]
-    summary, chosen = dask.compute(
-        merge_tree(summaries, ScoreSummary.merge), merge_tree(pairs, partial(merge_pairs, select))
-    )
-    return summary, chosen
+    return near_pairs(counts, most_similar=SHOWN)
 
 
 def _cards(pairs: pd.DataFrame, documents: Documents | None) -> list[Pair]:
-    """The pairs with what is to be shown of their documents."""
+    """The pairs with the texts and images of their documents."""
     scored = zip(pairs["id"], pairs["max_id"], pairs[SCORE_COLUMN].astype(float), strict=True)
     if documents is None:
         return [Pair(str(one), str(other), score) for one, other, score in scored]
@@ -236,15 +228,15 @@ def _thumbnails(column: pd.Series, documents: Documents) -> dict[Any, str]:
 
 
 def _encoded(value: Any) -> Any:
-    """The bytes or the path of an image that may be a struct of both."""
+    """The bytes or the path of an image, which may be a struct of both."""
     return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a PNG file and as part of a page.
+    """A figure as a PNG file and as SVG.
 
-    `x` and `y` lead from data to the units of the SVG, offset and slope; `width` is in those units.
+    `x` and `y` are the offset and the slope from data to units of the SVG; `width` is in those units.
     """
 
     png: bytes
@@ -254,7 +246,7 @@ class Picture:
     width: float
 
 
-def _draw(summary: ScoreSummary, eps: float, cluster_field: str) -> dict[str, Picture]:
+def _draw(summary: ScoreSummary, eps: float) -> dict[str, Picture]:
     from dask_semdedup.report import plots
 
     drawings: dict[str, Any] = {
@@ -262,7 +254,7 @@ def _draw(summary: ScoreSummary, eps: float, cluster_field: str) -> dict[str, Pi
         "duplicates": partial(plots.duplicates_curve, summary, eps, largest_eps=summary.largest_eps),
     }
     if summary.clusters is not None:
-        drawings["clusters"] = partial(plots.cluster_sizes, summary, eps, cluster_field=cluster_field)
+        drawings["clusters"] = partial(plots.cluster_sizes, summary, eps)
     return {name: _picture(name, draw) for name, draw in drawings.items()}
 
 
@@ -271,7 +263,7 @@ def _picture(name: str, draw: Any) -> Picture:
 
     encoded = io.BytesIO()
     draw().savefig(encoded, format="png", dpi=160)
-    # Narrower for the page, so that its letters can be read on a telephone.
+    # Narrower on the page, so that its letters can be read on a phone.
     figure = draw(figure=Figure(figsize=(5.6, 3.6), layout="constrained"))
     axes = figure.axes[0]
     label = axes.get_title(loc="left")
@@ -289,7 +281,7 @@ def _picture(name: str, draw: Any) -> Picture:
 
 
 def _svg(figure: Figure, label: str) -> Markup:
-    """The figure as an element of a page, in the page's colours and letters."""
+    """The figure as an SVG element, in the page's colours and fonts."""
     import matplotlib as mpl
 
     from dask_semdedup.report import plots
@@ -308,7 +300,7 @@ def _svg(figure: Figure, label: str) -> Markup:
 
 
 def _scales(figure: Figure) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Offset and slope from data, of linear axes, to the units of the SVG, in which y points down."""
+    """Offset and slope from data on linear axes to units of the SVG, in which y points down."""
     axes = figure.axes[0]
     width, height = figure.get_size_inches() * 72
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -374,7 +366,7 @@ def _listed(summary: ScoreSummary) -> list[dict[str, Any]]:
 
 
 def _script_data(summary: ScoreSummary, eps: float, figures: Mapping[str, Picture]) -> dict[str, Any]:
-    """What the page's script must know to follow the slider."""
+    """Data with which the page's script follows the slider."""
     return {
         "rows": summary.rows,
         "shown": SHOWN,

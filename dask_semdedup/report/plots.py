@@ -1,9 +1,4 @@
-"""Pictures of scores and duplicates, as Matplotlib figures, and of pairs of texts, as HTML.
-
-Each function that draws returns a :class:`matplotlib.figure.Figure` made without pyplot, so that nothing global changes
-and nothing needs a screen: a notebook shows what a function returns, a script calls ``savefig`` on it. Given
-``figure=``, which may also be a subfigure, a function draws there instead, so that pictures can be put side by side.
-"""
+"""Matplotlib figures of scores, duplicates, clusters and pairs of images."""
 
 from __future__ import annotations
 
@@ -26,13 +21,13 @@ __all__ = ["cluster_sizes", "duplicates_curve", "pair_gallery", "score_histogram
 
 AnyFigure: TypeAlias = Figure | SubFigure
 
-# Who passes a figure gets it back.
+# A figure that is passed is the one that is returned.
 Given = TypeVar("Given", Figure, SubFigure)
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, whose colours colour-blind readers can tell apart.
 BLUE, VERMILION, INK, PALE = "#0072B2", "#D55E00", "#333333", "#C8CDD2"
 
-# More steps than this cannot be told apart in a picture.
+# More steps than this cannot be told apart in a figure.
 MAX_STEPS = 1000
 
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
@@ -51,8 +46,8 @@ def score_histogram(
 ) -> AnyFigure:
     """Histogram of the scores, with the duplicates at ``eps`` in another colour.
 
-    The first row of each cluster, which was compared with nothing, is left out. Counts are on a logarithmic axis:
-    there are usually few duplicates, and they are what one looks for.
+    The first row of each cluster, which is compared with none, is left out. Counts are on a logarithmic axis, since
+    duplicates are usually few.
 
     Parameters
     ----------
@@ -60,11 +55,11 @@ def score_histogram(
         What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
         partition.
     eps : float, optional
-        Rows with a score of at least ``1 - eps`` are drawn as duplicates; None marks none.
+        Rows with a score of at least ``1 - eps`` are drawn as duplicates; with None, no row is.
     bins : int
-        Number of bars over the range of the scores.
+        Approximate number of bars.
     figure : Figure or SubFigure, optional
-        Where to draw.
+        Figure to draw on, instead of a new one.
 
     Returns
     -------
@@ -122,11 +117,11 @@ def duplicates_curve(
         What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
         partition.
     eps : float, optional
-        A choice to mark on the curve.
+        Value of eps to mark on the curve.
     largest_eps : float
         Right end of the axis.
     figure : Figure or SubFigure, optional
-        Where to draw.
+        Figure to draw on, instead of a new one.
 
     Returns
     -------
@@ -179,9 +174,9 @@ def cluster_sizes(
     eps : float
         Rows with a score of at least ``1 - eps`` are duplicates.
     cluster_field : str
-        Column of clusters.
+        Cluster column.
     figure : Figure or SubFigure, optional
-        Where to draw.
+        Figure to draw on, instead of a new one.
 
     Returns
     -------
@@ -190,7 +185,7 @@ def cluster_sizes(
     Raises
     ------
     MissingColumnsError
-        If there is no column of clusters.
+        If the scores have no cluster column.
 
     Examples
     --------
@@ -201,7 +196,7 @@ def cluster_sizes(
     """
     summary = summarize(scores, eps, cluster_field=cluster_field)
     if summary.clusters is None:
-        raise MissingColumnsError.build([cluster_field], scores.columns, "Name the clusters' column as cluster_field.")
+        raise MissingColumnsError.build([cluster_field], scores.columns, "Name the cluster column as cluster_field.")
     counts = summary.clusters.sort_values(["rows", "duplicates"], ascending=False)
     figure, axes = _axes(figure, "Clusters, from the largest to the smallest", "Rows")
     shown = np.unique(np.linspace(0, max(len(counts) - 1, 0), MAX_STEPS).astype(int))[: len(counts)]
@@ -213,7 +208,7 @@ def cluster_sizes(
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
         axis.set_major_formatter(THOUSANDS)
-    # Between the title and the axes, which the bars may fill.
+    # The legend stands between the title and the axes, since bars may fill the axes.
     axes.legend(
         frameon=False, labelcolor=INK, fontsize=10, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
     )
@@ -263,7 +258,7 @@ def pair_gallery(
     interpolation: str = "auto",
     figure: AnyFigure | None = None,
 ) -> AnyFigure:
-    """Images side by side: each row's own, the one it was found to resemble, and the score below.
+    """Images side by side: each row's own and its most similar preferred row's, with the score below.
 
     Parameters
     ----------
@@ -272,15 +267,15 @@ def pair_gallery(
     scores : array of shape (n,)
         Their cosine similarities.
     title : str
-        Heading of the picture.
+        Title of the figure.
     columns : int
-        Pairs in a line.
+        Number of pairs in a row.
     cmap : str
-        Matplotlib's name of the colours of one-channel images.
+        Matplotlib colormap for images of one channel.
     interpolation : str
-        Matplotlib's name of how pixels are drawn larger or smaller than they are.
+        Matplotlib interpolation method.
     figure : Figure or SubFigure, optional
-        Where to draw.
+        Figure to draw on, instead of a new one.
 
     Returns
     -------
@@ -297,9 +292,9 @@ def pair_gallery(
     lines = max(1, -(-len(scores) // columns))
     if figure is None:
         figure = Figure(figsize=(2.1 * columns, 1.35 * lines + 0.7), facecolor="white")
-    height = figure.bbox.height / figure.dpi  # in inches, as the room for text is
+    height = figure.bbox.height / figure.dpi  # In inches, as are the margins for text.
     figure.suptitle(title, x=0.02, y=1 - 0.12 / height, ha="left", va="top", fontsize=13, fontweight="bold", color=INK)
-    # Each pair is two image columns; a narrow empty column keeps the pairs apart.
+    # A pair takes two columns of images and a narrow empty one.
     grid = figure.add_gridspec(
         lines,
         3 * columns,
@@ -315,7 +310,7 @@ def pair_gallery(
         line, column = divmod(number, columns)
         left = _image(figure.add_subplot(grid[line, 3 * column]), query, cmap, interpolation)
         _image(figure.add_subplot(grid[line, 3 * column + 1]), match, cmap, interpolation)
-        # The score stands under the pair: at the right end of the left image.
+        # The score is centred below the pair.
         left.text(1.04, -0.1, f"{score:.4f}", transform=left.transAxes, ha="center", va="top", fontsize=10, color=INK)
     return figure
 
@@ -341,7 +336,7 @@ def _title(axes: Axes, text: str, pad: float = 14) -> None:
 
 
 def _mark_threshold(axes: Axes, position: float, label: str) -> None:
-    """A thin vertical line with its name beside its upper end, where there is room for it."""
+    """Draw a thin vertical line with a label at its upper end, on the side that has room for it."""
     axes.axvline(position, color=VERMILION, linewidth=1.2, linestyle=(0, (4, 2)))
     left, right = axes.get_xlim()
     is_left = position < left + 0.3 * (right - left)

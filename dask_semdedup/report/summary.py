@@ -1,14 +1,11 @@
-"""Scores summed up partition by partition: what pictures and pages show of them, without holding them.
-
-A summary is small however many scores there are, and summaries of parts merge into that of the whole.
-"""
+"""Summaries of scores, made partition by partition: all that figures and pages need, whatever the number of scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import dask
 import numpy as np
@@ -17,12 +14,13 @@ import pandas as pd
 from dask_semdedup.frames.columns import SCORE_COLUMN, SCORE_COLUMNS
 from dask_semdedup.steps.duplicates import check_eps, check_score_columns, is_duplicate, threshold
 
-__all__ = ["ScoreSummary", "delayed_parts", "merge_tree", "summarize"]
+__all__ = ["Reduction", "ScoreSummary", "reduce_partitions", "score_summary", "summarize"]
 
-# Fine bins from which a histogram's bars are put together: of equal width below the threshold, and so many above it,
-# a number with many divisors.
+# The bars of a histogram are made of fine bins: of this width below the threshold, and this many above it, a number
+# with many divisors.
 FINE_WIDTH, FINE_ABOVE = 2**-15, 5040
 
+# Results of partitions that one task merges.
 FANOUT = 16
 
 T = TypeVar("T")
@@ -30,24 +28,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """What a frame of scores holds, in counts.
+    """Counts of the scores in a frame.
 
-    Only rows that were compared with another are counted, all but the first of each cluster; `rows` counts all.
+    All but `rows` leave out the rows that were compared with none: the first of each cluster.
 
     Parameters
     ----------
     rows, compared : int
-        All rows, and those that were compared.
+        Number of rows, and of those that were compared with another.
     lowest : float
-        The lowest score of those that were compared, or 1 where there are none.
+        Lowest score, or 1 if there is none.
     eps : float or None
-        The choice of eps: the duplicates of `clusters` are of it.
+        The eps at which the duplicates of `clusters` are counted.
     largest_eps : float
-        The end of the grid.
+        End of the grid.
     at_least : ndarray of int64
-        How many scores there are from each of the `thresholds` on.
+        Number of scores that are at least as high as each of the `thresholds`.
     clusters : DataFrame or None
-        ``rows`` and ``duplicates`` of each cluster, where the scores have a column of them.
+        ``rows`` and ``duplicates`` of each cluster, if the scores have a cluster column.
     """
 
     rows: int
@@ -60,21 +58,21 @@ class ScoreSummary:
 
     @property
     def grid(self) -> np.ndarray:
-        """Values of eps whose duplicates are counted, ascending."""
+        """Values of eps at which duplicates are counted, ascending."""
         return _grid(self.eps, self.largest_eps)
 
     @property
     def thresholds(self) -> np.ndarray:
-        """Scores whose number is counted, ascending."""
+        """Scores at which `at_least` counts, ascending."""
         return _thresholds(self.eps, self.largest_eps)
 
     def duplicates(self, eps: Any) -> Any:
-        """Number of duplicates at one or several values of eps, of the `grid`.
+        """Number of duplicates at one or several values of eps from the `grid`.
 
         Raises
         ------
         ValueError
-            If one of them is not of the grid.
+            If one of them is not in the grid.
         """
         wanted = threshold(eps)
         index = np.searchsorted(self.thresholds, wanted)
@@ -83,10 +81,7 @@ class ScoreSummary:
         return self.at_least[index]
 
     def histogram(self, bins: int) -> tuple[np.ndarray, np.ndarray]:
-        """Edges and counts of about so many bars between the lowest score and 1.
-
-        One edge is exactly at the threshold, so that no bar has two colours.
-        """
+        """Edges and counts of about `bins` bars from the lowest score to 1, with one edge exactly at the threshold."""
         border = 1.0 if self.eps is None else float(threshold(self.eps))
         lowest = min(self.lowest, border)
         step = max(1, round((1 - lowest) / bins / FINE_WIDTH))
@@ -103,7 +98,7 @@ class ScoreSummary:
         return edges, -np.diff(at_least)
 
     def merge(self, other: ScoreSummary) -> ScoreSummary:
-        """The summary of both frames, which were counted at the same thresholds."""
+        """Summary of both frames; both were counted at the same thresholds."""
         clusters = self.clusters
         if clusters is not None:
             clusters = pd.concat([clusters, other.clusters]).groupby(level=0).sum()
@@ -121,22 +116,30 @@ class ScoreSummary:
 _DIVISORS = [count for count in range(1, FINE_ABOVE + 1) if FINE_ABOVE % count == 0]
 
 
+class Reduction(NamedTuple, Generic[T]):
+    """A function of one partition of a frame, the columns it needs, and the function that merges two of its results."""
+
+    columns: list[str]
+    apply: Callable[[Any], T]
+    merge: Callable[[T, T], T]
+
+
 def summarize(
     scores: Any, eps: float | None = 0.01, *, largest_eps: float = 0.2, cluster_field: str = "centroid"
 ) -> ScoreSummary:
-    """Sum scores up.
+    """Summarize scores.
 
     Parameters
     ----------
     scores : pandas, cuDF or Dask DataFrame, or ScoreSummary
-        What ``pairwise`` returns, with or without the column of clusters. A Dask DataFrame is read partition by
-        partition; a summary is returned as it is.
+        What ``pairwise`` returns, with or without the cluster column. A Dask DataFrame is read partition by partition;
+        a summary is returned as it is.
     eps : float, optional
-        The choice of eps.
+        The chosen eps.
     largest_eps : float
-        Where the grid of eps ends; it begins at 0.
+        End of the grid of eps, which begins at 0.
     cluster_field : str
-        Column of clusters.
+        Cluster column.
 
     Returns
     -------
@@ -151,53 +154,33 @@ def summarize(
     """
     if isinstance(scores, ScoreSummary):
         return scores
-    count = summary_maker(scores, eps, largest_eps=largest_eps, cluster_field=cluster_field)
-    parts = delayed_parts(scores, count.columns)
-    if parts is None:
-        return count(scores)
-    return merge_tree([dask.delayed(count)(part) for part in parts], ScoreSummary.merge).compute()
+    [summary] = reduce_partitions(scores, score_summary(scores, eps, largest_eps, cluster_field))
+    return summary
 
 
-@dataclass(frozen=True)
-class SummaryMaker:
-    """Makes the summary of a frame in memory: the task of each partition."""
-
-    eps: float | None
-    largest_eps: float
-    cluster_field: str | None
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns that are needed."""
-        return [*SCORE_COLUMNS, *([self.cluster_field] if self.cluster_field else [])]
-
-    def __call__(self, scores: Any) -> ScoreSummary:
-        frame = to_pandas(scores[self.columns])
-        compared = compared_rows(frame)
-        values = np.sort(compared[SCORE_COLUMN].to_numpy(dtype=np.float32))
-        thresholds = _thresholds(self.eps, self.largest_eps)
-        at_least = len(values) - np.searchsorted(values, thresholds, side="left")
-        lowest = float(values[0]) if len(values) else 1.0
-        clusters = self._clusters(frame)
-        return ScoreSummary(len(frame), len(values), lowest, self.eps, self.largest_eps, at_least, clusters)
-
-    def _clusters(self, frame: pd.DataFrame) -> pd.DataFrame | None:
-        if self.cluster_field is None:
-            return None
-        dropped = frame["id"] != frame["max_id"]
-        if self.eps is not None:
-            dropped &= is_duplicate(frame[SCORE_COLUMN], self.eps)
-        counted = pd.DataFrame({"rows": 1, "duplicates": dropped.to_numpy(dtype=np.int64)})
-        return counted.groupby(frame[self.cluster_field].to_numpy()).sum()
-
-
-def summary_maker(scores: Any, eps: float | None, *, largest_eps: float, cluster_field: str) -> SummaryMaker:
-    """Check the columns of a frame of scores, and say how to make the summary of each of its partitions."""
+def score_summary(scores: Any, eps: float | None, largest_eps: float, cluster_field: str) -> Reduction[ScoreSummary]:
+    """The reduction of scores to their summary, once their columns are checked."""
     if eps is not None:
         check_eps(eps)
     check_score_columns(scores, SCORE_COLUMNS)
-    known = cluster_field if cluster_field in scores.columns else None
-    return SummaryMaker(eps, largest_eps, known)
+    keys = [cluster_field] if cluster_field in scores.columns else []
+    summarize_partition = partial(_summarize_partition, keys=keys, eps=eps, largest_eps=largest_eps)
+    return Reduction([*SCORE_COLUMNS, *keys], summarize_partition, ScoreSummary.merge)
+
+
+def _summarize_partition(scores: Any, keys: list[str], eps: float | None, largest_eps: float) -> ScoreSummary:
+    frame = to_pandas(scores[[*SCORE_COLUMNS, *keys]])
+    values = np.sort(compared_rows(frame)[SCORE_COLUMN].to_numpy(dtype=np.float32))
+    at_least = len(values) - np.searchsorted(values, _thresholds(eps, largest_eps), side="left")
+    lowest = float(values[0]) if len(values) else 1.0
+    clusters = None
+    if keys:
+        dropped = frame["id"] != frame["max_id"]
+        if eps is not None:
+            dropped &= is_duplicate(frame[SCORE_COLUMN], eps)
+        counted = pd.DataFrame({"rows": 1, "duplicates": dropped.to_numpy(dtype=np.int64)})
+        clusters = counted.groupby(frame[keys[0]].to_numpy()).sum()
+    return ScoreSummary(len(frame), len(values), lowest, eps, largest_eps, at_least, clusters)
 
 
 def compared_rows(frame: Any) -> Any:
@@ -206,31 +189,32 @@ def compared_rows(frame: Any) -> Any:
 
 
 def to_pandas(frame: Any) -> pd.DataFrame:
-    """The frame in this process's memory, whichever backend holds it."""
-    if hasattr(frame, "compute"):
-        frame = frame.compute()
+    """A pandas or cuDF frame as pandas."""
     return frame.to_pandas() if hasattr(frame, "to_pandas") else frame
 
 
-def delayed_parts(frame: Any, columns: Sequence[str]) -> list[Any] | None:
-    """The partitions of a Dask frame, with those columns only; None where the frame is in memory already."""
+def reduce_partitions(frame: Any, *reductions: Reduction[Any]) -> Sequence[Any]:
+    """Results of reductions of a frame; a Dask frame is read once, partition by partition, for all of them."""
     if not hasattr(frame, "to_delayed"):
-        return None
-    parts: list[Any] = frame[list(columns)].to_delayed()
-    return parts
+        return [reduction.apply(frame) for reduction in reductions]
+    columns = dict.fromkeys(name for reduction in reductions for name in reduction.columns)
+    parts = frame[list(columns)].to_delayed()
+    results: Sequence[Any] = dask.compute(*(_merged(parts, reduction) for reduction in reductions))
+    return results
 
 
-def merge_tree(parts: Sequence[Any], merge: Callable[[T, T], T]) -> Any:
-    """Merge delayed results a few at a time, so that never all of them are held at once."""
-    while len(parts) > 1:
-        groups = [parts[start : start + FANOUT] for start in range(0, len(parts), FANOUT)]
-        parts = [dask.delayed(partial(reduce, merge))(group) for group in groups]
-    return parts[0]
+def _merged(parts: Sequence[Any], reduction: Reduction[Any]) -> Any:
+    """The delayed result of a reduction, merged a few partitions at a time: never are all of their results held."""
+    results = [dask.delayed(reduction.apply)(part) for part in parts]
+    while len(results) > 1:
+        groups = [results[start : start + FANOUT] for start in range(0, len(results), FANOUT)]
+        results = [dask.delayed(partial(reduce, reduction.merge))(group) for group in groups]
+    return results[0]
 
 
 @lru_cache(maxsize=8)
 def _grid(eps: float | None, largest_eps: float) -> np.ndarray:
-    """Values such as a person would choose, the closer the smaller they are."""
+    """Round values of eps, closer together the smaller they are."""
     unit = 10.0 ** np.floor(np.log10(largest_eps))
     steps = [unit * np.arange(50) / 500, unit * np.arange(10, 100) / 100, unit * np.arange(20, 201) / 20]
     values = np.array([float(f"{value:.6g}") for value in np.concatenate(steps)])
@@ -246,11 +230,11 @@ def _thresholds(eps: float | None, largest_eps: float) -> np.ndarray:
 
 
 def _edges_below(border: float) -> np.ndarray:
-    """Fine edges from below -1 up to the threshold, which is not among them."""
+    """Edges of the fine bins below the threshold, from below -1 on, without the threshold itself."""
     count = int(np.ceil((border + 1) / FINE_WIDTH)) + 1
     return border - FINE_WIDTH * np.arange(count, 0, -1)
 
 
 def _edges_above(border: float) -> np.ndarray:
-    """Fine edges from the threshold to 1."""
+    """Edges of the fine bins from the threshold to 1."""
     return np.linspace(border, 1, FINE_ABOVE + 1) if border < 1 else np.array([1.0])

@@ -1,4 +1,4 @@
-"""A summary is the same as counting all scores at once, however they are parted."""
+"""A summary is the same as counting all scores at once, however they are split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCORES = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=40)
 
 
 def frame_of(values: list[float]) -> pd.DataFrame:
-    """Scores of rows that were compared, behind the first row of their cluster, which was not."""
+    """Scores of rows that were compared, after the first row of their cluster, which was not."""
     count = len(values) + 1
     return pd.DataFrame(
         {
@@ -30,13 +30,13 @@ def frame_of(values: list[float]) -> pd.DataFrame:
 
 
 @given(values=SCORES, eps=st.floats(0, 1), npartitions=st.integers(1, 20))
-def test_tallies_of_partitions_make_that_of_the_whole(values: list[float], eps: float, npartitions: int) -> None:
+def test_summaries_of_partitions_make_the_whole_summary(values: list[float], eps: float, npartitions: int) -> None:
     scores = frame_of(values)
     whole = summarize(scores, eps)
-    parted = summarize(dd.from_pandas(scores, npartitions=npartitions, sort=False), eps)
-    assert (whole.rows, whole.compared, whole.lowest) == (parted.rows, parted.compared, parted.lowest)
-    assert np.array_equal(whole.at_least, parted.at_least)
-    pd.testing.assert_frame_equal(whole.clusters, parted.clusters)
+    split = summarize(dd.from_pandas(scores, npartitions=npartitions, sort=False), eps)
+    assert (whole.rows, whole.compared, whole.lowest) == (split.rows, split.compared, split.lowest)
+    assert np.array_equal(whole.at_least, split.at_least)
+    pd.testing.assert_frame_equal(whole.clusters, split.clusters)
 
 
 @given(values=SCORES, eps=st.floats(0, 2))

@@ -1,7 +1,4 @@
-"""Checks of arguments: each raises `InvalidArgumentError` that names the parameter and what it may be.
-
-And where a warning about them is to point.
-"""
+"""Checks of arguments. Each raises an `InvalidArgumentError` that names the parameter and what it may be."""
 
 from __future__ import annotations
 
@@ -31,13 +28,13 @@ PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def check_bytes(name: str, value: str | int) -> int:
-    """Give a size in bytes as a number, or raise unless it is one and positive."""
+    """Return a size in bytes as a number. Raise unless it is a positive one."""
     try:
         size = int(parse_bytes(value))
     except ValueError as error:
-        raise InvalidArgumentError(f"{name} must be bytes, as '128MiB', not {value!r}.") from error
+        raise _invalid(name, f"must be bytes, as '128MiB', not {value!r}.") from error
     if size <= 0:
-        raise InvalidArgumentError(f"{name} must be positive, not {value!r}.")
+        raise _invalid(name, f"must be positive, not {value!r}.")
     return size
 
 
@@ -46,13 +43,13 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     # An array is equal to a string element by element.
     if not isinstance(value, str) or value not in allowed:
         shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
-        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {shown}.")
+        raise _invalid(name, f"must be one of {', '.join(map(repr, allowed))}, not {shown}.")
 
 
 def check_keywords(
     method: str, given: Iterable[str], passed_on: Callable[..., object], own: Callable[..., object]
 ) -> None:
-    """Raise `TypeError` for a keyword that a method takes neither itself nor to pass on, and name one that is alike."""
+    """Raise `TypeError` for a keyword that a method neither takes nor passes on, and suggest one that is similar."""
     known = list(inspect.signature(passed_on).parameters)
     for name in given:
         if name not in known:
@@ -62,21 +59,25 @@ def check_keywords(
 
 
 def check_names(name: str, value: Sequence[str] | None) -> None:
-    """Raise for one string, where columns are to be named in a list."""
+    """Raise if names of columns are not a list but one string."""
     if isinstance(value, str):
-        raise InvalidArgumentError(f"{name} must be a list of names, as [{value!r}], not {value!r}.")
+        raise _invalid(name, f"must be a list of names, as [{value!r}], not {value!r}.")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raise unless a value is a positive integer, of Python or NumPy, or None."""
+    """Raise unless a value is None or a positive integer of Python or NumPy."""
     if value is not None and (not _is_integer(value) or value < 1):  # type: ignore[operator]
-        raise InvalidArgumentError(f"{name} must be a positive integer or None, not {value!r}.")
+        raise _invalid(name, f"must be a positive integer or None, not {value!r}.")
 
 
 def check_seed(value: object) -> None:
-    """Raise unless a value can be a `random_seed`: an integer, of Python or NumPy."""
+    """Raise unless a value can be a `random_seed`: an integer of Python or NumPy."""
     if not _is_integer(value):
-        raise InvalidArgumentError(f"random_seed must be an integer, not {value!r}.")
+        raise _invalid("random_seed", f"must be an integer, not {value!r}.")
+
+
+def _invalid(name: str, reason: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{name} {reason}", parameters=[name])
 
 
 def _is_integer(value: object) -> bool:
@@ -84,7 +85,7 @@ def _is_integer(value: object) -> bool:
 
 
 def stack_level() -> int:
-    """How far above its caller the first frame stands that is not this package's: `stacklevel` of a warning."""
+    """Return the `stacklevel` with which a warning points at the first caller outside of this package."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         level, frame = level + 1, frame.f_back

@@ -1,4 +1,4 @@
-"""The package's exceptions, all of them picklable, since Dask sends them between processes."""
+"""The package's exceptions. All can be pickled, since Dask sends them between processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from itertools import islice
 
 __all__ = [
     "ClusterError",
+    "DataNotFoundError",
+    "DataReadError",
     "EmbeddingError",
     "IdError",
     "InvalidArgumentError",
     "MissingColumnsError",
     "MissingDependencyError",
+    "OutputError",
+    "OutputExistsError",
     "SemDedupError",
     "have",
     "some",
@@ -19,11 +23,33 @@ __all__ = [
 
 
 class SemDedupError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    Parameters
+    ----------
+    *args
+        The message.
+    parameters
+        The names of the parameters that the error is about.
+    columns
+        The columns that it is about.
+
+    Attributes
+    ----------
+    parameters : tuple of str
+        The names of the parameters that the error is about; may be empty.
+    columns : tuple
+        The columns that it is about; may be empty.
+    """
+
+    def __init__(self, *args: object, parameters: Iterable[str] = (), columns: Iterable[Hashable] = ()) -> None:
+        super().__init__(*args)
+        self.parameters = tuple(parameters)
+        self.columns = tuple(columns)
 
 
 class MissingColumnsError(SemDedupError, KeyError, ValueError):
-    """Columns that the work needs are not in the frame.
+    """The frame lacks columns that are needed.
 
     It is a `KeyError` and a `ValueError`, as either is what callers look for.
     """
@@ -32,8 +58,15 @@ class MissingColumnsError(SemDedupError, KeyError, ValueError):
     __str__ = Exception.__str__
 
     @classmethod
-    def build(cls, required: Iterable[Hashable], present: Iterable[Hashable], advice: str = "") -> MissingColumnsError:
-        """Name the columns of `required` that are absent from `present`, list what is there, and advise.
+    def build(
+        cls,
+        required: Iterable[Hashable],
+        present: Iterable[Hashable],
+        advice: str = "",
+        *,
+        parameters: Iterable[str] = (),
+    ) -> MissingColumnsError:
+        """Return the error that names the missing columns, lists those that are there, and advises.
 
         Parameters
         ----------
@@ -41,26 +74,48 @@ class MissingColumnsError(SemDedupError, KeyError, ValueError):
             The columns that are needed and those that the frame has.
         advice
             What to do about it: a sentence.
+        parameters
+            The parameters that name the columns.
         """
         present = list(present)
         missing = [column for column in dict.fromkeys(required) if column not in present]
-        return cls(f"Required columns {missing} not found in the frame, which has {present}. {advice}".rstrip())
+        message = f"Required columns {missing} not found in the frame, which has {present}. {advice}".rstrip()
+        return cls(message, parameters=parameters, columns=missing)
 
 
 class EmbeddingError(SemDedupError, ValueError):
-    """An embedding column of a wrong type, or with rows that cannot be compared."""
+    """The embedding column has a wrong type, or rows that cannot be compared."""
 
 
 class ClusterError(SemDedupError, ValueError):
-    """Rows without a cluster, no cluster column, or a layout that keeps clusters apart badly."""
+    """Rows have no cluster, there is no cluster column, or the layout does not keep clusters apart."""
 
 
 class IdError(SemDedupError, ValueError):
-    """Ids that are null or repeat where they may not, or that lead to one another in a circle."""
+    """Ids are null or repeat where they may not, or lead to one another in a circle."""
 
 
 class InvalidArgumentError(SemDedupError, ValueError):
     """A parameter has a value that is not allowed."""
+
+
+class DataReadError(SemDedupError, OSError, ValueError):
+    """Files cannot be read: they are missing, damaged, changed since they were listed, or disagree about a column.
+
+    It is an `OSError` and a `ValueError`, as either is what callers look for.
+    """
+
+
+class DataNotFoundError(DataReadError, FileNotFoundError):
+    """There are no files at a path."""
+
+
+class OutputError(SemDedupError, OSError, ValueError):
+    """Output cannot be written to a path, or moved there."""
+
+
+class OutputExistsError(OutputError, FileExistsError):
+    """A path for output is taken by files that may not be replaced."""
 
 
 class MissingDependencyError(SemDedupError, ImportError):
@@ -68,24 +123,24 @@ class MissingDependencyError(SemDedupError, ImportError):
 
 
 def have(count: int, noun: str) -> str:
-    """Open a sentence on so many of something."""
+    """Return the beginning of a sentence on a number of things: "1 row has", "2 rows have"."""
     return f"1 {noun} has" if count == 1 else f"{count} {noun}s have"
 
 
 def some(ids: Iterable[object], limit: int = 5) -> str:
-    """List a few ids for an error message.
+    """Return a few ids as text for an error message.
 
     Parameters
     ----------
     ids
         Any iterable of ids; a sized one is counted without being walked.
     limit
-        The most ids to spell out.
+        The number of ids to spell out.
 
     Returns
     -------
     str
-        The first `limit` ids and, where there are more, the number of all.
+        The first `limit` ids and, if there are more, the number of all.
     """
     if not isinstance(ids, Sized):
         ids = list(ids)

@@ -93,6 +93,7 @@ def measured(call: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, 
 
 def run_ours(n: int, d: int, clusters: int, n_probe: int, repeats: int) -> Result:
     """A partition of the accessor's frame."""
+    from dask_semdedup.frames.columns import Columns
     from dask_semdedup.frames.embeddings import to_embeddings
     from dask_semdedup.steps.kmeans import Centroids, kmeans_partition
 
@@ -101,11 +102,10 @@ def run_ours(n: int, d: int, clusters: int, n_probe: int, repeats: int) -> Resul
     frame["embeddings"] = to_embeddings(rows, frame)
     centroids = Centroids(values)
     assert len(centroids.distinct) == clusters
-    columns = {"embedding_field": "embeddings", "cluster_field": "centroid", "id_field": "id"}
-    kmeans_partition(frame[:100], Centroids(values[:10]), **columns)  # What a first call loads is not the work's.
+    kmeans_partition(frame[:100], Centroids(values[:10]), Columns())  # What a first call loads is not the work's.
 
     def call() -> np.ndarray:
-        return kmeans_partition(frame, centroids, n_probe=n_probe, **columns)["centroid"].to_numpy()[:n].copy()
+        return kmeans_partition(frame, centroids, Columns(), n_probe)["centroid"].to_numpy()[:n].copy()
 
     method = "ours" if n_probe == 1 else f"ours, n_probe={n_probe}"
     return as_result(method, rows, values, *measured(call, repeats))

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.steps.pairwise import pairwise_partition
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
 from tests import oracle
@@ -91,9 +92,9 @@ GOLDEN.loc[[0, 4, 5], ["cosine_dist_to_cent", "l2_dist_to_cent"]] = 0.0
 
 
 def run(frame: pd.DataFrame, ranking: RankingStrategy | None = None, **arguments: Any) -> pd.DataFrame:
-    """Scores of a partition, with the names of columns that :data:`GOLDEN` has."""
-    fields = {"id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
-    return pairwise_partition(frame, ranking=ranking or make_strategy("hard"), **(fields | arguments))
+    """Scores of a partition; arguments are those of `Columns` and `SearchOptions`."""
+    columns = Columns(**{name: arguments.pop(name) for name in ("id", "embedding", "cluster") if name in arguments})
+    return pairwise_partition(frame, columns, ranking or make_strategy("hard"), SearchOptions(**arguments))
 
 
 def check_hard(path: str) -> None:

@@ -21,6 +21,7 @@ from dask_semdedup.device.streams import current_stream, reading_stream
 from dask_semdedup.errors import ClusterError, EmbeddingError
 from dask_semdedup.frames import backend
 from dask_semdedup.frames.backend import is_cudf, to_arrow
+from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import check_embedding_dtype, to_tensor
 from dask_semdedup.frames.hashing import hash_ids
 from dask_semdedup.io import cudf_reader
@@ -168,7 +169,7 @@ def test_scores_are_those_of_pandas(cudf, ids, keep, device):
 
 def test_meta_foretells_the_dtypes(cudf):
     frame = on_gpu(cudf, GOLDEN.assign(id=list("abcdef")))
-    meta = pairwise_meta(frame.iloc[:0], id_field="id", cluster_field="centroid")
+    meta = pairwise_meta(frame.iloc[:0], Columns())
     scores = run(frame)
     assert list(meta.columns) == list(scores.columns)
     assert meta.dtypes.tolist() == scores.dtypes.tolist() == run(frame.iloc[:0]).dtypes.tolist()
@@ -215,11 +216,10 @@ def test_kmeans_gives_cudf_what_it_gives_pandas(cudf, n_probe):
     rows, centroids = rng.standard_normal((500, 16)).astype(np.float32), rng.standard_normal((7, 16))
     frame = cudf.DataFrame({"id": range(500)})
     frame["embeddings"] = lists(cudf, rows)
-    columns = {"embedding_field": "embeddings", "cluster_field": "centroid", "id_field": "id", "n_probe": n_probe}
-    result = kmeans_partition(frame, check_centroids(centroids), **columns)
-    meta = kmeans_meta(frame.iloc[:0], **{name: columns[name] for name in columns if name != "id_field"})
+    result = kmeans_partition(frame, check_centroids(centroids), Columns(), n_probe)
+    meta = kmeans_meta(frame.iloc[:0], Columns(), n_probe)
     assert result.dtypes.to_dict() == meta.dtypes.to_dict()
-    expected = kmeans_partition(frame.to_pandas(), check_centroids(centroids), **columns)
+    expected = kmeans_partition(frame.to_pandas(), check_centroids(centroids), Columns(), n_probe)
     embeddings = np.array(result.pop("embeddings").to_arrow().to_pylist())
     np.testing.assert_allclose(embeddings, np.array(expected.pop("embeddings").tolist()), rtol=0, atol=1e-6)
     pd.testing.assert_frame_equal(result.to_pandas(), expected, rtol=0, atol=1e-6)
@@ -372,11 +372,10 @@ class TestLaggingStreams:
     def test_visits(self, cudf):
         rng = np.random.default_rng(0)
         frame = with_visits(rng, rng.standard_normal((3000, 16), dtype=np.float32), 7, 2)
-        fields = {"id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
-        options = fields | {"ranking": RankingStrategy(["id"]), "with_visits": True}
-        expected = pairwise_partition(frame, **options, device="cpu")
+        ranking = RankingStrategy(["id"])
+        expected = pairwise_partition(frame, Columns(), ranking, SearchOptions(device="cpu"))
         for _ in range(2):
-            scores = pairwise_partition(on_gpu(cudf, frame), **options).to_pandas()
+            scores = pairwise_partition(on_gpu(cudf, frame), Columns(), ranking).to_pandas()
             pd.testing.assert_frame_equal(scores, expected, atol=2e-6, check_dtype=False)
 
     @pytest.mark.parametrize("clusters", [range(6), [f"c{number}" for number in range(6)]], ids=["integers", "strings"])

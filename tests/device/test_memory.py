@@ -218,6 +218,7 @@ SCORE = """
     import json
     import cudf, numpy, torch
     from dask_semdedup.device.memory import share_memory_pool
+    from dask_semdedup.frames.columns import Columns
     from dask_semdedup.steps.pairwise import pairwise_partition
     from dask_semdedup.steps.ranking import RankingStrategy
 
@@ -239,9 +240,7 @@ SCORE = """
     rows = numpy.random.default_rng(0).standard_normal((4000, 32)).astype(numpy.float32)
     frame = cudf.DataFrame({"id": range(4000), "centroid": numpy.arange(4000) // 1500})
     frame["embeddings"] = cudf.Series(rows.tolist())
-    scores = pairwise_partition(
-        frame, id_field="id", embedding_field="embeddings", cluster_field="centroid", ranking=RankingStrategy(["id"])
-    ).to_pandas()
+    scores = pairwise_partition(frame, Columns(), RankingStrategy(["id"])).to_pandas()
     backend = torch.cuda.memory.get_allocator_backend()
     print(json.dumps([shares, grown, kind, backend, scores.max_id.tolist(), scores.cosine_sim_score.tolist()]))
 """

@@ -19,6 +19,7 @@ from distributed import Client, LocalCluster
 
 from dask_semdedup import search
 from dask_semdedup.device import devices, queues, sharing
+from dask_semdedup.frames.columns import SearchOptions
 from dask_semdedup.search import streaming
 from dask_semdedup.steps import pairwise
 from tests.data import GOLDEN, run
@@ -220,7 +221,8 @@ def test_only_a_search_of_rows_on_the_gpu_is_long(monkeypatch, is_there):
     work = []
     monkeypatch.setattr(pairwise, "gpu_turn", lambda device, its: work.append(its) or nullcontext())
     monkeypatch.setattr(streaming, "nearest_earlier_from_host", lambda *_, **__: (torch.empty(0),) * 2)
-    pairwise.search_segments(torch.ones(6, 5), np.array([0, 4, 6]), None, "cpu" if is_there else "cuda", "auto", None)
+    options = SearchOptions(device="cpu" if is_there else "cuda")
+    pairwise.search_segments(torch.ones(6, 5), np.array([0, 4, 6]), None, options)
     assert work == [5 * (16 + 4) / 2 if is_there else None]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import dask_semdedup  # noqa: F401  (registers the accessor)
 from dask_semdedup import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.frames.columns import Columns
 from dask_semdedup.steps.against import against_meta, against_partition, best_of_probes
 from tests.data import arrow_lists
 from tests.strategies import seeds
@@ -51,9 +52,6 @@ def expected(frame: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values(["centroid", "id"]).reset_index(drop=True)
 
 
-FIELDS = {"id_field": "id", "reference_id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
-
-
 @settings(max_examples=40)
 @given(
     rng=seeds(),
@@ -64,7 +62,7 @@ FIELDS = {"id_field": "id", "reference_id_field": "id", "embedding_field": "embe
 )
 def test_the_most_similar_reference_row_of_the_same_cluster(rng, n: int, m: int, n_clusters: int, prefix: str) -> None:
     frame, reference = side(rng, n, n_clusters, prefix), side(rng, m, n_clusters)
-    scores = against_partition(frame, reference, **FIELDS)
+    scores = against_partition(frame, reference, Columns(), "id")
     truth = expected(frame, reference)
     assert scores["id"].tolist() == truth["id"].tolist()
     assert scores["max_id"].tolist() == truth["max_id"].tolist()
@@ -210,10 +208,10 @@ def test_bad_rows() -> None:
     rng = np.random.default_rng(5)
     frame, reference = side(rng, 6, 2), side(rng, 6, 2)
     with pytest.raises(ClusterError, match=r"1 row has no cluster \(ids"):
-        against_partition(frame, reference.assign(centroid=[None, 0, 0, 1, 1, 1]), **FIELDS)
+        against_partition(frame, reference.assign(centroid=[None, 0, 0, 1, 1, 1]), Columns(), "id")
     narrow = reference.assign(embeddings=arrow_lists(np.ones((6, 4)), pa.float32()))
     with pytest.raises(EmbeddingError, match=r"6 rows with width 6, where embedding_dim is 4"):
-        against_partition(frame, narrow, **FIELDS)
+        against_partition(frame, narrow, Columns(), "id")
 
 
 def test_the_reference_is_a_frame_of_dask() -> None:

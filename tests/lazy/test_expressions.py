@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dask_semdedup import EmbeddingError, RankingStrategy, read_clusters
+from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.lazy import expressions
 from dask_semdedup.lazy.expressions import PairwiseScores, ScoresOfFiles
 from dask_semdedup.steps.pairwise import pairwise_partition
@@ -26,7 +27,6 @@ from dask_semdedup.steps.ranking import make_strategy
 from tests.data import LAYOUTS, arrow_lists, assert_best, by_cluster, with_visits, write_layout
 from tests.strategies import STR, rows_and_segments
 
-FIELDS = {"id_field": "id", "embedding_field": "embeddings", "cluster_field": "centroid"}
 RANKINGS = [
     make_strategy("hard"),
     make_strategy("easy"),
@@ -88,7 +88,7 @@ class TestSameScores:
         monkeypatch.setattr(expressions, "RUN", run)
         ddf = read_clusters(path, partition_size=partition_size)
         scores = ddf.semdedup.pairwise(ranking_strategy=ranking)
-        whole = pairwise_partition(read_clusters(path).compute(), ranking=ranking, **FIELDS)
+        whole = pairwise_partition(read_clusters(path).compute(), ranking=ranking, columns=Columns())
         found = scores.compute().sort_values("centroid", kind="stable", ignore_index=True)
         pd.testing.assert_frame_equal(found, whole, rtol=0, atol=2e-6)
         assert found.dtypes.equals(scores._meta.dtypes)
@@ -116,7 +116,7 @@ class TestSameScores:
         column = LAYOUTS[name].reset_index(drop=True)
         frame = make_frame(column, [1, 0, 1, 1])
         scores = read_clusters(write_layout(tmp_path, by_cluster(frame))).semdedup.pairwise().compute()
-        whole = pairwise_partition(frame, ranking=make_strategy("hard"), **FIELDS)
+        whole = pairwise_partition(frame, Columns(), make_strategy("hard"))
         pd.testing.assert_frame_equal(scores, whole, rtol=0, atol=1e-7)
 
     def test_rows_that_visit_other_clusters(self, tmp_path: Path, run: int) -> None:
@@ -135,7 +135,7 @@ class TestSameScores:
         ddf = read_clusters(path)
         assert ddf.npartitions == 1
         scores = ddf.semdedup.pairwise().compute()
-        pd.testing.assert_frame_equal(scores, pairwise_partition(frame, ranking=make_strategy("hard"), **FIELDS))
+        pd.testing.assert_frame_equal(scores, pairwise_partition(frame, Columns(), make_strategy("hard")))
 
     def test_clusters_that_are_not_the_folders(self, tmp_path: Path, small_runs: None) -> None:
         """One partition holds whole clusters of any column: those of another must not be parted by the folders."""
@@ -144,8 +144,8 @@ class TestSameScores:
         frame["label"] = rng.integers(4, size=30)
         ddf = read_clusters(write_layout(tmp_path, by_cluster(frame)))
         scores = ddf.semdedup.pairwise(cluster_field="label").compute()
-        fields = {**FIELDS, "cluster_field": "label"}
-        pd.testing.assert_frame_equal(scores, pairwise_partition(frame, ranking=make_strategy("hard"), **fields))
+        columns = Columns(cluster="label")
+        pd.testing.assert_frame_equal(scores, pairwise_partition(frame, columns=columns, ranking=make_strategy("hard")))
 
     def test_files_that_are_not_in_folders(self, tmp_path: Path, small_runs: None) -> None:
         rng = np.random.default_rng(0)
@@ -153,7 +153,7 @@ class TestSameScores:
         table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
         pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
         scores = read_clusters(tmp_path).semdedup.pairwise().compute()
-        pd.testing.assert_frame_equal(scores, pairwise_partition(frame, ranking=make_strategy("hard"), **FIELDS))
+        pd.testing.assert_frame_equal(scores, pairwise_partition(frame, Columns(), make_strategy("hard")))
 
 
 class TestExpression:
@@ -220,7 +220,12 @@ def test_bad_rows_are_reported_as_if_all_had_been_read_at_once(
     column = pd.Series(pd.array(rows, dtype=pd.ArrowDtype(pa.list_(pa.float32()))))
     path = write_layout(tmp_path, by_cluster(make_frame(column, np.repeat([0, 1, 2], 10))))
     with pytest.raises(EmbeddingError) as whole:
-        pairwise_partition(read_clusters(path).compute(), ranking=make_strategy("hard"), **FIELDS, **options)
+        pairwise_partition(
+            read_clusters(path).compute(),
+            ranking=make_strategy("hard"),
+            columns=Columns(),
+            options=SearchOptions(**options),
+        )
     with pytest.raises(EmbeddingError) as found:
         read_clusters(path).semdedup.pairwise(**options).compute()
     assert str(found.value) == str(whole.value)

@@ -21,15 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.frames.columns import Columns
 from dask_semdedup.lazy import sampling
 from dask_semdedup.lazy.sampling import draw
 from dask_semdedup.steps import fit, kmeans
-from dask_semdedup.steps.fit import default_n_clusters, fit_centroids
+from dask_semdedup.steps.fit import KMeansOptions, default_n_clusters, fit_centroids
 from dask_semdedup.steps.kmeans import Centroids, assign, check_centroids, distances, kmeans_partition, normalise
 from tests.data import arrow_lists, blobs, in_partitions
 from tests.strategies import KINDS, seeds
-
-COLUMNS = {"embedding_field": "embeddings", "cluster_field": "centroid", "id_field": "id"}
 
 
 def unit64(rows: np.ndarray) -> np.ndarray:
@@ -73,7 +72,7 @@ def rows_and_centroids(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 def test_every_row_is_in_its_nearest_cluster(data: tuple[np.ndarray, np.ndarray]) -> None:
     rows, centroids = data
     frame = pd.DataFrame({"id": range(len(rows)), "embeddings": arrow_lists(rows)})
-    assert_assigned(kmeans_partition(frame, Centroids(centroids), **COLUMNS), rows, centroids)
+    assert_assigned(kmeans_partition(frame, Centroids(centroids), columns=Columns()), rows, centroids)
 
 
 @given(rows_and_centroids(), st.integers(1, 7), st.integers(1, 7), st.integers(1, 5))
@@ -107,7 +106,7 @@ def test_of_equal_centroids_the_first_has_all_rows() -> None:
     few = rng.standard_normal((20, 37)).astype(np.float32)
     numbers = rng.integers(20, size=3000)
     frame = pd.DataFrame({"embeddings": arrow_lists(rows)})
-    result = kmeans_partition(frame, Centroids(few[numbers]), n_probe=2, **COLUMNS)
+    result = kmeans_partition(frame, Centroids(few[numbers]), n_probe=2, columns=Columns())
     first = {number: int(np.flatnonzero(numbers == number)[0]) for number in set(numbers)}
     assert set(result["centroid"]) <= set(first.values())
     assert_assigned(result[:500], rows, few[numbers])
@@ -120,7 +119,7 @@ def test_zero_and_minus_zero_are_one_centroid() -> None:
 def test_memory_does_not_grow_with_clusters() -> None:
     """2,000 rows and 50,000 centroids: their product is 400 MB, and the centroids themselves are 77 MB."""
     script = (
-        f"from {__name__} import COLUMNS, arrow_lists"
+        f"from {__name__} import Columns, arrow_lists"
         + """
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -134,9 +133,9 @@ rng = np.random.default_rng(0)
 frame = pd.DataFrame({"embeddings": arrow_lists(rng.standard_normal((2000, 384), dtype="f4"))})
 centroids = Centroids(rng.standard_normal((50_000, 384), dtype="f4"))
 centroids.__dict__["distinct"] = np.arange(50_000)  # To find them takes memory, but not of the task.
-kmeans_partition(frame[:10], Centroids(centroids.values[:10]), **COLUMNS)  # What a first call loads is not the work's.
+kmeans_partition(frame[:10], Centroids(centroids.values[:10]), Columns())  # What a first call loads is not the work's.
 before = resident("VmRSS")
-result = kmeans_partition(frame, centroids, n_probe=2, **COLUMNS)
+result = kmeans_partition(frame, centroids, n_probe=2, columns=Columns())
 extra = resident("VmHWM") - before
 allowed = 2000 * 384 * 4 + 128e6
 assert extra < allowed, (extra, allowed)
@@ -164,7 +163,7 @@ def test_small_distances_are_exact(scale: float) -> None:
 
 def test_a_zero_row_is_in_the_shortest_cluster_at_cosine_distance_1() -> None:
     frame = pd.DataFrame({"embeddings": arrow_lists(np.array([[0, 0], [0, 2]], np.float32))})
-    result = kmeans_partition(frame, check_centroids([[0, 1], [0.5, 0]]), **COLUMNS)
+    result = kmeans_partition(frame, check_centroids([[0, 1], [0.5, 0]]), columns=Columns())
     assert result["centroid"].tolist() == [1, 0]
     assert result["cosine_dist_to_cent"].tolist() == [1, 0]
     assert result["l2_dist_to_cent"].tolist() == [0.5, 0]
@@ -173,7 +172,7 @@ def test_a_zero_row_is_in_the_shortest_cluster_at_cosine_distance_1() -> None:
 
 def test_a_zero_centroid_is_at_cosine_distance_1() -> None:
     frame = pd.DataFrame({"embeddings": arrow_lists(np.array([[0, 3]], np.float32))})
-    assert kmeans_partition(frame, check_centroids([[0, 0]]), **COLUMNS)["cosine_dist_to_cent"].tolist() == [1]
+    assert kmeans_partition(frame, check_centroids([[0, 0]]), columns=Columns())["cosine_dist_to_cent"].tolist() == [1]
 
 
 # --- Normalisation ---------------------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def test_unit_rows_are_kept_as_they_are() -> None:
     rows = torch.nn.functional.normalize(torch.randn(1000, 50, generator=torch.manual_seed(0)), dim=1)
     assert normalise(rows) is rows
     frame = pd.DataFrame({"embeddings": arrow_lists(rows.numpy())})
-    result = kmeans_partition(frame, Centroids(rows[:3].numpy()), **COLUMNS)
+    result = kmeans_partition(frame, Centroids(rows[:3].numpy()), columns=Columns())
     addresses = [
         f["embeddings"].array.__arrow_array__().chunk(0).flatten().buffers()[1].address for f in (frame, result)
     ]
@@ -209,7 +208,7 @@ def test_rows_do_not_depend_on_their_neighbours(monkeypatch: pytest.MonkeyPatch,
 def test_input_is_not_written_to() -> None:
     rows = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
     frame = pd.DataFrame({"embeddings": arrow_lists(rows)})
-    kmeans_partition(frame, Centroids(rows[:2]), **COLUMNS)
+    kmeans_partition(frame, Centroids(rows[:2]), columns=Columns())
     np.testing.assert_array_equal(np.array(frame["embeddings"].tolist()), rows)
 
 
@@ -221,7 +220,7 @@ def test_input_is_not_written_to() -> None:
 def test_a_fit_finds_the_corners(monkeypatch: pytest.MonkeyPatch, init: str, most: int) -> None:
     monkeypatch.setattr(fit, "PAIRS_WORTH_MINI_BATCHES", most)
     rows, labels = blobs(800)
-    centroids = fit_centroids(rows, 4, init=init, n_init=5)
+    centroids = fit_centroids(rows, 4, KMeansOptions(init=init, n_init=5))
     assert centroids.dtype == np.float32
     found = assign(torch.from_numpy(rows), torch.from_numpy(centroids)).flatten().numpy()
     assert len(set(zip(labels, found, strict=True))) == 4
@@ -244,7 +243,7 @@ def test_on_a_gpu_cuml_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuml", cuml)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "cuml")
-    centroids = fit_centroids(blobs(50)[0], 2, device="cuda", oversampling_factor=1.5)
+    centroids = fit_centroids(blobs(50)[0], 2, KMeansOptions(oversampling_factor=1.5), device="cuda")
     assert centroids.dtype == np.float32
     assert asked == {
         "n_clusters": 2,

@@ -93,7 +93,7 @@ def test_frames_without_rows_have_embeddings_too(frame: pd.DataFrame) -> None:
         dd.from_pandas(frame, npartitions=1).semdedup.embed(model=MODEL).query("id < 0").compute(scheduler="threads")
     )
     assert len(result) == 0
-    assert embed.embed_partition(frame["text"].iloc[:0], MODEL, embedding_field="vector").dtype == EMBEDDINGS
+    assert embed.embed_partition(frame["text"].iloc[:0], MODEL).dtype == EMBEDDINGS
 
 
 class CountingModel:
@@ -190,7 +190,7 @@ def test_objects_that_are_not_strings_are_counted(frame: pd.DataFrame) -> None:
     texts = frame["text"].astype(object)
     texts.loc[5] = b"bytes"
     with pytest.raises(EmbeddingError, match=r"Column 'text': 1 row has something else than a string \(index 5\)"):
-        embed.embed_partition(texts, CountingModel(), embedding_field="embeddings")
+        embed.embed_partition(texts, CountingModel())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.frames.columns import Columns
 from dask_semdedup.steps.pairwise import pairwise_meta
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
 from tests.data import GOLDEN, LAYOUTS, NORMED, objects, run
@@ -90,7 +91,7 @@ def test_dtypes_are_kept_and_meta_foretells_them(id_dtype, cluster_dtype, strate
     result = run(frame, strategy)
     expected = {"id": frame["id"], "max_id": frame["id"], "cosine_sim_score": "f4", "centroid": frame["centroid"]}
     for empty in (
-        pairwise_meta(frame.iloc[:0], id_field="id", cluster_field="centroid"),
+        pairwise_meta(frame.iloc[:0], Columns()),
         run(frame.iloc[:0], strategy),
     ):
         assert len(empty) == 0
@@ -109,8 +110,7 @@ def test_fields_may_have_other_names():
     frame = GOLDEN.rename(columns={"id": "doc", "embeddings": "vector", "centroid": "topic"}).drop(
         columns="custom_score"
     )
-    fields = {"id_field": "doc", "embedding_field": "vector", "cluster_field": "topic"}
-    result = run(frame, make_strategy("hard", id_field="doc"), **fields)
+    result = run(frame, make_strategy("hard", id_field="doc"), id="doc", embedding="vector", cluster="topic")
     assert list(result.columns) == ["id", "max_id", "cosine_sim_score", "topic"]
     assert result["max_id"].tolist() == [3, 3, 2, 1, 5, 5]
 
@@ -168,7 +168,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(InvalidArgumentError, match="device must be one of 'auto', 'cpu', 'cuda', not 'tpu'"):
         run(GOLDEN, device="tpu")
     with pytest.raises(InvalidArgumentError, match="cluster_field may not be 'id'"):
-        run(GOLDEN, cluster_field="id")
+        run(GOLDEN, cluster="id")
     with pytest.raises(ValueError, match="compute_dtype"):
         run(GOLDEN, compute_dtype="int8")
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import dask_semdedup
 from dask_semdedup import ClusterError, InvalidArgumentError
+from dask_semdedup.frames.columns import Columns
 from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
-from dask_semdedup.steps.visits import best_of_visits
+from dask_semdedup.steps.secondary import best_of_assignments
 from tests.data import arrow_lists, assert_best, with_visits
 from tests.strategies import KINDS, seeds
 
@@ -32,15 +33,8 @@ from tests.strategies import KINDS, seeds
 )
 def test_scores_are_those_of_all_clusters_that_a_row_stands_in(rng, kind, n, n_clusters, n_probe) -> None:
     frame = with_visits(rng, kind(rng, n, 6).astype(np.float32), n_clusters, min(n_probe, n_clusters))
-    found = pairwise_partition(
-        frame,
-        id_field="id",
-        embedding_field="embeddings",
-        cluster_field="centroid",
-        ranking=make_strategy("hard"),
-        with_visits=True,
-    )
-    assert_best(best_of_visits(found, cluster_field="centroid"), frame)
+    found = pairwise_partition(frame, Columns(), make_strategy("hard"))
+    assert_best(best_of_assignments(found, Columns()), frame)
 
 
 @pytest.mark.parametrize("npartitions", [1, 4])
@@ -78,12 +72,9 @@ def test_ids_that_repeat_in_a_cluster_are_an_error_with_probes() -> None:
 
 def test_a_partition_without_rows() -> None:
     frame = with_visits(np.random.default_rng(2), np.ones((3, 2), np.float32), 2, 2)
-    options = {"id_field": "id", "cluster_field": "centroid", "with_visits": True}
-    found = pairwise_partition(
-        frame.iloc[:0], embedding_field="embeddings", ranking=RankingStrategy.random(), **options
-    )
-    assert found.dtypes.equals(pairwise_meta(frame, **options).dtypes)
-    assert len(best_of_visits(found, cluster_field="centroid")) == 0
+    found = pairwise_partition(frame.iloc[:0], Columns(), RankingStrategy.random())
+    assert found.dtypes.equals(pairwise_meta(frame, Columns()).dtypes)
+    assert len(best_of_assignments(found, Columns())) == 0
 
 
 @pytest.mark.parametrize("page", ["int", "str"])

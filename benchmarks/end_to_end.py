@@ -1,4 +1,4 @@
-"""Time the way from files to scores against only reading the same files with pyarrow.
+"""Time files to scores against only reading the same files with pyarrow.
 
     python benchmarks/end_to_end.py
     python benchmarks/end_to_end.py --clusters 1000 --breakdown
@@ -57,7 +57,7 @@ DEFAULT_DATA = Path(tempfile.gettempdir()) / "dask-semdedup-end-to-end"
 OURS = "ours, files to scores in files"
 BATCHED, LOOP = "PairwiseStage.run", "a loop of one cluster at a time"
 BAR_RATIO, BAR_GB = 2.0, 1.5
-# Where the time of one partition goes: the functions that do it.
+# The functions that do the steps of one partition.
 STEPS: dict[str, tuple[Any, str]] = {
     "read": (dask_semdedup.io.reader, "read_fragment"),
     "rank": (RankingStrategy, "order"),
@@ -107,7 +107,7 @@ def cluster_rows(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def as_table(rows: np.ndarray, mean: np.ndarray, first_id: int) -> pa.Table:
-    """What k-means writes: ids, embeddings and the distances to the centroid."""
+    """A table as k-means writes it: ids, embeddings and distances to the centroid."""
     centroid = mean / np.linalg.norm(mean)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * WIDTH
     return pa.table(
@@ -254,7 +254,7 @@ def overhead(console: Console, clusters: int, partitions: int, repeats: int) -> 
 
 
 def no_scores(meta: pd.DataFrame, *args: object, **kwargs: object) -> pd.DataFrame:
-    """What is left of a partition's task is Dask's own."""
+    """No scores at all: the rest of a partition's task is Dask's."""
     return meta
 
 
@@ -313,24 +313,24 @@ def run_cases(options: Options, show: Callable[[Any], None]) -> int:
     type=click.Path(file_okay=False, path_type=Path),
     default=DEFAULT_DATA,
     show_default=True,
-    help="Folder for the files, which are made once.",
+    help="Folder for the files, which are created once.",
 )
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="On cuda, cases of its own, as on the CPU with --case or --gpus: see end_to_end_cuda.py.",
+    help="On cuda, and with --case or --gpus, the cases are those of end_to_end_cuda.py.",
 )
 @click.option("--clusters", default=200, show_default=True)
 @click.option("--files", default=2, show_default=True, help="Files in each cluster.")
 @click.option("--rows", default=500, show_default=True, help="Rows in each file.")
 @click.option("--repeats", default=5, show_default=True, help="Timed turns.")
-@click.option("--breakdown", "with_breakdown", is_flag=True, help="Say where the time of one run goes.")
+@click.option("--breakdown", "with_breakdown", is_flag=True, help="Print the time of each step of one run.")
 @click.option("--stages", is_flag=True, help="Compare the stage layout with a loop of one cluster at a time.")
 @click.option("--overhead", "only_overhead", is_flag=True, help="Measure planning and Dask alone, on tiny clusters.")
 @click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here too."
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results to this file too."
 )
 @click.option("--only-peak", is_flag=True, hidden=True, help="Run ours once and print its peak memory.")
 @case_options

@@ -30,7 +30,7 @@ SKEW, ALL = "skew", "all"
 SOURCES = "sources"
 # Rows that a thread fills at once.
 STEP = 8192
-# Seconds after which a stage is taken to be stuck: what all threads are doing is printed then, and again.
+# Seconds after which a stage is taken to be stuck: the stacks of all threads are printed, and again after as many.
 STUCK = 60
 # Seconds that a process has to end once it has been told to.
 ENDING = 20
@@ -77,30 +77,30 @@ CASES = {
 
 @dataclass(frozen=True)
 class Skew:
-    """One giant cluster among many small ones of the same width."""
+    """One oversized cluster among many small ones of the same width."""
 
     clusters: int = 500
     rows: int = 4_000
-    giant: int = 400_000
+    oversized: int = 400_000
     width: int = 768
 
     def __str__(self) -> str:
-        return f"one cluster of {self.giant:,} x {self.width} among {self.clusters:,} of {self.rows:,}"
+        return f"one cluster of {self.oversized:,} x {self.width} among {self.clusters:,} of {self.rows:,}"
 
     def limited(self, clusters: int | None, rows: int | None) -> Skew:
-        """At most so many small clusters and rows in each of them; the giant stays as many times as large."""
+        """A smaller case: the ratio of the oversized cluster to the small ones stays the same."""
         fewer = min(self.rows, rows or self.rows)
         return replace(
             self,
             clusters=min(self.clusters, clusters or self.clusters),
             rows=fewer,
-            giant=self.giant * fewer // self.rows,
+            oversized=self.oversized * fewer // self.rows,
         )
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is to be run, where and how."""
+    """Options of a run."""
 
     device: str
     data: Path
@@ -118,7 +118,7 @@ class Options:
     time_limit: float
 
     def names(self, known: Iterable[str]) -> list[str]:
-        """Of the known cases, those that are asked for."""
+        """The chosen ones of the known cases."""
         return [name for name in known if not self.cases or name in self.cases or ALL in self.cases]
 
 
@@ -132,11 +132,11 @@ def case_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice([*CASES, SKEW, ALL]),
             help="A case of end_to_end_cuda.py; several may be given.",
         ),
-        click.option("--limit-clusters", type=int, help="Most clusters of a case."),
-        click.option("--limit-rows", type=int, help="Most rows of a cluster of a case."),
-        click.option("--partition-size", help="Of ours, in place of the default: see read_clusters."),
-        click.option("--gpus", default=0, help="Compare so many workers, of a GPU each, with one: end_to_end_gpus.py."),
-        click.option("--threads-per-gpu", default=4, show_default=True, help="Threads of each of these workers."),
+        click.option("--limit-clusters", type=int, help="Maximum number of clusters in a case."),
+        click.option("--limit-rows", type=int, help="Maximum number of rows in a cluster."),
+        click.option("--partition-size", help="Partition size of ours: see read_clusters."),
+        click.option("--gpus", default=0, help="Compare this many workers, a GPU each, with one: end_to_end_gpus.py."),
+        click.option("--threads-per-gpu", default=4, show_default=True, help="Threads of each worker."),
         click.option(
             "--scheduler",
             type=click.Choice(["local", "separate"]),
@@ -145,13 +145,13 @@ def case_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Workers of a cluster object, or of `dask scheduler` and `dask cuda worker` processes.",
         ),
         click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), help="Write the timelines here."),
-        click.option("--time-limit", default=540, show_default=True, help="Seconds after which a case run gives up."),
+        click.option("--time-limit", default=540, show_default=True, help="Seconds after which the run gives up."),
     ]
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
 class Log:
-    """Says, before each stage, what is about to be done, and afterwards how long it took."""
+    """Prints each stage before it begins, and how long it took."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -161,7 +161,7 @@ class Log:
 
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
-        """Announce the body and time it; where it takes too long, print where all threads are."""
+        """Announce the body and time it; if it takes too long, print the stacks of all threads."""
         print(f"[{time.perf_counter() - self._began:6.1f} s] {text} ...", end="", flush=True)
         faulthandler.dump_traceback_later(STUCK, repeat=True)
         start, how = time.perf_counter(), "failed after"
@@ -175,7 +175,7 @@ class Log:
 
 @contextmanager
 def limited_to(seconds: float) -> Iterator[None]:
-    """End the process if the body takes longer, and say where all threads were."""
+    """End the process if the body takes longer, and print the stacks of all threads."""
 
     def end() -> None:
         print(f"\nover the limit of {seconds:g} s: giving up", flush=True)
@@ -206,16 +206,16 @@ def make_case(case: Case, root: Path, log: Log) -> Path:
 
 
 def make_skew(case: Skew, root: Path, log: Log) -> tuple[Path, Path]:
-    """The layout of all clusters, and the folder of the giant one in their midst."""
+    """The layout of all clusters, and the folder of the oversized one in the middle."""
     with log.stage(f"skew: making {case}"):
-        giant = make_file(root, case.giant, case.width, seed=0, row_group=max(1, case.giant // 8))
+        oversized = make_file(root, case.oversized, case.width, seed=0, row_group=max(1, case.oversized // 8))
         small = [make_file(root, case.rows, case.width, seed) for seed in range(1, 5)]
         links = [small[cluster % len(small)] for cluster in range(case.clusters)]
         middle = len(links) // 2
-        links.insert(middle, giant)
-        layout = link(root / f"skew-{case.clusters}x{case.rows}-{case.giant}x{case.width}", links)
+        links.insert(middle, oversized)
+        layout = link(root / f"skew-{case.clusters}x{case.rows}-{case.oversized}x{case.width}", links)
     with log.stage("skew: filling the page cache"):
-        fill_cache([giant, *small])
+        fill_cache([oversized, *small])
     return layout, layout / f"centroid={middle}"
 
 

@@ -18,8 +18,8 @@ for the GPU, or for another to read, is in its part; idle is the time in which n
 thread that waits for the GPU before and after each part, which gives the work of each. `--trace` writes the first of
 these as a timeline for https://ui.perfetto.dev. The peak of device memory is what RMM handed out in one more run.
 
-Each stage is announced before it begins, with the seconds since the start. One that hangs prints where all threads
-are; the run gives up after `--time-limit`, and what was measured by then is in the file of `--json`.
+Each stage is announced before it begins, with the seconds since the start. One that hangs prints the stacks of all
+threads; the run gives up after `--time-limit`, and what was measured by then is in the file of `--json`.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def timelines(case: Case, layout: Path, options: Options, log: Log) -> dict[str,
 
 
 def memory(case: Case, layout: Path, options: Options, log: Log) -> dict[str, int]:
-    """The most device memory that RMM had handed out at any time of a run."""
+    """Peak of the device memory that RMM handed out in a run."""
     import rmm.statistics
 
     with log.stage(f"{case.name}: memory of one run"), rmm.statistics.statistics():
@@ -236,7 +236,7 @@ def as_table(results: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def as_breakdown_table(result: Mapping[str, Any]) -> Table:
-    """Where the time of a run goes, in milliseconds a cluster."""
+    """Milliseconds a cluster of each part of a run."""
     real, single, scale = result["timeline"], result["one_thread"], 1e3 / result["clusters"]
     table = Table(title=f"{result['title']}: one run, milliseconds a cluster", title_justify="left")
     table.add_column("part")
@@ -253,7 +253,7 @@ def as_breakdown_table(result: Mapping[str, Any]) -> Table:
 
 
 def machine(device: str) -> str:
-    """What the numbers are measured with. It asks for the pool first: torch can share it only before it uses CUDA."""
+    """The machine and the versions. Installs the pool first: torch can share it only before it uses CUDA."""
     import torch
 
     if device == "cpu":
@@ -264,7 +264,7 @@ def machine(device: str) -> str:
 
 
 def save(title: str, results: Sequence[Mapping[str, Any]], options: Options) -> None:
-    """Write what is known so far."""
+    """Write the results so far."""
     if options.json_path:
         everything = {"machine": title, "cases": results}
         options.json_path.write_text(json.dumps(everything, indent=1, default=Timeline.as_json))

@@ -11,8 +11,8 @@ worker` process for each GPU. On the CPU the workers are plain ones.
   partitions, in the same cluster, and what they wrote is compared: ids, neighbours and scores, bit for bit. The table
   says for how much of the time the workers were busy, and how much earlier than the last one the first had nothing more
   to do. *Fused* is the same with `to_parquet(..., compute=False).optimize()`. Only reading the same files, by one
-  worker and by all at once, says how far the machine itself goes with them.
-- `skew` is a giant cluster among many small ones, against the giant cluster alone on the same workers. The total can be
+  worker and by all at once, shows how far the machine itself scales.
+- `skew` is an oversized cluster among many small ones, against that cluster alone on the same workers. The total can be
   less neither than that, nor than the time of one worker divided by their number.
 
 Times begin before `read_clusters` and end when all scores are written. By default the cases are `large` and `skew`.
@@ -141,7 +141,7 @@ def wait_for_file(path: Path, processes: Sequence[subprocess.Popen[bytes]]) -> N
 
 
 class Run(NamedTuple):
-    """What is scored, on which workers (None for all), and whether reading, scoring and writing are one task."""
+    """A folder to score, the workers (None for all), and whether reading, scoring and writing are one task."""
 
     source: Path
     workers: Sequence[str] | None = None
@@ -183,7 +183,7 @@ def in_turns(
 
 
 def by_worker(stream: Sequence[Mapping[str, Any]], began: float) -> dict[str, list[Interval]]:
-    """What the threads of each worker computed, from Dask's task stream."""
+    """The tasks of each worker's threads, from Dask's task stream."""
     done: dict[str, list[Interval]] = {}
     for task in stream:
         name, thread = key_split(task["key"]), str(task["thread"])
@@ -220,7 +220,7 @@ def addresses(client: Client) -> list[str]:
 
 
 def read_on_worker(files: Sequence[str], device: str, setting: tuple[int, int]) -> float:
-    """What a worker does to only read; the seconds it takes."""
+    """Seconds that a worker takes to only read files."""
     return seconds_of(partial(read_only, files, device, *setting), device)
 
 
@@ -279,17 +279,17 @@ def measure_scaling(name: str, client: Client, options: Options, log: Log) -> di
 
 
 def measure_skew(client: Client, options: Options, log: Log) -> dict[str, Any]:
-    """A giant cluster among small ones, against itself alone."""
+    """An oversized cluster among small ones, against itself alone."""
     case = Skew().limited(options.limit_clusters, options.limit_rows)
-    layout, giant = make_skew(case, options.data, log)
+    layout, oversized = make_skew(case, options.data, log)
     workers = addresses(client)
-    total, alone, one = "skew: all workers", "skew: the giant cluster alone", "skew: one worker"
-    runs = {total: Run(layout), alone: Run(giant), one: Run(layout, workers[:1])}
+    total, alone, one = "skew: all workers", "skew: the oversized cluster alone", "skew: one worker"
+    runs = {total: Run(layout), alone: Run(oversized), one: Run(layout, workers[:1])}
     with tempfile.TemporaryDirectory() as folder:
         for number, worker in enumerate(workers):
-            # Whichever gets the giant later has met one.
-            with log.stage(f"skew: the giant cluster alone, warm-up of worker {number}"):
-                score(client, Run(giant, [worker]), Path(folder, f"warm-{number}"), options)
+            # Any worker may get the oversized cluster later.
+            with log.stage(f"skew: the oversized cluster alone, warm-up of worker {number}"):
+                score(client, Run(oversized, [worker]), Path(folder, f"warm-{number}"), options)
         seconds, tasks = in_turns(client, runs, Path(folder), options, log)
     medians = {run: statistics.median(times) for run, times in seconds.items()}
     return {
@@ -331,13 +331,13 @@ def as_table(results: Sequence[Mapping[str, Any]], options: Options) -> Table:
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """What a case says, in two lines."""
+    """The results of a case in two lines."""
     bar = f" (bar {result['bar']})" if result["bar"] else ""
     busy, early = spread(result["tasks"])
     seconds = ", ".join(f"{value:.2f}" for value in busy)
     if result["case"] == SKEW:
         least = f"the work of one worker shared out to all: {result['shared_out']:.2f} s"
-        words = f"{result['ratio']:.2f} times the giant cluster alone{bar}; {least}"
+        words = f"{result['ratio']:.2f} times the oversized cluster alone{bar}; {least}"
     else:
         wrong = {name: count for name, count in result["differing"].items() if count}
         same = f"differ in so many rows: {wrong}" if wrong else "are the same"
@@ -347,7 +347,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def save(title: str, results: Sequence[Mapping[str, Any]], options: Options) -> None:
-    """Write what is known so far."""
+    """Write the results so far."""
     if options.json_path:
         options.json_path.write_text(json.dumps({"machine": title, "cases": results}, indent=1))
     if options.trace:
@@ -356,7 +356,7 @@ def save(title: str, results: Sequence[Mapping[str, Any]], options: Options) -> 
 
 
 def describe(options: Options) -> str:
-    """What the numbers are measured with. It is asked once the workers run: it may use the first GPU."""
+    """The machine and the versions. Called once the workers run, as it may use the first GPU."""
     cores = f"{CPU_COUNT} cores, {options.threads_per_gpu} threads a worker, {options.scheduler} scheduler"
     if options.device == "cpu":
         return f"{options.gpus} workers on a CPU, {cores}"

@@ -1,4 +1,4 @@
-"""Time and weigh the assignment of rows to centroids beside scikit-learn's, and count rows put into the wrong cluster.
+"""Time and memory of the assignment of rows to centroids, ours and scikit-learn's, and rows in the wrong cluster.
 
     python benchmarks/kmeans.py
     python benchmarks/kmeans.py --shape 100000x384 --clusters 1000 --clusters 50000 --json kmeans.json
@@ -58,7 +58,7 @@ def make_data(n: int, d: int, clusters: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Watch(threading.Thread):
-    """Notes the most memory that this process has, looking every few milliseconds (Linux)."""
+    """Records the peak memory of this process, sampled every few milliseconds (Linux)."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -80,7 +80,7 @@ class Watch(threading.Thread):
 
 
 def measured(call: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, float, int]:
-    """What a call returns, its best time, and the most memory it takes beyond what is there."""
+    """The result of a call, its best time, and its peak of additional memory."""
     watch = Watch()
     watch.start()
     seconds = []
@@ -166,7 +166,7 @@ def as_table(results: list[Result]) -> Table:
 @click.option("--shape", default="100000x384", show_default=True, help="ROWSxDIMENSIONS.")
 @click.option("--clusters", "counts", multiple=True, type=int, default=(1000, 50_000), show_default=True)
 @click.option("--repeats", default=1, show_default=True, help="Timed calls; the best counts.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the results here too.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the results to this file too.")
 def main(shape: str, counts: tuple[int, ...], repeats: int, json_path: str | None) -> None:
     """Compare assignments on this CPU (Linux)."""
     n, d = (int(number) for number in shape.split("x"))

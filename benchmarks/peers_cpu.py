@@ -1,4 +1,4 @@
-"""From one raw Parquet file of real embeddings to duplicates, beside what else does it on a CPU.
+"""From one raw Parquet file of real embeddings to duplicates on a CPU, ours and other libraries.
 
     python benchmarks/peers_cpu.py
     python benchmarks/peers_cpu.py --repeats 3 --json peers.json
@@ -138,7 +138,7 @@ def as_table(results: list[Result], shape: tuple[int, ...], true: int, eps: floa
 @click.option("--eps", default=0.05, show_default=True)
 @click.option("--repeats", default=5, show_default=True, help="Timed turns.")
 @click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here too."
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results to this file too."
 )
 def main(data: Path, eps: float, repeats: int, json_path: Path | None) -> None:
     """Compare ours with its peers."""

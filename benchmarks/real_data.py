@@ -1,4 +1,4 @@
-"""What the benchmarks on real embeddings share: the file, and which of its rows are duplicates."""
+"""The file of real embeddings that several benchmarks use, and its true duplicates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Truth:
-    """What an exact search without clusters finds, where a row is preferred over those with greater ids."""
+    """Scores of an exact search without clusters, in which rows with smaller ids are preferred."""
 
     ids: np.ndarray
     scores: np.ndarray

@@ -1,4 +1,4 @@
-"""What clustering costs: the share of true duplicates that are found, beside the time, for real embeddings.
+"""Recall and time of clustered runs on real embeddings: the share of true duplicates that they find.
 
     python benchmarks/recall.py
     python benchmarks/recall.py --n-clusters 20 --n-clusters 200 --n-probe 1 --json recall.json
@@ -78,7 +78,7 @@ def as_table(results: list[Result], truth: Truth, width: int) -> Table:
 @click.option("--n-clusters", "numbers", multiple=True, type=click.IntRange(min=1), help="Several may be given.")
 @click.option("--n-probe", "probes", multiple=True, type=click.IntRange(min=1), default=(1, 2), show_default=True)
 @click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here too."
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results to this file too."
 )
 def main(data: Path, numbers: tuple[int, ...], probes: tuple[int, ...], json_path: Path | None) -> None:
     """Measure the recall of clustered runs."""

@@ -282,7 +282,7 @@ def as_table(results: list[Result]) -> Table:
 
 
 def sweep(device: str, repeats: int) -> Table:
-    """Time the exact search over widths and sizes, beside the roofline: the product, and the rows read and written."""
+    """Time the exact search over widths and sizes, with the roofline: the product, and the rows read and written."""
     table = Table(title="exact search, random rows: no cliff", title_justify="left")
     for column in ("n", "d", "ms", "roofline, ms", "ratio", "extra memory, MB", "allowed, MB"):
         table.add_column(column, justify="right")
@@ -308,7 +308,7 @@ def sweep(device: str, repeats: int) -> Table:
 
 
 def machine(device: str) -> str:
-    """What the numbers were measured with."""
+    """The machine and the versions."""
     half = half_dtype(torch.device(device))
     if device == "cuda":
         import triton
@@ -325,7 +325,7 @@ def machine(device: str) -> str:
 @click.option("--repeats", default=5, show_default=True, help="Timed turns.")
 @click.option("--sweep", "with_sweep", is_flag=True, help="Also time many sizes and widths (CUDA).")
 @click.option("--memory", is_flag=True, help="Only measure the memory of one search on the CPU (Linux).")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the results here too.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the results to this file too.")
 def main(
     device: str,
     shapes: tuple[str, ...],

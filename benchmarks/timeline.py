@@ -1,4 +1,4 @@
-"""Which thread was in which part of the work, and when.
+"""Timelines: the parts of the work that each thread was in, and when.
 
 Functions that do the parts are replaced, for a while, by ones that note when they are entered and left. Nothing else
 changes: threads run side by side as they do, and a call that only launches work on a GPU is as short as it is. With
@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a part took: seconds of all threads together, and seconds in which at least one of them was in it."""
+    """Seconds of a part: of all threads together, and those in which at least one of them was in it."""
 
     name: str
     calls: int
@@ -135,6 +135,6 @@ def as_trace(runs: Mapping[str, Iterable[Interval]]) -> list[dict[str, Any]]:
                 threads[thread] = len(threads)
                 name = {"name": thread}
                 events.append({"name": "thread_name", "ph": "M", "pid": process, "tid": threads[thread], "args": name})
-            place = {"pid": process, "tid": threads[thread]}
-            events.append({"name": part, "ph": "X", "ts": 1e6 * start, "dur": 1e6 * (end - start), **place})
+            track = {"pid": process, "tid": threads[thread]}
+            events.append({"name": part, "ph": "X", "ts": 1e6 * start, "dur": 1e6 * (end - start), **track})
     return events

@@ -33,7 +33,7 @@ Stanza = dict[str, str]
 
 
 def output_of(*command: str | Path) -> str:
-    """What a command prints."""
+    """The output of a command."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -80,7 +80,7 @@ def default_model() -> str | Path:
 
 
 def embed(texts: pd.DataFrame, model: str | Path) -> pd.DataFrame:
-    """Embed the texts, so many at a time."""
+    """Embed the texts, `ROWS_AT_ONCE` at a time."""
     ddf = dd.from_pandas(texts, chunksize=ROWS_AT_ONCE, sort=False).semdedup.embed(model=model)
     with ProgressBar(), dask.config.set(scheduler="threads"):
         return ddf.compute()
@@ -98,9 +98,9 @@ def write(frame: pd.DataFrame, path: Path) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--limit", type=click.IntRange(min=1), help="Draw so many texts, always the same ones. By default all.")
+@click.option("--limit", type=click.IntRange(min=1), help="Draw this many texts, always the same ones. By default all.")
 @click.option("--names", default="", help="A regular expression that the names of the packages must match.")
-@click.option("--characters", default=200, show_default=True, help="Of the long description, so many.")
+@click.option("--characters", default=200, show_default=True, help="Characters of the long description, at most.")
 @click.option("--keep-same", is_flag=True, help="Keep all packages, also those with the text of another.")
 @click.option("--model", default=default_model, help="Name or folder of a sentence-transformers model.")
 @click.option("--texts-only", is_flag=True, help="Do not embed them.")

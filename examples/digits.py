@@ -3,8 +3,8 @@
     python examples/digits.py [FOLDER]
 
 The images are those that come with scikit-learn: 8 x 8 pixels, which serve as the embedding of 64 numbers. They are
-clustered by k-means and written as the command wants them, ``centroid=<k>/*.parquet``; the command scores them; what it
-found is drawn. Everything is kept in FOLDER, ``demo`` unless another is named.
+clustered by k-means and written in the layout that the command reads, ``centroid=<k>/*.parquet``; the command scores
+them; the pairs it found are drawn. All files are in FOLDER, by default ``demo``.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def run_command(clusters: Path, scores: Path) -> None:
 
 
 def draw(images: np.ndarray, scores: pd.DataFrame) -> Figure:
-    """Show what a similarity looks like, from the most similar pairs down, beside all the scores."""
+    """Draw pairs of digits, from the most similar ones down, next to the histogram of all scores."""
     ranked = scores[scores["id"] != scores["max_id"]].sort_values("cosine_sim_score", ascending=False)
     dropped = (ranked["cosine_sim_score"] >= 1 - EPS).sum()
     figure = Figure(figsize=(14, 6.4), facecolor="white")
     left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
-    for place, title, pairs in zip(
+    for panel, title, pairs in zip(
         left.subfigures(3, 1, height_ratios=[1.75, 1, 1]),
         [f"The most similar of {dropped} duplicates: dropped", "Around 0.97: kept", "Around 0.90: kept"],
         [ranked.head(8), nearest(ranked, 0.97), nearest(ranked, 0.90)],
@@ -71,7 +71,7 @@ def draw(images: np.ndarray, scores: pd.DataFrame) -> Figure:
     ):
         queries, matches = images[pairs["id"]], images[pairs["max_id"]]
         similarities = pairs["cosine_sim_score"].to_numpy()
-        pair_gallery(queries, matches, similarities, title=title, interpolation="bicubic", figure=place)
+        pair_gallery(queries, matches, similarities, title=title, interpolation="bicubic", figure=panel)
     right.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.12)
     score_histogram(scores, EPS, figure=right)
     return figure

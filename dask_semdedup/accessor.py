@@ -742,7 +742,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Examples
         --------
-        >>> import pandas as pd
+        >>> import dask, pandas as pd
         >>> train = pd.DataFrame({"id": [1, 2, 3], "embeddings": [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]})
         >>> test = pd.DataFrame({"id": ["a", "b"], "embeddings": [[0.9, 0.1], [0.59, 0.81]]})
         >>> with dask.config.set({"dataframe.convert-string": False}):
@@ -816,7 +816,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Examples
         --------
-        >>> import pandas as pd
+        >>> import dask, pandas as pd
         >>> frame = pd.DataFrame({"id": [1, 2, 3], "text": ["x", "y", "x!"]})
         >>> frame["embeddings"] = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.01]]
         >>> with dask.config.set({"dataframe.convert-string": False}):
@@ -828,9 +828,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         """
         check_keywords("deduplicate", kmeans_options, self.fit_centroids, self.deduplicate)
         columns = Columns(id_field, embedding_field, cluster_field)
-        fit, options = (
-            KMeansOptions(**kmeans_options),
-            SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device),
-        )
+        fit = KMeansOptions(**kmeans_options)
+        options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
         return keep_one_of_each(self._ddf, columns, eps, ranking, n_clusters, centroids, n_probe, fit, options)

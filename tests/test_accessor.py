@@ -24,7 +24,6 @@ from dask_semdedup import (
     InvalidArgumentError,
     MissingColumnsError,
     RankingStrategy,
-    accessor,
     read_clusters,
     search,
 )
@@ -320,7 +319,7 @@ class TestBadInput:
             ddf.semdedup.pairwise(**arguments)
 
     def test_compute_dtypes_are_those_of_the_search(self) -> None:
-        assert accessor.COMPUTE_DTYPES == search.COMPUTE_DTYPES
+        assert columns.COMPUTE_DTYPES == search.COMPUTE_DTYPES
 
     def test_null_clusters_when_computed(self) -> None:
         frame = make_frame(9)

@@ -98,9 +98,12 @@ def _to_dask(duplicates: Any) -> dd.DataFrame:
     if not isinstance(duplicates, pd.DataFrame) and not (is_cudf(duplicates) and hasattr(duplicates, "columns")):
         kind = type(duplicates).__name__
         raise InvalidArgumentError(f"duplicates must be a DataFrame of Dask, pandas or cuDF, not a {kind}.")
-    # Objects stay objects: they may be integers or UUIDs.
-    with dask.config.set({"dataframe.convert-string": False}):
-        return dd.from_pandas(duplicates, npartitions=1, sort=False)
+    # `from_pandas` would make strings of objects, which may be integers or UUIDs.
+    return dd.from_map(_as_given, [duplicates.copy()], meta=duplicates.iloc[:0])
+
+
+def _as_given(frame: Any) -> Any:
+    return frame
 
 
 def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFrame:

@@ -67,9 +67,7 @@ def test_the_most_similar_reference_row_of_the_same_cluster(rng, n: int, m: int,
     assert scores["id"].tolist() == truth["id"].tolist()
     assert scores["max_id"].tolist() == truth["max_id"].tolist()
     np.testing.assert_allclose(scores["cosine_sim_score"], truth["score"].astype(float).clip(-1, 1), atol=2e-6)
-    meta = against_meta(
-        frame.iloc[:0], reference.iloc[:0], id_field="id", reference_id_field="id", cluster_field="centroid"
-    )
+    meta = against_meta(frame.iloc[:0], reference.iloc[:0], Columns(), "id")
     assert scores.dtypes.equals(meta.dtypes)
 
 
@@ -225,7 +223,7 @@ def test_among_equals_the_smallest_id_is_found(order: list[int]) -> None:
     scores = pd.DataFrame(
         {"id": 1, "max_id": [8, 7, 9], "cosine_sim_score": np.float32([0.5, 0.5, 0.4]), "centroid": 0}
     )
-    assert best_of_probes(scores.iloc[order], cluster_field="centroid")["max_id"].tolist() == [7]
+    assert best_of_probes(scores.iloc[order], Columns())["max_id"].tolist() == [7]
 
 
 def test_keywords_of_no_method_are_named() -> None:

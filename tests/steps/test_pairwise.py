@@ -127,9 +127,9 @@ def test_a_cluster_of_one_scores_nothing():
     assert (result["cosine_sim_score"] == 0).all()
 
 
-@pytest.mark.parametrize("field", ["id_field", "embedding_field", "cluster_field"])
+@pytest.mark.parametrize("field", ["id", "embedding", "cluster"])
 def test_missing_columns_are_named(field):
-    with pytest.raises(MissingColumnsError, match=rf"\['gone'\] not found .* \['id', 'embeddings'.*{field}"):
+    with pytest.raises(MissingColumnsError, match=rf"\['gone'\] not found .* \['id', 'embeddings'.*{field}_field"):
         run(GOLDEN, **{field: "gone"})
 
 

@@ -163,4 +163,4 @@ def check_size(path: str, planned: int, found: int | None) -> None:
 
 def changed(paths: Sequence[str]) -> DataReadError:
     """Return the error for files that are not what they were when they were planned."""
-    return DataReadError(f"{some(paths)} changed since the footers were read. Read the files anew.")
+    return DataReadError(f"{some(paths)} changed since the footers were read. Read the files again.")

@@ -27,6 +27,7 @@ from dask_semdedup import (
     read_clusters,
     search,
 )
+from dask_semdedup.frames.columns import COMPUTE_DTYPES
 from dask_semdedup.io import fragments, reader
 from dask_semdedup.lazy.alignment import is_aligned
 from dask_semdedup.lazy.expressions import ScoresOfFiles
@@ -319,7 +320,7 @@ class TestBadInput:
             ddf.semdedup.pairwise(**arguments)
 
     def test_compute_dtypes_are_those_of_the_search(self) -> None:
-        assert columns.COMPUTE_DTYPES == search.COMPUTE_DTYPES
+        assert COMPUTE_DTYPES == search.COMPUTE_DTYPES
 
     def test_null_clusters_when_computed(self) -> None:
         frame = make_frame(9)

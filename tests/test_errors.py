@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import pickle
 
 import numpy as np
@@ -11,17 +12,30 @@ from dask_semdedup.errors import MissingColumnsError, SemDedupError, some
 CLASSES = [getattr(errors, name) for name in errors.__all__ if name.endswith("Error")]
 
 
+FILES = {
+    errors.DataReadError: OSError,
+    errors.DataNotFoundError: FileNotFoundError,
+    errors.OutputError: OSError,
+    errors.OutputExistsError: FileExistsError,
+}
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_errors_survive_pickling(cls):
-    error = pickle.loads(pickle.dumps(cls("column 'x' of 3 rows")))
-    assert type(error) is cls
-    assert isinstance(error, SemDedupError)
-    assert str(error) == "column 'x' of 3 rows"
+    error = cls("column 'x' of 3 rows", parameters=["id_field"], columns=["x"])
+    for copied in (error, pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(copied) is cls
+        assert isinstance(copied, SemDedupError)
+        assert str(copied) == "column 'x' of 3 rows"
+        assert (copied.parameters, copied.columns) == (("id_field",), ("x",))
+    assert (cls("").parameters, cls("").columns) == ((), ())
 
 
 @pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls is not SemDedupError])
 def test_every_error_is_also_what_python_would_raise(cls):
     assert issubclass(cls, ImportError if cls is errors.MissingDependencyError else ValueError)
+    assert issubclass(cls, FILES.get(cls, Exception))
+    assert issubclass(cls, OSError) == (cls in FILES)
 
 
 @pytest.mark.parametrize("caught", [KeyError, ValueError, SemDedupError])
@@ -32,7 +46,8 @@ def test_missing_columns_are_a_key_error_and_a_value_error_with_a_plain_message(
 
 
 def test_missing_columns_built_without_advice_survive_pickling():
-    error = MissingColumnsError.build(["x"], ["a", "b"])
+    error = MissingColumnsError.build(["x", "a"], ["a", "b"], parameters=["id_field"])
+    assert (error.parameters, error.columns) == (("id_field",), ("x",))
     assert str(error) == "Required columns ['x'] not found in the frame, which has ['a', 'b']."
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 

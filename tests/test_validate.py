@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dask_semdedup._validate import check_choice, check_keywords, check_positive, check_seed
+from dask_semdedup._validate import check_bytes, check_choice, check_keywords, check_names, check_positive, check_seed
 from dask_semdedup.errors import InvalidArgumentError
 
 
@@ -30,6 +30,16 @@ def test_what_is_no_seed(value):
 def test_what_is_no_choice():
     with pytest.raises(InvalidArgumentError, match="device must be one of 'cpu', 'cuda', not None"):
         check_choice("device", None, ["cpu", "cuda"])
+
+
+@pytest.mark.parametrize(
+    ("check", "value"),
+    [(check_bytes, "1 apple"), (check_bytes, -1), (check_choice, None), (check_names, "id"), (check_positive, 0)],
+)
+def test_errors_know_their_parameter(check, value):
+    with pytest.raises(InvalidArgumentError, match=r"^size must be") as raised:
+        check("size", value, *([["cpu"]] if check is check_choice else []))
+    assert raised.value.parameters == ("size",)
 
 
 @pytest.mark.parametrize(

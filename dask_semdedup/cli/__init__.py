@@ -1,4 +1,4 @@
-"""The ``dask-semdedup`` command: the library's public functions with progress bars and summaries."""
+"""The ``dask-semdedup`` command: the library's functions with progress bars and summaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands share: errors that are one line, and help in sections."""
+"""The classes of all commands: their errors are one line, and their help has sections."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dask_semdedup.cli.wording import in_options
 from dask_semdedup.errors import SemDedupError
 
 EXIT_STATUS = 2
 INTERRUPTED = 130
-# Seconds after an interrupt in which another one is taken for the same.
+# Seconds after an interrupt during which further ones are ignored.
 PATIENCE = 10
 
-# The commands' parameters as their help groups them.
+# The sections of the commands' help, with the parameters in each.
 SECTIONS = {
     "Documents": ["data", "text_field", "image_field", "embed", "model"],
     "Columns": ["id_field", "make_ids", "columns", "embedding_field", "cluster_field", "embedding_dim"],
@@ -38,7 +37,10 @@ SECTIONS = {
     "Messages": ["quiet", "verbose", "traceback"],
 }
 
-# Parameters of which the second means nothing where the first is given.
+# Parameters of the library that an option has under another name.
+OTHER_NAMES = {"random_state": "random_seed"}
+
+# Pairs of parameters of which the first makes the second void.
 CONTRADICTIONS = [
     ("ranking_strategy", "which_to_keep"),
     ("ranking_strategy", "sim_metric"),
@@ -65,7 +67,7 @@ class Application(click.Group):
             sys.exit(EXIT_STATUS)
         except click.Abort:
             click.echo("Stopped. Nothing unfinished was left under a final name.", err=True)
-            # Python takes a while to end: what is heard then would be another exit status, or a traceback.
+            # A signal while Python exits would lead to another exit status, or to a traceback.
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             sys.exit(INTERRUPTED)
         sys.exit(status if isinstance(status, int) else 0)
@@ -73,33 +75,29 @@ class Application(click.Group):
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Let what batch systems send, to end a job, do as an interrupt does, which leaves nothing unfinished.
+    """Treat the signal with which batch systems end a job as an interrupt, which leaves nothing unfinished.
 
-    For some seconds only the first is heard: another would end the wait for running tasks, which then fail as the
-    program exits. Later ones do: the first may have come where Python drops exceptions, or a task may never end.
+    Further signals are ignored for `PATIENCE` seconds: they would end the wait for running tasks, which then fail as
+    the program exits. Later ones count, since Python may have dropped the first exception, or a task may never end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     stopping_since = -math.inf
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         nonlocal stopping_since
         if time.monotonic() - stopping_since < PATIENCE:
             return
-        if _collects_garbage(frame):
-            threading.Timer(0.05, signal.raise_signal, [number]).start()
-            return
         stopping_since = time.monotonic()
-        with suppress(RuntimeError):  # The signal may have come as something else was printed.
+        with suppress(RuntimeError):  # The signal may have interrupted another print.
             click.echo("Stopping: waiting for running tasks.", err=True)
         raise KeyboardInterrupt
 
-    # A shell's background jobs ignore interrupts, and go on to.
-    # Those of a program around Python are unknown to it.
-    unheard = (signal.SIG_IGN, None)
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) not in unheard]
-    before = {number: signal.signal(number, stop) for number in heard}
+    # Background jobs of a shell ignore interrupts. None is a handler of a program that embeds Python.
+    untouched = (signal.SIG_IGN, None)
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) not in untouched]
+    before = {number: signal.signal(number, stop) for number in handled}
     try:
         yield
     finally:
@@ -109,7 +107,7 @@ def _stopped_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Print each warning once, without the line of code that it came from."""
+    """Print each warning once, without the line of code that raised it."""
     shown: set[str] = set()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
@@ -122,17 +120,8 @@ def _warnings_in_a_line() -> Iterator[None]:
         yield
 
 
-def _collects_garbage(frame: FrameType | None) -> bool:
-    """Whether a frame is where Python drops what is raised: as it collects garbage."""
-    while frame is not None:
-        if frame.f_code.co_name in ("__del__", "_gc_callback"):
-            return True
-        frame = frame.f_back
-    return False
-
-
 class Command(click.Command):
-    """A command whose failures become one line, below their traceback where that is asked for."""
+    """A command whose errors are one line, after the traceback if ``--traceback`` is given."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -145,7 +134,7 @@ class Command(click.Command):
             raise click.ClickException(_describe(error, self)) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options in sections; what is in none of them comes last."""
+        """Write the options in their sections; options of no section come last."""
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         records = {option.name: record for option in options if (record := option.get_help_record(ctx))}
         for heading, names in SECTIONS.items():
@@ -157,12 +146,19 @@ class Command(click.Command):
 
 
 def _describe(error: Exception, command: click.Command) -> str:
-    """An error's message; its type too where the message was not written for the command's user."""
+    """Return an error's message with the options that it is about, or with its type if it was not expected."""
     if isinstance(error, SemDedupError):
-        return in_options(str(error), command.params)
+        flags = _flags(command)
+        options = [flags[name] for name in (OTHER_NAMES.get(name, name) for name in error.parameters) if name in flags]
+        return f"{error} ({', '.join(options)})" if options else str(error)
     if isinstance(error, OSError):
         return str(error)
     return f"{type(error).__name__}: {error} (--traceback shows where)"
+
+
+def _flags(command: click.Command) -> dict[str, str]:
+    """Return the options of a command by the names of their parameters."""
+    return {str(param.name): param.opts[-1] for param in command.params if isinstance(param, click.Option)}
 
 
 def _one_line(error: click.ClickException) -> str:
@@ -173,9 +169,9 @@ def _one_line(error: click.ClickException) -> str:
 
 
 def refuse_contradictions(ctx: click.Context) -> None:
-    """Refuse two options of which one would silently make the other void."""
-    flags = {param.name: param.opts[-1] for param in ctx.command.params}
-    given = {name for name in flags if name and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    """Raise if one of two given options would silently make the other void."""
+    flags = _flags(ctx.command)
+    given = {name for name in flags if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     for pair in CONTRADICTIONS:
         if given.issuperset(pair):
             raise click.UsageError(f"{flags[pair[0]]} and {flags[pair[1]]} exclude each other.", ctx)

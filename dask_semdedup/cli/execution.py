@@ -1,4 +1,4 @@
-"""Where a command runs, and how far it is."""
+"""The threads, processes or cluster on which a command runs, and its progress bars."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | None] = ()) -> Iterator[Client | None]:
-    """Yield a client of the cluster that is asked for, or None for the threads of this process.
+    """Yield a client of the requested cluster, or None for the threads of this process.
 
-    A cluster must reach all `paths`, where they are not None.
+    All workers of a cluster must be able to reach the `paths` that are not None.
     """
     if scheduler is None and workers is None:
-        import dask_semdedup.search  # noqa: F401  (torch takes seconds to load: now rather than in the first task)
+        import dask_semdedup.search  # noqa: F401  (loads torch, which takes seconds, before the first task)
 
-        # A pool of its own, since leaving it waits for its threads: what a failed run leaves is then final.
+        # A pool of its own, since its exit waits for running tasks: none writes after a failed run was cleaned up.
         with (
             ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool,
             dask.config.set(scheduler="threads", pool=pool),
@@ -56,9 +56,9 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
 
 
 def _refuse_memory(paths: Iterable[str | None], flag: str) -> None:
-    """Refuse paths at which each process has files of its own."""
+    """Raise if a path is in the memory of this process."""
     for path in paths:
-        # It may be below another file system, as a cache.
+        # It may be wrapped by another file system, such as a cache.
         if path is not None and "memory://" in path:
             raise InvalidArgumentError(
                 f"{path} is in the memory of this process, a file system that it does not share with the processes of "
@@ -67,7 +67,7 @@ def _refuse_memory(paths: Iterable[str | None], flag: str) -> None:
 
 
 def _check_address(scheduler: str) -> None:
-    """Raise for what is no address before a client, which by then is Dask's default, fails with it."""
+    """Raise for an invalid address. A client would fail only after it has become Dask's default."""
     from distributed.comm.addressing import parse_address, parse_host_port
 
     protocol, location = parse_address(scheduler)
@@ -75,13 +75,12 @@ def _check_address(scheduler: str) -> None:
         if protocol in ("tcp", "tls"):
             parse_host_port(location)
     except ValueError as error:
-        raise InvalidArgumentError(
-            f"{scheduler!r} is no address of a scheduler ({error}). Name one as tcp://10.0.0.1:8786."
-        ) from error
+        message = f"{scheduler!r} is no address of a scheduler ({error}). Name one as tcp://10.0.0.1:8786."
+        raise InvalidArgumentError(message, parameters=["scheduler"]) from error
 
 
 def show_progress(*, enabled: bool) -> Progress:
-    """A progress bar on stderr, drawn only where someone can see it."""
+    """Return a progress bar on stderr, which is drawn only on a terminal."""
     console = Console(stderr=True)
     return Progress(
         SpinnerColumn(finished_text="✓"),
@@ -95,7 +94,7 @@ def show_progress(*, enabled: bool) -> Progress:
 
 
 def log_to(console: Console) -> None:
-    """Show what the library logs, above the progress bar; workers in other processes keep their own logs."""
+    """Show the library's log above the progress bar. Workers in other processes keep their own logs."""
     logger = logging.getLogger("dask_semdedup")
     logger.setLevel(logging.INFO)
     logger.addHandler(RichHandler(console=console, show_path=False, show_level=False))
@@ -103,7 +102,7 @@ def log_to(console: Console) -> None:
 
 @contextmanager
 def show_tasks(progress: Progress, title: str, *, client: Client | None) -> Iterator[None]:
-    """Show a bar that moves with the tasks that the block runs in this process; on a cluster it tells only the time."""
+    """Show a bar of the tasks that the block runs in this process. On a cluster it shows only the time."""
     task = progress.add_task(title, total=None)
     if client is None:
         with TaskProgress(progress, task):
@@ -114,7 +113,7 @@ def show_tasks(progress: Progress, title: str, *, client: Client | None) -> Iter
 
 
 class TaskProgress(Callback):
-    """Moves a progress bar with the tasks of Dask's schedulers in this process."""
+    """Advances a progress bar with the tasks of Dask's schedulers in this process."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         super().__init__()
@@ -130,9 +129,9 @@ class TaskProgress(Callback):
 
 
 def follow_futures(client: Client, written: dd.DataFrame, progress: Progress, title: str) -> list[Any]:
-    """Move a progress bar with the partitions of a persisted frame, and return what they are.
+    """Return the partitions of a persisted frame, and advance a progress bar as they are done.
 
-    At the first error all are stopped, and it is raised.
+    The first error cancels the others and is raised.
     """
     from distributed import futures_of
 

@@ -1,4 +1,4 @@
-"""How a command writes frames."""
+"""Writing frames with a progress bar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_frame(
     progress: Progress,
     title: str,
 ) -> int:
-    """Compute a frame and write each partition to a file of its own, moving a bar as they are done; count the rows."""
+    """Write each partition of a frame to a file of its own with a progress bar, and return the number of rows."""
     written = parts(frame, folder, storage_options)
     if client is None:
         with show_tasks(progress, title, client=None):

@@ -14,7 +14,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """One decorator that adds several options."""
+    """Return one decorator that adds several options."""
 
     def add(function: Function) -> Function:
         for option in reversed(options):
@@ -25,7 +25,7 @@ def _together(*options: Callable[[Function], Function]) -> Callable[[Function], 
 
 
 def _parse_storage_options(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """Turn ``("anon=true", "key=x")`` into ``{"anon": True, "key": "x"}``."""
+    """Return ``{"anon": True, "key": "x"}`` for ``("anon=true", "key=x")``."""
     options: dict[str, Any] = {}
     for value in values:
         key, equals, setting = value.partition("=")
@@ -36,7 +36,7 @@ def _parse_storage_options(_ctx: click.Context, _param: click.Parameter, values:
 
 
 def _parse_rank_by(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> RankingStrategy | None:
-    """Turn ``("quality:desc", "length")`` into the ranking by those columns."""
+    """Return the ranking by the columns of ``("quality:desc", "length")``."""
     if not values:
         return None
     from dask_semdedup.steps.ranking import RankingStrategy
@@ -63,21 +63,21 @@ id_option = click.option("--id-field", metavar="COLUMN", default="id", show_defa
 make_ids_option = click.option(
     "--make-ids",
     is_flag=True,
-    help="Make ids, as --id-field: the name of a row's file, and the row's number in it.",
+    help="Make ids, as column --id-field, from the name of each row's file and the row's number in it.",
 )
 cluster_option = click.option(
     "--cluster-field",
     metavar="COLUMN",
     default="centroid",
     show_default=True,
-    help="Column, or folder key, of clusters.",
+    help="Column of clusters, or key in the names of folders.",
 )
 embedding_options = _together(
     click.option(
         "--embedding-field", metavar="COLUMN", default="embeddings", show_default=True, help="Column of embeddings."
     ),
     click.option(
-        "--embedding-dim", type=click.IntRange(min=1), metavar="N", help="Refuse embeddings of any other width."
+        "--embedding-dim", type=click.IntRange(min=1), metavar="N", help="Fail if embeddings have any other width."
     ),
 )
 keep_options = _together(
@@ -86,14 +86,14 @@ keep_options = _together(
         type=click.Choice(["hard", "easy", "random"]),
         default="hard",
         show_default=True,
-        help="Which rows to prefer over their duplicates: those far from their centroid, those near it, or any.",
+        help="Rows to prefer over their duplicates: far from their centroid, near it, or in random order.",
     ),
     click.option(
         "--sim-metric",
         type=click.Choice(["cosine", "l2"]),
         default="cosine",
         show_default=True,
-        help="Which distance 'hard' and 'easy' mean: the column cosine_dist_to_cent or l2_dist_to_cent.",
+        help="Distance that 'hard' and 'easy' use: the column cosine_dist_to_cent or l2_dist_to_cent.",
     ),
     click.option(
         "--rank-by",
@@ -101,8 +101,8 @@ keep_options = _together(
         metavar="COLUMN[:asc|:desc]",
         multiple=True,
         callback=_parse_rank_by,
-        help="Prefer rows by this column, smallest first or, with :desc, largest first; instead of --which-to-keep. "
-        "Repeat it to settle ties.",
+        help="Prefer rows with the smallest value of this column or, with :desc, the largest, instead of "
+        "--which-to-keep. Repeat the option to break ties.",
     ),
 )
 search_options = _together(
@@ -111,31 +111,31 @@ search_options = _together(
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
         default="auto",
         show_default=True,
-        help="'auto' is exact and fast; the half-precision types alone are lossy.",
+        help="Precision of the search. 'auto' is exact and fast; half-precision types are lossy.",
     ),
     click.option(
         "--device",
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
-        help="Where the search runs, whatever holds the frame.",
+        help="Device of the search, whatever the backend.",
     ),
     click.option(
         "--backend",
         type=click.Choice(["pandas", "cudf"]),
-        help="What holds the frame.  [default: Dask's setting, which is pandas unless you changed it]",
+        help="Type of the partitions.  [default: Dask's dataframe.backend, which is pandas unless configured]",
     ),
     click.option(
         "--pairwise-batch-size",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Queries searched at once; the candidates beside them are as many as memory allows.  [default: 512]",
+        help="Number of queries searched at once, against as many candidates as fit in memory.  [default: 512]",
     ),
     click.option(
         "--partition-size",
         metavar="SIZE",
-        help="The most that a partition may take in memory, unless a single cluster takes more.  [default: 128MiB, "
-        "or up to 2GiB on a GPU]",
+        help="Maximum size of a partition in memory; a single larger cluster stays whole.  [default: 128MiB, or "
+        "up to 2GiB on a GPU]",
     ),
 )
 execution_options = _together(
@@ -145,25 +145,27 @@ execution_options = _together(
         metavar="KEY=VALUE",
         multiple=True,
         callback=_parse_storage_options,
-        help="An fsspec option for all paths, such as anon=true. Repeatable.",
+        help="fsspec option for all paths, such as anon=true. Repeat it for several.",
     ),
-    click.option("--scheduler", metavar="ADDRESS", help="Run on this Dask cluster, such as tcp://10.0.0.1:8786."),
+    click.option(
+        "--scheduler", metavar="ADDRESS", help="Run on the Dask cluster at this address, such as tcp://10.0.0.1:8786."
+    ),
     click.option(
         "--workers",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Run on this many processes of this machine.  [default: threads of one process]",
+        help="Run on N processes of this machine.  [default: threads of one process]",
     ),
 )
 message_options = _together(
-    click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary."),
-    click.option("-v", "--verbose", is_flag=True, help="Tell more of what is done."),
+    click.option("-q", "--quiet", is_flag=True, help="Show no progress bar and no summary."),
+    click.option("-v", "--verbose", is_flag=True, help="Show the log of what is done."),
     click.option(
         "--traceback",
         is_flag=True,
         expose_value=False,
         callback=_remember_traceback,
-        help="Show an error's whole traceback.",
+        help="Show the full traceback of an error.",
     ),
 )
 document_options = _together(
@@ -171,18 +173,18 @@ document_options = _together(
     click.option(
         "--image-field",
         metavar="COLUMN",
-        help="Column of images to show in the report: encoded bytes, such as PNG or JPEG, or paths of files.",
+        help="Column of images to show in the report: encoded bytes, such as PNG or JPEG, or paths to files.",
     ),
 )
 
 
 def seed_option(help_text: str) -> Callable[[Function], Function]:
-    """The option ``--random-seed``, of all that a command draws."""
+    """Return the option ``--random-seed``."""
     return click.option("--random-seed", type=int, metavar="N", default=42, show_default=True, help=help_text)
 
 
 def eps_option(help_text: str) -> Callable[[Function], Function]:
-    """The option ``--eps``, which means something else to each command."""
+    """Return the option ``--eps``, whose effect differs between commands."""
     return click.option(
         "--eps", type=click.FloatRange(0, 2), metavar="EPS", default=0.01, show_default=True, help=help_text
     )

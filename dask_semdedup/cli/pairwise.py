@@ -1,4 +1,4 @@
-"""``dask-semdedup pairwise``: scores of clustered embeddings, and a summary."""
+"""The command ``dask-semdedup pairwise``: scores of clustered embeddings, and a summary."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ Examples:
 @embedding_options
 @keep_options
 @seed_option("Seed of '--which-to-keep random'.")
-@eps_option("Count a row as a duplicate from a similarity of 1 - EPS on. Only the summary depends on it.")
+@eps_option("Count a row as a duplicate if its similarity is at least 1 - EPS. This affects only the summary.")
 @search_options
 @execution_options
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds scores already, and nothing else.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds nothing but scores.")
 @message_options
 @click.pass_context
 def command(
@@ -81,11 +81,12 @@ def command(
 ) -> None:
     """Score each row by its most similar preferred row of the same cluster.
 
-    INPUT is a folder of clustered embeddings: INPUT/centroid=<k>/*.parquet, or Parquet files with a cluster column.
-    OUTPUT becomes a folder of Parquet files with the columns id, max_id (the most similar row preferred over this one),
-    cosine_sim_score and the cluster. It appears when all of it is written; a run that fails leaves none.
+    INPUT is a folder of clustered embeddings: INPUT/centroid=<k>/*.parquet, or Parquet files with a cluster column. For
+    embeddings without clusters, use 'dask-semdedup run'. OUTPUT becomes a folder of Parquet files with the columns id,
+    max_id (the most similar row that is preferred over this one), cosine_sim_score and the cluster. It appears when all
+    of it is written; a failed run leaves nothing.
 
-    Both may be local paths or URLs that fsspec knows.
+    Both may be local paths or URLs that fsspec understands.
     """
     import dask_semdedup
     from dask_semdedup.io.scores import SCORES
@@ -98,7 +99,7 @@ def command(
         show_progress(enabled=not quiet) as progress,
     ):
         start = time.perf_counter()
-        # Before a cluster is started, which takes longer than to see that INPUT is not there.
+        # Before a cluster is started, which takes longer than to find that INPUT is missing.
         embeddings = dask_semdedup.read_clusters(
             input_path,
             cluster_field=cluster_field,
@@ -125,7 +126,7 @@ def command(
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers that the command ends with."""
+    """The numbers that the command prints at the end."""
 
     clusters: int
     rows: int
@@ -134,7 +135,7 @@ class Summary:
 
 
 def summarise(folder: str, storage_options: dict[str, Any], *, cluster_field: str, eps: float) -> Summary:
-    """Count what was written, from the scores alone."""
+    """Return the summary of the scores that were written."""
     from dask_semdedup.lazy.tables import read_scores
 
     scores = read_scores(folder, cluster_field=cluster_field, storage_options=storage_options)
@@ -144,7 +145,7 @@ def summarise(folder: str, storage_options: dict[str, Any], *, cluster_field: st
 
 
 def summary_table(summary: Summary, *, seconds: float) -> Table:
-    """The summary as a table of names, numbers and remarks."""
+    """Return the summary as a table of names, numbers and remarks."""
     table = Table(box=None, show_header=False, padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(justify="right")

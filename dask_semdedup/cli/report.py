@@ -1,4 +1,4 @@
-"""``dask-semdedup report``: a page on scores, to look at before choosing eps."""
+"""The command ``dask-semdedup report``: a page on scores, from which to choose eps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Examples:
   dask-semdedup report scores/ --eps 0.02
 
 \b
-  # With the texts of the pairs on both sides of the threshold
+  # With the texts of pairs on both sides of the threshold
   dask-semdedup report scores/ --data documents.parquet --text-field text
 """
 
@@ -36,16 +36,16 @@ Examples:
 @click.command("report", cls=Command, epilog=EXAMPLES, short_help="Make a page of pictures and pairs, to choose eps.")
 @click.argument("scores_path", metavar="SCORES")
 @click.argument("output_path", metavar="[OUTPUT]", required=False)
-@eps_option("Mark this choice, and show pairs from both sides of its threshold first.")
+@eps_option("Mark the threshold 1 - EPS, and show pairs on both sides of it first.")
 @click.option(
-    "--data", metavar="DATA", help="Where the documents are: Parquet or JSON lines with ids and texts or images."
+    "--data", metavar="DATA", help="Path of the documents: Parquet or JSON lines with ids and texts or images."
 )
 @document_options
 @id_option
 @make_ids_option
 @cluster_option
 @execution_options
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds a report already, and nothing else.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds nothing but a report.")
 @message_options
 @click.pass_context
 def command(
@@ -67,25 +67,24 @@ def command(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Make a page that shows scores, so that a person can look at pairs and choose eps.
+    """Make a page of figures and pairs, from which a person can choose eps.
 
-    SCORES is a folder of Parquet files: what 'pairwise' writes, or the stages' cluster_<k>.parquet. OUTPUT becomes a
-    folder of index.html and PNG files; by default it is 'report' beside SCORES. The page needs no network.
+    SCORES is a folder of Parquet files: the output of 'pairwise', or the stages' cluster_<k>.parquet. OUTPUT becomes a
+    folder of index.html and PNG files; by default it is 'report' next to SCORES. The page needs no network.
 
-    With --data and --text-field or --image-field it shows the documents themselves. Only those of its pairs are kept
-    of DATA.
+    With --data and --text-field or --image-field the page shows the documents of its pairs, and of no others.
     """
     from dask_semdedup.lazy.tables import read_scores
     from dask_semdedup.report.page import PAGE, REPORT, Documents, write_report
 
     refuse_contradictions(ctx)
-    output = output_path or _beside(scores_path)
+    output = output_path or _next_to(scores_path)
     documents = None
     if data is not None:
         documents = Documents(data, text_field, image_field, id_field, storage_options, make_ids)
     elif text_field or image_field:
         raise InvalidArgumentError("--text-field and --image-field are columns of --data: name it too.")
-    # What is read comes first: where it is not there, nothing is wrong with OUTPUT.
+    # Before OUTPUT is checked, since missing SCORES are the first thing to correct.
     scores = read_scores(scores_path, cluster_field=cluster_field, storage_options=storage_options)
     with (
         staged_folder(
@@ -95,7 +94,7 @@ def command(
     ):
         if verbose:
             log_to(progress.console)
-        # The page is written by this process.
+        # This process writes the page, so OUTPUT may be in its memory.
         with (
             connect(scheduler, workers, [scores_path, data]) as client,
             show_tasks(progress, "Reading", client=client),
@@ -116,7 +115,7 @@ def command(
         click.echo(f"  Look at them: {output.rstrip('/')}/{PAGE}")
 
 
-def _beside(scores_path: str) -> str:
-    """The folder ``report`` beside the scores."""
+def _next_to(scores_path: str) -> str:
+    """Return the folder ``report`` next to the scores."""
     parent, slash, _ = scores_path.rstrip("/").rpartition("/")
     return f"{parent}{slash}report"

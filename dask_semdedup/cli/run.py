@@ -1,4 +1,4 @@
-"""``dask-semdedup run``: from raw embeddings to a deduplicated dataset, in steps that can be used again."""
+"""The command ``dask-semdedup run``: from raw embeddings to a deduplicated dataset, in steps that can be reused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dask_semdedup.cli.options import (
     search_options,
     seed_option,
 )
-from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, plan_steps
+from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, option_of, plan_steps
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.embeddings import dimensions_advice
 from dask_semdedup.io.staging import real_path, refuse_overlap
@@ -48,11 +48,11 @@ EXAMPLES = """
 Examples:
 
 \b
-  # Embeddings in, kept rows out: out/deduplicated, and out/report/index.html to look at
+  # Embeddings in, kept rows out: out/deduplicated, and the report out/report/index.html
   dask-semdedup run embeddings.parquet out/ --eps 0.02
 
 \b
-  # Another eps: clusters and scores are used again
+  # Another eps: clusters and scores are reused
   dask-semdedup run embeddings.parquet out/ --eps 0.05
 
 \b
@@ -67,13 +67,13 @@ Examples:
 @click.argument("input_path", metavar="INPUT")
 @click.argument("output_path", metavar="OUTPUT")
 @document_options
-@click.option("--embed", is_flag=True, help="Embed --text-field first: INPUT has no embeddings.")
+@click.option("--embed", is_flag=True, help="Embed --text-field first, if INPUT has no embeddings.")
 @click.option(
     "--model",
     metavar="NAME",
     default="sentence-transformers/all-MiniLM-L6-v2",
     show_default=True,
-    help="The sentence-transformers model of --embed, or its path.",
+    help="Name or path of the sentence-transformers model for --embed.",
 )
 @id_option
 @make_ids_option
@@ -82,7 +82,7 @@ Examples:
     "columns",
     metavar="COLUMN",
     multiple=True,
-    help="Keep this column of INPUT, beside ids and embeddings; repeat it for several.  [default: all]",
+    help="Keep this column of INPUT in addition to ids and embeddings. Repeat it for several.  [default: all]",
 )
 @cluster_option
 @embedding_options
@@ -90,7 +90,7 @@ Examples:
     "--n-clusters",
     type=click.IntRange(min=1),
     metavar="K",
-    help="Clusters of k-means.  [default: by the number of rows]",
+    help="Number of clusters of k-means.  [default: depends on the number of rows]",
 )
 @click.option(
     "--n-probe",
@@ -98,17 +98,17 @@ Examples:
     metavar="P",
     default=1,
     show_default=True,
-    help="Compare each row in its P nearest clusters: more duplicates are found, and it takes longer.",
+    help="Compare each row in its P nearest clusters, which finds more duplicates and takes longer.",
 )
 @keep_options
 @seed_option("Seed of k-means, and of '--which-to-keep random'.")
-@eps_option("Drop a row from a similarity of 1 - EPS to a preferred row on.")
+@eps_option("Drop a row if its similarity to a preferred row is at least 1 - EPS.")
 @search_options
 @execution_options
 @click.option(
-    "--from", "redo_from", type=click.Choice(STEPS), metavar="STEP", help="Make this step and all after it anew."
+    "--from", "redo_from", type=click.Choice(STEPS), metavar="STEP", help="Run this step and all later ones again."
 )
-@click.option("--overwrite", is_flag=True, help="Make all steps anew.")
+@click.option("--overwrite", is_flag=True, help="Run all steps again.")
 @message_options
 @click.pass_context
 def command(
@@ -128,9 +128,9 @@ def command(
     INPUT is Parquet or JSON lines with ids and embeddings, or with texts (--embed). In OUTPUT each step has a folder:
     clusters, scores, duplicates (the rows to drop), deduplicated (all columns of the rows that are kept) and report.
 
-    A folder appears when all of it is written, and keeps its parameters. The next run uses it again if they are the
-    same. Where they are others, duplicates, deduplicated and report are made anew; embeddings, clusters and scores,
-    which take longer, only with --from or --overwrite. A folder that holds other files too is never replaced.
+    A folder appears when all of it is written, and stores its parameters. The next run reuses it if they are the same.
+    If they differ, duplicates, deduplicated and report are made again; embeddings, clusters and scores, which take
+    longer, only with --from or --overwrite. A folder that also holds other files is never replaced.
     """
     refuse_contradictions(ctx)
     storage_options = options["storage_options"]
@@ -167,7 +167,7 @@ def command(
 
 @dataclass
 class Run:
-    """What the steps are made with."""
+    """The parameters and the state of a run."""
 
     input_path: str
     output: str
@@ -201,7 +201,7 @@ class Run:
     has_all_ids: bool = False
 
     def steps(self) -> list[Step]:
-        """All steps in their order, once INPUT is seen to have what they need."""
+        """Return all steps in their order. Raise if INPUT lacks what they need."""
         from dask_semdedup.io.write import PART_FILE
         from dask_semdedup.lazy.tables import table_token
         from dask_semdedup.report.page import REPORT
@@ -236,7 +236,7 @@ class Run:
         return {name: getattr(self, name) for name in names}
 
     def _check_input(self) -> None:
-        """Miss columns now rather than after hours."""
+        """Raise for missing columns and contradictory options before any work."""
         from dask_semdedup.lazy.sources import check_sources
 
         ddf = self._read_input()
@@ -257,18 +257,18 @@ class Run:
             )
 
     def _ranked_by(self) -> list[str]:
-        """The columns of INPUT that rows are ranked by."""
+        """Return the columns of INPUT by which rows are ranked."""
         made = [*DISTANCE_COLUMNS.values(), self.id_field]
         return [name for name in getattr(self.ranking_strategy, "required_columns", []) if name not in made]
 
     def _kept(self) -> list[str] | None:
-        """The columns of the rows that are kept; None stands for all."""
+        """Return the columns of the rows that are kept; None stands for all."""
         if not self.columns:
             return None
         return list(dict.fromkeys([self.id_field, *self.columns, *([] if self.embed else [self.embedding_field])]))
 
     def _check_ids(self) -> None:
-        """Miss ids, and find those that repeat, before hours of work: rows that are dropped are known by them."""
+        """Raise for missing or repeated ids before hours of work, since rows are dropped by id."""
         from dask_semdedup.lazy.removal import check_ids
 
         if self.has_all_ids or self.make_ids:
@@ -278,12 +278,13 @@ class Run:
         self.has_all_ids = True
 
     def _column_advice(self, columns: list[str]) -> str:
-        """Name the parameters whose columns INPUT lacks."""
+        """Return advice that names the options whose columns INPUT lacks."""
         fields = ["id_field", "text_field", "image_field", *([] if self.embed else ["embedding_field"])]
         missing = [name for name in fields if getattr(self, name) not in (None, *columns)]
-        advice = f"Name columns of INPUT as {' and '.join(missing)}" if missing else "Rank by columns of INPUT"
+        options = " and ".join(map(option_of, missing))
+        advice = f"Name columns of INPUT as {options}" if missing else "Rank by columns of INPUT"
         if "embedding_field" in missing:
-            advice += "; or, if it holds texts and no embeddings, pass --embed and text_field"
+            advice += "; or, if it holds texts and no embeddings, pass --embed and --text-field"
         return f"{advice}.{dimensions_advice(columns) if 'embedding_field' in missing else ''}"
 
     def _folder(self, name: str) -> str:
@@ -315,7 +316,7 @@ class Run:
     def _write(self, frame: dd.DataFrame, folder: str, title: str) -> int:
         return write_frame(frame, folder, self.storage_options, client=self.client, progress=self.progress, title=title)
 
-    # --- The steps: each writes its files to a folder, and counts ---
+    # --- The steps: each writes files to a folder, and returns counts ---
 
     def _embed(self, folder: str) -> dict[str, int]:
         self._check_ids()
@@ -330,7 +331,7 @@ class Run:
         from dask_semdedup.io.layout import cluster_files
 
         self._check_ids()
-        # The other columns are read where they are, when rows are kept or shown.
+        # The other columns are read from INPUT, when rows are kept or shown.
         needed = list(dict.fromkeys([self.id_field, self.embedding_field, *self._ranked_by()]))
         embedded = self._read_table(self._folder("embeddings"), needed) if self.embed else self._read_input(needed)
         with show_tasks(self.progress, "Clustering", client=self.client):
@@ -353,7 +354,7 @@ class Run:
     def _score(self, folder: str) -> dict[str, int]:
         import dask_semdedup
 
-        self._check_ids()  # Clusters may have been made with others.
+        self._check_ids()  # The clusters may have been made with another column of ids.
         embeddings = dask_semdedup.read_clusters(
             self._folder("clusters"),
             cluster_field=self.cluster_field,
@@ -381,7 +382,7 @@ class Run:
         from dask_semdedup.steps.duplicates import without_first_rows
 
         duplicates = self._read_scores().semdedup.duplicates(self.eps)
-        # From eps = 1 on, the first rows of clusters are among them, which are kept.
+        # If eps is 1 or more, they include the first rows of clusters, which are kept.
         duplicates = duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
         return {"duplicates": self._write(duplicates, folder, "Finding duplicates")}
 
@@ -395,7 +396,7 @@ class Run:
         if rows + dropped != scored:
             raise InvalidArgumentError(
                 f"{self.input_path} has {rows + dropped:,} rows, of which {dropped:,} are duplicates, but {scored:,} "
-                "were scored. Pass '--from clusters' to make all of it from what INPUT holds now."
+                "were scored. Pass '--from clusters' to run all steps again on what INPUT holds now."
             )
         return {"rows": rows}
 
@@ -421,7 +422,7 @@ class Run:
 
 
 def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> Table:
-    """What came out of each step, and how long it took."""
+    """Return a table of each step's result and time."""
     counts = {name: outcome.manifest.counts for name, outcome in outcomes.items()}
     rows, dropped, kept = counts["scores"]["rows"], counts["duplicates"]["duplicates"], counts["deduplicated"]["rows"]
     clusters = counts["clusters"]["clusters"]

@@ -1,4 +1,4 @@
-"""Steps whose files can be used again: each keeps its parameters beside them, and is redone when those are others."""
+"""Steps whose files can be reused: a manifest stores their parameters, and a step is redone if these change."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 import fsspec
 
-from dask_semdedup.errors import InvalidArgumentError, some
+from dask_semdedup.errors import DataNotFoundError, InvalidArgumentError, OutputExistsError, some
 from dask_semdedup.io.listing import PARQUET_SUFFIXES, is_hidden
 from dask_semdedup.io.staging import MANIFEST, Contents, count_files, refuse_strangers, replaced_when_done
 
 NO_REASON = ""
-# What file systems, their viewers and notebooks leave in any folder.
+# Files that file systems, their viewers and notebooks leave in any folder.
 LITTER = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|\.nfs[^/]*|\.ipynb_checkpoints/.*)")
-# Below the folder of all steps: what tells that a run has worked there, even one that was killed in its first step.
+# Names in the folder of all steps that show that a run has worked there, even if it was killed in its first step.
 OF_RUN = re.compile(rf"[^/]+/{re.escape(MANIFEST)}|[^/]+\.partial-[0-9a-f]{{8}}(\.old)?")
 
 
@@ -31,17 +31,17 @@ class Step:
     Parameters
     ----------
     name
-        Of the step, and of its folder.
+        Name of the step and of its folder.
     parameters
-        What its files depend on, as JSON has it.
+        The parameters on which its files depend, as JSON values.
     make
-        Writes the files to the folder that it is given, and returns counts.
+        Function that writes the files to a given folder, and returns counts.
     contents
-        What its folder may hold to be replaced.
+        The kind of files that its folder may hold to be replaced.
     needs
         The steps whose files it reads.
     costly
-        Whether it is redone for other parameters only where that is asked for.
+        Whether other parameters are an error, unless the step is redone on request.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is kept of a step: what it was made of and with, what came out, and how long it took.
+    """The record of a step: its parameters, the steps that it needed, its counts and its time.
 
-    `token` is another each time that the step is made. `files` and `nbytes` are the number and the size of its files.
+    `token` is new each time that the step is made. `files` and `nbytes` are the number and the size of its files.
     """
 
     step: str
@@ -71,7 +71,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step's manifest, and why it was made now; no reason if its files were there."""
+    """A step's manifest, and the reason why it was made, which is empty if its files were reused."""
 
     manifest: Manifest
     reason: str
@@ -84,36 +84,38 @@ class Outcome:
 def plan_steps(
     steps: Sequence[Step], output: str, *, redo_from: str | None, storage_options: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Decide which steps to make, and why; of the others the files are used again.
+    """Return the steps to make, and why. The files of the others are reused.
 
     Parameters
     ----------
     steps
-        In the order in which they are made.
+        The steps in their order.
     output
-        The folder of their folders.
+        The folder of the steps' folders.
     redo_from
-        The first step to make again in any case.
+        The first step to redo in any case.
     storage_options
         Arguments of the fsspec file system.
 
     Returns
     -------
     dict
-        From each step's name to the reason why it is made, which is empty where it is not.
+        From each step's name to the reason why it is made, which is empty if it is not.
 
     Raises
     ------
+    OutputExistsError
+        If a folder was made by something else, or holds files that would be lost.
     InvalidArgumentError
-        If a folder was made by something else, holds files that would be lost, or a costly step would have to be made
-        anew, and nobody said so.
+        If a costly step would have to be redone, but was not asked for.
     """
     fs, root = fsspec.url_to_fs(output, **storage_options)
     if fs.isfile(root):
-        raise InvalidArgumentError(f"OUTPUT {root!r} is a file. Name a folder.")
+        raise OutputExistsError(f"OUTPUT {root!r} is a file. Name a folder.")
     names = [step.name for step in steps]
     if redo_from is not None and redo_from not in names:
-        raise InvalidArgumentError(f"There is no step {redo_from!r} in this run, only {', '.join(names)}.")
+        message = f"There is no step {redo_from!r} in this run, only {', '.join(names)}."
+        raise InvalidArgumentError(message, parameters=["redo_from"])
     redone = names[names.index(redo_from) :] if redo_from is not None else []
     manifests = {step.name: _read_manifest(fs, f"{root}/{step.name}", step.contents) for step in steps}
     if not any(manifests.values()):
@@ -136,7 +138,7 @@ def plan_steps(
 
 
 def files_of_run(pattern: re.Pattern[str]) -> Contents:
-    """Files of a step, which have such names and lie beside its manifest."""
+    """Return the contents of a step: files with such names, next to its manifest."""
 
     def strangers(_fs: fsspec.AbstractFileSystem, _folder: str, names: Sequence[str]) -> list[str]:
         return [file for file in names if MANIFEST not in names or not (file == MANIFEST or pattern.fullmatch(file))]
@@ -149,18 +151,18 @@ def _names(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
 
 
 def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
-    """Keep the folders of steps from being mixed into what others have made."""
+    """Raise if the folder of all steps holds data of other origin."""
     from dask_semdedup.io.jsonlines import JSON_SUFFIXES
 
     names = _names(fs, root)
-    # Logs may be written there.
+    # Other files, such as logs, may be there.
     data = PARQUET_SUFFIXES + JSON_SUFFIXES
     found = [name for name in names if not is_hidden(name, "") and ("/" in name or name.endswith(data))]
     if not found:
         return
     folders = [path.rpartition("/")[2] for path in fs.ls(root, detail=False)]
     if not any(map(OF_RUN.fullmatch, [*names, *folders])):
-        raise InvalidArgumentError(
+        raise OutputExistsError(
             f"OUTPUT {root!r} was not made by 'run', and is not empty: {count_files(len(found))}, as {some(found, 3)}. "
             "Name another folder."
         )
@@ -171,28 +173,35 @@ def _reason(
 ) -> str:
     if changes and step.costly:
         raise InvalidArgumentError(
-            f"{step.name}/ cannot be used again: {changes}. Pass '--from {step.name}' to make it and all that follows "
-            "anew, or name another OUTPUT."
+            f"{step.name}/ cannot be reused: {changes}. Pass '--from {step.name}' to run it and all later steps again, "
+            "or name another OUTPUT."
         )
     if made:
         return f"after {', '.join(made)}"
-    anew = [name for name in step.needs if (other := manifests[name]) and manifest.needs.get(name) != other.token]
-    if anew:
-        return f"after {', '.join(anew)}"
+    newer = [name for name in step.needs if (other := manifests[name]) and manifest.needs.get(name) != other.token]
+    if newer:
+        return f"after {', '.join(newer)}"
     return changes or NO_REASON
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The parameters that differ, with both values where these are short."""
+    """Return the options that differ, with both values."""
     changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     return ", ".join(
-        "the files of INPUT have changed" if name == "files" else f"{name} {before.get(name)} → {now.get(name)}"
+        "the files of INPUT have changed"
+        if name == "files"
+        else f"{option_of(name)} {before.get(name)} → {now.get(name)}"
         for name in changed
     )
 
 
+def option_of(name: str) -> str:
+    """Return the option of `run` for a parameter in manifests."""
+    return "--column" if name == "columns" else f"--{name.replace('_', '-')}"
+
+
 def _losses(fs: fsspec.AbstractFileSystem, folder: str, manifest: Manifest) -> str:
-    """What there is of the files, unless they are all; others beside them are no loss."""
+    """Return how many of a step's files are missing, if any are. Additional files do not matter."""
     files, nbytes = _measure(fs, folder)
     if files >= manifest.files and nbytes >= manifest.nbytes:
         return NO_REASON
@@ -201,7 +210,7 @@ def _losses(fs: fsspec.AbstractFileSystem, folder: str, manifest: Manifest) -> s
 
 
 def _measure(fs: fsspec.AbstractFileSystem, folder: str) -> tuple[int, int]:
-    """The number and the size of the files that are not hidden, nor the manifest."""
+    """Return the number and the size of the files that are neither hidden nor the manifest."""
     found = fs.find(folder, detail=True)
     sizes = [info["size"] for path, info in found.items() if not is_hidden(path, folder)]
     return len(sizes), sum(sizes)
@@ -215,13 +224,13 @@ def make_step(
     storage_options: Mapping[str, Any],
     needs: Mapping[str, Manifest],
 ) -> Outcome:
-    """Make a step's folder, or read what is kept of it where there is no reason to."""
+    """Make a step's folder, or read its manifest if there is no reason to make it."""
     fs, root = fsspec.url_to_fs(output, **storage_options)
     folder = f"{root}/{step.name}"
     if reason == NO_REASON:
         kept = _read_manifest(fs, folder, step.contents)
         if kept is None:
-            raise InvalidArgumentError(f"{folder} is gone since the run began.")
+            raise DataNotFoundError(f"{folder} is gone since the run began.")
         return Outcome(kept, reason)
     start = time.perf_counter()
     with _made_if_used(fs, root), replaced_when_done(fs, folder) as staged:
@@ -239,7 +248,7 @@ def make_step(
 
 @contextmanager
 def _made_if_used(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[None]:
-    """Make the folder of all steps, and remove it again if its first step fails."""
+    """Create the folder of all steps, and remove it if its first step fails."""
     fs.makedirs(root, exist_ok=True)
     try:
         yield
@@ -250,14 +259,14 @@ def _made_if_used(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[None]:
 
 
 def _read_manifest(fs: fsspec.AbstractFileSystem, folder: str, contents: Contents) -> Manifest | None:
-    """What is kept of a step; None where there are no files, or none that another command has not made as well."""
+    """Return the manifest of a step, or None if its folder is empty or was made by another command."""
     names = _names(fs, folder)
     if MANIFEST not in names and not contents.strangers(fs, folder, names):
         return None
     try:
         return Manifest(**json.loads(fs.cat_file(f"{folder}/{MANIFEST}")))
     except (OSError, ValueError, TypeError) as error:
-        raise InvalidArgumentError(
+        raise OutputExistsError(
             f"{folder!r} was not made by 'run', or not by this version: its {MANIFEST} cannot be read. "
             "Remove it yourself, or name another OUTPUT."
         ) from error

@@ -1,4 +1,4 @@
-"""Reading fragments into cuDF frames, in few calls."""
+"""Reading fragments into cuDF frames with few calls."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pyarrow as pa
 
 from dask_semdedup.device.devices import cores_per_gpu
 from dask_semdedup.device.streams import current_stream, default_stream, finish
-from dask_semdedup.errors import MissingDependencyError
+from dask_semdedup.errors import MissingDependencyError, SemDedupError
 from dask_semdedup.io.fragments import Fragment, changed, check_size, unreadable
 from dask_semdedup.io.listing import is_local
 
 
 def in_cudf(type_: pa.DataType) -> pa.DataType:
-    """The type that a column of a file has in frames of cuDF, which knows no fixed sizes, extensions, or binaries."""
+    """Return the type of a file's column in cuDF, which has no fixed-size lists, extension types or binaries."""
     types = pa.types
     if isinstance(type_, pa.BaseExtensionType):
         return in_cudf(type_.storage_type)
@@ -42,15 +42,15 @@ def in_cudf(type_: pa.DataType) -> pa.DataType:
 
 @cache
 def import_cudf() -> Any:
-    """CuDF, with the settings of the libraries that read and write for it.
+    """Return the cuDF module, once the libraries that read and write for it are configured.
 
     Raises
     ------
     MissingDependencyError
         If it cannot be imported.
     """
-    # They are looked at once, at the first use. KvikIO, which reads files for cuDF, takes 4 threads by itself; and few
-    # pages to compress, as of scores, take a GPU long: 66,000 scores are written in 35 ms, in 10 if the host does it.
+    # They are read once, at the first use. KvikIO, which reads files for cuDF, uses 4 threads by default. A GPU is slow
+    # to compress few pages, as of scores: it writes 66,000 scores in 35 ms, and with compression on the host in 10 ms.
     os.environ.setdefault("KVIKIO_NTHREADS", str(min(READING_THREADS, cores_per_gpu())))
     os.environ.setdefault("LIBCUDF_HOST_COMPRESSION", "AUTO")
     os.environ.setdefault("LIBCUDF_HOST_COMPRESSION_THRESHOLD", str(PAGES_A_CORE * cores_per_gpu()))
@@ -64,34 +64,34 @@ def import_cudf() -> Any:
     return cudf
 
 
-# Threads of KvikIO with which it reads as fast as with more. More of several GPUs' processes fill the host's cache with
-# their buffers, of 4 MiB each: with 16 on each of four H200s, all was 10% slower.
+# KvikIO reads no faster with more threads. Those of several GPUs' processes fill the host's cache with their buffers of
+# 4 MiB each: with 16 threads for each of four H200s, everything was 10% slower.
 READING_THREADS = 10
 
-# Up to so many pages to compress, a core of the host is done before a GPU is.
+# Up to so many pages, a core of the host compresses faster than a GPU.
 PAGES_A_CORE = 64
 
-# Calls of cuDF's reader at once in a process: one keeps the files' threads busy, the other the GPU meanwhile.
+# Concurrent calls of cuDF's reader in a process: one keeps the reading threads busy, the other the GPU.
 READERS = 2
 
 _readers = threading.BoundedSemaphore(READERS)
 
 
 def files_at_once() -> int:
-    """Files that a call of cuDF's reader may have open: each takes two descriptors, and there are `READERS` calls."""
+    """Return how many files a call of cuDF's reader may open: each takes two descriptors in `READERS` calls."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1024 if soft == resource.RLIM_INFINITY else max(64, min(1024, soft // (4 * READERS)))
 
 
 def read_fragments_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
-    """Read the columns of all fragments into one cuDF frame, in few calls: many small reads leave a GPU idle."""
+    """Return the columns of all fragments as one cuDF frame, read in few calls: small reads leave a GPU idle."""
     cudf = import_cudf()
     rows = sum(fragment.rows for fragment in fragments)
     if not columns:
         return cudf.DataFrame(index=cudf.RangeIndex(rows))
-    most = files_at_once()
-    parts = [fragments[start : start + most] for start in range(0, len(fragments), most)]
-    frames = [_read_with_cudf(fs, part, columns) for part in parts]
+    limit = files_at_once()
+    batches = [fragments[start : start + limit] for start in range(0, len(fragments), limit)]
+    frames = [_read_with_cudf(fs, batch, columns) for batch in batches]
     frame = frames[0]
     if len(frames) > 1:
         with default_stream("cuda"):
@@ -107,7 +107,7 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
         with _readers:
             if is_local(fs):
                 for fragment in fragments:
-                    # Of whole files the rows say enough.
+                    # For whole files, the number of rows is check enough.
                     if fragment.row_groups is not None:
                         check_size(fragment.path, fragment.size, os.path.getsize(fragment.path))
                 return _read_with_libcudf(fragments, columns, groups)
@@ -118,19 +118,19 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
                     row_groups=groups or None,
                     filesystem=fs,
                     use_pandas_metadata=False,
-                    # Folders named key=value would otherwise be read one by one.
+                    # Otherwise folders named key=value are read one by one.
                     dataset_kwargs={"partitioning": None},
                     allow_mismatched_pq_schemas=True,
                 )
     except (RuntimeError, OSError, IndexError) as error:
-        # What another thread did to the GPU is no fault of the files.
-        if re.search("cuda[ _]?error|cuda out of memory", str(error), re.IGNORECASE):
+        # An error of the GPU, which another thread may have caused, is no fault of the files.
+        if isinstance(error, SemDedupError) or re.search("cuda[ _]?error|cuda out of memory", str(error), re.I):
             raise
         raise unreadable(_first_of(fragments), error) from error
 
 
 def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], groups: list[list[int]]) -> Any:
-    """What `cudf.read_parquet` does, in the current stream."""
+    """Return a frame as `cudf.read_parquet` does, but in the current stream."""
     from pylibcudf import TypeId
     from pylibcudf.io import SourceInfo, parquet
 
@@ -142,7 +142,7 @@ def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], gr
     table = parquet.read_parquet(options, current_stream())
     finish()
     _check_rows(fragments, table.num_rows_per_source)
-    # Of dates cuDF makes times.
+    # cuDF converts dates to timestamps.
     is_converted = any(column.type().id() == TypeId.TIMESTAMP_DAYS for column in table.columns)
     with default_stream("cuda" if is_converted else "cpu"):
         frame = import_cudf().DataFrame.from_pylibcudf(table)
@@ -150,14 +150,14 @@ def _read_with_libcudf(fragments: Sequence[Fragment], columns: Sequence[str], gr
 
 
 def _check_rows(fragments: Sequence[Fragment], rows: Sequence[int]) -> None:
-    """Raise `ClusterError` if a file has other rows than planned: its neighbours would get some of another cluster."""
+    """Raise if a file has other rows than planned: its neighbours would get rows of another cluster."""
     found = [fragment.path for fragment, n in zip(fragments, rows, strict=False) if fragment.rows != n]
     if found:
         raise changed(found)
 
 
 def cupy_repeat(counts: np.ndarray) -> Any:
-    """Positions 0, 1, ... on the GPU, each as often as its count says."""
+    """Return the positions 0, 1, ... on the GPU, each repeated as often as its count says."""
     import cupy
 
     ends = cupy.asarray(np.cumsum(counts))

@@ -1,4 +1,4 @@
-"""Columns that stand in the names of folders, as ``lang=en/year=2024/part.parquet``."""
+"""Columns in the names of folders, as ``lang=en/year=2024/part.parquet``."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ __all__ = ["NULL_NAMES", "Keys", "integers_or_names", "key_type", "keys_below"]
 
 
 class Keys(NamedTuple):
-    """Columns in the names of folders or files: their fields, and the values of each file, in that order."""
+    """Columns in the names of folders or files: their fields, and the values of each file in the fields' order."""
 
     fields: pa.Schema
     values: dict[str, tuple[Any, ...]]
 
     @property
     def nullable(self) -> frozenset[str]:
-        """The columns that some files have no value of."""
+        """The columns for which some files have no value."""
         columns = zip(self.fields.names, zip(*self.values.values(), strict=True), strict=False)
         return frozenset(name for name, values in columns if None in values)
 
     def without(self, names: Collection[str]) -> Keys:
-        """The columns that are not of these names."""
+        """Return the columns that do not have these names."""
         kept = [place for place, name in enumerate(self.fields.names) if name not in names]
         values = {path: tuple(of_file[place] for place in kept) for path, of_file in self.values.items()}
         return Keys(pa.schema([self.fields.field(place) for place in kept]), values)
 
 
 def keys_below(roots: Sequence[str], files: Collection[str]) -> Keys:
-    """Columns in the names of folders below the roots, as ``lang=en``: integers where all values are, else strings."""
+    """Return the columns in the names of folders below the roots: int64 if all values are integers, else strings."""
     values = {file: _key_values(file.removeprefix(_longest(roots, file))) for file in files}
     columns = {}
     for name in dict.fromkeys(name for found in values.values() for name in found):
@@ -55,12 +55,12 @@ INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
 INT64 = range(-(2**63), 2**63)
 
-# Values in the names of folders that stand for none, to Hive and Arrow.
+# Values in the names of folders that mean null to Hive and Arrow.
 NULL_NAMES = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})
 
 
 def integers_or_names(names: Mapping[str, str]) -> dict[str, Any]:
-    """Read values in names of files or folders back: as int64 where all are, as they are written, else as strings."""
+    """Return values in names of files or folders as integers, if all are plain int64, or else as strings."""
     distinct = set(names.values())
     if all(map(INTEGER.fullmatch, distinct)) and all(int(name) in INT64 for name in distinct):
         return {path: int(name) for path, name in names.items()}
@@ -68,5 +68,5 @@ def integers_or_names(names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def key_type(values: Iterable[Any]) -> pa.DataType:
-    """Arrow type of what `integers_or_names` gives."""
+    """Return the Arrow type of what `integers_or_names` returns."""
     return pa.int64() if all(isinstance(value, int) for value in values) else pa.string()

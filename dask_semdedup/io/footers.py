@@ -3,62 +3,46 @@
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_semdedup.io.fragments import unreadable
-from dask_semdedup.io.listing import is_local
+from dask_semdedup.io.listing import THREADS, is_local
 from dask_semdedup.io.schemas import without_index
 
-# The last bytes of a Parquet file, and bytes fetched from the end of a file: enough for nearly every footer.
+# The last bytes of a Parquet file.
 MAGIC = b"PAR1"
 
+# Bytes fetched from the end of a remote or local file, which hold nearly every footer.
 FOOTER_GUESS = 2**16
 
 LOCAL_GUESS = 2**13
 
-# Threads that wait for a file system together, where it is slow. A local one is where the first few footers of a block
-# take so many seconds.
-REMOTE_THREADS = 32
-
-PROBES = 8
-
-SLOW = 1e-4
-
 
 def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
-    """Arrow schema of a file, without index columns that pandas or Dask wrote only to restore an index."""
+    """Return the Arrow schema of a file, without columns that pandas or Dask wrote only to restore an index."""
     return without_index(arrow_schema(path, read_metadata(fs, path, fetch_footer(fs, path, size))))
 
 
 def fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> list[bytes]:
-    """The footers of files of these sizes: one after the other where that is fast, else many at once.
+    """Return the footers of files of these sizes, which many threads fetch.
 
-    From the page cache a footer takes less time than it takes a thread to get hold of Python's lock.
+    Each thread takes a run of files: to read a footer from the page cache takes less time than to hand it to a thread.
     """
-    files = iter(sizes.items())
-    footers = []
-    if is_local(fs):
-        seconds = []
-        for path, size in islice(files, PROBES):
-            start = time.perf_counter()
-            footers.append(fetch_footer(fs, path, size))
-            seconds.append(time.perf_counter() - start)
-        if statistics.median(seconds) < SLOW:
-            return footers + [fetch_footer(fs, path, size) for path, size in files]
-    with ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="footers") as pool:
-        return footers + list(pool.map(lambda file: fetch_footer(fs, *file), files))
+    files = list(sizes.items())
+    length = -(-len(files) // THREADS)
+    runs = [files[start : start + length] for start in range(0, len(files), length)]
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="footers") as pool:
+        return list(chain.from_iterable(pool.map(lambda run: [fetch_footer(fs, *file) for file in run], runs)))
 
 
 def fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
-    """The footer of a file, to the file's end; nothing where that does not look like the end of a Parquet file."""
+    """Return the end of a file from where its footer begins, or nothing if it does not look like Parquet."""
     # S3's file system has another parameter at the second place.
     fetch, guess = (_read_range, LOCAL_GUESS) if is_local(fs) else (fs.cat_file, FOOTER_GUESS)
     try:
@@ -72,7 +56,7 @@ def fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
 
 
 def _read_range(path: str, start: int, end: int) -> bytes:
-    """Bytes of a local file, in as few calls as it takes."""
+    """Return bytes of a local file, with as few system calls as possible."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return os.pread(descriptor, end - start, start)
@@ -81,7 +65,7 @@ def _read_range(path: str, start: int, end: int) -> bytes:
 
 
 def read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> pq.FileMetaData:
-    """What Arrow makes of a footer, or says of a file that has none."""
+    """Return the metadata in a footer, as Arrow reads it. Arrow also says what is wrong with a file that has none."""
     try:
         if footer:
             return pq.read_metadata(pa.BufferReader(footer))
@@ -92,6 +76,7 @@ def read_metadata(fs: fsspec.AbstractFileSystem, path: str, footer: bytes) -> pq
 
 
 def arrow_schema(path: str, metadata: pq.FileMetaData) -> pa.Schema:
+    """Return the Arrow schema in a file's metadata, with all of its names decoded."""
     try:
         schema = metadata.schema.to_arrow_schema()
         # This decodes all names, of fields in fields too.

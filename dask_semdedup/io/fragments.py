@@ -1,4 +1,4 @@
-"""Fragments of files: what planning knows of them, and reading one into an Arrow table."""
+"""Fragments of files: what planning knows about them, and how one is read into an Arrow table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dask_semdedup.errors import ClusterError, SemDedupError, some
+from dask_semdedup.errors import DataReadError, SemDedupError, some
 from dask_semdedup.io.listing import is_local
 from dask_semdedup.io.schemas import conform
 
@@ -33,9 +33,9 @@ class Fragment(NamedTuple):
     keys
         Values in the names of folders, such as the cluster.
     nbytes
-        The planned size in memory of a cluster's file; of others it is not needed.
+        The planned size in memory.
     size
-        Bytes of the file when it was listed; 0 where that is not known.
+        Bytes of the file when it was listed; 0 if unknown.
     first_row
         The number of the first row in the file.
     """
@@ -50,7 +50,7 @@ class Fragment(NamedTuple):
 
 
 def fragments_of(file: FileStats, keys: tuple[Any, ...] = ()) -> list[Fragment]:
-    """Each row group of a file as a fragment."""
+    """Return each row group of a file as a fragment."""
     starts = accumulate((group.rows for group in file.row_groups), initial=0)
     return [
         Fragment(file.path, group.rows, (index,), keys, group.nbytes, file.size, start)
@@ -59,7 +59,7 @@ def fragments_of(file: FileStats, keys: tuple[Any, ...] = ()) -> list[Fragment]:
 
 
 def in_runs(fragments: Iterable[Fragment], nbytes: int) -> Iterator[list[Fragment]]:
-    """Cut fragments between clusters into runs of at most so many bytes, or of one cluster."""
+    """Yield runs of whole clusters, each of at most so many bytes unless it is a single cluster."""
     run: list[Fragment] = []
     held = 0
     for _, cluster in groupby(fragments, attrgetter("keys")):
@@ -74,10 +74,10 @@ def in_runs(fragments: Iterable[Fragment], nbytes: int) -> Iterator[list[Fragmen
 
 
 class RowGroup(NamedTuple):
-    """What planning needs to know of a row group, for the columns that are to be read.
+    """A row group as planning needs to know it, for the columns that are to be read.
 
-    `nbytes` is their size in memory, `elements` the length of the longest leaf; `low` and `high` bound the cluster
-    column and are None where the file does not say.
+    `nbytes` is their size in memory, `elements` the length of the longest leaf. `low` and `high` bound the cluster
+    column; they are None if the file does not tell.
     """
 
     rows: int
@@ -88,10 +88,10 @@ class RowGroup(NamedTuple):
 
 
 class FileStats(NamedTuple):
-    """What a footer says of its file.
+    """A file as its footer describes it.
 
-    Beside the row groups: the integer columns that may hold nulls, the number of null clusters, the shape of the
-    schema, the ordered categories that are not written as such, and the size of the file.
+    It has the row groups, the integer columns that may hold nulls, the number of null clusters, the number of the
+    schema's shape, the ordered categories that are not written as such, and the size of the file.
     """
 
     path: str
@@ -104,26 +104,27 @@ class FileStats(NamedTuple):
     size: int = 0
 
 
-def unreadable(path: str, error: Exception) -> ClusterError:
-    return ClusterError(f"Cannot read {path} as Parquet (truncated, damaged or gone?): {error}")
+def unreadable(path: str, error: Exception) -> DataReadError:
+    """Return the error for a file that cannot be read."""
+    return DataReadError(f"Cannot read {path} as Parquet (truncated, damaged or gone?): {error}")
 
 
 def read_fragment(
     fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.Schema, orders: Mapping[str, pa.Array] | None = None
 ) -> pa.Table:
-    """Read one fragment's columns as an Arrow table of exactly the given schema, with categories in given orders."""
+    """Return a fragment as an Arrow table of exactly this schema, with ordered categories in these orders."""
     table = read_checked(fs, fragment, schema.names)
     try:
         return conform(table, schema, orders or {})
-    except ClusterError as error:
-        raise ClusterError(f"{fragment.path}: {error}") from error
+    except DataReadError as error:
+        raise DataReadError(f"{fragment.path}: {error}", columns=error.columns) from error
 
 
 def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Sequence[str]) -> pa.Table:
-    """Read those columns of a fragment that are there, if it still has the rows that were planned.
+    """Return those of the columns that a fragment has. Raise if it no longer has the rows that were planned.
 
     Files are read one after another and without Arrow's threads, since Dask already runs a partition per core. They
-    are not mapped into memory: a process that reads a page of a file that was cut meanwhile is killed.
+    are not mapped into memory: a process that touches a page of a file that was cut meanwhile is killed.
     """
     path = fragment.path
     try:
@@ -155,9 +156,11 @@ def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, nam
 
 
 def check_size(path: str, planned: int, found: int | None) -> None:
+    """Raise if a file has another size than when it was listed, if both are known."""
     if planned and found is not None and found != planned:
         raise changed([path])
 
 
-def changed(paths: Sequence[str]) -> ClusterError:
-    return ClusterError(f"{some(paths)} changed since the footers were read. Read the files anew.")
+def changed(paths: Sequence[str]) -> DataReadError:
+    """Return the error for files that are not what they were when they were planned."""
+    return DataReadError(f"{some(paths)} changed since the footers were read. Read the files again.")

@@ -1,4 +1,4 @@
-"""Types of JSON values that give the values back: integers and decimals exactly, or as text."""
+"""Arrow types that represent JSON values without loss: integers and decimals exactly, or as text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 
-# The type of numbers that no 64-bit type gives back; other text is `pa.string()`.
+# The type of numbers that no 64-bit type represents exactly; other text is `pa.string()`.
 AS_WRITTEN = pa.large_string()
 
 BOUNDS = {pa.int64(): (-(2**63), 2**63 - 1), pa.uint64(): (0, 2**64 - 1)}
 
-# Types within types, more of which neither pandas nor Dask takes.
+# Levels of nested types, more of which neither pandas nor Dask accepts.
 DEPTH = 100
 
 
@@ -33,7 +33,7 @@ EXACT = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=
 
 
 def type_of(values: Sequence[Any], depth: int = DEPTH) -> pa.DataType:
-    """The type that gives all of the values back, or `ValueError`; what is null may yet be text."""
+    """Return the type that represents all of the values without loss, or raise `ValueError`. All nulls are text."""
     if not depth:
         raise ValueError(f"members of members, {DEPTH} times")
     kinds = set(map(type, values)) - {type(None)}
@@ -41,7 +41,7 @@ def type_of(values: Sequence[Any], depth: int = DEPTH) -> pa.DataType:
         fields: dict[str, list[Any]] = {}
         for name, value in chain.from_iterable(value.items() for value in values if value is not None):
             fields.setdefault(name, []).append(value)
-        # Raises for what is no UTF-8.
+        # Raises for invalid UTF-8.
         "".join(fields).encode()
         return pa.struct([(name, type_of(members, depth - 1)) for name, members in fields.items()])
     if kinds == {list}:
@@ -69,7 +69,7 @@ def _type_of_numbers(numbers: Sequence[int | float | _Number]) -> pa.DataType:
 
 
 def _resolved(text: _Number) -> int | float | _Number:
-    """The integer or float that a number is, or the number itself where there is none."""
+    """Return a number as an integer or float, or as it is written if neither represents it exactly."""
     if text.lstrip("-").isdigit():
         # No integer of 64 bits is longer.
         return int(text) if len(text) <= 20 else text
@@ -77,7 +77,7 @@ def _resolved(text: _Number) -> int | float | _Number:
 
 
 def _is_exact(text: str) -> bool:
-    """Whether float64 gives a number back: an integer as it is, another to the digits written, but 17 at most."""
+    """Return whether float64 represents a number: an integer exactly, a decimal to the digits written, at most 17."""
     value, mantissa = float(text), re.split("[eE]", text)[0]
     if not math.isfinite(value) or not value:
         return not re.search("[1-9]", mantissa)
@@ -88,7 +88,7 @@ def _is_exact(text: str) -> bool:
 
 
 def fit_value(value: Any, type_: pa.DataType) -> Any:
-    """A value as Arrow takes it for a type, or `ValueError` if the type does not give it back."""
+    """Return a value as Arrow takes it for a type, or raise `ValueError` if the type does not represent it."""
     types = pa.types
     if value is None or (isinstance(value, bool) and types.is_boolean(type_)):
         return value
@@ -102,7 +102,7 @@ def fit_value(value: Any, type_: pa.DataType) -> Any:
     if isinstance(value, _Number):
         return _fit_number(value, type_)
     if isinstance(value, str) and type_ == pa.string():
-        # Raises for what is no UTF-8.
+        # Raises for invalid UTF-8.
         value.encode()
         return value
     raise ValueError(f"{kind_of(value)} is no {'number' if type_ == AS_WRITTEN else type_}")
@@ -120,5 +120,6 @@ def _fit_number(text: _Number, type_: pa.DataType) -> str | int | float:
 
 
 def kind_of(value: object) -> str:
+    """Return what JSON calls a value's kind, for error messages."""
     names = {dict: "an object", list: "a list", bool: "true or false", str: "text", type(None): "null"}
     return names.get(type(value), "a number")

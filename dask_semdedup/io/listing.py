@@ -1,4 +1,4 @@
-"""Files below paths, folders and patterns, and the state that they are in."""
+"""Listing the files of paths, folders and patterns, and the state that they are in."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import pyarrow.fs as pafs
 from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_semdedup.errors import ClusterError, InvalidArgumentError
+from dask_semdedup.errors import DataNotFoundError, InvalidArgumentError
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+
+# Threads that wait for a file system together.
+THREADS = 32
 
 # What identifies the state of a file, under the names that fsspec's file systems give it.
 STATE_KEYS = {
@@ -30,26 +33,27 @@ def list_files(
     suffixes: tuple[str, ...] = PARQUET_SUFFIXES,
     kind: str = "Parquet",
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, dict[str, Any]]]:
-    """List the Parquet files under a path, a glob or a list of either: the file system, and each file's info by path.
+    """Return the file system, and the info of each file under a path, a pattern or a list of either.
 
-    In folders, only files with one of the suffixes are data. Hidden files, and those that begin with an underscore, are
-    left out, also where a pattern matches them, as are all files in such folders. A path that is there is no pattern.
+    In folders, only files with one of the suffixes are data. Files and folders whose names begin with a dot or an
+    underscore are left out, even if a pattern matches them. A path that exists is not taken for a pattern.
 
     Raises
     ------
-    ClusterError
-        If there are no files, or one of the paths is not there; files are called by their `kind`.
+    DataNotFoundError
+        If there are no files, or one of the paths does not exist. The message calls files by their `kind`.
     InvalidArgumentError
-        If the paths are of several file systems.
+        If the paths are on several file systems.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
-        raise ClusterError(f"No {kind} files: the list of paths is empty.")
+        raise DataNotFoundError(f"No {kind} files: the list of paths is empty.", parameters=["path"])
     located = [fsspec.url_to_fs(os.fspath(entry), **(storage_options or {})) for entry in paths]
     fs = located[0][0]
     for entry, (other, _) in zip(paths, located, strict=True):
         if (type(other), other.storage_options) != (type(fs), fs.storage_options):
-            raise InvalidArgumentError(f"{entry} is on another file system than {paths[0]}. Read them one by one.")
+            message = f"{entry} is on another file system than {paths[0]}. Read them one by one."
+            raise InvalidArgumentError(message, parameters=["path"])
     files: dict[str, dict[str, Any]] = {}
     gone: list[Any] = []
     for entry, (_, root) in zip(paths, located, strict=True):
@@ -60,12 +64,13 @@ def list_files(
         files |= found
     if gone or not files:
         why = ": there is no such file or folder" if gone else ""
-        raise ClusterError(f"No {kind} files found at {', '.join(map(str, (gone or paths)[:5]))}{why}.")
+        where = ", ".join(map(str, (gone or paths)[:5]))
+        raise DataNotFoundError(f"No {kind} files found at {where}{why}.", parameters=["path"])
     return fs, {name: files[name] for name in sorted(files)}
 
 
 def above_pattern(fs: fsspec.AbstractFileSystem, root: str) -> str:
-    """The folder that all matches of a pattern lie in, or the path itself where it is none."""
+    """Return the folder in which all matches of a pattern lie, or the path itself if it is not a pattern."""
     start = re.split(r"[*?\[]", root, maxsplit=1)[0]
     return root if start == root or fs.exists(root) else start[: start.rfind("/")]
 
@@ -73,7 +78,7 @@ def above_pattern(fs: fsspec.AbstractFileSystem, root: str) -> str:
 def _match(
     fs: fsspec.AbstractFileSystem, pattern: str, above: str, suffixes: tuple[str, ...]
 ) -> dict[str, dict[str, Any]]:
-    """The files that a pattern stands for, and the data in folders that it stands for."""
+    """Return the files that match a pattern, and the data in folders that match it."""
     files: dict[str, dict[str, Any]] = {}
     local = is_local(fs)
     parts = pattern[len(above) :].lstrip("/").split("/")
@@ -88,7 +93,7 @@ def _match(
 
 
 def _glob_locally(folder: str, parts: Sequence[str]) -> Iterator[str]:
-    """Paths below a folder that match a pattern, part by part; unlike others, it raises for folders it cannot list."""
+    """Yield the paths below a folder that match a pattern's parts. Raise if a folder cannot be listed."""
     head, *rest = parts
     if head == "**":
         if not rest:
@@ -106,14 +111,14 @@ def _glob_locally(folder: str, parts: Sequence[str]) -> Iterator[str]:
 
 
 def _is_above(path: str, folder: str) -> bool:
-    """Whether a path is a link to a folder or to one that holds it."""
+    """Return whether a path is a link to a folder or to a parent of it."""
     return os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/")
 
 
 def _find_data(
     fs: fsspec.AbstractFileSystem, root: str, above: str, suffixes: tuple[str, ...]
 ) -> dict[str, dict[str, Any]]:
-    """The file at a path, whatever its name, or the data in a folder."""
+    """Return the file at a path, whatever its name, or the data in a folder."""
     found = _find_locally(root) if is_local(fs) else fs.find(root, detail=True)
     if set(found) == {root}:
         return {root: found[root] or fs.info(root)}
@@ -121,38 +126,38 @@ def _find_data(
 
 
 def _find_locally(root: str) -> dict[str, dict[str, Any]]:
-    """What `fs.find` tells of local files, from Arrow, which lists them three times as fast."""
+    """Return what `fs.find` tells about local files. Arrow lists them three times as fast."""
     fs = pafs.LocalFileSystem()
     found = fs.get_file_info(root)
     if found.type == pafs.FileType.Directory:
         infos = fs.get_file_info(pafs.FileSelector(root, recursive=True))
     else:
         infos = [found]
-    # Only files have a size. To ask for the type of each takes longer than all else.
+    # Only files have a size. It would take longer to ask for the type of each.
     return {info.path: {"size": size, "mtime": info.mtime_ns} for info in infos if (size := info.size) is not None}
 
 
 def is_data_file(path: str, root: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file below a root is data by its suffix, and not hidden, nor in a hidden folder."""
+    """Return whether a file below a root is data: it has such a suffix and is not hidden, nor in a hidden folder."""
     return path.endswith(suffixes) and not is_hidden(path, root)
 
 
 def is_hidden(path: str, root: str) -> bool:
-    """Whether the name of a file below a root, or of a folder that it is in, begins with a dot or an underscore."""
+    """Return whether a file below a root, or a folder that it is in, has a name with a leading dot or underscore."""
     below = f"/{path.removeprefix(root)}"
-    # Most are not, which these two see at once. A key of a folder may begin with an underscore.
+    # The first two tests settle most names. The key of a folder may begin with an underscore.
     return ("/_" in below or "/." in below) and any(
         part.startswith(("_", ".")) and "=" not in part for part in below.split("/")
     )
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    """Whether paths of this file system can be given to Arrow as they are."""
+    """Return whether Arrow can open paths of this file system itself."""
     return isinstance(fs, LocalFileSystem)
 
 
 def checksum(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """Token of the files' names and states: it changes when one of them does."""
+    """Return a token of the files' names and states, which changes when one of them does."""
     keys = sorted(set[str]().union(*files.values()) & STATE_KEYS)
     states = [[info.get(key) for info in files.values()] for key in keys]
     return tokenize(repr([keys, list(files), *states]))

@@ -1,8 +1,7 @@
-"""Parquet files as pieces of partitions: listing, footers, and reading them into pandas or cuDF.
+"""Reading partitions of Parquet files into pandas or cuDF frames.
 
-Nothing here knows about similarity or Dask expressions. A dataset is listed once and its footers are read once; what
-they say (`FileStats`) is all that planning needs. A partition is a tuple of `Fragment`, and `Reader` turns it into a
-frame whose dtypes are those of `Reader.meta`, because both come from the same conversion.
+A partition is a tuple of `Fragment`. `Reader` turns it into a frame whose dtypes are those of `Reader.meta`, because
+both come from the same conversion.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ class Reader:
     fs
         The file system of the files.
     schema
-        Fields of the columns in the files, with the types that all files can be brought to.
+        Fields of the columns in the files, with the types to which all files can be converted.
     nullable
-        Integer, Boolean and floating-point columns that NumPy cannot hold as they are: they stay Arrow's.
+        Integer, Boolean and floating-point columns that keep their Arrow types, since NumPy has no nulls.
     folders
         Fields of the columns that come from the folders' names, in the order of `Fragment.keys`.
     backend
@@ -50,13 +49,13 @@ class Reader:
     problems
         From a column that cannot be read to the reason.
     unordered
-        Ordered categories whose order the files do not tell.
+        Columns of categories whose order the files do not tell.
     odd
         Files whose types are not those of the schema, which Arrow reads for cuDF.
     orders
-        From an ordered category to its categories in their order: all partitions have the same.
+        From a column of ordered categories to the categories in their order, which all partitions share.
     make_ids
-        A column of ids to be made, of the file's name below `root` and the row's number in it; or None.
+        A column of ids to be made from the file's name below `root` and the row's number in the file; or None.
     root
         The folder of all files.
     """
@@ -76,14 +75,14 @@ class Reader:
 
     @classmethod
     def of(cls, fs: fsspec.AbstractFileSystem, scan: Scan, **options: Any) -> Reader:
-        """The reader of files that have been scanned."""
+        """Return the reader of scanned files."""
         columns = {
             name: getattr(scan, name) for name in ("schema", "nullable", "problems", "unordered", "odd", "orders")
         }
         return cls(fs, **columns, string_dtype=configured_string_dtype(), **options)
 
     def with_arrow_floats(self) -> Reader:
-        """The reader whose floats are Arrow's: NumPy cannot tell null from NaN, and pandas writes both as null."""
+        """Return a reader that keeps floats in Arrow types, since those of NumPy cannot tell null from NaN."""
         floats = (field.name for field in self.schema if pa.types.is_floating(field.type))
         return replace(self, nullable=self.nullable.union(floats))
 
@@ -94,11 +93,11 @@ class Reader:
 
     @property
     def columns(self) -> list[str]:
-        """All columns: ids that are made first, those from the folders' names last."""
+        """All columns: made ids come first, columns from the folders' names last."""
         return [*([self.make_ids] if self.make_ids else []), *self.schema.names, *self.folders.names]
 
     def meta(self, columns: Sequence[str]) -> Any:
-        """Empty frame with the dtypes of every partition."""
+        """Return an empty frame with the dtypes of every partition."""
         table = self._schema_in_frames(columns).empty_table()
         if self.backend == "cudf":
             for name in self.folders.names:
@@ -108,14 +107,14 @@ class Reader:
         return self.to_pandas(table, (), columns)
 
     def read(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
-        """Rows of the fragments in their order, with a new `RangeIndex`.
+        """Return the rows of the fragments in their order, with a new `RangeIndex`.
 
-        What cuDF reads, it reads in the current CUDA stream, if it can: the frame is complete, and outlives it.
+        cuDF reads in the current CUDA stream if it can. The frame is complete, and outlives the stream.
 
         Raises
         ------
-        ClusterError
-            If a column cannot be read, or a file is not what it was when it was planned.
+        DataReadError
+            If a column cannot be read, or a file has changed since it was planned.
         """
         refuse(self.problems, columns, COLUMNS_ADVICE)
         if self.backend == "cudf":
@@ -136,7 +135,7 @@ class Reader:
         share_memory_pool()
         in_files = [name for name in columns if name in self.schema.names]
         keys = {name: self._cudf_keys(fragments, name) for name in columns if name in self.folders.names}
-        # libcudf does not know the order of categories.
+        # libcudf does not keep the order of categories.
         ordered = [name for name in in_files if is_ordered(self.schema.field(name).type)]
         frame = self._read_cudf_files(fragments, [name for name in in_files if name not in ordered])
         if ordered:
@@ -150,7 +149,7 @@ class Reader:
         return frame[list(columns)]
 
     def _read_cudf_files(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
-        """Columns of files: those of odd types by way of Arrow, which brings them to the types of the others."""
+        """Return columns of files. Arrow reads the files of odd types, and converts them to the types of the others."""
         if not self.odd:
             return read_fragments_cudf(self.fs, fragments, columns)
         runs = [list(run) for _, run in groupby(fragments, lambda fragment: fragment.path in self.odd)]
@@ -180,18 +179,18 @@ class Reader:
         return take(column, cupy_repeat(np.array([fragment.rows for fragment in fragments])))
 
     def _keys(self, fragments: Sequence[Fragment], name: str) -> pa.Array:
-        """The value in the folders' names, one a fragment."""
+        """Return the value in the folders' names for each fragment."""
         place = self.folders.get_field_index(name)
         return pa.array([fragment.keys[place] for fragment in fragments], self.folders.field(place).type)
 
     def _schema_in_frames(self, columns: Sequence[str]) -> pa.Schema:
-        """Schema of those columns that come from the files, of the types that they have in frames."""
+        """Return the schema of those columns that come from the files, with the types that they have in frames."""
         types = in_cudf if self.backend == "cudf" else in_frames
         wanted = [self.schema.field(name) for name in columns if name in self.schema.names]
         return pa.schema([pa.field(field.name, types(field.type)) for field in wanted])
 
     def to_pandas(self, table: pa.Table, fragments: Sequence[Fragment], columns: Sequence[str]) -> pd.DataFrame:
-        """The frame of what was read of fragments, with the columns that come from their names and rows."""
+        """Return the frame of a table that was read from fragments, with the columns that their names and rows make."""
         table = conform(table, self._schema_in_frames(table.column_names))
         series = {name: self._to_series(table[name], name) for name in table.column_names}
         for name in self.folders.names:
@@ -211,30 +210,32 @@ class Reader:
 
 
 def taken_for_ids(name: str | None, present: Collection[str]) -> list[str]:
-    """The column of ids that is to be made, if one is; it may not be there."""
+    """Return the column of ids that is to be made, if any. Raise if it is present."""
     if name in present:
         raise InvalidArgumentError(
-            f"The files have a column {name!r}, and ids are to be made of that name. Name another as id_field."
+            f"The files have a column {name!r}, and ids are to be made of that name. Name another as id_field.",
+            parameters=["id_field"],
+            columns=[name],
         )
     return [] if name is None else [name]
 
 
 def made_ids(root: str, fragment: Fragment) -> pa.Array:
-    """Ids of a fragment's rows: the file's name below a folder, and the row's number in the file."""
+    """Return ids of a fragment's rows: the file's name below a folder, and the row's number in the file."""
     name = pa.scalar(fragment.path.removeprefix(root).lstrip("/"), pa.large_string())
     rows = pa.array(np.arange(fragment.first_row, fragment.first_row + fragment.rows)).cast(pa.large_string())
     return pc.binary_join_element_wise(name, rows, pa.scalar(":", pa.large_string()))
 
 
 def configured_string_dtype() -> pd.StringDtype[Any] | None:
-    """The pandas dtype that Dask is configured to give to strings; None leaves it to pandas."""
+    """Return the pandas dtype that Dask is configured to use for strings, or None to leave it to pandas."""
     return pd.StringDtype("pyarrow") if pyarrow_strings_enabled() else None
 
 
 def _extension_dtype(
     type_: pa.DataType, nullable: bool, string_dtype: pd.StringDtype[Any] | None
 ) -> pd.api.extensions.ExtensionDtype | None:
-    """The pandas extension dtype that holds an Arrow type; None where NumPy (or pandas itself) holds it as well."""
+    """Return the pandas extension dtype for an Arrow type, or None if NumPy or pandas itself holds the type."""
     types = pa.types
     if types.is_string(type_) or types.is_large_string(type_):
         return string_dtype

@@ -1,4 +1,4 @@
-"""What the footers of a dataset say: one schema for all files, and the rows, sizes and bounds of each."""
+"""Scanning the footers of a dataset: one schema for all files, and the rows, sizes and bounds of each."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_semdedup.errors import MissingColumnsError
-from dask_semdedup.io.footers import REMOTE_THREADS, arrow_schema, fetch_footer, fetch_footers, read_metadata
+from dask_semdedup.io.footers import arrow_schema, fetch_footer, fetch_footers, read_metadata
 from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, read_checked, unreadable
-from dask_semdedup.io.listing import is_local
+from dask_semdedup.io.listing import THREADS, is_local
 from dask_semdedup.io.schemas import is_ordered, one_order, refuse, unify, without, without_index, without_order
 from dask_semdedup.io.thrift import Bounded, FooterError, Group, read_alike, read_footer
 
-# Footers held at once: at first so many, then as many as take about so many bytes, by the length of the last.
+# Footers held at once: FIRST_BLOCK at first, then as many as take BLOCK_BYTES by the last block, but BLOCK at most.
 FIRST_BLOCK = 64
 
 BLOCK = 4096
 
 BLOCK_BYTES = 2**28
 
-# As long as so many footers are left, and for so many shapes of them, those of one shape are read at once.
+# Footers of one shape are read side by side while MANY are left, for up to SHAPES shapes.
 MANY = 64
 
 SHAPES = 4
 
+# Bytes of a value in memory, by physical type.
 LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8}
 
 
 class Scan(NamedTuple):
-    """What the footers of a dataset's files say, for the columns that are to be read.
+    """A dataset as its footers describe it, for the columns that are to be read.
 
     Parameters
     ----------
     schema : pyarrow.Schema
-        The columns and the types that all files can be brought to, with the metadata of the first.
+        The columns, and the types to which all files can be converted, with the metadata of the first file.
     files : list of FileStats
         In the files' order.
     nullable : frozenset of str
@@ -48,13 +49,13 @@ class Scan(NamedTuple):
     problems : dict
         From a column that cannot be read to the reason.
     unordered : frozenset of str
-        Ordered categories whose order the files do not tell.
+        Columns of categories whose order the files do not tell.
     odd : frozenset of str
         Files whose types are not those of the schema.
     names : list of str
-        All columns of the files, also those that are not to be read.
+        All columns of the files, including those that are not to be read.
     orders : dict
-        From an ordered category to its categories in their order, in all files together.
+        From a column of ordered categories to the categories of all files in their order.
     """
 
     schema: pa.Schema
@@ -67,10 +68,10 @@ class Scan(NamedTuple):
     orders: Mapping[str, pa.Array]
 
     def check_columns(self, columns: Iterable[str], others: Iterable[str], advice: str) -> None:
-        """Raise for columns that are neither in the files nor among others, or that cannot be read."""
+        """Raise if one of the columns is neither in the files nor among the others, or cannot be read."""
         columns, present = list(columns), [*self.names, *others]
         if not set(columns) <= set(present):
-            raise MissingColumnsError.build(columns, present, advice)
+            raise MissingColumnsError.build(columns, present, advice, parameters=["columns"])
         refuse(self.problems, columns, COLUMNS_ADVICE)
 
 
@@ -82,25 +83,25 @@ def scan_files(
     *,
     nulls: bool = True,
 ) -> Scan:
-    """Read the footers of all files, each once, and find the schema that they agree on.
+    """Read the footers of all files, each once, and return what they say with the schema that they agree on.
 
-    Of ordered categories, the first rows of each file are read too: no footer tells the order.
+    For ordered categories the first rows of each file are read too, since no footer tells the order.
 
     Parameters
     ----------
     fs, files
         As `list_files` returns them.
     columns
-        The columns that are to be read, those that are there; None stands for all. Others are never looked at.
+        The columns that are to be read, if they exist; None stands for all. Other columns are ignored.
     cluster_column
         A column in the files whose bounds and nulls are wanted.
     nulls
-        Whether it is wanted which integer columns may hold nulls. If not, `Scan.nullable` is empty.
+        Whether to find the integer columns that may hold nulls. Otherwise `Scan.nullable` is empty.
 
     Raises
     ------
-    ClusterError
-        If a file is not readable as Parquet.
+    DataReadError
+        If a file cannot be read as Parquet.
     """
     shapes = _Shapes(columns, cluster_column, nulls=nulls)
     paths = list(files)
@@ -122,7 +123,7 @@ def scan_files(
             scan = scan._replace(unordered=unordered, schema=without_order(scan.schema, unordered))
             continue
         if len(order) >= 2 ** (type_.index_type.bit_width - 1):
-            # All files together may have more categories than the codes of each can count.
+            # All files together may have more categories than the codes of one file can number.
             wide = pa.field(name, pa.dictionary(pa.int32(), type_.value_type, ordered=True))
             scan = scan._replace(schema=scan.schema.set(scan.schema.get_field_index(name), wide))
         scan = scan._replace(orders={**scan.orders, name: pa.array(order, type_.value_type)})
@@ -130,7 +131,7 @@ def scan_files(
 
 
 def _dictionaries(fs: fsspec.AbstractFileSystem, files: Sequence[FileStats], name: str) -> list[pa.Array]:
-    """The categories of a column as the first rows of each file have them: no footer tells their order."""
+    """Return the categories of a column in the first rows of each file, since no footer tells their order."""
 
     def read(file: FileStats) -> list[pa.Array]:
         group = next((index for index, group in enumerate(file.row_groups) if group.rows), None)
@@ -141,12 +142,12 @@ def _dictionaries(fs: fsspec.AbstractFileSystem, files: Sequence[FileStats], nam
         chunks = table[name].chunks if name in table.column_names else []
         return [chunk.dictionary for chunk in chunks if pa.types.is_dictionary(chunk.type)]
 
-    with ThreadPoolExecutor(1 if is_local(fs) else REMOTE_THREADS, thread_name_prefix="orders") as pool:
+    with ThreadPoolExecutor(1 if is_local(fs) else THREADS, thread_name_prefix="orders") as pool:
         return [dictionary for found in pool.map(read, files) for dictionary in found]
 
 
 class _Shape:
-    """Where the wanted columns lie among the leaf columns of files of one schema."""
+    """Positions of the wanted columns among the leaf columns of files with one schema."""
 
     def __init__(
         self,
@@ -178,14 +179,14 @@ class _Shape:
 
 
 class _Shapes:
-    """The shapes of all files: few, of however many files."""
+    """The few shapes that all files have."""
 
     def __init__(self, columns: Collection[str] | None, cluster_column: str | None, *, nulls: bool) -> None:
         self.columns, self.cluster_column, self.nulls = columns, cluster_column, nulls
         self.by_schema: dict[pa.Schema, _Shape] = {}
 
     def of(self, path: str, metadata: pq.FileMetaData) -> _Shape:
-        """The shape of a file."""
+        """Return the shape of a file."""
         key = arrow_schema(path, metadata).remove_metadata()
         if key not in self.by_schema:
             number = len(self.by_schema)
@@ -193,7 +194,7 @@ class _Shapes:
         return self.by_schema[key]
 
     def scan(self, stats: list[FileStats]) -> Scan:
-        """What there is to say of all files together."""
+        """Return the scan of all files."""
         shapes = list(self.by_schema.values())
         unified = unify({shape.path: shape.schema for shape in shapes})
         integers = {field.name for field in unified.schema if self.nulls and is_integer(field.type)}
@@ -233,20 +234,21 @@ def _count_leaves(type_: pa.DataType) -> int:
 
 
 def _leaf_bytes(column: Any) -> int | None:
-    """Bytes of a value in memory, or None where its size varies."""
+    """Return the bytes of a value in memory, or None if its size varies."""
     if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
         return int(column.length)
     return LEAF_BYTES.get(column.physical_type)
 
 
 def is_integer(type_: pa.DataType) -> bool:
+    """Return whether a type is one of integers or Booleans."""
     return bool(pa.types.is_integer(type_) or pa.types.is_boolean(type_))
 
 
 def _stats_of_block(
     fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], sizes: Mapping[str, int], shapes: _Shapes
 ) -> dict[str, FileStats]:
-    """What footers say: many that are built alike are read at once, and the rest one by one."""
+    """Return what footers say. Footers that are built alike are read side by side, and the rest one by one."""
     stats: dict[str, FileStats] = {}
     rest = list(footers)
     for _ in range(SHAPES):
@@ -260,22 +262,22 @@ def _stats_of_block(
 def _stats_of_alike(
     fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], sizes: Mapping[str, int], shapes: _Shapes
 ) -> dict[str, FileStats]:
-    """What the first of the footers says, and those that are built like it."""
+    """Return what the first footer says, and what those say that are built like it."""
     paths = list(footers)
     first, shape = _stats_of_one(fs, paths[0], footers[paths[0]], sizes, shapes)
     alike, groups = read_alike(list(footers.values()), shape.bounded)
     stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, sizes, shape)
-    # The others are believed if the first one is read as it is by itself.
+    # The others are trusted if the first is read as it is by itself.
     return {file.path: file for file in stats} if stats[:1] == [first] else {first.path: first}
 
 
 def _stats_of_one(
     fs: fsspec.AbstractFileSystem, path: str, footer: bytes, sizes: Mapping[str, int], shapes: _Shapes
 ) -> tuple[FileStats, _Shape]:
-    """What one footer says, and where the columns lie in it."""
+    """Return what one footer says, and its shape."""
     shape = shapes.of(path, read_metadata(fs, path, footer))
     try:
-        # There was none where the file has grown since the listing.
+        # The footer is empty if the file has grown since it was listed.
         groups = read_footer(footer or fetch_footer(fs, path, fs.size(path)), shape.leaves, shape.bounded)
     except FooterError as error:
         raise unreadable(path, error) from error
@@ -285,7 +287,7 @@ def _stats_of_one(
 def _stats_of_groups(
     paths: Sequence[str], groups: Sequence[Group[Any]], sizes: Mapping[str, int], shape: _Shape
 ) -> list[FileStats]:
-    """What the row groups of alike files say; numbers are arrays of all files, or of one file Python's."""
+    """Return what the row groups of alike files say. Numbers are arrays over all files, or integers for one file."""
     row_groups = []
     nullable, unordered = ([frozenset[str]()] * len(paths) for _ in range(2))
     rows, null_clusters = np.zeros((2, len(paths)), dtype=np.int64)
@@ -318,5 +320,5 @@ def _stats_of_groups(
     return list(map(FileStats, *columns))
 
 
-# What to do about a column that cannot be read, which only some of the work needs.
+# Advice on a column that cannot be read, which only some calls need.
 COLUMNS_ADVICE = "Give it one type in all files, or name columns that agree."

@@ -1,7 +1,7 @@
-"""What the files of one dataset agree on: one Arrow schema for all of them, and tables brought to it.
+"""One Arrow schema for all files of a dataset, and the conversion of tables to it.
 
-Files of different writers, or of one writer on different data, rarely have one schema to the letter: a column is all
-null here, an int32 there, missing in a third. Arrow's rules of promotion say which types mean the same.
+Files of different writers, or of one writer on different data, rarely have exactly the same schema: a column is all
+null in one file, int32 in another, and missing in a third. Arrow's promotion rules say which types mean the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dask_semdedup.errors import ClusterError, some
+from dask_semdedup.errors import DataReadError, some
 
 __all__ = [
     "INDEX_COLUMNS",
@@ -58,17 +58,17 @@ class Unified(NamedTuple):
 
 
 def without_index(schema: pa.Schema) -> pa.Schema:
-    """A schema without columns that were written only to restore an index."""
+    """Return a schema without the columns that were written only to restore an index."""
     return without(schema, [name for name in schema.names if name.startswith(INDEX_COLUMNS)])
 
 
 def without(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
-    """A schema without the columns of some names, which need not be there."""
+    """Return a schema without the columns of these names, which need not exist."""
     return pa.schema([field for field in schema if field.name not in names], schema.metadata)
 
 
 def without_order(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
-    """A schema whose dictionaries of some names are not ordered."""
+    """Return a schema in which the dictionaries of these names are unordered."""
     for place, field in enumerate(schema):
         if field.name in names and is_ordered(field.type):
             schema = schema.set(place, field.with_type(pa.dictionary(field.type.index_type, field.type.value_type)))
@@ -76,12 +76,12 @@ def without_order(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
 
 
 def unify(schemas: Mapping[str, pa.Schema]) -> Unified:
-    """Find the schema to which the columns of all files can be brought, as far as their types mean the same.
+    """Return the schema to which the columns of all files can be converted, as far as their types mean the same.
 
     Parameters
     ----------
     schemas : mapping from path to pyarrow.Schema
-        Of one file for each schema that there is.
+        One file of each distinct schema.
     """
     merged: dict[str, pa.Field] = {}
     origins: dict[str, str] = {}
@@ -108,7 +108,7 @@ def unify(schemas: Mapping[str, pa.Schema]) -> Unified:
 
 
 def _merge(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that values of both types can be brought to, or None."""
+    """Return the type to which values of both types can be converted, or None."""
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
@@ -126,7 +126,7 @@ def _merge(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def is_ordered(type_: pa.DataType) -> bool:
-    """Whether values of a type are categories with an order of their own."""
+    """Return whether values of a type are ordered categories."""
     return bool(pa.types.is_dictionary(type_) and type_.ordered)
 
 
@@ -135,7 +135,7 @@ def _decoded(type_: pa.DataType) -> pa.DataType:
 
 
 def _plain(type_: pa.DataType) -> pa.DataType:
-    """Views as what they are views of, which Arrow does not do when it unifies."""
+    """Return the plain type of a view, which Arrow does not unify."""
     if pa.types.is_string_view(type_):
         return pa.large_string()
     return pa.large_binary() if pa.types.is_binary_view(type_) else type_
@@ -155,9 +155,9 @@ def _is_list(type_: pa.DataType) -> bool:
 
 
 def in_frames(type_: pa.DataType) -> pa.DataType:
-    """The type that a column of a file has in frames: dictionaries decoded unless ordered, and 64-bit offsets.
+    """Return the type of a file's column in frames: dictionaries are decoded unless ordered, offsets have 64 bits.
 
-    Strings and binaries of a partition may come to more than 2 GiB, which 32-bit offsets cannot count.
+    The strings or binaries of a partition may exceed 2 GiB, which 32-bit offsets cannot address.
     """
     types = pa.types
     if types.is_dictionary(type_):
@@ -182,7 +182,7 @@ def _field_in_frames(field: pa.Field) -> pa.Field:
 
 
 def one_order(dictionaries: Iterable[pa.Array]) -> list[Any] | None:
-    """Find the one order in which the categories of all dictionaries stand; None where it cannot be told."""
+    """Return the only order of categories that agrees with all dictionaries, or None if there is not exactly one."""
     orders = list(dict.fromkeys(tuple(dictionary.to_pylist()) for dictionary in dictionaries))
     sorter = TopologicalSorter[Any]({category: [] for order in orders for category in order})
     pairs = {pair for order in orders for pair in pairwise(order)}
@@ -196,11 +196,11 @@ def one_order(dictionaries: Iterable[pa.Array]) -> list[Any] | None:
 
 
 def conform(table: pa.Table, schema: pa.Schema, orders: Mapping[str, pa.Array] | None = None) -> pa.Table:
-    """Bring a table to exactly these fields: columns that it lacks are null, and categories stand in given orders.
+    """Return a table with exactly these fields. Columns that it lacks are null, and categories are in these orders.
 
     Raises
     ------
-    ClusterError
+    DataReadError
         If values of a column do not fit its type.
     """
     present = set(table.column_names)
@@ -211,7 +211,7 @@ def conform(table: pa.Table, schema: pa.Schema, orders: Mapping[str, pa.Array] |
 
 
 def _in_order(column: pa.ChunkedArray, order: pa.Array, name: str) -> pa.ChunkedArray:
-    """A column of ordered categories with this dictionary, so that it stays in order when it is put to others."""
+    """Return a column of ordered categories with this dictionary, so that its order survives concatenation."""
     chunks = []
     for chunk in column.chunks:
         places = pc.index_in(chunk.dictionary, order)
@@ -219,9 +219,10 @@ def _in_order(column: pa.ChunkedArray, order: pa.Array, name: str) -> pa.Chunked
         if places.null_count > chunk.dictionary.null_count or not known.equals(
             known.take(pc.array_sort_indices(known))
         ):
-            raise ClusterError(
+            raise DataReadError(
                 f"Column {name!r} holds ordered categories {chunk.dictionary.to_pylist()}, other than its files begin "
-                f"with: {order.to_pylist()}. Write all files with the same categories."
+                f"with: {order.to_pylist()}. Write all files with the same categories.",
+                columns=[name],
             )
         codes = places.take(chunk.indices).cast(column.type.index_type)
         chunks.append(pa.DictionaryArray.from_arrays(codes, order, ordered=True))
@@ -241,13 +242,12 @@ def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
     try:
         return _cast(column, field.type)
     except pa.ArrowException as error:
-        raise ClusterError(
-            f"Column {field.name!r} is {column.type}, and cannot be read as {field.type}: {error}."
-        ) from error
+        message = f"Column {field.name!r} is {column.type}, and cannot be read as {field.type}: {error}."
+        raise DataReadError(message, columns=[field.name]) from error
 
 
 def _cast(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
-    """Cast a column, also to a dictionary, which Arrow's own cast does not do."""
+    """Return a column cast to a type, which may be a dictionary, unlike in Arrow's own cast."""
     if not pa.types.is_dictionary(type_):
         return column.cast(type_)
     if not pa.types.is_dictionary(column.type):
@@ -262,9 +262,9 @@ def _cast(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
 
 
 def restore(table: pa.Table, stored: pa.Schema) -> pa.Table:
-    """Give columns that were read from files the types that they had there, and the table the files' metadata.
+    """Return a table whose columns have the types that they had in the files, and with the files' metadata.
 
-    Columns of other types than `in_frames` makes of those in the files have been made since, and stay as they are.
+    Columns whose types are not what `in_frames` makes of those in the files were made later, and stay as they are.
     """
     fields, columns = [], []
     for field, column in zip(table.schema, table.columns, strict=True):
@@ -278,7 +278,7 @@ def restore(table: pa.Table, stored: pa.Schema) -> pa.Table:
 
 
 def _metadata(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) -> dict[bytes, bytes] | None:
-    """Metadata of a schema of which these columns are left: pandas' own names columns, and an index, by itself."""
+    """Return a schema's metadata for these columns. The metadata of pandas names columns and an index itself."""
     if not metadata or b"pandas" not in metadata:
         return None if metadata is None else dict(metadata)
     try:
@@ -291,12 +291,12 @@ def _metadata(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) ->
 
 
 def _is_readable(note: Mapping[str, Any], columns: Iterable[str]) -> bool:
-    """Whether pandas' note on a column is of one that is there, and of a dtype whose name pandas can read."""
+    """Return whether pandas' note is on one of the columns, and names a dtype that pandas can parse."""
     is_nested = str(note["numpy_type"]).startswith(("list<", "large_list<", "fixed_size_list<", "struct<", "map<"))
     return note["field_name"] in columns and not is_nested
 
 
 def refuse(problems: Mapping[str, str], columns: Iterable[str], advice: str) -> None:
-    """Raise `ClusterError` if one of the columns cannot be read."""
-    if found := [problems[name] for name in columns if name in problems]:
-        raise ClusterError(f"{some(found, 1)} {advice}")
+    """Raise `DataReadError` if one of the columns cannot be read."""
+    if found := {name: problems[name] for name in columns if name in problems}:
+        raise DataReadError(f"{some(found.values(), 1)} {advice}", parameters=["columns"], columns=found)

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fsspec.implementations.cached import CachingFileSystem
 from fsspec.utils import glob_translate
 
 from dask_semdedup._validate import stack_level
-from dask_semdedup.errors import InvalidArgumentError, some
+from dask_semdedup.errors import InvalidArgumentError, OutputError, OutputExistsError, some
 from dask_semdedup.io.listing import above_pattern, is_local
 
 __all__ = [
@@ -31,15 +31,14 @@ __all__ = [
     "staged_folder",
 ]
 
-# What tells of a folder's files, and that all of them are there.
+# The file that describes a folder's files, and is written when all of them are there.
 MANIFEST = "_manifest.json"
 
 
 class Contents(NamedTuple):
-    """What a folder may hold to be replaced.
+    """A kind of files, which may be replaced if a folder holds nothing else.
 
-    `strangers` is given a file system, a folder, and the names of the files within; it returns those that are not of
-    this kind, and would be lost.
+    `strangers` takes a file system, a folder and the names of its files, and returns those that are of another kind.
     """
 
     name: str
@@ -55,27 +54,31 @@ def staged_folder(
     overwrite: bool,
     storage_options: Mapping[str, Any] | None,
 ) -> Iterator[str]:
-    """Yield the URL of a sibling of ``output_path`` that takes its place when the block succeeds.
+    """Yield the URL of a sibling of ``output_path`` that takes its place if the block succeeds.
 
-    When the block fails, the sibling is removed and ``output_path`` stays as it was.
+    If the block fails, the sibling is removed and ``output_path`` stays as it was.
 
     Parameters
     ----------
     output_path : str
         The folder: local, or a URL that fsspec understands.
     input_path : str, optional
-        What is read meanwhile; it must not overlap.
+        Path of the data that is read meanwhile. It must not overlap.
     contents : Contents
-        What is written.
+        The kind of files that are written.
     overwrite : bool
-        Whether to replace a folder that holds nothing else.
+        Whether to replace a folder that holds only such files.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
 
     Raises
     ------
+    OutputExistsError
+        If ``output_path`` is a file, or holds files that may not be replaced.
+    OutputError
+        If ``output_path`` cannot be replaced.
     InvalidArgumentError
-        If ``output_path`` is a file, is not free, or overlaps ``input_path``.
+        If ``output_path`` and ``input_path`` overlap.
     """
     options = dict(storage_options or {})
     fs, final = fsspec.url_to_fs(output_path, **options)
@@ -89,14 +92,14 @@ def staged_folder(
 
 @contextmanager
 def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[str]:
-    """Yield the URL of a sibling of a folder that takes its place when the block succeeds, whatever it holds.
+    """Yield the URL of a sibling of a folder that replaces it if the block succeeds, whatever it holds.
 
-    Where the folder is a link, what it stands for is replaced.
+    If the folder is a link, its target is replaced.
 
     Raises
     ------
-    InvalidArgumentError
-        If it cannot take that place. All that was written stays in the sibling, which the message names.
+    OutputError
+        If it cannot take that place. Everything that was written stays in the sibling, which the message names.
     """
     final = real_path(fs, final)
     staged = f"{final}.partial-{secrets.token_hex(4)}"
@@ -109,13 +112,13 @@ def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[st
     try:
         _replace(fs, staged, final)
     except Exception as error:
-        raise InvalidArgumentError(
+        raise OutputError(
             f"All is written, but cannot take the place of {final!r} ({error}). It is in {staged!r}: move it yourself."
         ) from error
 
 
 def _discard(fs: fsspec.AbstractFileSystem, staged: str) -> None:
-    """Remove what is of no use, without hiding the error that made it so."""
+    """Remove a folder after an error, without hiding that error."""
     try:
         if fs.exists(staged):
             fs.rm(staged, recursive=True)
@@ -124,7 +127,7 @@ def _discard(fs: fsspec.AbstractFileSystem, staged: str) -> None:
 
 
 def _replace(fs: fsspec.AbstractFileSystem, staged: str, final: str) -> None:
-    """Put a finished folder in the place of another one."""
+    """Move a finished folder to the place of another one."""
     if is_local(fs):
         aside = f"{staged}.old"
         _swap(staged, final, aside)
@@ -137,7 +140,7 @@ def _replace(fs: fsspec.AbstractFileSystem, staged: str, final: str) -> None:
     if type(fs).mv is not fsspec.AbstractFileSystem.mv:
         fs.mv(staged, final, recursive=True)
         return
-    # Object stores copy file by file: what says that all are there comes last.
+    # Object stores copy file by file. The manifest comes last, since it says that all files are there.
     manifest = f"{staged}/{MANIFEST}"
     files = set(fs.find(staged))
     try:
@@ -151,12 +154,12 @@ def _replace(fs: fsspec.AbstractFileSystem, staged: str, final: str) -> None:
 
 
 def _swap(staged: str, final: str, aside: str) -> None:
-    """Rename a folder to the name of another, which is renamed before."""
+    """Rename a folder to the name of another one, which is first moved aside."""
     is_taken = os.path.lexists(final)
     if is_taken:
         os.rename(final, aside)
     try:
-        # Unlike a move, it fails where another run has put its files meanwhile.
+        # Unlike a move, it fails if another run has put its files there meanwhile.
         os.rename(staged, final)
     except BaseException:
         if is_taken:
@@ -165,17 +168,17 @@ def _swap(staged: str, final: str, aside: str) -> None:
 
 
 def real_path(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    """A path without links, where the file system is the local one."""
+    """Return a path with its links resolved, if the file system is local."""
     return os.path.realpath(path) if is_local(fs) else path
 
 
 def is_within(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> bool:
-    """Whether a path is a folder or lies in it, by whatever name."""
+    """Return whether a path is a folder or lies in it, by whatever name."""
     return f"{real_path(fs, path)}/".startswith(f"{real_path(fs, folder).rstrip('/')}/")
 
 
 def _is_matched(fs: fsspec.AbstractFileSystem, output: str, pattern: str) -> bool:
-    """Whether a pattern stands for a folder, or what will be in it, or one that it is in."""
+    """Return whether a pattern matches an output folder, its parents, or the files that will be in it."""
     if above_pattern(fs, pattern) == pattern:
         return False
     matches = re.compile(glob_translate(pattern)).match
@@ -183,63 +186,66 @@ def _is_matched(fs: fsspec.AbstractFileSystem, output: str, pattern: str) -> boo
     return any(matches("/".join(parts[:length])) for length in range(1, len(parts) + 1))
 
 
-def _beneath(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
-    """The file system that a cache stands before; itself if it is none."""
-    return _beneath(fs.fs) if isinstance(fs, CachingFileSystem) else fs
+def _without_caches(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
+    """Return the file system below any caches."""
+    return _without_caches(fs.fs) if isinstance(fs, CachingFileSystem) else fs
 
 
 def refuse_overlap(
     fs: fsspec.AbstractFileSystem, output: str, input_path: str, storage_options: Mapping[str, Any]
 ) -> None:
-    """Keep overwriting from removing the input, and the input from swallowing the output, by whatever name.
+    """Raise if output and input overlap, by whatever names: the input could be removed, or the output be read.
 
     Raises
     ------
     InvalidArgumentError
-        If one of the two is, or lies in, the other.
+        If one of them is the other, or lies in it.
     """
     source_fs, source = fsspec.url_to_fs(input_path, **storage_options)
-    fs, source_fs = _beneath(fs), _beneath(source_fs)
+    fs, source_fs = _without_caches(fs), _without_caches(source_fs)
     if type(source_fs) is not type(fs):
         return
     if is_within(fs, output, source) or is_within(fs, source, output) or _is_matched(fs, output, source):
-        raise InvalidArgumentError(f"Output {output!r} and input {source!r} overlap. Name a folder apart.")
+        message = f"Output {output!r} and input {source!r} overlap. Name a folder apart."
+        raise InvalidArgumentError(message, parameters=["output_path", "input_path"])
 
 
 def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Contents, *, overwrite: bool) -> None:
-    """Refuse an output that is not free; with ``overwrite``, one that holds anything else."""
+    """Raise if an output folder is not free; with ``overwrite``, if it holds any other files."""
     if fs.isfile(output):
-        raise InvalidArgumentError(f"Output {output!r} is a file. Name a folder.")
+        raise OutputExistsError(f"Output {output!r} is a file. Name a folder.", parameters=["output_path"])
     if is_local(fs) and (os.path.ismount(output) or is_within(fs, os.getcwd(), output)):
-        raise InvalidArgumentError(
+        raise OutputError(
             f"Output {output!r} is a mount point or the current folder, which cannot be replaced as a whole. Name a "
-            "folder in it."
+            "folder in it.",
+            parameters=["output_path"],
         )
     files = fs.find(output)
     if files and not overwrite:
-        raise InvalidArgumentError(
+        raise OutputExistsError(
             f"Output {output!r} is not empty: {count_files(len(files))}. Pass overwrite=True to replace it, or "
-            "name another folder."
+            "name another folder.",
+            parameters=["overwrite"],
         )
     refuse_strangers(fs, output, contents, [file.removeprefix(f"{output}/") for file in files])
 
 
 def refuse_strangers(fs: fsspec.AbstractFileSystem, folder: str, contents: Contents, names: Sequence[str]) -> None:
-    """Keep a folder from being replaced that holds anything but contents of this kind.
+    """Raise if a folder that is to be replaced holds files of any other kind.
 
     Raises
     ------
-    InvalidArgumentError
+    OutputExistsError
         Naming a few of the other files.
     """
     strangers = contents.strangers(fs, folder, names)
     if strangers:
-        raise InvalidArgumentError(
+        raise OutputExistsError(
             f"Output {folder!r} holds files that are not {contents.name} and would be lost: {some(strangers)}. "
             "Move them elsewhere, or name another folder."
         )
 
 
 def count_files(count: int) -> str:
-    """Say how many files there are."""
+    """Return a number of files as text."""
     return "1 file" if count == 1 else f"{count:,} files"

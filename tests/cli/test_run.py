@@ -21,6 +21,7 @@ import dask_semdedup
 from dask_semdedup import cli
 from dask_semdedup.accessor import SemDedupAccessor
 from dask_semdedup.cli.steps import MANIFEST
+from tests.cli.test_pairwise import PARAMETERS_MISSING
 from tests.data import assert_one_line
 
 ROWS, COPIES = 200, 20
@@ -194,7 +195,7 @@ def test_texts_are_embedded_first(
     assert "embeddings" in tokens(tmp_path)
 
 
-# --- Steps that are used again ---------------------------------------------------------------------------------------
+# --- Steps that are reused --------------------------------------------------------------------------------------------
 
 
 def test_the_same_run_makes_nothing(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
@@ -356,9 +357,9 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--id-field", "key"], ["key", "as --id-field."]),
         (["--text-field", "body"], ["body"]),
         (["--embed", "--text-field", "text"], ["embeddings", "already"]),
-        (["--n-clusters", 1000], ["--n-clusters is 1000"]),
-        (["--random-seed", -1], ["--random-seed must be"]),
-        (["--from", "embeddings"], ["embeddings", "clusters"]),
+        pytest.param(["--n-clusters", 1000], ["n_clusters is 1000", "(--n-clusters)"], marks=PARAMETERS_MISSING),
+        pytest.param(["--random-seed", -1], ["random_state must be", "(--random-seed)"], marks=PARAMETERS_MISSING),
+        (["--from", "embeddings"], ["embeddings", "clusters", "(--from)"]),
         (["--from", "scores", "--overwrite"], ["--from", "--overwrite"]),
         (["--eps", 3], ["--eps"]),
     ],

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import DataReadError, IdError, MissingColumnsError
 from dask_semdedup.io import jsonlines
 from dask_semdedup.io.folder_keys import keys_below
 from dask_semdedup.io.jsonlines import Block, read_json, rows_before
@@ -101,20 +101,20 @@ def test_ids_of_64_bits_stay_apart(tmp_path: Path, field: str) -> None:
 def test_lines_that_are_not_of_a_kind_name_the_file(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonlines, "INFERRED_BYTES", 5)
     (tmp_path / "bad.jsonl").write_text(text)
-    with pytest.raises(ClusterError, match=r"bad\.jsonl"):
+    with pytest.raises(DataReadError, match=r"bad\.jsonl"):
         read_table(tmp_path, partition_size="10B").compute()
 
 
 def test_truncated_gzip_names_the_file(tmp_path: Path) -> None:
     path = write_json(tmp_path / "bad.jsonl.gz", RECORDS, compress=True)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ClusterError, match=r"bad\.jsonl\.gz"):
+    with pytest.raises(DataReadError, match=r"bad\.jsonl\.gz"):
         read_table(tmp_path)
 
 
 def test_null_ids_are_counted(tmp_path: Path) -> None:
     write_json(tmp_path / "a.jsonl", [{"id": 1}, {"id": None}, {"id": None}])
-    with pytest.raises(InvalidArgumentError, match=r"2 rows have no 'id' in .*a\.jsonl"):
+    with pytest.raises(IdError, match=r"2 rows have no 'id' in .*a\.jsonl"):
         read_table(tmp_path).compute()
 
 
@@ -126,7 +126,7 @@ def test_the_column_that_may_not_be_null_is_part_of_the_frame(tmp_path: Path, ch
         if id_field == "id":
             assert len(frame.compute()) == 2
         else:
-            with pytest.raises(InvalidArgumentError, match="1 row has no 'doc'"):
+            with pytest.raises(IdError, match="1 row has no 'doc'"):
                 frame.compute()
 
 
@@ -178,7 +178,7 @@ def test_files_without_rows_are_no_reason_to_lose_others(tmp_path: Path, name: s
 def test_nothing_but_files_without_rows_is_an_error(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(text)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
-    with pytest.raises(ClusterError, match=r"No rows in .*a\.jsonl, .*b\.jsonl\.gz: nothing but empty files"):
+    with pytest.raises(DataReadError, match=r"No rows in .*a\.jsonl, .*b\.jsonl\.gz: nothing but empty files"):
         read_table(tmp_path)
 
 
@@ -204,7 +204,7 @@ def test_zstandard_is_read_by_arrow(tmp_path: Path, suffix: str, root: str) -> N
 
 def test_truncated_zstandard_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl.zst").write_bytes(zstd(LINES * 1000)[:-5])
-    with pytest.raises(ClusterError, match=r"Cannot read .*bad\.jsonl\.zst \(truncated"):
+    with pytest.raises(DataReadError, match=r"Cannot read .*bad\.jsonl\.zst \(truncated"):
         read_table(tmp_path).compute()
 
 
@@ -236,7 +236,7 @@ def test_json_of_other_forms_can_be_converted(tmp_path: Path, indent: int | None
     if not is_array and not indent:
         assert values(path, "id") == [1]
         return
-    with pytest.raises(ClusterError, match=r"line 1 of .*it's a\.json.* convert it: ") as caught:
+    with pytest.raises(DataReadError, match=r"line 1 of .*it's a\.json.* convert it: ") as caught:
         read_table(path)
     command = str(caught.value).split("convert it: ")[1].replace("| python ", f"| {sys.executable} ")
     subprocess.run(command, shell=True, check=True, cwd=tmp_path)
@@ -249,7 +249,7 @@ def test_lines_that_are_no_objects_are_named(tmp_path: Path, line: str, position
     lines = ['{"id": 7}', '{"id": 8}']
     lines.insert(position, line)
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ClusterError, match=rf"line {position + 1} of .*bad\.jsonl"):
+    with pytest.raises(DataReadError, match=rf"line {position + 1} of .*bad\.jsonl"):
         read_table(tmp_path).compute()
 
 
@@ -334,7 +334,7 @@ def test_what_the_types_do_not_hold_is_an_error_that_says_where(
     # However many columns there are.
     monkeypatch.setattr(jsonlines, "KEYED", keyed)
     frame = read_table(tmp_path)
-    with pytest.raises(ClusterError, match=f"Column {why}.*, or name the columns to read") as caught:
+    with pytest.raises(DataReadError, match=f"Column {why}.*, or name the columns to read") as caught:
         frame.compute()
     assert f"{tmp_path}/b.jsonl" in str(caught.value)
     # What nobody needs is no reason to fail.
@@ -411,7 +411,7 @@ def test_what_later_lines_of_a_large_file_hold_is_known(tmp_path: Path, monkeypa
 def test_what_disagrees_is_named_with_both_files(tmp_path: Path, one: str, other: str, why: str) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"id": {one}, "t": "a"}}\n')
     (tmp_path / "b.jsonl").write_text(f'{{"id": null, "t": "b"}}\n{{"id": {other}, "t": "c"}}\n')
-    with pytest.raises(ClusterError, match=f"Column {why}.*Write the column with one type in all files"):
+    with pytest.raises(DataReadError, match=f"Column {why}.*Write the column with one type in all files"):
         read_table(tmp_path)
     assert values(tmp_path, "t", columns=["t"]) == ["a", "b", "c"]
 
@@ -431,7 +431,7 @@ def test_keys_that_are_no_text_are_named(tmp_path: Path, key: str, line: str, fi
     good = b'{"id": 0, "m": {"a": 1}}\n'
     for text in (bad, good * 30 + bad):
         (tmp_path / "bad.jsonl").write_bytes(text)
-        with pytest.raises(ClusterError, match=r"line \d+ of .*bad\.jsonl"):
+        with pytest.raises(DataReadError, match=r"line \d+ of .*bad\.jsonl"):
             read_table(tmp_path).compute()
         assert set(values(tmp_path, "id", columns=["id"])) == {0}
 
@@ -440,7 +440,7 @@ def test_nesting_too_deep_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"id": {"[" * 900}{"]" * 900}}}\n')
     (tmp_path / "b.jsonl").write_text(f'{{"id": {"[" * 99999}{"]" * 99999}}}\n')
     for name in "ab":
-        with pytest.raises(ClusterError, match=rf"{name}\.jsonl.*(recursion|members of members)"):
+        with pytest.raises(DataReadError, match=rf"{name}\.jsonl.*(recursion|members of members)"):
             read_table(tmp_path / f"{name}.jsonl")
 
 
@@ -472,7 +472,7 @@ def test_lines_of_several_objects_are_not_numbered(tmp_path: Path, first_line_on
     path.write_text('{"id": 1}\n{"id": 2}{"id": 3}\n')
     files = {str(path): {"size": 31}}
     reader, _ = read_json(fsspec.filesystem("file"), files, None, keys_below([], files), "id", "embeddings", 100)
-    with pytest.raises(ClusterError, match=r"a\.jsonl has 2 lines of 3 objects"):
+    with pytest.raises(DataReadError, match=r"a\.jsonl has 2 lines of 3 objects"):
         reader.read(Block(str(path)), ["id"])
 
 
@@ -553,7 +553,7 @@ def _check(files: list[list[str]], size: int, choose: Any) -> None:
         for number, lines in enumerate(files):
             Path(f"{folder}/{number}.jsonl").write_text("\n".join(lines), encoding="utf-8")
         if not rows:
-            with pytest.raises(ClusterError, match="No rows"):
+            with pytest.raises(DataReadError, match="No rows"):
                 read_table(folder)
             return
         chosen = choose(names)
@@ -580,5 +580,5 @@ def test_any_objects_beyond_the_sample_are_read_or_named(
         for name in ("INFERRED_BYTES", "PIECE_BYTES", "SPREAD_BYTES", "REQUEST_BYTES"):
             patch.setattr(jsonlines, name, 1)
         # Either is right; a wrong value fails.
-        with contextlib.suppress(ClusterError, MissingColumnsError):
+        with contextlib.suppress(DataReadError, MissingColumnsError):
             _check(files, size, lambda names: data.draw(st.lists(st.sampled_from(names), unique=True)) if names else [])

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.errors import InvalidArgumentError, OutputError, OutputExistsError
 from dask_semdedup.io.staging import MANIFEST, Contents, refuse_overlap, replaced_when_done, staged_folder
 
 ANYTHING = Contents("anything", lambda fs, folder, names: [])
@@ -53,7 +53,7 @@ def test_another_run_that_was_faster_keeps_its_files(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "rename", late)
     with (
-        pytest.raises(InvalidArgumentError, match=r"All is written, but cannot .*It is in '.*out\.partial-"),
+        pytest.raises(OutputError, match=r"All is written, but cannot .*It is in '.*out\.partial-"),
         replaced_when_done(LOCAL, taken) as staged,
     ):
         write(LOCAL, staged, "ours")
@@ -73,7 +73,7 @@ def test_the_old_folder_stays_where_the_new_one_cannot_come(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "rename", busy)
     with (
-        pytest.raises(InvalidArgumentError, match="Device or resource busy"),
+        pytest.raises(OutputError, match="Device or resource busy"),
         replaced_when_done(LOCAL, f"{tmp_path}/out") as staged,
     ):
         write(LOCAL, staged, "new")
@@ -107,7 +107,7 @@ def test_what_cannot_be_replaced_is_refused_at_once(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with (
-        pytest.raises(InvalidArgumentError, match="mount point or the current folder"),
+        pytest.raises(OutputError, match="mount point or the current folder"),
         staged_folder(output, contents=ANYTHING, overwrite=True, storage_options=None),
     ):
         pytest.fail("it was begun")
@@ -117,7 +117,7 @@ def test_what_cannot_be_replaced_is_refused_at_once(
 def test_files_in_the_way_are_counted(tmp_path: Path, count: int, words: str) -> None:
     write(LOCAL, f"file://{tmp_path}/out", *map(str, range(count)))
     with (
-        pytest.raises(InvalidArgumentError, match=rf"is not empty: {words}\."),
+        pytest.raises(OutputExistsError, match=rf"is not empty: {words}\."),
         staged_folder(f"{tmp_path}/out", contents=ANYTHING, overwrite=False, storage_options=None),
     ):
         pytest.fail("it was begun")
@@ -175,7 +175,7 @@ def test_half_a_copy_does_not_stay(
 
     monkeypatch.setattr(MemoryFileSystem, "cp_file", fail)
     with (
-        pytest.raises(InvalidArgumentError if error is OSError else error),
+        pytest.raises(OutputError if error is OSError else error),
         replaced_when_done(memory, "/out") as staged,
     ):
         write(memory, staged, "a", "b", "c")

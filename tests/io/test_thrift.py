@@ -21,7 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_semdedup import ClusterError, read_clusters
+from dask_semdedup import read_clusters
+from dask_semdedup.errors import DataReadError
 from dask_semdedup.io import footers, scan
 from dask_semdedup.io import thrift as thrift_reader
 from dask_semdedup.io.footers import read_schema
@@ -479,7 +480,7 @@ class TestReadFooters:
         rows = file.rindex(b"\x16\x04\x19\x1c")  # two rows, in a list of one row group
         files = {f"{number}.parquet": file for number in range(8)}
         files["6.parquet"] = file[: rows + 1] + b"\x06" + file[rows + 2 :]
-        with pytest.raises(ClusterError, match=r"Cannot read .*6.parquet as Parquet .*other rows than the file"):
+        with pytest.raises(DataReadError, match=r"Cannot read .*6.parquet as Parquet .*other rows than the file"):
             stats_of(write_files(tmp_path / "in", files))
 
     @pytest.mark.usefixtures("side_by_side")
@@ -508,14 +509,11 @@ class TestReadFooters:
 class TestFetching:
     """A slow file system is one whose reads meet at a barrier: it lets them pass only if they come at once."""
 
-    def meet(self, read: Callable[..., bytes], parties: int, first: int) -> Callable[..., bytes]:
-        barrier, lock, count = threading.Barrier(parties, timeout=30), threading.Lock(), iter(range(10**6))
+    def meet(self, read: Callable[..., bytes], parties: int) -> Callable[..., bytes]:
+        barrier = threading.Barrier(parties, timeout=30)
 
         def met(*args: Any, **kwargs: Any) -> bytes:
-            with lock:
-                number = next(count)
-            if number >= first:
-                barrier.wait()
+            barrier.wait()
             return read(*args, **kwargs)
 
         return met
@@ -523,29 +521,15 @@ class TestFetching:
     def test_slow_local_files_are_read_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_files(tmp_path / "in", many_shapes())
         expected = stats_of(path)
-        monkeypatch.setattr(footers, "SLOW", 0)
-        monkeypatch.setattr(footers, "_read_range", self.meet(footers._read_range, 16, first=footers.PROBES))
+        monkeypatch.setattr(footers, "_read_range", self.meet(footers._read_range, 20))
         assert stats_of(path) == expected
-
-    def test_fast_local_files_are_read_by_this_thread(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = write_files(tmp_path / "in", many_shapes())
-        read, threads = footers._read_range, set()
-
-        def noted(*args: Any, **kwargs: Any) -> bytes:
-            threads.add(threading.current_thread())
-            return read(*args, **kwargs)
-
-        monkeypatch.setattr(footers, "SLOW", math.inf)
-        monkeypatch.setattr(footers, "_read_range", noted)
-        stats_of(path)
-        assert threads == {threading.current_thread()}
 
     def test_remote_files_are_read_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fs = fsspec.filesystem("memory")
         for name, content in many_shapes().items():
             fs.pipe(f"/fetching/{name}", content)
         expected = stats_of("memory://fetching")
-        monkeypatch.setattr(type(fs), "cat_file", self.meet(type(fs).cat_file, 20, first=0))
+        monkeypatch.setattr(type(fs), "cat_file", self.meet(type(fs).cat_file, 20))
         assert stats_of("memory://fetching") == expected
         fs.rm("/fetching", recursive=True)
 
@@ -587,7 +571,7 @@ class TestDamage:
             fs.makedirs(fs._parent(path), exist_ok=True)
             fs.pipe_file(path, damage(file) if number == position else file)
         with pytest.raises(
-            ClusterError, match=f"Cannot read .*centroid={position:02}/a.parquet as Parquet .truncated.*{message}"
+            DataReadError, match=f"Cannot read .*centroid={position:02}/a.parquet as Parquet .truncated.*{message}"
         ):
             read_clusters(root)
         fs.rm(folder, recursive=True)
@@ -599,14 +583,14 @@ class TestDamage:
         damaged = file[:start] + content * 40 + file[start + 40 :]
         path = write_files(tmp_path / "centroid=0", {"a.parquet": damaged})
         for read in (read_clusters, lambda path: scan_files(*list_files(path), ["id"])):
-            with pytest.raises(ClusterError, match=r"Cannot read .*a.parquet as Parquet .truncated"):
+            with pytest.raises(DataReadError, match=r"Cannot read .*a.parquet as Parquet .truncated"):
                 read(path)
 
     def test_a_file_gone_since_the_listing_is_named(self, tmp_path: Path) -> None:
         path = write_files(tmp_path / "in", many_shapes())
         fs, files = list_files(path)
         (path / "07.parquet").unlink()
-        with pytest.raises(ClusterError, match=r"Cannot read .*07.parquet as Parquet .truncated.*No such file"):
+        with pytest.raises(DataReadError, match=r"Cannot read .*07.parquet as Parquet .truncated.*No such file"):
             scan_files(fs, files, ["id"])
 
     def test_a_file_replaced_since_the_listing_is_read_anew(self, tmp_path: Path) -> None:
@@ -676,7 +660,7 @@ def read_damaged() -> None:
         for numbers in [(3,), range(6)] if total % 16 == 0 else [(3,)]:
             try:
                 stats = read(*numbers)
-            except ClusterError as error:
+            except DataReadError as error:
                 if "/damaged/3.parquet" not in str(error):
                     raise
                 refused += numbers == (3,)

@@ -92,9 +92,7 @@ def test_a_column_of_such_a_name_but_not_of_integers_means_nothing(page: str) ->
 def test_visits_of_rows_that_are_nowhere_at_home_are_an_error() -> None:
     frame = with_visits(np.random.default_rng(4), np.ones((8, 2), np.float32), 4, 2)
     homeless = dd.from_pandas(frame[frame["centroid"] < 2], npartitions=2)
-    with pytest.raises(
-        ClusterError, match=r"secondary assignments only: none where 'centroid' is the row's own cluster"
-    ):
+    with pytest.raises(ClusterError, match=r"secondary assignments only: none where 'centroid' is the row's own"):
         homeless.semdedup.pairwise().compute()
 
 
@@ -102,9 +100,7 @@ def test_visits_are_not_clustered_again() -> None:
     rng = np.random.default_rng(0)
     frame = with_visits(rng, rng.standard_normal((60, 4)).astype(np.float32), 3, 2)
     ddf = dd.from_pandas(frame, npartitions=2)
-    with pytest.raises(
-        InvalidArgumentError, match=r"holds secondary assignments: 'home_centroid'.*drop\(columns='home_centroid'\)"
-    ):
+    with pytest.raises(InvalidArgumentError, match=r"assignments: 'home_centroid'.*drop\(columns='home_centroid'\)"):
         ddf.semdedup.kmeans(2)
     once = ddf[ddf.centroid == ddf.home_centroid].drop(columns="home_centroid")
     assert len(once.semdedup.kmeans(centroids=np.eye(4)[:2])) == 60

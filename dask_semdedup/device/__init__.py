@@ -1,1 +1,1 @@
-"""Where work runs and what it may take: devices, memory, streams, and queues for cores and GPUs."""
+"""Resources that threads and processes share: devices, GPU memory, CUDA streams, and queues for cores and GPUs."""

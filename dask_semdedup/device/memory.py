@@ -1,8 +1,8 @@
-"""One pool of device memory for cuDF, CuPy and torch, so that none hoards what another one lacks.
+"""One pool of device memory for cuDF, CuPy and torch, so that none of them keeps memory that another one lacks.
 
-By itself cuDF asks the driver for each column, which waits for the device, and torch keeps what it has once had. With
-RMM, which comes with cuDF, all three allocate from one pool. It is installed where the first cuDF partition is read or
-scored in a process; frames of pandas never bring it about. To leave the allocators alone, set the Dask option
+By default, cuDF asks the driver for each column, which waits for the device, and torch keeps all memory that it has
+allocated once. With RMM, which comes with cuDF, all three allocate from one pool. It is installed when a process reads
+or scores its first cuDF partition, and never for pandas frames. To leave the allocators alone, set the Dask option
 ``semdedup.share-memory-pool`` to False, or the environment variable ``DASK_SEMDEDUP__SHARE_MEMORY_POOL=False``, which
 reaches Dask's workers too.
 """
@@ -20,10 +20,10 @@ __all__ = ["device_bytes", "share_memory_pool"]
 logger = logging.getLogger(__name__)
 
 INITIAL_BYTES = 256 << 20
-"""What the pool has from the start."""
+"""Initial size of the pool."""
 
 KEPT_SHARE = 4
-"""The pool keeps one in this many bytes of the device when nobody uses them."""
+"""The pool keeps up to one in this many bytes of the device while they are unused."""
 
 _lock = threading.Lock()
 
@@ -33,24 +33,23 @@ _torch_shares: bool | None = None
 def share_memory_pool() -> bool:
     """Let cuDF, CuPy and torch allocate from one RMM pool, unless that is switched off or impossible.
 
-    An RMM resource that somebody has chosen, such as that of dask-cuda's ``--rmm-pool-size``, is the pool; otherwise
-    one is installed on the current device. A second call changes nothing, except that it installs a pool on another
-    device, should that be the current one by then.
+    An RMM resource that the user has set, such as that of dask-cuda's ``--rmm-pool-size``, serves as the pool;
+    otherwise one is installed on the current device. Further calls change nothing, except that they install a pool if
+    another device has become the current one.
 
     Returns
     -------
     bool
-        Whether torch allocates from RMM. It can only be told before it has first used CUDA in this process; later
-        cuDF and CuPy share a pool, and torch keeps its own.
+        Whether torch allocates from RMM. It does only if this is called before torch first uses CUDA in this process;
+        later, cuDF and CuPy share a pool and torch keeps its own.
 
     Notes
     -----
-    Memory that the pool holds for nobody is not free to CUDA: where the search asks how much it may take
-    (`torch.cuda.mem_get_info`), it may be told too little, by a quarter of the device at most, and then works in
-    smaller steps; never too much. Torch's own statistics, such as `torch.cuda.memory_allocated`, are not kept while it
-    allocates from RMM: they raise.
+    Unused memory of the pool is not free to CUDA. When the search asks for free memory (`torch.cuda.mem_get_info`), the
+    answer may be too low, by a quarter of the device at most, and the search then works in smaller steps; it is never
+    too high. Torch's own statistics, such as `torch.cuda.memory_allocated`, raise while it allocates from RMM.
 
-    The RMM resource must not be replaced by one that does not forward to it while torch holds memory from it.
+    While torch holds memory of the RMM resource, that must not be replaced by one that does not forward to it.
     """
     if not dask.config.get("semdedup.share-memory-pool", True):
         return False
@@ -59,7 +58,7 @@ def share_memory_pool() -> bool:
 
 
 def _share() -> bool:
-    """Install the pool first: what allocates from a resource must give it back to the same one."""
+    """Install the pool, and then the allocators: memory must return to the resource that it came from."""
     global _torch_shares
     try:
         import cupy
@@ -70,7 +69,7 @@ def _share() -> bool:
     except ImportError as error:
         logger.debug("No shared memory pool: %s", error)
         return False
-    # Asks the driver, and does not make torch use CUDA.
+    # This asks the driver and does not initialize CUDA in torch.
     if not torch.cuda.is_available() or not _install_pool(rmm):
         return False
     if _torch_shares is None:
@@ -80,25 +79,25 @@ def _share() -> bool:
 
 
 def device_bytes() -> int | None:
-    """Memory of the current GPU, or None where RMM sees none."""
+    """Return the bytes of memory of the current GPU, or None if RMM sees no GPU."""
     try:
         import rmm
 
         return int(rmm.mr.available_device_memory()[1])
     except (ImportError, RuntimeError) as error:
-        logger.debug("The memory of a GPU is not known: %s", error)
+        logger.debug("The memory of the GPU is not known: %s", error)
         return None
 
 
 def _install_pool(rmm: Any) -> bool:
-    """Put a pool in the place of RMM's default, which has none; whether the current device has one."""
+    """Replace RMM's default resource, which is no pool, by one; return whether the current device has a pool."""
     if type(rmm.mr.get_current_device_resource()) is not rmm.mr.CudaMemoryResource:
         return True
     _, total = rmm.mr.available_device_memory()
     try:
-        # The driver's pool rather than RMM's own: it maps pages where blocks would leave gaps that no large matrix
-        # fits into, and gives back what it no longer uses. What it lacks is CUDA IPC, for UCX between GPUs: for that,
-        # let dask-cuda make a pool.
+        # The driver's pool rather than RMM's own: it maps pages, so that blocks leave no gaps too small for a large
+        # matrix, and it returns unused memory. It lacks CUDA IPC, for UCX between GPUs: for that, let dask-cuda make a
+        # pool.
         pool = rmm.mr.CudaAsyncMemoryResource(
             initial_pool_size=INITIAL_BYTES, release_threshold=max(INITIAL_BYTES, total // KEPT_SHARE)
         )
@@ -110,7 +109,7 @@ def _install_pool(rmm: Any) -> bool:
 
 
 def _give_to_torch(torch: Any, allocator: Any) -> bool:
-    """Let torch allocate from RMM; whether it was not too late."""
+    """Let torch allocate from RMM; return False if it has used CUDA before."""
     try:
         torch.cuda.memory.change_current_allocator(allocator)
     except RuntimeError as error:

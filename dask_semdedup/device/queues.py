@@ -1,4 +1,4 @@
-"""Queues for what threads of one process share: its cores, and its GPU."""
+"""Queues for the cores and the GPU that the threads of one process share."""
 
 from __future__ import annotations
 
@@ -6,105 +6,97 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 
 import numpy as np
 from dask.system import CPU_COUNT
 from threadpoolctl import ThreadpoolController
 
+from dask_semdedup.device.devices import only_on
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.streams import reading_stream
 
 __all__ = ["cores", "cores_for", "gpu_slot", "gpu_turn"]
 
-# Rows of a cluster from which on torch's threads, all at one product, waste less time on waiting for each other than a
-# search to each of Dask's threads saves.
+# Clusters of at least this many rows are searched one at a time on all of torch's threads: these then lose less time
+# waiting for each other than is gained by one search per thread of Dask.
 ROWS_WORTH_ALL_THREADS = 8192
 
 
-def cores_for(device: str, segments: np.ndarray) -> AbstractContextManager[None]:
-    """Wait for the cores that a search is worth, and keep torch to them; on a GPU there is nothing to wait for.
+@only_on("cpu")
+def cores_for(segments: np.ndarray) -> AbstractContextManager[None]:
+    """Wait for the cores that a search on a CPU is worth, and limit torch to them.
 
-    On a CPU that is one core beside other searches, or all of them where a cluster's products fill them. Dask's
-    threaded tasks never run in the main thread: what does has nothing beside it.
+    That is all cores if products of one cluster fill them, or if no other search can run: Dask's threaded tasks never
+    run in the main thread. Otherwise it is one core.
 
     Parameters
     ----------
-    device : {"cpu", "cuda"}
     segments : numpy.ndarray
         (k + 1,) offsets of the clusters.
     """
-    return cores().take(_threads(segments)) if device == "cpu" else nullcontext()
+    return cores().take(_threads(segments))
 
 
 def _threads(segments: np.ndarray) -> int:
     import torch
 
-    # To ask comes first: a thread that has not asked sets its number anew at its first product.
+    # Always ask: torch resets the number of threads at the first product of a thread that has not asked.
     available = torch.get_num_threads()
     is_alone = threading.current_thread() is threading.main_thread()
     return available if is_alone or np.diff(segments).max() >= ROWS_WORTH_ALL_THREADS else 1
 
 
-# Partitions that are read and scored on a GPU at once: more would only wait for each other, and need memory.
+# Partitions that are read and scored on a GPU at once: more would take memory only to wait for each other.
 PARTITIONS_ON_GPU = 5
 
-_room = threading.BoundedSemaphore(PARTITIONS_ON_GPU)
+_slots = threading.BoundedSemaphore(PARTITIONS_ON_GPU)
 
 
+@only_on("cuda")
 @contextmanager
-def gpu_slot(device: str) -> Iterator[None]:
-    """Wait for one of the `PARTITIONS_ON_GPU` places on this process's GPU, and work there in this thread's stream.
-
-    Parameters
-    ----------
-    device : {"cpu", "cuda"}
-        Where a partition is read and scored; on a CPU there is nothing to wait for.
-    """
-    if device == "cpu":
-        yield
-        return
-    # Torch can only share a pool that it finds when it first uses CUDA.
+def gpu_slot() -> Iterator[None]:
+    """Wait for one of this process's `PARTITIONS_ON_GPU` slots to read and score a partition, in `reading_stream`."""
+    # Torch can only share a pool that exists when it first uses CUDA.
     share_memory_pool()
-    with _room, reading_stream(device):
+    with _slots, reading_stream("cuda"):
         yield
 
 
-# Multiplications of a long search, a tenth of a second of an H200's time.
+# Multiplications of a long search: a tenth of a second on an H200.
 LONG_SEARCH = 2.5e13
 
-# Who needs both takes that of long ones first, so that short ones do not wait meanwhile.
+# A search that needs both takes the turn of long ones first, so that short ones do not wait meanwhile.
 _turns = {is_long: threading.Lock() for is_long in (True, False)}
 
 
+@only_on("cuda")
 @contextmanager
-def gpu_turn(device: str, work: float | None = None) -> Iterator[None]:
-    """Wait for a turn to search on this process's GPU; on a CPU there is nothing to wait for.
+def gpu_turn(work: float | None = None) -> Iterator[None]:
+    """Wait for a turn to search on this process's GPU.
 
-    Two searches at once take as long as one after the other, but the first would be done, and its place be free for
-    the next to be read, only when both are. So short ones take turns, and long ones, as of a giant cluster, for whose
-    end the short ones need not wait. One of rows in host memory has the GPU for itself: it takes what memory is free
-    when it begins.
+    Two searches at once take as long as one after the other, but then neither is done, and no slot is free for the next
+    partition, before both are. Short searches therefore take turns. So do long ones, as of an oversized cluster, among
+    themselves: short ones need not wait for them. A search of rows in host memory takes both turns, as it claims all
+    memory that is free when it begins.
 
     Parameters
     ----------
-    device : {"cpu", "cuda"}
-        Where the search is.
     work : float, optional
-        Its multiplications; None where its rows are in host memory.
+        The multiplications of the search; None if its rows are in host memory.
     """
     with ExitStack() as turns:
-        for is_long, turn in _turns.items() if device == "cuda" else ():
+        for is_long, turn in _turns.items():
             if work is None or is_long == (work >= LONG_SEARCH):
                 turns.enter_context(turn)
         yield
 
 
 class Cores:
-    """Shares the process's cores out to its threads, so that Dask's and torch's do not multiply.
+    """Queue of threads for the cores of the process, so that Dask's and torch's threads do not multiply.
 
-    OpenMP's threads wait for each other by spinning: where there are more of them than cores, they wait for long.
+    OpenMP threads spin while they wait for each other, which takes long if there are more of them than cores.
     """
 
     def __init__(self, count: int) -> None:
@@ -115,9 +107,9 @@ class Cores:
 
     @contextmanager
     def take(self, threads: int) -> Iterator[None]:
-        """Wait for so many cores, and let torch use no more in this thread.
+        """Wait for a number of cores, and limit torch to it in this thread.
 
-        First come, first served: one that waits for all cores would else wait until nobody wants any.
+        First come, first served: a thread that wants all cores would otherwise wait until no other wants any.
         """
         threads = min(threads, self._count)
         turn = object()
@@ -130,7 +122,7 @@ class Cores:
                 self._waiting.remove(turn)
                 self._changed.notify_all()
         try:
-            # OpenMP's limit is the calling thread's alone, which that of `torch.set_num_threads` is not.
+            # The limit of OpenMP holds for the calling thread alone, that of `torch.set_num_threads` does not.
             with self._pools.limit(limits=threads, user_api="openmp"):
                 yield
         finally:
@@ -143,8 +135,8 @@ _making = threading.Lock()
 
 
 def cores() -> Cores:
-    """The cores of this process. Found at the first search, when torch and with it OpenMP are loaded."""
-    # Two threads that come first at once must not get cores each.
+    """Return the queue for the cores of this process, made at the first search, once torch has loaded OpenMP."""
+    # Threads whose first searches coincide must share one queue.
     with _making:
         return _cores()
 
@@ -157,7 +149,7 @@ def _cores() -> Cores:
 
 
 def _forget_threads() -> None:
-    """A forked process has none of the threads that hold cores, or the lock."""
+    """Start anew in a forked process, which has none of the threads that hold cores or the lock."""
     global _making
     _making = threading.Lock()
     _cores.cache_clear()

@@ -1,4 +1,4 @@
-"""How many processes and threads share a GPU, which bounds what each partition may take."""
+"""The number of processes and threads that share a GPU, which bounds the memory of each partition."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ __all__ = ["partitions_per_gpu"]
 
 
 def partitions_per_gpu(client: Client | None = None) -> int:
-    """How many partitions to leave room for on a GPU: twice the places of each process, or as many as it has threads.
+    """Return the number of partitions that must fit on a GPU at once.
 
-    What is read and scored in one task takes a place (`gpu_slot`), and all places take half of the GPU. Frames that
-    are tasks of their own may be as many as there are threads.
+    Per process, this is twice its slots, or its number of threads if that is greater. A partition that is read and
+    scored in one task takes a slot (`gpu_slot`), and all slots together may take half of the GPU. Frames that are tasks
+    of their own may be as many as there are threads.
 
     Parameters
     ----------
     client : distributed.Client, optional
-        Where the work will go; the default client, if there is one. Where a machine has as many workers as this one has
-        GPUs, each is taken to have its own. Where it has more, all share one, as those of a plain `LocalCluster` do.
+        The client that will run the work; by default the default client, if there is one. If a machine has as many
+        workers as this one has GPUs, each is taken to have its own. If it has more, all are taken to share one, as
+        those of a plain `LocalCluster` do.
     """
     return max(processes * max(2 * PARTITIONS_ON_GPU, threads) for processes, threads in _sharing_a_gpu(client))
 
 
 def _sharing_a_gpu(client: Client | None) -> list[tuple[int, int]]:
-    """The processes on one GPU of each machine, and the threads of one of them."""
+    """Return, for each machine, the processes per GPU and the threads of one of them."""
     client = client or _default_client()
-    # An asynchronous one cannot be asked.
+    # An asynchronous client cannot be asked here.
     if client is None or client.asynchronous or client.status != "running":
         return [(1, CPU_COUNT)]
     machines: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -48,10 +50,10 @@ def _sharing_a_gpu(client: Client | None) -> list[tuple[int, int]]:
 
 
 def _share(threads: Sequence[int], gpus: int) -> tuple[int, int]:
-    """Of the processes of a machine with so many threads each, those on one GPU, and the threads of one."""
+    """Return the processes per GPU and the threads of one, given the threads of each process of a machine."""
     if len(threads) > gpus:
         return len(threads), max(threads)
-    # Fewer than GPUs may be one for each of some of them, or not.
+    # Fewer processes than GPUs may have a GPU each, or all the same one.
     return 1, max(threads) if len(threads) == gpus else sum(threads)
 
 

@@ -1,13 +1,13 @@
-"""CUDA streams for each thread, so that one partition's search does not hold up the reading of the next.
+"""CUDA streams of each thread, so that one partition's search does not delay the reading of the next.
 
-What the default stream is given waits for all that other threads have given to it and for the copies of KvikIO, which
-reads the files; and those that come later wait for it. While it stands still, because a search fills the GPU, no file
-is read. Reading, ranking and gathering therefore run in a stream of their thread's own (`reading_stream`), and the
-search in another one (`search_stream`): as soon as multiprocessors are free, the first goes first. The default stream
-(`default_stream`) keeps what cuDF does by itself, and frames that others will see.
+Work on the default stream waits for all earlier work that any thread has queued there, and for the copies of KvikIO,
+which reads the files; later copies wait for it in turn. While a search fills the GPU and the default stream stalls, no
+file is read. Each thread therefore reads, ranks and gathers on a stream of its own (`reading_stream`) and searches on
+another (`search_stream`) of lower priority: the first gets multiprocessors as soon as they are free. The default stream
+(`default_stream`) is left to what cuDF does by itself, and to frames that are handed on.
 
-Memory belongs to the stream that asked for it, and is given away again as soon as that stream has come to its release:
-where another one uses it, the first must have waited for that before.
+Memory belongs to the stream that allocated it, and is reused as soon as that stream reaches its release: if another
+stream uses it, the owner must wait for that stream before.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from dask_semdedup.device.devices import only_on
+
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["current_stream", "default_stream", "finish", "owned", "reading_stream", "search_stream"]
 
-# Priorities, of which the smaller one comes first. The default stream has that of the search.
+# Priorities; the smaller number goes first. The default stream has that of the search.
 READING, SEARCH = -1, 0
 
 
 class _Streams(threading.local):
-    """The streams of a thread, by device and priority."""
+    """Streams of a thread, by device and priority."""
 
     def __init__(self) -> None:
         self.made: dict[tuple[int, int], torch.cuda.Stream] = {}
@@ -38,7 +40,7 @@ _streams = _Streams()
 
 
 def _stream(priority: int) -> torch.cuda.Stream:
-    """The stream of this thread on the current device, which the default stream does not wait for."""
+    """Return this thread's stream on the current device, for which the default stream does not wait."""
     import torch
 
     key = torch.cuda.current_device(), priority
@@ -47,27 +49,19 @@ def _stream(priority: int) -> torch.cuda.Stream:
     return _streams.made[key]
 
 
-def reading_stream(device: str) -> AbstractContextManager[None]:
-    """Let torch and CuPy work in this thread's stream for reading, after what the current stream has been given by now.
+@only_on("cuda")
+def reading_stream() -> AbstractContextManager[None]:
+    """Let torch and CuPy work on this thread's stream for reading, after all work queued on the current stream so far.
 
-    Parameters
-    ----------
-    device : {"cpu", "cuda"}
-        Where the work is; on a CPU nothing changes. On a GPU the work is done when the context is left, unless it was
-        entered within another one like it.
+    On leaving, the host waits until the work is done, unless the context was entered within another one like it.
     """
-    return _within(READING) if device == "cuda" else nullcontext()
+    return _within(READING)
 
 
-def search_stream(device: str) -> AbstractContextManager[None]:
-    """Do the same in this thread's stream for the search, after what waits in `reading_stream`.
-
-    Parameters
-    ----------
-    device : {"cpu", "cuda"}
-        Where the work is.
-    """
-    return _within(SEARCH) if device == "cuda" else nullcontext()
+@only_on("cuda")
+def search_stream() -> AbstractContextManager[None]:
+    """Let torch and CuPy work on this thread's stream for the search, as in `reading_stream`, which goes first."""
+    return _within(SEARCH)
 
 
 @contextmanager
@@ -82,13 +76,13 @@ def _within(priority: int) -> Iterator[None]:
     with _set(stream):
         try:
             yield
-        finally:  # What failed half way is not released either while the GPU works on it.
+        finally:  # After a failure, too, nothing may be released while the GPU still works on it.
             stream.synchronize()
 
 
 @cache
 def _cupy() -> Any:
-    """CuPy, or None: torch alone can search the rows of pandas frames on a GPU."""
+    """Return CuPy, or None: to search the rows of pandas frames on a GPU, torch is enough."""
     try:
         import cupy
     except ImportError:
@@ -106,25 +100,17 @@ def _set(stream: torch.cuda.Stream) -> Iterator[None]:
         yield
 
 
-def default_stream(device: str) -> AbstractContextManager[None]:
-    """Let cuDF do something by itself, in the default stream, in the midst of work in `reading_stream`.
-
-    What the current stream has been given is done before, and later it waits for what the default stream was given.
-    Where that is the current stream, nothing changes.
-
-    What is made there is released in the default stream, which does not wait for the current one: keep it until the
-    current stream has done with it (`finish`), or leave nothing of it behind.
-
-    Parameters
-    ----------
-    device : {"cpu", "cuda"}
-        Where the work is.
-    """
-    return _default_stream() if device == "cuda" else nullcontext()
-
-
+@only_on("cuda")
 @contextmanager
-def _default_stream() -> Iterator[None]:
+def default_stream() -> Iterator[None]:
+    """Let cuDF work by itself, on the default stream, during work on another one, such as `reading_stream`.
+
+    Work queued on the current stream is done first, and its later work waits for that on the default stream. Nothing
+    changes if the default stream is the current one.
+
+    Memory allocated within is released on the default stream, which does not wait for the current one: keep it until
+    the work on the current stream is done (`finish`), or leave none.
+    """
     import torch
 
     stream = current_stream()
@@ -141,10 +127,10 @@ def _default_stream() -> Iterator[None]:
 
 
 def current_stream() -> torch.cuda.Stream | None:
-    """The stream that pylibcudf is to work in; None for the one that it takes by itself."""
+    """Return the stream that pylibcudf shall use, or None for its default."""
     import torch
 
-    # Nobody is in a stream who has not used CUDA; to ask for it would, and torch need not have been built for it.
+    # Before CUDA is initialized no stream is set. To ask for it would initialize CUDA, or fail without it.
     if not torch.cuda.is_initialized():
         return None
     stream = torch.cuda.current_stream()
@@ -152,17 +138,14 @@ def current_stream() -> torch.cuda.Stream | None:
 
 
 def finish() -> None:
-    """Wait until what the current stream has been given is done; not for the default stream, as cuDF does by itself."""
+    """Wait for all work on the current stream; on the default stream, cuDF waits by itself."""
     stream = current_stream()
     if stream is not None:
         stream.synchronize()
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """Bring what was made in this thread's stream for the search into memory of the current stream.
-
-    On a CPU there is but one kind of memory.
-    """
+    """Return a copy of a tensor of `search_stream` that the current stream owns; on a CPU, the tensor itself."""
     import torch
 
     if tensor.device.type == "cpu":

@@ -1,8 +1,8 @@
-"""The one place that knows pandas from cuDF: arrays, columns and frames of either."""
+"""Operations on pandas and cuDF frames, columns and arrays whose code differs between the two."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ __all__ = [
     "array_like",
     "check_plain_dtype",
     "column_like",
+    "concat",
     "device_of",
     "frame_like",
     "is_cudf",
@@ -35,14 +36,14 @@ __all__ = [
 
 
 def check_plain_dtype(meta_column: Any, parameter: str) -> None:
-    """Raise if a column is one of lists, structs or maps, which can be neither ids nor clusters.
+    """Raise if a column holds lists, structs or maps, which can be neither ids nor clusters.
 
     Parameters
     ----------
     meta_column : pandas.Series or cudf.Series
         The column, which may be empty.
     parameter : str
-        The parameter that names it, for the message.
+        The parameter that names the column, for the message.
 
     Raises
     ------
@@ -58,7 +59,7 @@ def check_plain_dtype(meta_column: Any, parameter: str) -> None:
 
 
 def shares_memory(rows: torch.Tensor, column: Any) -> bool:
-    """Whether a matrix from `to_tensor` may alias its column, and so must not be written to."""
+    """Return whether a matrix from `to_tensor` may alias its column, and so must not be written to."""
     if is_cudf(column):
         return True
     if column.dtype == np.dtype(object):
@@ -68,7 +69,7 @@ def shares_memory(rows: torch.Tensor, column: Any) -> bool:
 
 
 def array_like(tensor: torch.Tensor, frame: Any) -> Any:
-    """Give a tensor as the array type of a frame's backend.
+    """Return a tensor as an array of a frame's backend.
 
     Parameters
     ----------
@@ -79,7 +80,7 @@ def array_like(tensor: torch.Tensor, frame: Any) -> Any:
     Returns
     -------
     numpy.ndarray or cupy.ndarray
-        Without a copy where the tensor is already where the frame is.
+        Without a copy if the tensor is already on the frame's device.
     """
     if not is_cudf(frame):
         return tensor.cpu().numpy()
@@ -89,17 +90,17 @@ def array_like(tensor: torch.Tensor, frame: Any) -> Any:
 
 
 def column_like(array: Any, frame: Any) -> Any:
-    """Give an array of numbers as a column of a frame's backend, NaN as it is."""
+    """Return an array of numbers as a column of a frame's backend; NaN stays NaN."""
     if not is_cudf(frame):
         return pd.Series(array)
     import cudf
 
-    # Asked to make nulls of NaN, cuDF would count them, and the host wait.
+    # To convert NaN to nulls, cuDF would count them, and the host would wait for the device.
     return cudf.Series(array, nan_as_null=False)
 
 
 def take(column: Any, positions: Any) -> Any:
-    """Rows of a column, with a new index.
+    """Return rows of a column, with a new index.
 
     Parameters
     ----------
@@ -118,9 +119,9 @@ def take(column: Any, positions: Any) -> Any:
 
 
 def _cudf_take(column: Any, positions: Any) -> Any:
-    """Rows of a cuDF column, without a look at the positions, which would wait for the device.
+    """Return rows of a cuDF column; positions are not checked, as the host would have to wait for the device.
 
-    Of a dtype that libcudf does not know, such as categories, the values come without it.
+    A dtype that libcudf does not know, such as categories, is lost.
     """
     import cudf
     import pylibcudf as plc
@@ -133,32 +134,32 @@ def _cudf_take(column: Any, positions: Any) -> Any:
 
 
 def tensor_like(array: Any) -> torch.Tensor:
-    """Give a NumPy or CuPy array as a tensor, where it is and without a copy."""
+    """Return a NumPy or CuPy array as a tensor on the same device, without a copy."""
     import torch
 
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """Give a NumPy or CuPy array as a NumPy array."""
+    """Return a NumPy or CuPy array as a NumPy array."""
     return array if isinstance(array, np.ndarray) else array.get()
 
 
 def to_list(column: Any) -> list[Any]:
-    """Give a pandas or cuDF column as Python values."""
+    """Return a pandas or cuDF column as a list of Python values."""
     return (column.to_pandas() if is_cudf(column) else column).tolist()
 
 
 def to_arrow(frame: Any) -> pa.Table:
-    """Give a pandas or cuDF frame as an Arrow table, without its index."""
+    """Return a pandas or cuDF frame as an Arrow table, without its index."""
     if is_cudf(frame) and not _has_integer_nulls(frame):
         return frame.to_arrow(preserve_index=False)
-    # What pandas notes in the schema keeps readers from making integers with nulls floats.
+    # With the metadata that pandas adds to the schema, readers do not turn integers with nulls into floats.
     return pa.Table.from_pandas(to_host(frame), preserve_index=False)
 
 
 def to_host(frame: Any) -> pd.DataFrame:
-    """Give a pandas or cuDF frame as pandas'; integers with nulls do not become floats."""
+    """Return a pandas or cuDF frame as a pandas frame; integers with nulls do not become floats."""
     return frame.to_pandas(nullable=_has_integer_nulls(frame)) if is_cudf(frame) else frame
 
 
@@ -167,27 +168,27 @@ def _has_integer_nulls(frame: Any) -> bool:
 
 
 def is_cudf(frame: Any) -> bool:
-    """Whether a frame or column is cuDF's; cuDF is not imported to find out."""
+    """Return whether a frame or column is of cuDF, without importing cuDF."""
     return type(frame).__module__.partition(".")[0] == "cudf"
 
 
 def device_of(frame: Any) -> str:
-    """Where a frame or column is: "cuda" or "cpu"."""
+    """Return the device of a frame or column, "cuda" or "cpu"."""
     return "cuda" if is_cudf(frame) else "cpu"
 
 
 def is_string(column: Any) -> bool:
-    """Whether a column's dtype is one of strings, in pandas or cuDF."""
+    """Return whether a pandas or cuDF column has a string dtype."""
     dtype = column.dtype
     if isinstance(dtype, pd.ArrowDtype):
         kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
         return any(kind(dtype.pyarrow_dtype) for kind in kinds)
-    # cuDF has no columns of objects: it calls its strings that.
+    # cuDF has no object columns: it gives its string columns that dtype.
     return isinstance(dtype, pd.StringDtype) or (is_cudf(column) and dtype == np.dtype(object))
 
 
 def frame_like(columns: Mapping[str, Any], like: Any) -> Any:
-    """Make a frame of the backend of another frame or column."""
+    """Return columns as a frame of the backend of another frame or column."""
     if not is_cudf(like):
         return pd.DataFrame(columns)
     import cudf
@@ -195,6 +196,15 @@ def frame_like(columns: Mapping[str, Any], like: Any) -> Any:
     return cudf.DataFrame(columns)
 
 
+def concat(columns: Sequence[Any]) -> Any:
+    """Return several columns of one backend as one, with a new index."""
+    if not is_cudf(columns[0]):
+        return pd.concat(columns, ignore_index=True)
+    import cudf
+
+    return cudf.concat(columns, ignore_index=True)
+
+
 def published(frame: Any) -> Any:
-    """Bring a frame of cuDF that was made in a stream of this thread into memory of the current one."""
+    """Return a cuDF frame that was made in a stream of this thread in memory of the current stream."""
     return frame.copy() if is_cudf(frame) else frame

@@ -1,8 +1,8 @@
-"""An embedding column to a validated (n, d) tensor: the one place that knows pandas from cuDF layouts.
+"""Conversion of embedding columns of any layout, in pandas or cuDF, to validated (n, d) tensors and back.
 
-Each backend turns its column into *pieces*: flat arrays of whole rows, of NumPy or CuPy, that alias the column's own
-memory where its layout allows. What follows (conversion to float32, gathering in rank order, the check for NaN) is
-shared. On a CPU it is NumPy that converts and gathers: torch's threads would compete with those of Dask.
+Each backend yields its column as *pieces*: flat NumPy or CuPy arrays of whole rows that alias the column's own memory
+where its layout allows. Conversion to float32, gathering in rank order and the check for NaN are shared. On a CPU it is
+NumPy that converts and gathers: torch's threads would compete with those of Dask.
 """
 
 from __future__ import annotations
@@ -37,38 +37,37 @@ __all__ = [
     "to_tensor",
 ]
 
-# Rows that need work before they are float32 are handled so many numbers at a time: within a CPU's cache, and enough
-# for a GPU to be busy.
+# Numbers that are converted to float32 at a time: few enough for a CPU's cache, and enough to keep a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2")}
 
-# So many numbered columns are taken for dimensions.
+# Numbered columns are taken for dimensions if there are at least this many.
 MIN_DIMENSIONS = 8
 
-# The most elements of an Arrow list array, whose offsets are int32.
-LIST_ELEMENTS = 2**31 - 1
+# Arrow list arrays hold no more elements, as their offsets are int32.
+MAX_LIST_ELEMENTS = 2**31 - 1
 
 ACCEPTED = "lists of float16, float32, float64 or small integers, or of uint16 that carry float16 bits"
 
 
 def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None = None) -> None:
-    """Raise unless a column's dtype can hold embeddings: a check for when no data are there yet.
+    """Raise `EmbeddingError` unless a column's dtype can hold embeddings; no data are needed.
 
     Parameters
     ----------
     meta_column : pandas.Series or cudf.Series
         The column, which may be empty.
     name : str
-        Its name, for the message.
+        The column's name, for the message.
     embedding_dim : int, optional
-        The width that every row must have, to be checked where the dtype has one.
+        The width that every row must have; checked if the dtype has a fixed one.
 
     Raises
     ------
     EmbeddingError
-        For strings (which Dask makes of object columns), numbers, lists of something else than numbers, and lists of
-        a fixed size other than `embedding_dim`.
+        For strings (to which Dask converts object columns), numbers, lists of anything but numbers, and lists of a
+        fixed size other than `embedding_dim`.
     """
     dtype = meta_column.dtype
     if is_string(meta_column):
@@ -96,37 +95,37 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
 
 
 def list_type(column: pd.Series) -> pa.DataType | None:
-    """Arrow's type of a column of lists or arrays of numbers; None where it holds something else."""
+    """Return the Arrow type of a column of lists or arrays of numbers, or None if it holds anything else."""
     try:
         type_ = pa.array(column).type
     except pa.ArrowException:
         return None
     if _element_type(pd.ArrowDtype(type_)) not in NUMERIC:
         return None
-    # Numbers of Python that are whole in one row need not be in the next.
+    # Python numbers that are integers in one row may be floats in the next.
     return pa.list_(pa.float64()) if type_.value_type == pa.int64() else type_
 
 
 def as_lists(column: pd.Series, type_: pa.DataType, name: str) -> pd.Series:
-    """Give a pandas column of lists and arrays as one of Arrow lists of a type.
+    """Return a pandas column of lists and arrays as Arrow lists of a type.
 
     Raises
     ------
     EmbeddingError
-        If rows are no such lists.
+        If rows cannot be converted to it.
     """
     try:
         lists = pa.chunked_array([pa.array(column, type_, from_pandas=True)])
     except (pa.ArrowException, TypeError) as error:
-        to_tensor(column, name=name)  # which names the rows, unless they can be embeddings
+        to_tensor(column, name=name)  # Its errors name the rows.
         raise EmbeddingError(
-            f"Column {name!r} cannot be made one of {type_}, the type of its first row: {error}."
+            f"Column {name!r} cannot be converted to {type_}, the type of its first row: {error}."
         ) from error
     return pd.Series(pd.array(lists, dtype=pd.ArrowDtype(type_)), column.index, name=column.name)
 
 
 def dimensions_advice(columns: Iterable[object]) -> str:
-    """How to join columns that look like the dimensions of embeddings; nothing where there are none."""
+    """Return advice on joining columns that look like the dimensions of embeddings; an empty string if none do."""
     numbers: dict[str, list[int]] = {}
     for match in (re.fullmatch(r"(.*?)(0|[1-9]\d*)", str(column)) for column in columns):
         if match:
@@ -144,7 +143,7 @@ def dimensions_advice(columns: Iterable[object]) -> str:
 
 
 def first_width(column: pd.Series) -> int | None:
-    """Width of a column's first row, or None where it is null."""
+    """Return the width of a column's first row, or None if it is null."""
     first = column.iloc[0]
     return len(first) if isinstance(first, Sized) else None
 
@@ -159,12 +158,12 @@ def to_tensor(
     order: Any = None,
     device: str | None = None,
 ) -> torch.Tensor:
-    """Turn an embedding column into a matrix of float32.
+    """Return an embedding column as a float32 matrix.
 
     Parameters
     ----------
     column : pandas.Series or cudf.Series
-        Any of: Arrow lists (``list``, ``large_list``, ``fixed_size_list``) of float16, float32, float64, signed
+        One of: Arrow lists (``list``, ``large_list``, ``fixed_size_list``) of float16, float32, float64, signed
         integers, or of uint16 that carry float16 bits; a pandas object column of arrays, lists or tuples of those; a
         cuDF list column.
     name : str
@@ -174,15 +173,15 @@ def to_tensor(
     embedding_dim : int, optional
         The width that every row must have. By default that of most rows.
     order : (n,) int64 array, optional
-        A permutation, of NumPy or CuPy: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy
-        that gathering afterwards would take.
+        A NumPy or CuPy permutation: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy that
+        gathering afterwards would take.
     device : {"cpu", "cuda"}, optional
-        Where the result shall be. By default where the column is.
+        The device of the result. By default that of the column.
 
     Returns
     -------
     (n, d) float32 tensor, C-contiguous
-        Without `order` it may alias the column's own memory, and must not be written to.
+        It may alias the column's own memory unless `order` is given, and must not be written to then.
 
     Raises
     ------
@@ -192,8 +191,8 @@ def to_tensor(
 
     Notes
     -----
-    Only the direction of a row matters to the cosine. Rows of float64 that are too large or too small for float32
-    are divided by their largest entry.
+    Only the direction of a row matters to the cosine. Float64 rows that are too large or too small for float32 are
+    divided by their largest entry.
     """
     import torch
 
@@ -204,8 +203,7 @@ def to_tensor(
     if len(column) == 0:
         return torch.empty((0, embedding_dim or 0), device=device)
     width = source.check_rows(embedding_dim)
-    blocks = _float32_blocks(source.pieces(), width, source.device)
-    rows = _assemble(blocks, (len(column), width), order, device)
+    rows = _assemble(source.float32_blocks(width), (len(column), width), order, device)
     with reading_stream(device):
         bad = rows_not_finite(rows)
     if len(bad):
@@ -215,36 +213,36 @@ def to_tensor(
 
 
 def rows_not_finite(rows: torch.Tensor) -> np.ndarray:
-    """Find the rows of a matrix that hold NaN or infinities."""
+    """Return the positions of the rows of a matrix that hold NaN or infinities."""
     import torch
 
-    # NaN and infinities survive a sum, which costs less than looking at each number.
+    # NaN and infinities survive a sum, which is cheaper than a test of each number.
     if rows.sum().isfinite():
         return np.empty(0, np.int64)
-    blocks = rows.split(_block_rows(rows.shape[1], rows.device.type))
+    blocks = rows.split(max(1, BLOCK_ELEMENTS[rows.device.type] // rows.shape[1]))
     finite = torch.cat([block.isfinite().all(dim=1) for block in blocks])
     return finite.logical_not().nonzero().flatten().cpu().numpy()
 
 
 def to_embeddings(rows: Any, frame: Any) -> Any:
-    """Give a matrix as an embedding column of a frame: the way back from `to_tensor`.
+    """Return a matrix as an embedding column of a frame, the inverse of `to_tensor`.
 
     Parameters
     ----------
     rows : (n, d) float32 array, C-contiguous
-        Of NumPy for pandas, of CuPy for cuDF. The column aliases its memory.
+        NumPy for pandas, CuPy for cuDF. The column aliases its memory.
     frame : DataFrame
-        Of n rows, of pandas or cuDF.
+        The pandas or cuDF frame, of n rows.
 
     Returns
     -------
     Series
-        Of Arrow lists or cuDF lists, with the frame's index.
+        Arrow lists or cuDF lists, with the frame's index.
     """
     if is_cudf(frame):
         return _cudf_lists(rows, frame)
     width = rows.shape[1]
-    step = max(1, LIST_ELEMENTS // max(1, width))
+    step = max(1, MAX_LIST_ELEMENTS // max(1, width))
     blocks = [rows[start : start + step] for start in range(0, len(rows), step)]
     lists = [
         pa.ListArray.from_arrays(np.arange(len(block) + 1, dtype=np.int32) * np.int32(width), pa.array(block.ravel()))
@@ -267,20 +265,22 @@ def _cudf_lists(rows: Any, frame: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Report:
-    """What an error says of the rows it is about."""
+    """The names, ids and clusters that errors about rows quote."""
 
     name: str
     ids: Any
     clusters: Any
 
     def error(self, positions: Any, problem: str, advice: str) -> EmbeddingError:
-        """The error for the rows at `positions` of the column, in the column's order."""
+        """Return the error about the rows at `positions`, which are sorted."""
         positions = np.sort(np.asarray(positions))
         count = "1 row" if len(positions) == 1 else f"{len(positions)} rows"
         rows = f"rows {some(positions)}" if self.ids is None else f"ids {some(to_list(self.ids.iloc[positions]))}"
-        return EmbeddingError(f"Column {self.name!r}{self._place(positions)}: {count} {problem} ({rows}). {advice}")
+        return EmbeddingError(
+            f"Column {self.name!r}{self._in_clusters(positions)}: {count} {problem} ({rows}). {advice}"
+        )
 
-    def _place(self, positions: np.ndarray) -> str:
+    def _in_clusters(self, positions: np.ndarray) -> str:
         if self.clusters is None:
             return ""
         return f", cluster {some(dict.fromkeys(to_list(self.clusters.iloc[positions])))}"
@@ -292,12 +292,12 @@ def _is_vector_of_spark(dtype: Any) -> bool:
 
 
 def _storage(type_: pa.DataType) -> pa.DataType:
-    """What an extension type, as of tensors, is stored as."""
+    """Return the storage type of an extension type, such as that of tensors, and any other type as it is."""
     return type_.storage_type if isinstance(type_, pa.BaseExtensionType) else type_
 
 
 def _element_type(dtype: Any) -> np.dtype | None:
-    """The type of the numbers in a list column; what an object column holds shows only in its rows."""
+    """Return the dtype of the numbers in a list column, or None; object columns are taken to hold float64."""
     if dtype == np.dtype(object):
         return np.dtype(np.float64)
     if isinstance(dtype, pd.ArrowDtype):
@@ -309,7 +309,7 @@ def _element_type(dtype: Any) -> np.dtype | None:
 
 
 class _Source(ABC):
-    """A column's rows, checked for their shape and given out piece by piece."""
+    """A column of either backend, whose rows are checked and then converted block by block."""
 
     device: str
 
@@ -319,11 +319,22 @@ class _Source(ABC):
 
     @abstractmethod
     def check_rows(self, embedding_dim: int | None) -> int:
-        """Raise for null rows, null elements and rows of other widths than one; return that width."""
+        """Return the width of all rows; raise for null rows, null elements and rows of another width."""
 
     @abstractmethod
     def pieces(self) -> Iterator[Any]:
-        """Flat arrays of whole rows, in the column's order."""
+        """Yield flat arrays of whole rows, in the column's order."""
+
+    def float32_blocks(self, width: int) -> Iterator[Any]:
+        """Yield float32 matrices: pieces that are float32 as they are, others converted block by block."""
+        for piece in self.pieces():
+            rows = piece.reshape(-1, width)
+            step = max(1, len(rows)) if rows.dtype == np.float32 else self._block_rows(width)
+            for start in range(0, len(rows), step):
+                yield _to_float32(rows[start : start + step])
+
+    def _block_rows(self, width: int) -> int:
+        return max(1, BLOCK_ELEMENTS[self.device] // width)
 
     def _check_null(self, null: np.ndarray, what: str) -> None:
         if null.any():
@@ -345,7 +356,7 @@ class _Source(ABC):
 
 
 def _most_common(widths: np.ndarray) -> int:
-    """The width that most rows have; of several that of the first row, if it is one of them."""
+    """Return the width that most rows have; on a tie that of the first row, if it is among the most common."""
     first = widths[0]
     if (widths == first).all():
         return int(first)
@@ -381,8 +392,8 @@ class _PandasSource(_Source):
     def _list_pieces(self) -> Iterator[np.ndarray]:
         import torch
 
-        # `flatten` keeps to the slice that the chunk is, and does not copy. Arrow's own NumPy arrays are read-only,
-        # which torch warns of; nothing here writes to them.
+        # `flatten` respects the chunk's slice and does not copy. Arrow's own NumPy arrays are read-only, of which torch
+        # would warn; nothing here writes to them.
         for chunk in self._chunks():
             yield _from_bits(torch.from_dlpack(chunk.flatten()).numpy())
 
@@ -398,7 +409,7 @@ class _PandasSource(_Source):
 
     def _object_pieces(self) -> Iterator[np.ndarray]:
         rows = self.column.to_numpy()
-        step = _block_rows(len(rows[0]), self.device)
+        step = self._block_rows(len(rows[0]))
         for start in range(0, len(rows), step):
             yield _from_bits(self._concatenate(rows, start, start + step))
 
@@ -427,7 +438,7 @@ class _CudfSource(_Source):
         return self.width
 
     def _extreme_widths(self) -> list[int]:
-        """The least and the most, found on the device; all come to the host only where there is something to report."""
+        """Return the least and the greatest width, found on the device: only to report bad rows are all copied."""
         import cudf
         import torch
 
@@ -443,7 +454,7 @@ class _CudfSource(_Source):
     def _leaves(self) -> Any:
         leaves = self.column.list.leaves
         if len(leaves) != len(self.column) * self.width:
-            # A slice of a longer column may still refer to all leaves of that: compact it.
+            # A slice of a longer column may still refer to all leaves of that column: compact it.
             with default_stream("cuda"):
                 self.column = self.column.take(np.arange(len(self.column)))
             leaves = self.column.list.leaves
@@ -458,7 +469,7 @@ def _rows_with_nulls(chunk: pa.Array, width: int) -> np.ndarray:
 
 
 def _try_concatenate(rows: Any) -> np.ndarray | None:
-    """Concatenate vectors of numbers, or return None where they are not that."""
+    """Return vectors of numbers as one, or None if they are anything else."""
     try:
         flat = np.concatenate(rows)
     except (TypeError, ValueError):
@@ -470,15 +481,6 @@ def _from_bits(flat: Any) -> Any:
     return flat.view(np.float16) if flat.dtype == np.uint16 else flat
 
 
-def _float32_blocks(pieces: Iterator[Any], width: int, device: str) -> Iterator[Any]:
-    """Matrices of float32: pieces of float32 as they are, others converted a part at a time."""
-    for piece in pieces:
-        rows = piece.reshape(-1, width)
-        step = max(1, len(rows)) if rows.dtype == np.float32 else _block_rows(width, device)
-        for start in range(0, len(rows), step):
-            yield _to_float32(rows[start : start + step])
-
-
 def _to_float32(block: Any) -> Any:
     if block.dtype == np.float64:
         from dask_semdedup.search.certify import scaled
@@ -488,40 +490,28 @@ def _to_float32(block: Any) -> Any:
 
 
 def _assemble(blocks: Iterator[Any], shape: tuple[int, int], order: Any, device: str) -> torch.Tensor:
-    """Put blocks together on a device, each row where `order` wants it."""
+    """Return blocks as one matrix on a device, in `order`."""
+    import torch
+
+    def moved(array: Any) -> Any:
+        return to_numpy(array) if device == "cpu" else tensor_like(array).to(device)
+
     first = next(blocks)
     if order is None and first.shape == shape:
         return tensor_like(first).to(device)
-    rows = _empty(shape, device)
-    place = None if order is None else _moved(_inverse(order), device)
+    # NumPy asks for huge pages, which torch does not.
+    rows: Any = np.empty(shape, np.float32) if device == "cpu" else torch.empty(shape, device=device)
+    slots = None if order is None else moved(_inverse(order))
     start = 0
     with reading_stream(device):
         for block in chain([first], blocks):
             stop = start + len(block)
-            rows[slice(start, stop) if place is None else place[start:stop]] = _moved(block, device)
+            rows[slice(start, stop) if slots is None else slots[start:stop]] = moved(block)
             start = stop
     return tensor_like(rows) if device == "cpu" else rows
-
-
-def _empty(shape: tuple[int, int], device: str) -> Any:
-    """Memory for rows: of NumPy on a CPU, where it asks for huge pages and torch does not, else of torch."""
-    import torch
-
-    return np.empty(shape, np.float32) if device == "cpu" else torch.empty(shape, device=device)
-
-
-def _moved(array: Any, device: str) -> Any:
-    """An array to where the rows are assembled, and of the library that does it there."""
-    if device == "cpu":
-        return to_numpy(array)
-    return tensor_like(array).to(device)
 
 
 def _inverse(order: Any) -> Any:
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order), like=order)
     return inverse
-
-
-def _block_rows(width: int, device: str) -> int:
-    return max(1, BLOCK_ELEMENTS[device] // width)

@@ -1,7 +1,7 @@
-"""Ids of any dtype: whether two columns can be compared, and which ids are among others.
+"""Comparison of ids of any dtype.
 
-The same id may be an int32 here and an Arrow int64 there, or a string of any of pandas' kinds. Before ids are compared
-they are brought to one dtype for each kind: of Arrow on pandas, and of cuDF's own on cuDF.
+The same id may be an int32 in one column and an Arrow int64 in another, or a string of any of pandas' dtypes. Before
+ids are compared they are converted to one dtype per kind: an Arrow dtype in pandas, a native dtype in cuDF.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from dask.dataframe.dispatch import concat
-from dask.dataframe.utils import has_known_categories
 
 from dask_semdedup.errors import IdError, InvalidArgumentError
-from dask_semdedup.frames.backend import is_cudf, is_string
+from dask_semdedup.frames.backend import concat, is_cudf, is_string
 
 __all__ = ["are_equal", "as_stored", "check_same_kind", "factorize", "ids_to_arrow", "is_in", "plain_ids", "repeats"]
 
-# Of the width that holds both int64 and uint64, which no integer has.
-EVERY_INTEGER = 20
+# Decimal digits that hold every int64 and every uint64.
+INTEGER_DIGITS = 20
+
+# The only category of an empty column whose categories are not known before its data are read.
+UNKNOWN_CATEGORIES = "__UNKNOWN_CATEGORIES__"
 
 
 def check_same_kind(left: Any, right: Any) -> None:
-    """Raise `InvalidArgumentError` if the dtypes of two columns of ids say that none of the one can equal the other's.
+    """Raise `InvalidArgumentError` if the dtypes of two columns of ids rule out that any of them are equal.
 
     Parameters
     ----------
     left, right : pandas.Series or cudf.Series
-        They may be empty. What columns of objects hold shows only when `is_in` looks at them.
+        They may be empty. Object columns pass: what they hold is known only once `is_in` reads them.
     """
     kinds = {kind for kind in (_kind(left), _kind(right)) if kind is not None}
     if len(kinds) > 1:
@@ -37,7 +38,7 @@ def check_same_kind(left: Any, right: Any) -> None:
 
 
 def is_in(ids: Any, others: Any) -> Any:
-    """Tell which ids are among others; null ids are not.
+    """Return a mask of the ids that are among others; null ids are not.
 
     Parameters
     ----------
@@ -51,13 +52,13 @@ def is_in(ids: Any, others: Any) -> Any:
     Raises
     ------
     InvalidArgumentError
-        If columns of objects turn out to hold ids of different types.
+        If object columns turn out to hold ids of different types.
     """
     left, right = _comparable(ids), _comparable(others).dropna()
     if left.count() == 0:
-        # Nothing to find, whatever type a column of objects without any objects is taken for.
+        # There is nothing to find, whatever dtype an object column without values was converted to.
         right = right.iloc[:0].astype(left.dtype)
-    # cuDF has several dtypes for strings, which are one to it.
+    # cuDF compares strings of all its string dtypes.
     if len(right) and left.dtype != right.dtype and not (is_string(left) and is_string(right)):
         if not _is_integer(left) or not _is_integer(right):
             raise _different_kinds(ids, others)
@@ -66,33 +67,33 @@ def is_in(ids: Any, others: Any) -> Any:
 
 
 def are_equal(left: Any, right: Any) -> Any:
-    """Tell which ids equal those beside them; null ids do not."""
+    """Return a mask of the rows where two columns hold the same id; null ids equal nothing."""
     return (_comparable(left) == _comparable(right)).fillna(False).astype("bool")
 
 
 def repeats(ids: Any) -> Any:
-    """Tell which ids have stood in an earlier row."""
+    """Return a mask of the ids that occur in an earlier row."""
     return _comparable(ids).duplicated()
 
 
 def factorize(*columns: Any) -> Any:
-    """Number the different ids of several columns from 0.
+    """Return codes of the ids of several columns, counted from 0, equal for equal ids.
 
     Returns
     -------
     int64 array
-        Of NumPy or CuPy: the numbers of the first column's rows, then those of the next. Nulls have -1.
+        NumPy or CuPy: the codes of the first column's rows, then those of the next. Nulls have -1.
     """
     ids = [_comparable(column) for column in columns]
     if len({str(column.dtype) for column in ids}) > 1 and all(map(_is_integer, ids)):
         ids = [_widened(column) for column in ids]
-    codes, _ = concat(ids, ignore_index=True).factorize()
+    codes, _ = concat(ids).factorize()
     return codes.astype(np.int64, copy=False)
 
 
 def _kind(ids: Any) -> str | None:
-    """What equal ids have in common; None for objects and for categories that Dask has not seen."""
-    if ids.dtype == "category" and not has_known_categories(ids):
+    """Return what equal ids have in common; None for objects and for unknown categories."""
+    if ids.dtype == "category" and UNKNOWN_CATEGORIES in ids.cat.categories:
         return None
     ids = plain_ids(ids)
     if isinstance(ids.dtype, pd.ArrowDtype):
@@ -114,7 +115,7 @@ def _is_integer(ids: Any) -> bool:
 
 
 def _comparable(ids: Any) -> Any:
-    """Ids in the one dtype of their kind: int64 or uint64, large strings, large binaries."""
+    """Return ids in the dtype of their kind: int64 or uint64, large strings, large binaries."""
     if is_cudf(ids):
         ids = plain_ids(ids)
         return ids.astype("int64") if _is_integer(ids) and ids.dtype != np.uint64 else ids
@@ -125,12 +126,12 @@ def _comparable(ids: Any) -> Any:
 
 
 def _widened(ids: Any) -> Any:
-    """Integers as decimals, in which int64 and uint64 can be compared."""
+    """Return integers as decimals, in which int64 and uint64 can be compared."""
     if is_cudf(ids):
         import cudf
 
-        return ids.astype(cudf.Decimal128Dtype(EVERY_INTEGER, 0))
-    return ids.astype(pd.ArrowDtype(pa.decimal128(EVERY_INTEGER, 0)))
+        return ids.astype(cudf.Decimal128Dtype(INTEGER_DIGITS, 0))
+    return ids.astype(pd.ArrowDtype(pa.decimal128(INTEGER_DIGITS, 0)))
 
 
 def _different_kinds(left: Any, right: Any) -> InvalidArgumentError:
@@ -140,12 +141,12 @@ def _different_kinds(left: Any, right: Any) -> InvalidArgumentError:
     )
 
 
-# What `pandas.api.types.infer_dtype` calls columns of objects that Arrow takes for integers, strings or bytes.
+# Object columns that Arrow converts to integers, strings or bytes, as `pandas.api.types.infer_dtype` names them.
 OBJECTS_OF_ARROW = ("integer", "string", "bytes", "empty")
 
 
 def plain_ids(ids: Any) -> Any:
-    """Give ids as their categories' own dtype where they are categorical, else as they are."""
+    """Return categorical ids in the dtype of their categories, others as they are."""
     if ids.dtype != "category":
         return ids
     dtype = ids.cat.categories.dtype
@@ -155,13 +156,13 @@ def plain_ids(ids: Any) -> Any:
 
 
 def as_stored(column: Any) -> Any:
-    """Give values of an extension type of Arrow, as UUIDs, as what they are stored as, which has an order."""
+    """Return values of an Arrow extension type, such as UUIDs, in their storage type, which can be sorted."""
     type_ = getattr(column.dtype, "pyarrow_dtype", None)
     return column.astype(pd.ArrowDtype(type_.storage_type)) if isinstance(type_, pa.BaseExtensionType) else column
 
 
 def ids_to_arrow(ids: Any) -> pa.ChunkedArray:
-    """Give ids as Arrow integers, large strings or large binaries; nulls stay null.
+    """Return ids as Arrow integers, large strings or large binaries; nulls stay null.
 
     Parameters
     ----------
@@ -170,7 +171,7 @@ def ids_to_arrow(ids: Any) -> pa.ChunkedArray:
     Returns
     -------
     pyarrow.ChunkedArray
-        Without a copy where the column is one of Arrow and of such a type.
+        Without a copy if the column is already of such an Arrow type.
     """
     ids = plain_ids(ids)
     if not is_cudf(ids) and ids.dtype == np.dtype(object) and pd.api.types.infer_dtype(ids) not in OBJECTS_OF_ARROW:
@@ -190,11 +191,11 @@ def ids_to_arrow(ids: Any) -> pa.ChunkedArray:
 def _to_arrow(ids: pd.Series) -> pa.Array | pa.ChunkedArray:
     try:
         return pa.array(ids, from_pandas=True)
-    except OverflowError:  # Objects that are integers from 2⁶³ on.
+    except OverflowError:  # Python integers of 2⁶³ and more.
         try:
             return pa.array(ids, pa.uint64(), from_pandas=True)
         except OverflowError as error:
             raise IdError(
-                f"Column {ids.name!r}: integers that neither int64 nor uint64 holds all of. Make strings of them, with "
+                f"Column {ids.name!r} holds integers that fit neither int64 nor uint64. Convert them to strings, with "
                 "astype(str)."
             ) from error

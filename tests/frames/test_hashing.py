@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dask_semdedup import IdError
 from dask_semdedup.frames import hashing
-from dask_semdedup.frames.hashing import BASE, hash_ids
+from dask_semdedup.frames.hashing import hash_ids
 from dask_semdedup.frames.ids import ids_to_arrow
 from tests.strategies import STR
 
@@ -37,10 +37,9 @@ def mix(value: int) -> int:
 
 
 def expected(value: int | str, seed: int) -> int:
-    """The hash by Python's own integers, character by character."""
+    """The hash of a single id, in Python's own integers."""
     if isinstance(value, str):
-        data = value.encode()
-        value = sum(byte * pow(BASE, place, 1 << 64) for place, byte in enumerate(data)) + mix(len(data))
+        value = int(pd.util.hash_array(np.array([value], dtype=object), categorize=False)[0])
     return mix((value ^ mix(seed & BITS)) & BITS)
 
 
@@ -54,9 +53,9 @@ def test_the_mixer_is_splitmix64():
 
 
 @given(st.lists(st.text()), st.integers(), st.integers(1, 20))
-def test_strings_hash_as_their_characters_do(strings, seed, block):
+def test_strings_hash_one_by_one_as_in_blocks(strings, seed, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hashing, "HASH_BLOCK_BYTES", block)
+        patch.setattr(hashing, "BLOCK_ROWS", block)
         ids = pd.Series(strings, dtype="str")
         assert hashes(ids, seed) == [expected(value, seed) for value in strings]
 
@@ -113,6 +112,12 @@ def test_missing_ids_hash_to_something(ids, dtype):
     assert hashes(pd.Series(ids, dtype=dtype), 42)[0] == expected(ids[0], 42)
 
 
+def test_the_seed_decides_the_order():
+    for ids in (pd.Series(range(100)), pd.Series([f"document-{number}" for number in range(100)])):
+        orders = {tuple(hash_ids(ids, seed).argsort().tolist()) for seed in (0, 1, 42, -1)}
+        assert len(orders) == 4
+
+
 def test_hashes_do_not_collide_and_have_all_bits_in_use():
     for ids in (pd.Series(range(20_000)), pd.Series([f"document-{number}" for number in range(20_000)])):
         values = hash_ids(ids, 42)
@@ -137,5 +142,5 @@ def test_missing_ids_of_python_objects_stay_missing():
 def test_objects_that_are_large_integers():
     ids = pd.Series([2**63 + 1, 2**63 + 2, None], dtype=object)
     assert ids_to_arrow(ids).to_pylist() == [2**63 + 1, 2**63 + 2, None]
-    with pytest.raises(IdError, match=r"Column 'doc': integers that neither int64 nor uint64 .*astype\(str\)"):
+    with pytest.raises(IdError, match=r"Column 'doc' holds integers that fit neither int64 nor uint64.*astype\(str\)"):
         ids_to_arrow(pd.Series([2**63, -1], dtype=object, name="doc"))

@@ -82,9 +82,15 @@ class Columns:
             advice = f"Name the column{'s' * (len(held) > 1)} of {contents}{where} as {parameters}."
             if "embedding" in held and self.embedding not in present:
                 advice += dimensions_advice(present)
-            raise MissingColumnsError.build(names, present, advice)
+            raise MissingColumnsError.build(
+                names, present, advice, parameters=[f"{attribute}_field" for attribute in held]
+            )
         if "cluster" in held and self.cluster in SCORE_COLUMNS:
-            raise InvalidArgumentError(f"cluster_field may not be {self.cluster!r}: scores have a column of that name.")
+            raise InvalidArgumentError(
+                f"cluster_field may not be {self.cluster!r}: scores have a column of that name.",
+                parameters=["cluster_field"],
+                columns=[self.cluster],
+            )
 
     def check_dtypes(self, meta: Any, *held: str, embedding_dim: int | None = None) -> None:
         """Raise unless columns are of dtypes that can hold what they shall.
@@ -153,7 +159,9 @@ def unique_columns(frame: Any) -> list[Any]:
     columns = frame.columns
     if not columns.is_unique:
         repeated = list(columns[columns.duplicated()].unique())
-        raise InvalidArgumentError(f"Several columns have one name: {some(map(repr, repeated))}. Rename them.")
+        raise InvalidArgumentError(
+            f"Several columns have one name: {some(map(repr, repeated))}. Rename them.", columns=repeated
+        )
     return list(columns)
 
 

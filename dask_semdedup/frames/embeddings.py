@@ -90,7 +90,9 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
     if None not in (width, embedding_dim) and width != embedding_dim:
         raise EmbeddingError(
             f"Column {name!r} has dtype {dtype}, of width {width}, where embedding_dim is {embedding_dim}. "
-            "All embeddings must come from one model."
+            "All embeddings must come from one model.",
+            parameters=["embedding_dim"],
+            columns=[name],
         )
 
 
@@ -277,7 +279,9 @@ class _Report:
         count = "1 row" if len(positions) == 1 else f"{len(positions)} rows"
         rows = f"rows {some(positions)}" if self.ids is None else f"ids {some(to_list(self.ids.iloc[positions]))}"
         return EmbeddingError(
-            f"Column {self.name!r}{self._in_clusters(positions)}: {count} {problem} ({rows}). {advice}"
+            f"Column {self.name!r}{self._in_clusters(positions)}: {count} {problem} ({rows}). {advice}",
+            parameters=["embedding_dim"] if "embedding_dim" in problem else [],
+            columns=[self.name],
         )
 
     def _in_clusters(self, positions: np.ndarray) -> str:

@@ -137,7 +137,8 @@ def _widened(ids: Any) -> Any:
 def _different_kinds(left: Any, right: Any) -> InvalidArgumentError:
     return InvalidArgumentError(
         f"Ids of different types cannot be compared: column {left.name!r} has dtype {left.dtype}, "
-        f"column {right.name!r} of the duplicates has dtype {right.dtype}. Convert one of them with astype first."
+        f"column {right.name!r} of the duplicates has dtype {right.dtype}. Convert one of them with astype first.",
+        columns=[left.name, right.name],
     )
 
 
@@ -197,5 +198,6 @@ def _to_arrow(ids: pd.Series) -> pa.Array | pa.ChunkedArray:
         except OverflowError as error:
             raise IdError(
                 f"Column {ids.name!r} holds integers that fit neither int64 nor uint64. Convert them to strings, with "
-                "astype(str)."
+                "astype(str).",
+                columns=[ids.name],
             ) from error

@@ -21,7 +21,9 @@ def no_cluster_column(name: str, where: str, columns: Iterable[object]) -> Clust
     return ClusterError(
         f"No cluster column {name!r} in {where}, only columns {list(columns)}. Cluster the embeddings first, "
         "with k-means: ddf.semdedup.kmeans() and, to keep them, .semdedup.to_clusters(path); or name the column that "
-        "holds the clusters as cluster_field."
+        "holds the clusters as cluster_field.",
+        parameters=["cluster_field"],
+        columns=[name],
     )
 
 
@@ -77,7 +79,9 @@ def align_both(left: dd.DataFrame, right: dd.DataFrame, on: str) -> tuple[dd.Dat
         if not (pd.api.types.is_integer_dtype(ours) and pd.api.types.is_integer_dtype(theirs)):
             raise InvalidArgumentError(
                 f"Column {on!r} is {ours} in one frame and {theirs} in the other: clusters must be of one "
-                "clustering. If they are, convert one of the columns with astype."
+                "clustering. If they are, convert one of the columns with astype.",
+                parameters=["cluster_field"],
+                columns=[on],
             )
         # Numbers of different widths may be sent to different partitions. Nulls are left to be named by their ids.
         may_be_null = any(pd.api.types.is_extension_array_dtype(dtype) for dtype in (ours, theirs))

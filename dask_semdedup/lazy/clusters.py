@@ -129,7 +129,9 @@ def _check_backend(backend: str | None) -> str:
     if backend is None:
         backend = dask.config.get("dataframe.backend", "pandas")
     if backend not in BACKENDS:
-        raise InvalidArgumentError(f"backend must be one of {list(BACKENDS)} or None, not {backend!r}.")
+        raise InvalidArgumentError(
+            f"backend must be one of {list(BACKENDS)} or None, not {backend!r}.", parameters=["backend"]
+        )
     return backend
 
 
@@ -247,7 +249,9 @@ def _check_null_clusters(stats: Sequence[FileStats], cluster_field: str) -> None
     if nulls:
         raise ClusterError(
             f"{have(sum(nulls.values()), 'row')} a null cluster in {cluster_field!r}, in {some(nulls)}. "
-            "Drop what has none, or give it one."
+            "Drop what has none, or give it one.",
+            parameters=["cluster_field"],
+            columns=[cluster_field],
         )
 
 
@@ -256,7 +260,8 @@ def _check_cudf(units: Iterable[_Unit], cluster_field: str) -> None:
         if unit.elements > CUDF_ELEMENTS:
             raise ClusterError(
                 f"{cluster_field} {unit.key} has {unit.rows} rows with {unit.elements} elements, more than the "
-                f"{CUDF_ELEMENTS} that a cuDF list column can hold. Use backend='pandas', or more clusters."
+                f"{CUDF_ELEMENTS} that a cuDF list column can hold. Use backend='pandas', or more clusters.",
+                parameters=["backend"],
             )
 
 

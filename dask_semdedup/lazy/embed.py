@@ -30,10 +30,14 @@ def embed_texts(
     check_choice("device", device, DEVICES)
     columns = list(ddf.columns)
     if text_field not in columns:
-        raise MissingColumnsError.build([text_field], columns, "Name the column of texts as text_field.")
+        raise MissingColumnsError.build(
+            [text_field], columns, "Name the column of texts as text_field.", parameters=["text_field"]
+        )
     if name in columns:
         raise InvalidArgumentError(
-            f"The frame has a column {name!r} already. Drop it, or choose another embedding_field."
+            f"The frame has a column {name!r} already. Drop it, or choose another embedding_field.",
+            parameters=["embedding_field"],
+            columns=[name],
         )
     texts = ddf[text_field]
     check_embed_arguments(texts._meta, model, batch_size, encode_kwargs)

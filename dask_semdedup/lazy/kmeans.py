@@ -41,14 +41,18 @@ def cluster(
     is_fitted = centroids is None
     known = check_centroids(fit_to_sample(ddf, columns, n_clusters, fit, options) if is_fitted else centroids)
     if n_clusters not in (None, len(known)):
-        raise InvalidArgumentError(f"n_clusters is {n_clusters}, but there are {len(known)} centroids. Give either.")
+        raise InvalidArgumentError(
+            f"n_clusters is {n_clusters}, but there are {len(known)} centroids. Give either.",
+            parameters=["n_clusters", "centroids"],
+        )
     if options.embedding_dim is None:
         columns.check_dtypes(ddf._meta, "embedding", embedding_dim=known.width)
     if n_clusters is None and is_fitted:
         n_probe = min(n_probe, len(known.distinct))
     if n_probe > len(known.distinct):
         raise InvalidArgumentError(
-            f"n_probe is {n_probe}, but there are only {len(known.distinct)} distinct centroids."
+            f"n_probe is {n_probe}, but there are only {len(known.distinct)} distinct centroids.",
+            parameters=["n_probe"],
         )
     values = DelayedOperand(dask.delayed(known, name=f"centroids-{known.token}", traverse=False))
     return new_collection(KMeansClusters(ddf, values, columns, int(n_probe), options))
@@ -78,12 +82,16 @@ def _check_new_columns(columns: Columns) -> None:
     distances = list(DISTANCE_COLUMNS.values())
     if columns.cluster in (columns.embedding, columns.id, *distances):
         raise InvalidArgumentError(
-            f"cluster_field may not be {columns.cluster!r}, the name of another column that the result has."
+            f"cluster_field may not be {columns.cluster!r}, the name of another column that the result has.",
+            parameters=["cluster_field"],
+            columns=[columns.cluster],
         )
     for parameter, name in (("embedding_field", columns.embedding), ("id_field", columns.id)):
         if name in (columns.cluster, columns.own_cluster, *distances):
             raise InvalidArgumentError(
-                f"{parameter} may not be {name!r}: kmeans makes a column of that name. Rename it."
+                f"{parameter} may not be {name!r}: kmeans makes a column of that name. Rename it.",
+                parameters=[parameter],
+                columns=[name],
             )
 
 
@@ -93,5 +101,7 @@ def _check_no_secondary(ddf: dd.DataFrame, columns: Columns) -> None:
         name, own = columns.cluster, columns.own_cluster
         raise InvalidArgumentError(
             f"The frame holds secondary assignments: {own!r} is the row's own cluster, and rows stand in several. Keep "
-            f"each row once, as ddf[ddf.{name} == ddf.{own}].drop(columns={own!r})."
+            f"each row once, as ddf[ddf.{name} == ddf.{own}].drop(columns={own!r}).",
+            parameters=["cluster_field"],
+            columns=[name, own],
         )

@@ -69,7 +69,11 @@ def check_ids(ids: dd.Series) -> None:
     meta = hash_column(ids._meta)
     missing, hashes = dask.compute(ids.isna().sum(), ids.dropna().map_partitions(hash_column, meta=meta))
     if missing:
-        raise IdError(f"Column {ids.name!r}: {have(int(missing), 'row')} a null id. Give every row an id, or drop it.")
+        raise IdError(
+            f"Column {ids.name!r}: {have(int(missing), 'row')} a null id. Give every row an id, or drop it.",
+            parameters=["id_field"],
+            columns=[ids.name],
+        )
     values, counts = np.unique(hashes.to_numpy(), return_counts=True)
     if (counts == 1).all():
         return
@@ -78,7 +82,9 @@ def check_ids(ids: dd.Series) -> None:
         stand = "1 id stands" if count == 1 else f"{count:,} ids stand"
         raise IdError(
             f"Column {ids.name!r}: {stand} in several rows ({some(to_list(repeated))}). Name a column whose ids are "
-            "unique as id_field, or have ids made, by make_ids and an id_field that is not there."
+            "unique as id_field, or have ids made, by make_ids and an id_field that is not there.",
+            parameters=["id_field", "make_ids"],
+            columns=[ids.name],
         )
 
 
@@ -88,7 +94,9 @@ def _of_hashes(ids: Any, hashes: np.ndarray) -> Any:
 
 def _check_id_column(frame: Any, name: str, parameter: str, what: str) -> None:
     if name not in frame.columns:
-        raise MissingColumnsError.build([name], frame.columns, f"Name the column of ids of {what} as {parameter}.")
+        raise MissingColumnsError.build(
+            [name], frame.columns, f"Name the column of ids of {what} as {parameter}.", parameters=[parameter]
+        )
     check_plain_dtype(frame._meta[name], parameter)
 
 
@@ -97,7 +105,9 @@ def _to_dask(duplicates: Any) -> dd.DataFrame:
         return duplicates
     if not isinstance(duplicates, pd.DataFrame) and not (is_cudf(duplicates) and hasattr(duplicates, "columns")):
         kind = type(duplicates).__name__
-        raise InvalidArgumentError(f"duplicates must be a DataFrame of Dask, pandas or cuDF, not a {kind}.")
+        raise InvalidArgumentError(
+            f"duplicates must be a DataFrame of Dask, pandas or cuDF, not a {kind}.", parameters=["duplicates"]
+        )
     # `from_pandas` would make strings of objects, which may be integers or UUIDs.
     return dd.from_map(_as_given, [duplicates.copy()], meta=duplicates.iloc[:0])
 
@@ -113,14 +123,17 @@ def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFra
     if eps is None and flags:
         raise InvalidArgumentError(
             f"duplicates hold all rows and what is a duplicate at {', '.join(flags)}: choose one, as remove(..., "
-            f"{flags[0]})."
+            f"{flags[0]}).",
+            parameters=["eps"],
         )
     flag = None
     if eps is not None:
         check_eps(eps)
         flag = eps_column(eps) if flags else None
         if flags and flag not in flags:
-            raise InvalidArgumentError(f"duplicates were found at {', '.join(flags)}, not at {flag}.")
+            raise InvalidArgumentError(
+                f"duplicates were found at {', '.join(flags)}, not at {flag}.", parameters=["eps"]
+            )
         duplicates = duplicates if flags else find_duplicates(duplicates, eps)
     are_scores = {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and ids == "id"
     # Ids of another frame may be the same.

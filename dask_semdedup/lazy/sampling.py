@@ -147,7 +147,8 @@ def _stack(parts: list[np.ndarray], columns: Columns) -> np.ndarray:
     widths = sorted({part.shape[1] for part in parts})
     if len(widths) > 1:
         raise EmbeddingError(
-            f"Column {columns.embedding!r} has rows of width {some(widths)}. All embeddings must come from one model."
+            f"Column {columns.embedding!r} has rows of width {some(widths)}. All embeddings must come from one model.",
+            columns=[columns.embedding],
         )
     rows = np.empty((sum(map(len, parts)), widths[0]), np.float32)
     start = len(rows)

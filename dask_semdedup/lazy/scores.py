@@ -60,7 +60,8 @@ def score_against(
     if not isinstance(reference, dd.DataFrame):
         raise InvalidArgumentError(
             f"reference must be a Dask DataFrame, not a {type(reference).__name__}: for one of pandas, "
-            "dd.from_pandas(reference, npartitions=1)."
+            "dd.from_pandas(reference, npartitions=1).",
+            parameters=["reference"],
         )
     of_reference = replace(columns, id=reference_id_field)
     # Before a fit, which takes longer than to see that a column is not there.
@@ -118,11 +119,14 @@ def _are_clustered(
     if not all(have_clusters):
         raise ClusterError(
             f"Only one of the two frames has a cluster column {columns.cluster!r}. Pass the centroids of its clusters "
-            "as `centroids`, or n_clusters to cluster both anew."
+            "as `centroids`, or n_clusters to cluster both anew.",
+            parameters=["cluster_field", "centroids", "n_clusters"],
+            columns=[columns.cluster],
         )
     if unused := [*(["n_probe"] if n_probe != 1 else []), *fit]:
         raise InvalidArgumentError(
             f"Both frames have clusters, which k-means would replace: {', '.join(unused)} would mean nothing. Pass the "
-            "centroids too, or cluster with these arguments."
+            "centroids too, or cluster with these arguments.",
+            parameters=unused,
         )
     return True

@@ -106,18 +106,23 @@ def write_clusters_of(
     """Write a frame in the layout of k-means: see `SemDedupAccessor.to_clusters`."""
     size = check_bytes("max_file_size", max_file_size)
     if "/" in key or "=" in key:
-        raise InvalidArgumentError(f"cluster_field {key!r} cannot be part of a folder's name. Rename it.")
+        raise InvalidArgumentError(
+            f"cluster_field {key!r} cannot be part of a folder's name. Rename it.",
+            parameters=["cluster_field"],
+            columns=[key],
+        )
     aligned = align(ddf, key)
     check_cluster_dtype(ddf._meta[key])
     if len(ddf.columns) == 1:
-        raise InvalidArgumentError(f"The frame has no columns to write but {key!r}.")
+        raise InvalidArgumentError(f"The frame has no columns to write but {key!r}.", columns=[key])
     final, options = os.fspath(path), dict(storage_options or {})
     fs, output = fsspec.url_to_fs(final, **options)
     for read in ddf.expr.find_operations(ReadClusters):
         if (root := read.source.folder_around(fs, output)) is not None:
             raise InvalidArgumentError(
                 f"Output {output!r} is within {root!r}, which is read: its clusters would be read twice from then on. "
-                "Name a folder apart."
+                "Name a folder apart.",
+                parameters=["path"],
             )
     with staged_folder(final, contents=CLUSTERS, overwrite=overwrite, storage_options=storage_options) as folder:
         write_layout(aligned, folder, key, size, stored_schema(ddf), **options)

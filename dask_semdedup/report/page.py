@@ -104,7 +104,10 @@ class Documents:
 
     def __post_init__(self) -> None:
         if not self.columns:
-            raise InvalidArgumentError("Name the column to show of the documents as text_field or image_field.")
+            raise InvalidArgumentError(
+                "Name the column to show of the documents as text_field or image_field.",
+                parameters=["text_field", "image_field"],
+            )
 
     @property
     def columns(self) -> list[str]:
@@ -124,11 +127,14 @@ class Documents:
             )
         except MissingColumnsError as error:
             advice = "Name the columns of ids, texts and images as id_field, text_field and image_field."
-            raise MissingColumnsError(f"{error} {advice}") from error
+            parameters = ["id_field", "text_field", "image_field"]
+            raise MissingColumnsError(f"{error} {advice}", parameters=parameters, columns=error.columns) from error
         if len(ids) and not len(found):
             raise InvalidArgumentError(
                 f"None of {len(ids):,} ids of the scores, such as {some(ids, 3)}, is in column {self.id_field!r} of "
-                f"{self.path}. Name the documents that were scored, and their column of ids as id_field."
+                f"{self.path}. Name the documents that were scored, and their column of ids as id_field.",
+                parameters=["id_field"],
+                columns=[self.id_field],
             )
         return found
 

@@ -27,7 +27,9 @@ __all__ = [
 def check_eps(eps: float) -> None:
     """Raise `InvalidArgumentError` unless `eps` is a cosine distance: a number from 0 to 2."""
     if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps <= 2:
-        raise InvalidArgumentError(f"eps must be a number from 0 to 2, a cosine distance, not {eps!r}.")
+        raise InvalidArgumentError(
+            f"eps must be a number from 0 to 2, a cosine distance, not {eps!r}.", parameters=["eps"]
+        )
 
 
 def threshold(eps: Any) -> Any:
@@ -121,7 +123,8 @@ def without_first_rows(duplicates: Any) -> Any:
     if len(repeated):
         raise IdError(
             f"{have(len(repeated), 'duplicate')} the id of the preferred row (ids {some(to_list(repeated))}): "
-            "ids repeat, and which row is meant cannot be told. Give every row an id of its own, and score again."
+            "ids repeat, and which row is meant cannot be told. Give every row an id of its own, and score again.",
+            columns=["id"],
         )
     return duplicates[~is_own]
 
@@ -149,7 +152,11 @@ def check_several_eps(eps: Iterable[float]) -> tuple[float, ...]:
         check_eps(value)
     names = [eps_column(value) for value in values]
     if not names:
-        raise InvalidArgumentError("eps must be a number from 0 to 2 or several of them, not an empty sequence.")
+        raise InvalidArgumentError(
+            "eps must be a number from 0 to 2 or several of them, not an empty sequence.", parameters=["eps"]
+        )
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise InvalidArgumentError(f"eps may not repeat a value, to six digits, as {', '.join(repeated)} does.")
+        raise InvalidArgumentError(
+            f"eps may not repeat a value, to six digits, as {', '.join(repeated)} does.", parameters=["eps"]
+        )
     return tuple(map(float, values))

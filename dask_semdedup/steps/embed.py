@@ -129,10 +129,12 @@ def check_embed_arguments(
     check_positive("batch_size", batch_size)
     if not is_string(texts) and texts.dtype != np.dtype(object):
         raise InvalidArgumentError(
-            f"text_field may not be {texts.name!r}, a column of dtype {texts.dtype}. Name one of strings."
+            f"text_field may not be {texts.name!r}, a column of dtype {texts.dtype}. Name one of strings.",
+            parameters=["text_field"],
+            columns=[texts.name],
         )
     if reserved := sorted(set(encode_kwargs or {}) & set(RESERVED)):
-        raise InvalidArgumentError(f"encode_kwargs may not hold {', '.join(reserved)}.")
+        raise InvalidArgumentError(f"encode_kwargs may not hold {', '.join(reserved)}.", parameters=["encode_kwargs"])
     if isinstance(model, str | os.PathLike):
         if importlib.util.find_spec("sentence_transformers") is None:
             raise MissingDependencyError(
@@ -140,7 +142,8 @@ def check_embed_arguments(
             )
     elif not callable(getattr(model, "encode", None)):
         raise InvalidArgumentError(
-            f"model must be the name or the folder of a sentence-transformers model, or a loaded one, not {model!r}."
+            f"model must be the name or the folder of a sentence-transformers model, or a loaded one, not {model!r}.",
+            parameters=["model"],
         )
 
 
@@ -157,7 +160,10 @@ def _checked_texts(texts: Any) -> list[str]:
 
 def _error(texts: Any, bad: Any, problem: str, advice: str) -> EmbeddingError:
     rows = to_list(texts.index[bad])
-    return EmbeddingError(f"Column {texts.name!r}: {have(len(rows), 'row')} {problem} (index {some(rows)}). {advice}")
+    return EmbeddingError(
+        f"Column {texts.name!r}: {have(len(rows), 'row')} {problem} (index {some(rows)}). {advice}",
+        columns=[texts.name],
+    )
 
 
 def _turn(device: str) -> AbstractContextManager[Any]:
@@ -183,5 +189,6 @@ def _load(name: str, device: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InvalidArgumentError(
-            f"model {name!r} cannot be loaded: {reason} Name one of the Hugging Face hub, or the folder of one."
+            f"model {name!r} cannot be loaded: {reason} Name one of the Hugging Face hub, or the folder of one.",
+            parameters=["model"],
         ) from error

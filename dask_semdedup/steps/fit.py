@@ -90,12 +90,18 @@ class KMeansOptions:
         for name in ("tol", "oversampling_factor"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise InvalidArgumentError(f"{name} must be a number from 0, not {value!r}.")
+                raise InvalidArgumentError(f"{name} must be a number from 0, not {value!r}.", parameters=[name])
         seed, fraction = self.random_state, self.fit_data_fraction
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-            raise InvalidArgumentError(f"random_state must be an integer from 0 to 2**32 - 1, not {seed!r}.")
+            raise InvalidArgumentError(
+                f"random_state must be an integer from 0 to 2**32 - 1, not {seed!r}.",
+                parameters=["random_state", "random_seed"],
+            )
         if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction <= 1):
-            raise InvalidArgumentError(f"fit_data_fraction must be a number above 0 and up to 1, not {fraction!r}.")
+            raise InvalidArgumentError(
+                f"fit_data_fraction must be a number above 0 and up to 1, not {fraction!r}.",
+                parameters=["fit_data_fraction"],
+            )
 
 
 def fit_centroids(
@@ -174,7 +180,8 @@ def _fit_with_cuml(rows: np.ndarray, n_clusters: int, options: KMeansOptions) ->
 def too_many_clusters(n_clusters: int, n_rows: int, where: str) -> InvalidArgumentError:
     """The error for more clusters than rows."""
     return InvalidArgumentError(
-        f"n_clusters is {n_clusters:,}, but there are only {n_rows:,} {where}. Ask for fewer clusters."
+        f"n_clusters is {n_clusters:,}, but there are only {n_rows:,} {where}. Ask for fewer clusters.",
+        parameters=["n_clusters"],
     )
 
 

@@ -107,7 +107,9 @@ def _ends(own: Any, preferred: Any, size: int, ids: Any) -> Any:
 def _check_null(own: Any, preferred: Any) -> None:
     for name, codes in (("id", own), ("max_id", preferred)):
         if count := int((codes < 0).sum()):
-            raise IdError(f"Column {name!r}: {have(count, 'duplicate')} a null id. Give every row an id.")
+            raise IdError(
+                f"Column {name!r}: {have(count, 'duplicate')} a null id. Give every row an id.", columns=[name]
+            )
 
 
 def _check_repeated(ids: Any, own: Any, size: int) -> None:

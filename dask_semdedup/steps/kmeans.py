@@ -94,13 +94,16 @@ def check_centroids(centroids: Any) -> Centroids:
     array = centroids.get() if type(centroids).__module__.partition(".")[0] == "cupy" else np.asarray(centroids)
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
         raise InvalidArgumentError(
-            f"The {origin} must be a matrix of numbers, one centroid a row, not {array.dtype} of shape {array.shape}."
+            f"The {origin} must be a matrix of numbers, one centroid a row, not {array.dtype} of shape {array.shape}.",
+            parameters=["centroids"],
         )
     # A copy: the caller's may change later, and what is lazy must not.
     values = np.array(array, dtype=np.float32, order="C")
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
-        raise InvalidArgumentError(f"Of the {origin}, {have(len(bad), 'row')} NaN or infinite values: {some(bad)}.")
+        raise InvalidArgumentError(
+            f"Of the {origin}, {have(len(bad), 'row')} NaN or infinite values: {some(bad)}.", parameters=["centroids"]
+        )
     return Centroids(values)
 
 
@@ -109,7 +112,9 @@ def _load(path: str) -> np.ndarray:
         with fsspec.open(path, "rb") as file:
             return np.load(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise InvalidArgumentError(f"centroids: {path!r} is not a .npy file of numbers ({error}).") from error
+        raise InvalidArgumentError(
+            f"centroids: {path!r} is not a .npy file of numbers ({error}).", parameters=["centroids"]
+        ) from error
 
 
 def normalise(rows: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
@@ -336,7 +341,9 @@ def kmeans_partition(
         if rows.shape[1] != centroids.width:
             raise EmbeddingError(
                 f"Column {columns.embedding!r} has embeddings of width {rows.shape[1]}, but the centroids are of width "
-                f"{centroids.width}. Use centroids that were fitted to embeddings of the same model."
+                f"{centroids.width}. Use centroids that were fitted to embeddings of the same model.",
+                parameters=["embedding_field", "centroids"],
+                columns=[columns.embedding],
             )
         rows = normalise(rows, in_place=not shares_memory(rows, column))
         labels, l2, cosine = _assign_and_measure(rows, centroids, n_probe, device)

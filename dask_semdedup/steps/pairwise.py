@@ -158,7 +158,8 @@ def check_clusters(clusters: Any, ids: Any) -> None:
         lost = ids[null]
         raise ClusterError(
             f"Column {clusters.name!r}: {have(len(lost), 'row')} no cluster (ids {some(to_list(lost))}). "
-            "Drop them, or assign them to clusters."
+            "Drop them, or assign them to clusters.",
+            columns=[clusters.name],
         )
 
 

@@ -75,10 +75,14 @@ class RankingStrategy:
         if len(self.ascending) != len(self.metadata_cols):
             raise InvalidArgumentError(
                 f"Length of ascending ({len(self.ascending)}) must match that of metadata_cols "
-                f"({len(self.metadata_cols)}: {self.metadata_cols})."
+                f"({len(self.metadata_cols)}: {self.metadata_cols}).",
+                parameters=["ascending"],
             )
         if self.strategy == "sort" and not self.metadata_cols:
-            raise InvalidArgumentError("metadata_cols is empty: name a column to sort by, or use strategy='random'.")
+            raise InvalidArgumentError(
+                "metadata_cols is empty: name a column to sort by, or use strategy='random'.",
+                parameters=["metadata_cols"],
+            )
 
     @classmethod
     def metadata_based(
@@ -129,7 +133,7 @@ class RankingStrategy:
         advice = "Name columns that are there in the ranking strategy."
         if set(self.required_columns) & set(DISTANCE_COLUMNS.values()):
             advice = "Distances to the centroid come from k-means; without them rank with which_to_keep='random'."
-        raise MissingColumnsError.build(self.required_columns, present, advice)
+        raise MissingColumnsError.build(self.required_columns, present, advice, parameters=["ranking_strategy"])
 
     def check_order(self, unordered: Iterable[str]) -> None:
         """Raise if one of the columns to rank by holds ordered categories of which files do not tell the order.
@@ -214,7 +218,9 @@ class RankingStrategy:
         self._check_kind()
         self.check_columns(frame.columns)
         if id_field is not None and id_field not in frame.columns:
-            raise MissingColumnsError.build([id_field], frame.columns, "Pass the column of ids as id_field.")
+            raise MissingColumnsError.build(
+                [id_field], frame.columns, "Pass the column of ids as id_field.", parameters=["id_field"]
+            )
         clusters = [] if cluster_field is None else [(frame[cluster_field], True)]
         ids = [] if id_field is None else [(frame[id_field], True)]
         keys = [*clusters, *(self._keys(frame) if self.strategy == "sort" else self._shuffled(ids)), *ids]
@@ -291,7 +297,8 @@ def check_strategy(strategy: object) -> None:
     """
     if not isinstance(strategy, RankingStrategy):
         raise InvalidArgumentError(
-            f"ranking_strategy must be a RankingStrategy, as RankingStrategy(['score']), not {strategy!r}."
+            f"ranking_strategy must be a RankingStrategy, as RankingStrategy(['score']), not {strategy!r}.",
+            parameters=["ranking_strategy"],
         )
     strategy._check_kind()
 
@@ -399,7 +406,9 @@ def _codes_of_dictionaries(column: pd.Series) -> np.ndarray:
 def _no_order(name: object, why: str) -> InvalidArgumentError:
     return InvalidArgumentError(
         f"Column {name!r} holds ordered categories whose order is lost: {why}. Rank by numbers that stand for them, "
-        "or write all files with the same categories."
+        "or write all files with the same categories.",
+        parameters=["ranking_strategy"],
+        columns=[name],
     )
 
 
@@ -408,4 +417,6 @@ def _factorized(values: pd.Series | pd.Index, name: object) -> np.ndarray:
     try:
         return pd.factorize(values, sort=True)[0]
     except (TypeError, pa.ArrowException) as error:
-        raise InvalidArgumentError(f"Column {name!r} cannot be ranked by: {error}.") from error
+        raise InvalidArgumentError(
+            f"Column {name!r} cannot be ranked by: {error}.", parameters=["ranking_strategy"], columns=[name]
+        ) from error

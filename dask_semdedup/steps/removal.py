@@ -29,7 +29,8 @@ def ids_to_remove(frame: Any, name: str, *, are_scores: bool, flag: str | None, 
             first = some(to_list(frame[name][are_equal(frame["id"], frame["max_id"])]))
             raise InvalidArgumentError(
                 f"{have(count, 'row')} no preferred row in their cluster (ids {first}), so these are scores, or were "
-                "found at an eps of 1 or more: say at which eps rows are duplicates, as remove(..., eps=...)."
+                "found at an eps of 1 or more: say at which eps rows are duplicates, as remove(..., eps=...).",
+                parameters=["eps"],
             )
         frame = duplicates
     return frame[[name]].dropna().reset_index(drop=True)
@@ -61,6 +62,7 @@ def checked_ids(duplicates: Any, repeated: Any) -> Any:
         ids = "1 id of the duplicates stands" if count == 1 else f"{count} ids of the duplicates stand"
         raise IdError(
             f"Column {name!r}: {ids} in several rows of the data (ids {some(to_list(repeated[name]))}). To remove "
-            "them would remove rows that are no duplicates: give every row an id of its own, or drop the repeats first."
+            "them would remove rows that are no duplicates: give every row an id of its own, or drop repeats first.",
+            columns=[name],
         )
     return duplicates

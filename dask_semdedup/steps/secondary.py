@@ -90,7 +90,9 @@ def check_unique(frame: Any, key: list[str], name: str) -> None:
     if len(repeated):
         raise ClusterError(
             f"{have(len(repeated), 'row')} an id that another row of the same cluster has (ids "
-            f"{some(to_list(repeated.drop_duplicates()))}). With n_probe, rows must have ids of their own."
+            f"{some(to_list(repeated.drop_duplicates()))}). With n_probe, rows must have ids of their own.",
+            parameters=["id_field"],
+            columns=[name],
         )
 
 
@@ -100,7 +102,8 @@ def _without_own(best: Any, columns: Columns) -> ClusterError:
     return ClusterError(
         f"{have(len(lost), 'row')} secondary assignments only: none where {columns.cluster!r} is the row's own "
         f"cluster, {own!r} (ids {some(to_list(lost))}). Select rows by {own!r}, or rename it if it means something "
-        "else."
+        "else.",
+        columns=[columns.cluster, own],
     )
 
 

@@ -33,8 +33,6 @@ from dask_semdedup.lazy import writing
 from tests.data import assert_one_line, write_layout
 
 CLUSTERS, ROWS, DUPLICATES = 3, 20, 4
-# Remove it from each case whose error says which parameters it is about.
-PARAMETERS_MISSING = pytest.mark.xfail(reason="the error does not say which parameters it is about", strict=True)
 
 
 def cluster_table(cluster: int) -> pa.Table:
@@ -537,19 +535,11 @@ def test_bad_options_are_one_line(
     ("options", "words"),
     [
         (["--partition-size", "foo"], ["partition_size must be bytes", "(--partition-size)"]),
-        pytest.param(
-            ["--id-field", "doc"],
-            ["['doc'] not found in the frame, which has ['id'", "(--id-field, --embedding-field)"],
-            marks=PARAMETERS_MISSING,
-        ),
-        pytest.param(
-            ["--cluster-field", "cl"], ["No cluster column 'cl'", "(--cluster-field)"], marks=PARAMETERS_MISSING
-        ),
-        pytest.param(["--rank-by", "qualty"], ["['qualty']", "(--rank-by)"], marks=PARAMETERS_MISSING),
-        pytest.param(
-            ["--embedding-dim", "9"], ["where embedding_dim is 9", "(--embedding-dim)"], marks=PARAMETERS_MISSING
-        ),
-        pytest.param(["--device", "cuda"], ["Use device='cpu' or 'auto'", "(--device)"], marks=PARAMETERS_MISSING),
+        (["--id-field", "doc"], ["['doc'] not found in the frame, which has ['id'", "(--id-field, --embedding-field)"]),
+        (["--cluster-field", "cl"], ["No cluster column 'cl'", "(--cluster-field)"]),
+        (["--rank-by", "qualty"], ["['qualty']", "(--rank-by)"]),
+        (["--embedding-dim", "9"], ["where embedding_dim is 9", "(--embedding-dim)"]),
+        (["--device", "cuda"], ["Use device='cpu' or 'auto'", "(--device)"]),
     ],
 )
 def test_errors_name_options(

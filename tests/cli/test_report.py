@@ -12,7 +12,6 @@ from click.testing import CliRunner, Result
 from distributed import LocalCluster
 
 from dask_semdedup import cli
-from tests.cli.test_pairwise import PARAMETERS_MISSING
 from tests.data import assert_one_line
 
 FILES = ["clusters.png", "duplicates.png", "histogram.png", "index.html"]
@@ -75,14 +74,8 @@ def test_documents_are_shown(scores: Path, tmp_path: Path, invoke: Callable[...,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        pytest.param(
-            ["--text-field", "body"],
-            ["['body'] not found in the frame, which has ['id', 'words']", "texts.parquet", "--text-field"],
-            marks=PARAMETERS_MISSING,
-        ),
-        pytest.param(
-            ["--text-field", "words"], ["None of", "column of ids as id_field. (--id-field)"], marks=PARAMETERS_MISSING
-        ),
+        (["--text-field", "body"], ["['body'] not found in the frame, which has", "texts.parquet", "--text-field"]),
+        (["--text-field", "words"], ["None of", "column of ids as id_field. (--id-field)"]),
     ],
 )
 def test_wrong_columns_of_documents_name_options(
@@ -139,7 +132,7 @@ def test_output_stays_apart_from_the_scores(scores: Path, invoke: Callable[..., 
     ("options", "words"),
     [
         (["--text-field", "text"], ["--text-field", "--data"]),
-        pytest.param(["--data", "nowhere.parquet"], ["(--text-field, --image-field)"], marks=PARAMETERS_MISSING),
+        (["--data", "nowhere.parquet"], ["(--text-field, --image-field)"]),
         (["--data", "nowhere.parquet", "--text-field", "text"], ["nowhere.parquet"]),
         (["--eps", "3"], ["--eps"]),
     ],

@@ -21,7 +21,6 @@ import dask_semdedup
 from dask_semdedup import cli
 from dask_semdedup.accessor import SemDedupAccessor
 from dask_semdedup.cli.steps import MANIFEST
-from tests.cli.test_pairwise import PARAMETERS_MISSING
 from tests.data import assert_one_line
 
 ROWS, COPIES = 200, 20
@@ -357,8 +356,8 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--id-field", "key"], ["key", "as --id-field."]),
         (["--text-field", "body"], ["body"]),
         (["--embed", "--text-field", "text"], ["embeddings", "already"]),
-        pytest.param(["--n-clusters", 1000], ["n_clusters is 1000", "(--n-clusters)"], marks=PARAMETERS_MISSING),
-        pytest.param(["--random-seed", -1], ["random_state must be", "(--random-seed)"], marks=PARAMETERS_MISSING),
+        (["--n-clusters", 1000], ["n_clusters is 1000", "(--n-clusters)"]),
+        (["--random-seed", -1], ["random_state must be", "(--random-seed)"]),
         (["--from", "embeddings"], ["embeddings", "clusters", "(--from)"]),
         (["--from", "scores", "--overwrite"], ["--from", "--overwrite"]),
         (["--eps", 3], ["--eps"]),

@@ -1,7 +1,7 @@
-"""Nearest earlier neighbour, segment by segment: exact, at half-precision speed.
+"""Exact search for the nearest earlier neighbour within each segment, at half-precision speed.
 
-The package knows nothing of frames and can be used by itself. `nearest_earlier` is its entry point; `certify` holds
-the error bounds and the exact rescoring, and each engine is a module that does the coarse pass.
+This package takes and returns tensors only, and can be used by itself. `nearest_earlier` is its entry point. `certify`
+holds the error bounds and the exact rescoring; the engines do the coarse pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def nearest_earlier(
     compute_dtype: str = "auto",
     batch_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find for every row its most similar earlier row of the same segment.
+    """Return the most similar earlier row of the same segment for every row.
 
     Parameters
     ----------
@@ -40,34 +40,35 @@ def nearest_earlier(
         (n, d) finite floating-point rows on any device, in rank order within each segment. They need not be of unit
         length. An all-zero row has similarity 0 to everything.
     segments : torch.Tensor
-        (k + 1,) integer offsets, from 0 to n, not descending: segment ``s`` is
+        (k + 1,) integer offsets, ascending from 0 to n; segments may be empty. Segment ``s`` is
         ``rows[segments[s]:segments[s + 1]]``.
     stops : torch.Tensor, optional
         (n,) integers: row ``i`` of a segment that starts at ``s`` is compared with ``rows[s:stops[i]]``, where
-        ``s <= stops[i] <= i``. With ``stops[i] == s`` it is only a candidate of others; a query set against a candidate
-        set is a segment of candidates, followed by queries that stop where these do. By default ``stops[i] == i``.
+        ``s <= stops[i] <= i``. A row with ``stops[i] == s`` is only a candidate of others. To compare a set of queries
+        with a set of candidates, make a segment of the candidates followed by the queries, whose stops are all the end
+        of the candidates. By default ``stops[i] == i``.
     compute_dtype : {"auto", "float32", "float16", "bfloat16"}, default "auto"
-        "auto" is exact: a coarse pass in half precision where the hardware has it, a certificate, and rescoring of
-        the candidates that it leaves. The others are plain searches: the largest score as computed in that dtype.
+        "auto" is exact: a coarse pass in half precision, if the hardware has it, a certificate, and rescoring of the
+        candidates that it leaves. The others are plain searches for the largest score as computed in that dtype.
     batch_size : int, optional
-        Queries multiplied at once by the torch engine: 512, on a GPU 4,096, when not given; at most 8,192. The
-        candidates multiplied with them are as many as memory allows. The Triton engine has tiles of its own.
+        Queries multiplied at once by the torch engine, at most 8,192; by default 512, or 4,096 on a GPU. They are
+        multiplied by as many candidates at a time as memory allows. The Triton engine ignores it.
 
     Returns
     -------
     scores : torch.Tensor
         (n,) float32 cosine similarities in [-1, 1], within 2e-6 of float64 in the exact search. A row without
-        candidates, as the first of a segment, gets 0.0.
+        candidates, such as the first of a segment, gets 0.0.
     index : torch.Tensor
-        (n,) int64 positions in `rows`; among equally similar rows the first. A row without candidates gets itself.
+        (n,) int64 positions in `rows`, the first among equally similar rows. A row without candidates gets itself.
 
     Raises
     ------
     TypeError
-        If `rows` or `segments` are no tensors.
+        If `rows` or `segments` is not a tensor.
     ValueError
-        If `compute_dtype` or `batch_size` is not one of those allowed, `segments` do not cover `rows`, or one of
-        `stops` lies outside its segment or behind its row.
+        If `compute_dtype` or `batch_size` is not allowed, `segments` do not cover `rows`, or one of `stops` is outside
+        its segment or after its row.
 
     Examples
     --------
@@ -80,7 +81,7 @@ def nearest_earlier(
     >>> nearest_earlier(rows, torch.tensor([0, 4]), stops=torch.tensor([0, 0, 2, 2]))
     (tensor([0.0000, 0.0000, 0.8000, 0.7071]), tensor([0, 1, 1, 0]))
     """
-    segments, stops = _check(rows, segments, stops, compute_dtype, batch_size)
+    segments, stops = checked_arguments(rows, segments, stops, compute_dtype, batch_size)
     rows = certify.as_float32(rows)
     if compute_dtype != "float32" and len(rows) and has_triton(rows.device):
         return _by_triton(rows, segments, stops, compute_dtype)
@@ -89,7 +90,7 @@ def nearest_earlier(
 
 @cache
 def has_triton(device: torch.device) -> bool:
-    """Whether the Triton engine runs on `device`: an NVIDIA GPU from the Ampere generation on, and Triton installed."""
+    """Return whether the Triton engine runs on `device`: on NVIDIA GPUs from Ampere on, if Triton is installed."""
     if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -124,7 +125,7 @@ def _by_torch(
         return scores, index
     unit = certify.measure(rows)
     stops = None if stops is None else stops.to(rows.device)
-    strip_size = torch_engine.strip_size(batch_size, segments, rows.device)
+    strip_size = torch_engine.strip_size(batch_size, segments, rows)
     with ieee_products:
         if compute_dtype == "auto":
             _exact(unit, segments, stops, strip_size, scores, index)
@@ -133,14 +134,14 @@ def _by_torch(
     return scores.clamp_(-1.0, 1.0), index
 
 
-def _check(
+def checked_arguments(
     rows: torch.Tensor,
     segments: torch.Tensor,
     stops: torch.Tensor | None,
     compute_dtype: str,
     batch_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Validate the arguments of `nearest_earlier`; `segments` and `stops` on the CPU."""
+    """Return `segments` and `stops` on the CPU; raise unless the arguments of `nearest_earlier` are valid."""
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, not {compute_dtype!r}")
     if batch_size is not None and batch_size < 1:
@@ -172,7 +173,7 @@ def _exact(
     scores: torch.Tensor,
     index: torch.Tensor,
 ) -> None:
-    """The exact search: a coarse pass, then more precise ones for the queries whose candidates crowd."""
+    """Search exactly: a coarse pass, then more precise ones for the queries with too many candidates."""
     small, queries = _by_size(unit, segments, stops)
     pairs = torch_engine.Pairs(unit, scores, index)
     single = torch_engine.in_float32(unit)
@@ -196,7 +197,7 @@ def _plain(
     scores: torch.Tensor,
     index: torch.Tensor,
 ) -> None:
-    """The search in one dtype, without a certificate."""
+    """Search in one dtype, without a certificate."""
     coarse = torch_engine.in_float32(unit) if dtype == torch.float32 else torch_engine.in_half(unit, dtype)
     small, queries = _by_size(unit, segments, stops)
     torch_engine.nearest_in_batches(coarse, segments, stops, small, scores, index)
@@ -205,9 +206,9 @@ def _plain(
 
 
 def _by_size(unit: UnitRows, segments: torch.Tensor, stops: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the segments that are searched in batches, and the queries of the larger ones, ascending.
+    """Return the segments to search in batches, and the queries of the larger ones, in ascending order.
 
-    A query is a row that is not zero and has a candidate.
+    Queries are the rows that are not zero and have a candidate.
     """
     lengths = segments.diff()
     is_small = lengths <= torch_engine.SMALL
@@ -220,7 +221,7 @@ def _by_size(unit: UnitRows, segments: torch.Tensor, stops: torch.Tensor | None)
 
 
 def _answer_zero_rows(unit: UnitRows, segments: torch.Tensor, stops: torch.Tensor | None, index: torch.Tensor) -> None:
-    """A zero row is equally similar to every row: the first of its candidates is its answer."""
+    """Write the first candidate of each zero row, to which all rows are equally similar."""
     zero = unit.is_zero.nonzero().flatten()
     segment = torch.searchsorted(segments, zero.cpu(), right=True) - 1
     first = segments[segment].to(index.device)
@@ -228,7 +229,7 @@ def _answer_zero_rows(unit: UnitRows, segments: torch.Tensor, stops: torch.Tenso
 
 
 def half_dtype(device: torch.device) -> torch.dtype | None:
-    """The half precision that `device` multiplies fast, or None."""
+    """Return the half-precision dtype that `device` multiplies fast, or None."""
     if device.type == "cuda":
         return torch.float16
     if device.type == "cpu" and _cpu_has_bfloat16():
@@ -237,7 +238,7 @@ def half_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware, and torch uses it."""
+    """Return whether the processor multiplies bfloat16 in hardware and torch uses that."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
@@ -246,9 +247,9 @@ def _cpu_has_bfloat16() -> bool:
 
 
 class _IeeeProducts:
-    """Multiply float32 in float32, and add float16 products up in float32, whatever the user has set for models.
+    """Context in which products of float32 are computed, and those of float16 summed, in float32, whatever is set.
 
-    The settings are the process's: the first thread to enter changes them, the last to leave restores them.
+    The settings belong to the process: the first thread to enter changes them, the last to leave restores them.
     """
 
     def __init__(self) -> None:
@@ -264,13 +265,13 @@ class _IeeeProducts:
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
-            # A process that was forked within has left before.
+            # A process forked inside of the context has left it already.
             self._inside = max(0, self._inside - 1)
             if not self._inside:
                 self._saved.restore()
 
     def leave(self) -> None:
-        """Restore the settings in a forked process, which has none of the threads within."""
+        """Restore the settings in a forked process, where none of the threads inside of the context run."""
         self._lock = threading.Lock()
         if self._inside:
             self._inside = 0
@@ -278,7 +279,7 @@ class _IeeeProducts:
 
 
 class _Settings(NamedTuple):
-    """How torch multiplies: for all backends, unless a backend's own was set (from torch 2.9 on), and for each."""
+    """Precision of torch's products: of all backends, unless one was set by itself (from torch 2.9 on), and of each."""
 
     precision: str | None
     of_backends: tuple[str, ...]
@@ -287,7 +288,7 @@ class _Settings(NamedTuple):
     @classmethod
     def now(cls) -> _Settings:
         precision = None
-        # Torch refuses to tell the one where another was set by the newer name.
+        # Torch raises if a precision was set under one of the newer names.
         with suppress(RuntimeError):
             precision = torch.get_float32_matmul_precision()
         of_backends = tuple(backend.fp32_precision for backend in _backends())
@@ -310,7 +311,7 @@ class _Settings(NamedTuple):
 
 
 def _backends() -> tuple[Any, ...]:
-    """Where torch multiplies float32, if each of them has a setting."""
+    """Return torch's backends for products of float32, if each has a precision of its own."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return ()
     return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

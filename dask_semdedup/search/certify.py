@@ -1,17 +1,17 @@
-"""Error bounds, and the exact scores that they leave to be computed.
+"""Error bounds of coarse scores, and exact scores of the candidates that remain within them.
 
-A coarse score is a dot product of rounded rows. For rows ``x`` and ``y`` of unit length and their rounded
-copies ``x'`` and ``y'``, Cauchy-Schwarz gives ::
+A coarse score is a dot product of rounded rows. For rows ``x`` and ``y`` of unit length and their rounded copies ``x'``
+and ``y'``, Cauchy-Schwarz gives ::
 
     |x.y - x'.y'|  <=  |x - x'| |y|  +  |x'| |y - y'|  +  accumulation  +  rounding of the result
 
-The residual norms ``|x - x'|`` are measured. A candidate whose coarse score is more than twice this bound below
-the best coarse score of its query cannot be the nearest; the others are scored exactly. That is the certificate.
+The residual norms ``|x - x'|`` are measured. A candidate whose coarse score is more than twice this bound below the
+best coarse score of its query cannot be the nearest; the others are scored exactly. That is the certificate.
 
 References
 ----------
-Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., SIAM 2002, sections 3.1 and 4.2 (dot products
-and pairwise summation).
+Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., SIAM 2002, sections 3.1 and 4.2 (dot products and
+pairwise summation).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from typing import Any
 import torch
 
 UNIT_TOLERANCE = 2.0**-20
-"""Rows whose norms are this near to 1 are searched as they are; the bounds allow for it."""
+"""Rows whose norms are within this of 1 are searched as they are; the bounds allow for it."""
 
 SAFE_NORMS = (2.0**-40, 2.0**40)
-"""Norms whose squares and products stay well inside the range of float32."""
+"""Range of norms whose squares and products stay well inside the range of float32."""
 
 TIE = 2.0**-40
-"""Exact scores closer than this are equal, so that no machine's order of summation decides between them."""
+"""Exact scores are rounded to multiples of this, so that no machine's order of summation decides between them."""
 
 COPY = 2.0**-19
-"""A row and its copy score 1 in float32 to within this."""
+"""Float32 scores of a row and its copy are within this of 1."""
 
 CHUNK_BYTES = 1 << 19
-"""Rows are converted and rescored in chunks that stay in a core's cache."""
+"""Bytes of rows that are converted or rescored at a time, so that they stay in a core's cache."""
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """Rows, with what makes them unit vectors.
+    """Rows and the factors that make them unit vectors.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ class UnitRows:
 
 
 def scaled(rows: Any, peaks: Any) -> Any:
-    """Divide those float64 rows by their largest element whose norms float32 may not hold.
+    """Return float64 rows, those whose norms may exceed the range of float32 divided by their largest element.
 
     Parameters
     ----------
@@ -89,20 +89,20 @@ def scaled(rows: Any, peaks: Any) -> Any:
 
 
 def as_float32(rows: torch.Tensor) -> torch.Tensor:
-    """Rows in float32, contiguous, in the directions that they have: `scaled` if need be."""
+    """Return rows as contiguous float32 with the same directions, `scaled` if necessary."""
     if rows.dtype == torch.float64 and rows.numel():
         rows = scaled(rows, torch.linalg.vector_norm(rows, math.inf, dim=1))
     return rows.float().contiguous()
 
 
 def chunks(n: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:
-    """Slices of about `chunk_bytes` that cover ``range(n)``."""
+    """Return slices that cover ``range(n)``, each of about `chunk_bytes`."""
     step = max(1, chunk_bytes // max(1, row_bytes))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def measure(rows: torch.Tensor) -> UnitRows:
-    """Measure the norms of `rows`, bringing rows of extreme length to a safe scale first.
+    """Return `rows` with their norms; rows of extreme length are rescaled first.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def measure(rows: torch.Tensor) -> UnitRows:
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:
-    """Euclidean norms by pairwise summation, which keeps them within a few units in the last place."""
+    """Return Euclidean norms, by pairwise summation, which is accurate to a few units in the last place."""
     squares = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for part in chunks(len(rows), 4 * rows.shape[1]):
         torch.sum(rows[part].square(), dim=1, out=squares[part])
@@ -130,7 +130,7 @@ def _norms(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _rescale(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """Copy `rows`, multiplying those in `which` by the power of two that brings their largest entry near 1."""
+    """Return a copy of `rows`, with those in `which` scaled by powers of two to a largest entry near 1."""
     rows = rows.clone()
     extreme = rows[which].double()
     largest = extreme.abs().amax(dim=1, keepdim=True)
@@ -140,14 +140,14 @@ def _rescale(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
 
 
 def half_copy(unit: UnitRows, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the unit rows to `dtype` and measure what the rounding lost.
+    """Return the unit rows rounded to `dtype`, and the norms of their rounding errors.
 
     Returns
     -------
     half : torch.Tensor
         (n, d) of `dtype`.
     residual : torch.Tensor
-        (n,) float32, the norms of the differences, rounded up.
+        (n,) float32, rounded up.
     """
     rows = unit.rows
     half = torch.empty(rows.shape, dtype=dtype, device=rows.device)
@@ -161,12 +161,12 @@ def half_copy(unit: UnitRows, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 
 
 def accumulation_bound(width: int) -> float:
-    """Bound on the error of a float32 dot product of two unit rows, whatever the order of summation."""
+    """Return a bound on the error of a float32 dot product of two unit rows, for any order of summation."""
     return (width + 16) * 2.0**-24
 
 
 def half_bound(residual: torch.Tensor, largest: torch.Tensor | float, width: int) -> torch.Tensor:
-    """Bound on the error of a query's coarse scores, before they are rounded for output.
+    """Return bounds on the errors of coarse scores in half precision, before these are rounded for output.
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ def half_bound(residual: torch.Tensor, largest: torch.Tensor | float, width: int
 
 
 def window(best: torch.Tensor, bound: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
-    """How far below its best coarse score a query's true nearest candidate can lie.
+    """Return how far the coarse score of a query's true nearest candidate can be below its best coarse score.
 
     Parameters
     ----------
@@ -190,7 +190,7 @@ def window(best: torch.Tensor, bound: torch.Tensor | float, dtype: torch.dtype) 
     bound : torch.Tensor or float
         (m,) bounds on the errors of the scores before they were rounded to `dtype`.
     dtype : torch.dtype
-        What the coarse scores were rounded to.
+        The dtype that the coarse scores were rounded to.
 
     Returns
     -------
@@ -198,7 +198,7 @@ def window(best: torch.Tensor, bound: torch.Tensor | float, dtype: torch.dtype) 
         (m,) float32.
     """
     unit_roundoff = torch.finfo(dtype).eps / 2
-    # Half a unit in the last place of any score in the window: |score| <= |best| + 2 bound + this same rounding.
+    # Half a unit in the last place of any score in the window: |score| <= |best| + 2 bound + this very rounding.
     magnitude = (best.float().abs() + 2 * bound) * (1 + 4 * unit_roundoff)
     _, exponent = torch.frexp(magnitude)
     rounding = torch.exp2(exponent.float()) * unit_roundoff
@@ -208,18 +208,18 @@ def window(best: torch.Tensor, bound: torch.Tensor | float, dtype: torch.dtype) 
 def rescore(
     unit: UnitRows, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
 ) -> None:
-    """Find the best candidate of each query exactly.
+    """Write the exact best candidate of each query, the first among equals, and its score.
 
-    Float32 settles the queries whose candidates differ by more than its error; the candidates of the others are
-    scored in float64. Among equals the first candidate is best.
+    Float32 decides the queries whose candidates differ by more than its error; the candidates of the others are scored
+    in float64.
 
     Parameters
     ----------
     unit : UnitRows
     query, candidate : torch.Tensor
-        (p,) int64 rows of the pairs: all the candidates that can be the nearest of each query named.
+        (p,) int64 rows of the pairs, with all candidates that can be nearest to each of these queries.
     scores, index : torch.Tensor
-        (n,) float32 and int64, where the answers of these queries are put.
+        (n,) float32 and int64, to which the answers of these queries are written.
     """
     if not len(query):
         return
@@ -234,10 +234,10 @@ def rescore(
 def _put(
     unit: UnitRows, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
 ) -> None:
-    """Put the answers of queries that have one candidate left; those of copies are scored in float64, as exactly 1."""
+    """Write the answers of queries with one candidate left; copies are scored in float64, and get exactly 1."""
     score = _dots(unit.rows, query, candidate) * unit.inverse_norm[query] * unit.inverse_norm[candidate]
     may_be_copy = score >= 1 - COPY
-    score[may_be_copy] = snap(_cosines64(unit.rows, query[may_be_copy], candidate[may_be_copy])).float()
+    score[may_be_copy] = snap(cosines64(unit.rows, query[may_be_copy], candidate[may_be_copy])).float()
     index[query] = candidate
     scores[query] = score
 
@@ -245,7 +245,7 @@ def _put(
 def _settle(
     unit: UnitRows, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the (query, candidate) pairs that float32 finds to be best; put the answers of the other queries."""
+    """Return the (query, candidate) pairs that float32 decides; write the answers of the other queries."""
     if not len(query):
         return query, candidate
     query, order = query.sort(stable=True)
@@ -254,7 +254,7 @@ def _settle(
     score = _sampled_dots(unit.rows, query, candidate).mul_(unit.inverse_norm[candidate])
     group = query - first
     best = group_max(score, group, count)
-    # Scores are not yet divided by the query's norm: nor is the bound.
+    # The scores are not divided by the query's norm, and neither is the bound.
     slack = 2 * sampled_bound(unit.width) / unit.inverse_norm[query]
     near = score >= best[group] - slack
     query, candidate, group = query[near], candidate[near], group[near]
@@ -264,28 +264,28 @@ def _settle(
 
 
 def sampled_bound(width: int) -> float:
-    """Bound on the error of `_sampled_dots` of unit rows, norms included: the narrowest vectors have 8 lanes."""
+    """Return a bound on the error of `_sampled_dots` of unit rows, norms included, for vectors of 8 lanes or more."""
     return (width / 8 + 32) * 2.0**-24
 
 
 def group_max(values: torch.Tensor, group: torch.Tensor, n_groups: int) -> torch.Tensor:
-    """Largest of `values` in each group."""
+    """Return the largest of `values` in each group."""
     start = torch.full((n_groups,), -math.inf, dtype=values.dtype, device=values.device)
     return start.scatter_reduce_(0, group, values, "amax")
 
 
 def snap(scores: torch.Tensor) -> torch.Tensor:
-    """Round float64 `scores` to multiples of `TIE`, in place."""
+    """Round float64 `scores` to multiples of `TIE`, in place, and return them."""
     return scores.div_(TIE).round_().mul_(TIE)
 
 
 def _decide(
     rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
 ) -> None:
-    """Put the best float64 score of each query, and the first candidate that has it."""
+    """Write the best float64 score of each query, and the first candidate that has it."""
     if not len(query):
         return
-    score = snap(_cosines64(rows, query, candidate))
+    score = snap(cosines64(rows, query, candidate))
     query, group = torch.unique(query, return_inverse=True)
     best = group_max(score, group, len(query))
     ties = score == best[group]
@@ -295,7 +295,7 @@ def _decide(
 
 
 def _dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """Dot products of pairs of rows in float32, by pairwise summation."""
+    """Return float32 dot products of pairs of rows, by pairwise summation."""
     result = torch.empty(len(query), dtype=torch.float32, device=rows.device)
     for part in chunks(len(query), 4 * rows.shape[1]):
         product = rows.index_select(0, query[part]).mul_(rows.index_select(0, candidate[part]))
@@ -304,9 +304,9 @@ def _dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> t
 
 
 def _sampled_dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """Dot products of pairs of rows, ordered by query, in float32.
+    """Return float32 dot products of pairs of rows that are ordered by query.
 
-    On a CPU the entries of a sparse product are computed straight from the rows: four times as fast as gathering.
+    On a CPU they are entries of a sparse product, computed straight from the rows: four times as fast as gathering.
     """
     if rows.device.type != "cpu":
         return _dots(rows, query, candidate)
@@ -317,29 +317,29 @@ def _sampled_dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tens
 
 
 def _csr(offsets: torch.Tensor, columns: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A sparse matrix of zeros with entries at `columns`."""
-    # Two threads that come first at once would each restore what the other found, warnings ignored.
-    with _hearing:
-        _hear_warnings_once()
+    """Return a sparse matrix with entries, all zero, at `columns`."""
+    # Without a lock, threads that come first at once could each restore the filters that the other has set.
+    with _warning_lock:
+        _silence_first_warning()
     values = torch.zeros(len(columns), dtype=torch.float32)
     return torch.sparse_csr_tensor(offsets, columns, values, size=size, check_invariants=False)
 
 
-_hearing = threading.Lock()
+_warning_lock = threading.Lock()
 
 
 def _renew_lock() -> None:
-    """A forked process has none of the threads that may hold it."""
-    global _hearing
-    _hearing = threading.Lock()
+    """Replace the lock in a forked process, which has none of the threads that may hold it."""
+    global _warning_lock
+    _warning_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_renew_lock)
 
 
 @cache
-def _hear_warnings_once() -> None:
-    """Torch warns at its first sparse matrix, and only then, that the layout is in beta and not checked."""
+def _silence_first_warning() -> None:
+    """Silence torch's warning, given for its first sparse matrix only, that the layout is in beta and not checked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), size=(1, 1))
@@ -348,8 +348,8 @@ def _hear_warnings_once() -> None:
         )
 
 
-def _cosines64(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """Cosine similarities of pairs of rows in float64; 0 where a row is zero."""
+def cosines64(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """Return float64 cosine similarities of pairs of rows; 0 if a row is zero."""
     result = torch.empty(len(query), dtype=torch.float64, device=rows.device)
     for part in chunks(len(query), 16 * rows.shape[1]):
         x = rows.index_select(0, query[part]).double()

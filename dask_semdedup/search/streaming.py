@@ -1,8 +1,8 @@
-"""The search of rows that lie in host memory, on a GPU whose memory need not hold them.
+"""Search of rows in host memory on a GPU, whose own memory need not hold them.
 
-Segments are cut into *jobs* that fit the device. While one job is searched, the rows of the next one are on their
-way: through two pinned staging buffers, on a stream of their own, into the other of two row buffers. Those are
-allocated once, and streams wait for each other by events: no allocator has to know who still uses what.
+Segments are cut into *jobs* that fit on the device. While one job is searched, the rows of the next one are uploaded:
+through two pinned staging buffers, on a separate stream, to the other of two row buffers. These are allocated once, and
+the streams wait for each other by events, so that memory never changes hands through an allocator.
 
 A segment that is too large for the device is cut into chunks A1, ..., Am in rank order. The segments [Ai; Aj] of all
 i < j are searched, the rows of Ai as candidates only, and a row of Aj keeps its best answer over i. No pair of rows is
@@ -15,28 +15,28 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import cycle
 from typing import Any
 
 import torch
 
-from dask_semdedup.search import _check, certify, nearest_earlier
+from dask_semdedup.search import certify, checked_arguments, nearest_earlier
 
 __all__ = ["nearest_earlier_from_host"]
 
 STAGING_BYTES = 32 << 20
-"""Bytes of each of the two pinned buffers that rows pass through on their way to the device."""
+"""Bytes of each of the two pinned buffers through which rows are uploaded."""
 
 WORKSPACE = 256 << 20
-"""Bytes that a search may take beyond what grows with its rows."""
+"""Bytes that a search may take beyond those per row."""
 
 MIN_ROWS = 4096
-"""Rows of a job that a search asks for even if there is no memory for them."""
+"""Rows of a job even if too little memory is free for them."""
 
 MARGIN = 4e-6
-"""Scores are within 2e-6 of float64: where two differ by more than twice that, they are in the right order."""
+"""Two scores, each within 2e-6 of float64, are in the right order if they differ by more than this."""
 
 
 def nearest_earlier_from_host(
@@ -49,49 +49,49 @@ def nearest_earlier_from_host(
     batch_size: int | None = None,
     memory_bytes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find for every row in host memory its most similar earlier row of the same segment, searching on `device`.
+    """Return the most similar earlier row of the same segment for every row in host memory, searched on `device`.
 
     Parameters
     ----------
     rows : torch.Tensor
-        (n, d) finite floating-point rows on the CPU, in rank order within each segment. Pageable memory will do.
+        (n, d) finite floating-point rows on the CPU, in rank order within each segment. They may be in pageable memory.
     segments : torch.Tensor
-        (k + 1,) integer offsets, from 0 to n, not descending.
+        (k + 1,) integer offsets, ascending from 0 to n; segments may be empty.
     device : torch.device or str
-        Where to search. In a process one search at a time has a GPU: it is told how much memory is free, and that
-        must stay true.
+        The device to search on. One search at a time has it to itself in this process, as it claims the memory that is
+        free when it begins.
     stops, compute_dtype, batch_size
-        Of the search: see `dask_semdedup.search.nearest_earlier`.
+        As of `dask_semdedup.search.nearest_earlier`.
     memory_bytes : int, optional
-        Bytes of the device's memory that the search may take. By default what is free.
+        Bytes of device memory that the search may take. By default all that is free.
 
     Returns
     -------
     scores : torch.Tensor
         (n,) float32 on the CPU.
     index : torch.Tensor
-        (n,) int64 on the CPU. Both as of `dask_semdedup.search.nearest_earlier`; exact also where a segment is larger
-        than the device's memory. There, answers whose scores are too near to each other for float32 are decided in
+        (n,) int64 on the CPU. Both are as of `dask_semdedup.search.nearest_earlier`, and exact even if a segment
+        exceeds the device's memory: answers of several chunks whose float32 scores are too close are then decided in
         float64, on the host.
 
     Raises
     ------
     ValueError
-        If an argument is not one of those allowed.
+        If an argument is not allowed.
     """
-    segments, stops = _check(rows, segments, stops, compute_dtype, batch_size)
+    segments, stops = checked_arguments(rows, segments, stops, compute_dtype, batch_size)
     rows = certify.as_float32(rows)
-    # Two threads that come first at once must not get a way each.
+    # Threads that come first at once must share one link. A tensor's device has an index even if `device` has none.
     with _making:
-        link = _link(_with_index(torch.device(device)))
+        link = _link(torch.empty(0, device=device).device)
     scores = torch.zeros(len(rows))
     index = torch.arange(len(rows))
     is_exact = compute_dtype == "auto"
     with link.lock:
-        # Where nothing is free, to run out of memory is better than a search of a few rows at a time.
+        # If no memory is free, it is better to run out of it than to search a few rows at a time.
         least = WORKSPACE + MIN_ROWS * row_bytes(rows.shape[1])
         available = max(link.free_bytes(), least) if memory_bytes is None else memory_bytes
-        jobs = list(_jobs(segments, most_rows(rows.shape[1], available)))
+        jobs = list(_jobs(segments, max_rows(rows.shape[1], available)))
         with closing(_answers(link, rows, stops, jobs, compute_dtype, batch_size)) as answers:
             for job, found, where in answers:
                 _keep_better(rows, job, found, where, scores, index, is_exact)
@@ -99,53 +99,53 @@ def nearest_earlier_from_host(
 
 
 def row_bytes(width: int) -> int:
-    """Bytes of the device's memory that one row takes.
+    """Return the bytes of device memory that one row takes.
 
-    4 bytes a dimension in each of the two row buffers, 2 in the half-precision copy of the rows that are searched and
-    10% of 4 for what comes with them; and 128 bytes for the row's candidates and answers.
+    Each dimension takes 4 bytes in each of the two row buffers, 2 in the half-precision copy of the rows that are
+    searched, and 10% of 4 for intermediate results. The row's candidates and answers take 128 bytes.
     """
     return 2 * 4 * width + 2 * width + 4 * width // 10 + 128
 
 
-def most_rows(width: int, memory_bytes: int) -> int:
-    """Rows of a job: as many as fit beside the workspace; two at least, as a job of fewer compares nothing."""
+def max_rows(width: int, memory_bytes: int) -> int:
+    """Return the number of rows of a job that fit in memory with the workspace: at least 2, to compare any."""
     return max(2, (memory_bytes - WORKSPACE) // row_bytes(width))
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Rows that are searched in one go.
+    """Rows that are searched at once.
 
     Attributes
     ----------
-    parts : tuple of slice
-        One or two runs of the host's rows, which stand on the device one behind the other.
+    runs : tuple of slice
+        One or two runs of the host's rows, which are adjacent on the device.
     segments : torch.Tensor
-        Offsets of the segments that these are.
+        Offsets of the segments on the device.
     answers : slice
-        Those of the host's rows that the job answers: its last ones.
+        The host's rows that the job answers, which are its last ones.
     """
 
-    parts: tuple[slice, ...]
+    runs: tuple[slice, ...]
     segments: torch.Tensor
     answers: slice
 
     @property
     def n_rows(self) -> int:
-        """Rows on the device."""
-        return sum(part.stop - part.start for part in self.parts)
+        """Number of rows on the device."""
+        return sum(run.stop - run.start for run in self.runs)
 
     def host_rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Turn positions on the device into positions on the host."""
-        first, last = self.parts[0], self.parts[-1]
+        """Return positions on the host, given positions on the device."""
+        first, last = self.runs[0], self.runs[-1]
         n_first = first.stop - first.start
         return torch.where(index < n_first, index + first.start, index - n_first + last.start)
 
     def stops(self, stops: torch.Tensor | None) -> torch.Tensor | None:
-        """Where the candidates of the device's rows end, given where those of the host's do."""
-        if len(self.parts) == 1:
-            return None if stops is None else stops[self.parts[0]] - self.parts[0].start
-        earlier, chunk = self.parts
+        """Return the ends of the candidates on the device, given those on the host."""
+        if len(self.runs) == 1:
+            return None if stops is None else stops[self.runs[0]] - self.runs[0].start
+        earlier, chunk = self.runs
         ends = torch.arange(chunk.start, chunk.stop) if stops is None else stops[chunk]
         last = chunk.stop if earlier.stop == chunk.start else earlier.stop
         no_queries = torch.zeros(earlier.stop - earlier.start, dtype=torch.int64)
@@ -153,7 +153,7 @@ class _Job:
 
 
 def _jobs(segments: torch.Tensor, most: int) -> Iterator[_Job]:
-    """Cut the segments into runs of at most `most` rows, and what is longer by itself into pairs of chunks."""
+    """Yield the segments in jobs of at most `most` rows, and each longer segment in pairs of chunks."""
     first, n_segments = 0, len(segments) - 1
     while first < n_segments:
         start = int(segments[first])
@@ -169,7 +169,7 @@ def _jobs(segments: torch.Tensor, most: int) -> Iterator[_Job]:
 
 
 def _pairs(start: int, stop: int, most: int) -> Iterator[_Job]:
-    """Pair the chunks of one segment of more than `most` rows."""
+    """Yield the pairs of chunks of one segment of more than `most` rows."""
     n_chunks = -(-(stop - start) // (most // 2))
     size = -(-(stop - start) // n_chunks)
     chunks = [slice(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
@@ -188,13 +188,15 @@ def _answers(
     compute_dtype: str,
     batch_size: int | None,
 ) -> Generator[tuple[_Job, torch.Tensor, torch.Tensor]]:
-    """Search job by job, uploading the rows of the next one meanwhile; yield scores and the host's rows."""
+    """Yield each job with its scores and index on the device; the rows of the next job are uploaded meanwhile."""
     largest = max((job.n_rows for job in jobs), default=0)
     buffers = [link.empty(largest, rows.shape[1]) for _ in jobs[:2]]
-    # Uploads have a thread: the torch engine waits for the device, and what is pageable is copied by the host.
+    # Uploads have a thread of their own: the torch engine waits for the device, and the host copies pageable memory.
     uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
     try:
-        ahead = [uploads.submit(link.upload, rows, job.parts, slot) for job, slot in zip(jobs, buffers, strict=False)]
+        ahead = [
+            uploads.submit(link.upload, rows, job.runs, buffer) for job, buffer in zip(jobs, buffers, strict=False)
+        ]
         pending = None
         for number, job in enumerate(jobs):
             link.wait_for_rows(ahead[number].result())
@@ -208,7 +210,7 @@ def _answers(
             )
             link.release(buffer)
             if number + 2 < len(jobs):
-                ahead.append(uploads.submit(link.upload, rows, jobs[number + 2].parts, buffer))
+                ahead.append(uploads.submit(link.upload, rows, jobs[number + 2].runs, buffer))
             if pending is not None:
                 yield pending[0], *pending[1].get()
             pending = job, link.download(*found)
@@ -228,11 +230,11 @@ def _keep_better(
     index: torch.Tensor,
     is_exact: bool,
 ) -> None:
-    """Put the answers of a job; where others have been put before, those that are better, among equals the first."""
+    """Write the answers of a job that are better than those of earlier jobs, or equal and of an earlier row."""
     first = job.n_rows - (job.answers.stop - job.answers.start)
     found, where = found[first:], job.host_rows(where[first:])
     held, held_where = scores[job.answers], index[job.answers]
-    # A row that is its own answer has none yet.
+    # A row that is its own answer has no answer yet.
     own = torch.arange(job.answers.start, job.answers.stop)
     is_new, is_contest = (where != own) & (held_where == own), (where != own) & (held_where != own)
     is_better = is_new | (is_contest & ((found > held) | ((found == held) & (where < held_where))))
@@ -246,13 +248,13 @@ def _keep_better(
 
 
 def _cosines(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """Float64 cosine similarities as the search decides by them."""
-    return certify.snap(certify._cosines64(rows, query, candidate))
+    """Return float64 cosine similarities, rounded as in the search."""
+    return certify.snap(certify.cosines64(rows, query, candidate))
 
 
 @dataclass
 class _Buffer:
-    """Memory on the device for the rows of a job, and the event after which it is free to be overwritten."""
+    """Device memory for the rows of a job, and the event after which it may be overwritten."""
 
     rows: torch.Tensor
     free: Any = None
@@ -260,64 +262,64 @@ class _Buffer:
 
 @dataclass(frozen=True)
 class _Download:
-    """Answers on their way to the host, and the event after which they are there."""
+    """Answers being copied to the host, and the event after which they have arrived."""
 
     answers: tuple[torch.Tensor, torch.Tensor]
     arrived: torch.cuda.Event | None = None
 
     def get(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Wait for them."""
+        """Wait for the answers and return them."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.answers
 
 
+@dataclass(eq=False)
 class _Link:
-    """The way of rows to a device and of answers back; this one to a CPU, where everything is done at once."""
+    """Transfers of rows to a device and of answers back. This class, for the CPU, does everything at once."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.lock = threading.Lock()
+    device: torch.device
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def free_bytes(self) -> int:
-        """Bytes that a search may take."""
+        """Return the bytes that a search may take."""
         import psutil
 
         return int(psutil.virtual_memory().available)
 
     def empty(self, n_rows: int, width: int) -> _Buffer:
-        """Memory for the rows of a job."""
+        """Return memory for the rows of a job."""
         return _Buffer(torch.empty(n_rows, width, device=self.device))
 
-    def upload(self, rows: torch.Tensor, parts: tuple[slice, ...], buffer: _Buffer) -> torch.cuda.Event | None:
-        """Copy parts of the host's rows into `buffer`, one behind the other; return the event that ends it."""
-        torch.cat([rows[part] for part in parts], out=buffer.rows[: sum(part.stop - part.start for part in parts)])
+    def upload(self, rows: torch.Tensor, runs: tuple[slice, ...], buffer: _Buffer) -> torch.cuda.Event | None:
+        """Copy runs of the host's rows to `buffer`, one after another; return the event that ends the copy."""
+        torch.cat([rows[run] for run in runs], out=buffer.rows[: sum(run.stop - run.start for run in runs)])
         return None
 
     def wait_for_rows(self, uploaded: Any) -> None:
         """Let the search wait for an upload."""
 
     def release(self, buffer: _Buffer) -> None:
-        """Let the next upload into `buffer` wait for the search of what it holds."""
+        """Let the next upload to `buffer` wait for the search of its present rows."""
 
     def download(self, scores: torch.Tensor, index: torch.Tensor) -> _Download:
-        """Send answers to the host."""
+        """Begin to copy answers to the host."""
         return _Download((scores, index))
 
     def drain(self) -> None:
-        """Wait for all uploads, so that no buffer is freed while one writes to it."""
+        """Wait for all uploads, so that no buffer is freed while it is written to."""
 
 
+@dataclass(eq=False)
 class _CudaLink(_Link):
-    """To a GPU, through pinned memory and beside the search.
+    """Transfers to a GPU through pinned memory, concurrent with the search.
 
-    The buffers belong to the stream of the search, and are returned to the allocator in its order: that of uploads
-    ends before, as the search has waited for every upload, and `drain` for those that it has not come to.
+    The buffers belong to the stream of the search, and are returned to the allocator in its order. The stream of
+    uploads is done before: the search has waited for every upload, and `drain` waits for those that it did not reach.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.stream = torch.cuda.Stream(device)
+    def __post_init__(self) -> None:
+        self.stream = torch.cuda.Stream(self.device)
         self.staging = cycle([(self._pinned(STAGING_BYTES // 4), torch.cuda.Event()) for _ in range(2)])
 
     @staticmethod
@@ -325,29 +327,29 @@ class _CudaLink(_Link):
         return torch.empty(size, dtype=dtype, pin_memory=True)
 
     def free_bytes(self) -> int:
-        """What CUDA calls free, and what torch's own allocator holds for nobody; half of it where cuDF shares the pool.
+        """Return CUDA's free memory plus what torch's allocator holds unused, or half of the former with cuDF's pool.
 
-        What a pool of RMM's holds counts as taken: `dask_semdedup.memory` bounds that.
+        Unused memory of an RMM pool counts as taken; `dask_semdedup.device.memory` bounds it.
         """
         free = torch.cuda.mem_get_info(self.device)[0]
         allocator = torch.cuda.memory.get_allocator_backend()
         if allocator == "pluggable":
-            return free // 2  # Partitions of cuDF that other threads read meanwhile need memory too.
-        if allocator == "native":  # Others keep no such statistics.
+            return free // 2  # Other threads need memory to read cuDF partitions meanwhile.
+        if allocator == "native":  # Other allocators keep no such statistics.
             free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free
 
     def empty(self, n_rows: int, width: int) -> _Buffer:
         buffer = super().empty(n_rows, width)
-        # What had this memory before may still be at work on it.
+        # The previous owner's work on this memory may not be done.
         self.release(buffer)
         return buffer
 
-    def upload(self, rows: torch.Tensor, parts: tuple[slice, ...], buffer: _Buffer) -> torch.cuda.Event:
+    def upload(self, rows: torch.Tensor, runs: tuple[slice, ...], buffer: _Buffer) -> torch.cuda.Event:
         target, start = buffer.rows.view(-1), 0
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(buffer.free)
-            for piece in (piece for part in parts for piece in rows[part].view(-1).split(STAGING_BYTES // 4)):
+            for piece in (piece for run in runs for piece in rows[run].view(-1).split(STAGING_BYTES // 4)):
                 staging, sent = next(self.staging)
                 sent.synchronize()
                 staging[: len(piece)].copy_(piece)
@@ -377,12 +379,5 @@ _making = threading.Lock()
 
 @cache
 def _link(device: torch.device) -> _Link:
-    """The way to a device: one for all, with its pinned memory, as to pin memory takes long."""
+    """Return the one link to a device, which keeps its pinned memory, as to pin memory takes long."""
     return _CudaLink(device) if device.type == "cuda" else _Link(device)
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """Name the device that "cuda" means at present."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", torch.cuda.current_device())

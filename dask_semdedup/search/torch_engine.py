@@ -1,8 +1,8 @@
 """The coarse pass by blocked matrix products in torch, on any device.
 
-Large segments are searched strip by strip: a strip of queries is multiplied by panels of the candidates ranked
-before its last query, and only the pairs that can still be nearest (see `certify`) leave the strip. Small segments
-are padded to a common length and multiplied in batches, in float32, which needs no half-precision copy.
+Large segments are searched strip by strip: a strip of queries is multiplied by panels of the candidates ranked before
+its last query, and only the pairs that can still be nearest (see `certify`) leave the strip. Small segments are padded
+to a common length and multiplied in batches, in float32, which needs no half-precision copy.
 
 Scores are laid out candidate by query, so that maxima over blocks of candidates run along contiguous rows.
 """
@@ -21,41 +21,41 @@ from dask_semdedup.search import certify
 from dask_semdedup.search.certify import UnitRows
 
 SMALL = 256
-"""Segments up to this many rows are searched in batches."""
+"""Segments of up to this many rows are searched in batches."""
 
 BLOCK = 64
-"""Candidates whose maximum is taken at once."""
+"""Candidates per maximum."""
 
 STRIP = {"cpu": 512, "cuda": 4096}
-"""Queries multiplied at once, unless the caller says otherwise: a GPU is not filled by fewer."""
+"""Queries multiplied at once by default: fewer would not fill a GPU."""
 
 MAX_QUERIES = 8192
-"""Queries multiplied at once whatever the caller says: more gain nothing, and the mask of a strip grows as a square."""
+"""Upper limit of queries multiplied at once: more gain nothing, and the mask of a strip grows with their square."""
 
 BATCH_BYTES = 4 << 20
 """Bytes of padded rows at once: a batch of small segments stays in the cache."""
 
 STEP = 256
-"""Candidates multiplied at once where the triangle's edge crosses a strip: each step leaves out earlier queries. In
-wide strips an eighth of these, so that there are few steps."""
+"""Candidates multiplied at once along the diagonal of a strip, where each step leaves out the queries before it. Wide
+strips take steps of an eighth of their width instead, so that there are few of them."""
 
 MAX_HITS = 32
-"""A query with more candidates than this, and than one in `DENSE` rows, is multiplied again more precisely:
-past it, one dense product is cheaper than rescoring the pairs."""
+"""A query with more candidates than this, and more than one in `DENSE` rows, is multiplied again more precisely: one
+dense product is then cheaper than rescoring its pairs."""
 
 DENSE = 128
 
 
 @dataclass(frozen=True)
 class Coarse:
-    """A representation of the unit rows in which scores are computed, and how far to trust it.
+    """Representation of the unit rows for the products, with bounds on the errors of the scores.
 
     Attributes
     ----------
     rows : torch.Tensor
         (n, d) in the dtype of the products.
     scale : torch.Tensor or None
-        (n,) factors that make the rows unit vectors; None where they are.
+        (n,) factors that make the rows unit vectors; None if they are.
     bound : torch.Tensor
         (n,) bounds on the error of a query's scores before they are rounded to the dtype of `rows`.
     """
@@ -70,7 +70,7 @@ class Coarse:
         return self.rows.dtype
 
     def multiply(self, candidates: slice, queries: slice | torch.Tensor, out: torch.Tensor) -> None:
-        """Put the similarities of `candidates` to `queries`, candidate by query, into `out`."""
+        """Write the similarities of `candidates` to `queries`, candidate by query, to `out`."""
         torch.mm(self.rows[candidates], self.rows[queries].T, out=out)
         if self.scale is not None:
             out.mul_(self.scale[candidates, None]).mul_(self.scale[queries])
@@ -78,13 +78,13 @@ class Coarse:
 
 @dataclass(frozen=True)
 class Double:
-    """The unit rows in float64, converted panel by panel: scores that need no certificate."""
+    """Unit rows in float64, converted panel by panel, whose scores need no certificate."""
 
     rows: torch.Tensor
     dtype: torch.dtype = torch.float64
 
     def multiply(self, candidates: slice, queries: slice | torch.Tensor, out: torch.Tensor) -> None:
-        """Put the similarities of `candidates` to `queries`, candidate by query, into `out`."""
+        """Write the similarities of `candidates` to `queries`, candidate by query, to `out`."""
         torch.mm(self._unit(self.rows[candidates]), self._unit(self.rows[queries]).T, out=out)
         certify.snap(out)
 
@@ -96,46 +96,46 @@ class Double:
 
 
 def in_float32(unit: UnitRows) -> Coarse:
-    """The rows as they are, scores computed in float32."""
+    """Return the rows as they are, for scores in float32."""
     bound = certify.accumulation_bound(unit.width) + 2 * certify.UNIT_TOLERANCE
     scale = None if unit.is_unit else unit.inverse_norm
     return Coarse(unit.rows, scale, torch.full_like(unit.inverse_norm, bound))
 
 
 def in_half(unit: UnitRows, dtype: torch.dtype) -> Coarse:
-    """A half-precision copy of the unit rows."""
+    """Return a half-precision copy of the unit rows."""
     half, residual = certify.half_copy(unit, dtype)
     bound = certify.half_bound(residual, residual.max(), unit.width)
     return Coarse(half, None, bound)
 
 
-def workspace_bytes(device: torch.device) -> int:
-    """Bytes that the scores of one panel may take: an eighth of what is free, at most 8 MiB (CPU) or 256 MiB (CUDA)."""
-    if device.type == "cuda":
-        return min(256 << 20, torch.cuda.mem_get_info(device)[0] // 8)
+def workspace_bytes(rows: torch.Tensor) -> int:
+    """Return the bytes for the scores of one panel: an eighth of free memory, at most 8 MiB (CPU) or 256 MiB (CUDA)."""
+    if rows.is_cuda:
+        return min(256 << 20, torch.cuda.mem_get_info(rows.device)[0] // 8)
     import psutil
 
     return max(1 << 20, min(8 << 20, psutil.virtual_memory().available // 8))
 
 
-def strip_size(wanted: int | None, segments: torch.Tensor, device: torch.device) -> int:
-    """Queries to multiply at once: as `wanted`, but not more than the longest segment has."""
+def strip_size(wanted: int | None, segments: torch.Tensor, rows: torch.Tensor) -> int:
+    """Return the number of queries to multiply at once: as `wanted`, but no more than the longest segment has."""
     longest = int(segments.diff().max()) if len(segments) > 1 else 1
-    return max(1, min(wanted or STRIP[device.type], longest, MAX_QUERIES))
+    return max(1, min(wanted or STRIP[rows.device.type], longest, MAX_QUERIES))
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Queries of one segment, and their candidates.
+    """Queries of one segment and their candidates.
 
     Attributes
     ----------
     start, stop : int
-        The candidates of any of them: rows from `start` to before `stop`.
+        The candidates of any query: rows from `start` to before `stop`.
     queries : torch.Tensor
         (m,) int64 rows, ascending.
     stops : torch.Tensor
-        (m,) int64 where the candidates of each end. The very same tensor as `queries` where they end with the query.
+        (m,) int64 ends of the candidates of each query; the same object as `queries` if these are the queries.
     """
 
     start: int
@@ -144,20 +144,20 @@ class Strip:
     stops: torch.Tensor
 
     def run(self) -> slice | None:
-        """The queries as a slice, if they are consecutive rows, each with all earlier ones as candidates."""
+        """Return the queries as a slice if they are consecutive rows that have all earlier rows as candidates."""
         first = int(self.queries[0])
         is_run = self.stops is self.queries and self.stop + 1 - first == len(self.queries)
         return slice(first, self.stop + 1) if is_run else None
 
     def first_stop(self) -> int:
-        """Where the first candidate stands that is none of some query's."""
+        """Return the first row that is not a candidate of every query."""
         return int(self.queries[0] if self.stops is self.queries else self.stops.min())
 
 
 def strips(
     queries: torch.Tensor, segments: torch.Tensor, size: int, stops: torch.Tensor | None = None
 ) -> Iterator[Strip]:
-    """Cut `queries` into strips of at most `size` queries of one segment.
+    """Yield `queries` in strips of at most `size` queries of one segment.
 
     Parameters
     ----------
@@ -166,17 +166,16 @@ def strips(
     segments : torch.Tensor
         (k + 1,) int64 offsets, on the CPU.
     size : int
-        Queries in a strip.
     stops : torch.Tensor, optional
-        (n,) int64 where the candidates of each row end, if not with the row itself.
+        (n,) int64 ends of the candidates of each row. By default the row itself.
     """
     cuts = torch.searchsorted(queries, segments.to(queries.device)).tolist()
     starts = segments.tolist()
     for start, first, last in zip(starts, cuts, cuts[1:], strict=False):
         for cut in range(first, last, size):
-            part = queries[cut : min(cut + size, last)]
-            ends = part if stops is None else stops[part]
-            yield Strip(start, int(ends[-1] if stops is None else ends.max()), part, ends)
+            split = queries[cut : min(cut + size, last)]
+            ends = split if stops is None else stops[split]
+            yield Strip(start, int(ends[-1] if stops is None else ends.max()), split, ends)
 
 
 _INTEGERS = {
@@ -188,7 +187,7 @@ _INTEGERS = {
 
 
 def _padded(n: int) -> int:
-    """The next multiple of `BLOCK`."""
+    """Return the next multiple of `BLOCK`."""
     return -(-n // BLOCK) * BLOCK
 
 
@@ -201,10 +200,10 @@ class Panel:
     first : int
         The first candidate.
     scores : torch.Tensor
-        (blocks, `BLOCK`, queries). Those of rows that are no candidates of the query, and of the padding of the last
+        (blocks, `BLOCK`, queries). Scores of rows that are no candidates of the query, and of the padding of the last
         block, are 0.
     last : torch.Tensor
-        (m, queries) integers: 0 where one of the last m rows of scores is such a score, else -1.
+        (m, queries) integers for the last m rows of scores: 0 where the score is one of these, else -1.
     """
 
     first: int
@@ -212,14 +211,14 @@ class Panel:
     last: torch.Tensor
 
     def positive_maxima(self) -> torch.Tensor:
-        """(blocks, queries) maxima that are right where they are positive.
+        """Return (blocks, queries) maxima that are correct where they are positive.
 
-        The bits of positive floating-point numbers are ordered as integers are, and integers compare faster.
+        The bits of positive floating-point numbers are ordered like integers, and integers compare faster.
         """
         return self.scores.view(self.last.dtype).amax(dim=1).view(self.scores.dtype)
 
     def maxima(self, columns: slice | torch.Tensor = slice(None)) -> torch.Tensor:
-        """(blocks, m) maxima of the queries in `columns`; without a candidate they, and those scores, are -inf."""
+        """Return (blocks, m) maxima of the queries in `columns`, after setting scores of non-candidates to -inf."""
         rows = self.scores.view(-1, self.scores.shape[-1])
         tail = rows[len(rows) - len(self.last) :]
         tail[:, columns] = tail[:, columns].masked_fill(self.last[:, columns] == 0, -math.inf)
@@ -227,34 +226,34 @@ class Panel:
 
 
 class Panels:
-    """Multiplies strips by their candidates, panel by panel, in one buffer that is used again and again."""
+    """Products of strips with their candidates, panel by panel, in one buffer that all panels share."""
 
     def __init__(self, product: Coarse | Double, strip_size: int) -> None:
         self.product = product
         self.strip_size = strip_size
         self.step = max(STEP, strip_size // 8)
         device, width = product.rows.device, product.rows.shape[1]
-        # Float64 panels are converted copies of the rows: those take room too.
+        # Float64 panels are converted copies of the rows, which take memory too.
         columns = max(strip_size, width) if isinstance(product, Double) else strip_size
-        blocks = workspace_bytes(device) // (product.dtype.itemsize * columns * BLOCK)
+        blocks = workspace_bytes(product.rows) // (product.dtype.itemsize * columns * BLOCK)
         self.size = BLOCK * max(1, blocks)
         self.buffer = torch.empty(self.size * strip_size, dtype=product.dtype, device=device)
-        place = torch.arange(strip_size + BLOCK, device=device)
-        self.diagonal = self._earlier(place, place[:strip_size])  # of strips that are runs
+        position = torch.arange(strip_size + BLOCK, device=device)
+        self.diagonal = self._earlier(position, position[:strip_size])  # The mask of strips that are runs.
 
     def of(self, strip: Strip) -> Iterator[Panel]:
-        """Yield the panels of `strip`; each is gone when the next one is asked for."""
+        """Yield the panels of `strip`; each is overwritten by the next one."""
         n_rows, n_queries = len(self.product.rows), len(strip.queries)
         run = strip.run()
         if run is not None:
-            # Lengths are rounded up, as oneDNN compiles a product for each shape; the rows that follow do no harm.
+            # Lengths are rounded up, as oneDNN compiles a product for each shape; the extra rows are ignored.
             run = slice(run.start, min(run.start + min(_padded(n_queries), self.strip_size), n_rows))
         width = n_queries if run is None else run.stop - run.start
         for first in range(strip.start, strip.stop, self.size):
             end = first + _padded(min(self.size, strip.stop - first))
             scores = self.buffer[: (end - first) * width].view(end - first, width)
             self._multiply(first, min(end, n_rows), strip.queries if run is None else run, scores)
-            # From this candidate on, some are none of some query's.
+            # Before this row, all rows are candidates of all queries.
             begin = min(max(strip.first_stop(), first), end)
             if run is None:
                 last = self._earlier(torch.arange(begin, end, device=scores.device), strip.stops)
@@ -264,7 +263,7 @@ class Panels:
             yield Panel(first, scores.view(-1, BLOCK, width)[..., :n_queries], last[:, :n_queries])
 
     def _multiply(self, first: int, stop: int, queries: slice | torch.Tensor, scores: torch.Tensor) -> None:
-        """Multiply the candidates from `first` to `stop`, leaving out most of those not ranked before the query."""
+        """Multiply the candidates from `first` to `stop`, without most pairs whose candidate is not ranked earlier."""
         if not isinstance(queries, slice):
             self.product.multiply(slice(first, stop), queries, scores[: stop - first])
             return
@@ -275,7 +274,7 @@ class Panels:
             self.product.multiply(slice(begin, end), slice(queries.start + column, queries.stop), out)
 
     def _earlier(self, candidates: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
-        """All bits set where the candidate stands before the query's stop, none elsewhere."""
+        """Return integers with all bits set where the candidate is before the query's stop, 0 elsewhere."""
         return (candidates[:, None] < stops).to(_INTEGERS[self.product.dtype]).neg_()
 
 
@@ -288,7 +287,7 @@ def nearest(
     index: torch.Tensor,
     strip_size: int = STRIP["cpu"],
 ) -> None:
-    """Put the best score of each query as computed, and the first candidate that has it."""
+    """Write the best score of each query as computed, and the first candidate that has it."""
     panels = Panels(product, strip_size)
     for strip in strips(queries, segments, strip_size, stops):
         column = torch.arange(len(strip.queries), device=queries.device)
@@ -305,7 +304,7 @@ def nearest(
 
 
 class Pairs:
-    """Candidate pairs, rescored whenever enough of them have gathered."""
+    """Candidate pairs, rescored as soon as there are `FLUSH` of them."""
 
     FLUSH = 1 << 14
 
@@ -315,16 +314,16 @@ class Pairs:
         self.count = 0
 
     def add(self, query: torch.Tensor, candidate: torch.Tensor) -> None:
-        """Hold the pairs, all of each query's."""
+        """Hold pairs: all of each query at once."""
         self.held.append((query, candidate))
         self.count += len(query)
         if self.count >= self.FLUSH:
             self.flush()
 
     def flush(self) -> None:
-        """Rescore what is held."""
+        """Rescore the pairs that are held."""
         if self.held:
-            query, candidate = (torch.cat(part) for part in zip(*self.held, strict=True))
+            query, candidate = map(torch.cat, zip(*self.held, strict=True))
             certify.rescore(self.unit, query, candidate, self.scores, self.index)
         self.held, self.count = [], 0
 
@@ -337,7 +336,7 @@ def certified(
     pairs: Pairs,
     strip_size: int = STRIP["cpu"],
 ) -> torch.Tensor:
-    """Add the pairs that can be nearest to `pairs`, and return the queries that have too many of them."""
+    """Return the queries with too many candidates that can be nearest; add those of the others to `pairs`."""
     panels = Panels(coarse, strip_size)
     crowded = [queries[:0]]
     for strip in strips(queries, segments, strip_size, stops):
@@ -358,8 +357,8 @@ def certified(
             column, candidate, score = _reaching(panel.scores, maxima, threshold, most, hits)
             found.append((column, candidate + panel.first, score))
         crowded.append(strip.queries[hits > most])
-        column, candidate, score = (torch.cat(part) for part in zip(*found, strict=True))
-        # Earlier panels were held against a best score that later ones may have raised.
+        column, candidate, score = map(torch.cat, zip(*found, strict=True))
+        # Later panels may have raised the best score since.
         keep = score >= threshold[column]
         keep &= hits[column] <= most
         pairs.add(strip.queries[column[keep]], candidate[keep])
@@ -367,7 +366,7 @@ def certified(
 
 
 def _threshold(best: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Coarse scores below this cannot be a query's nearest; +inf for a query that has no candidate yet."""
+    """Return the coarse score below which no candidate is a query's nearest; +inf for queries without candidates."""
     threshold = best - certify.window(best, bound, dtype)
     return threshold.masked_fill_(best == -math.inf, math.inf)
 
@@ -375,14 +374,14 @@ def _threshold(best: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> t
 def _reaching(
     scores: torch.Tensor, maxima: torch.Tensor, threshold: torch.Tensor, most: int, hits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the scores that reach their query's threshold, block by block.
+    """Return the scores that reach their query's threshold, found block by block.
 
-    Adds to `hits`, per query, the blocks and then the entries found; queries with more than `most` yield none.
+    The blocks and then the entries found are added to each query's `hits`; queries with more than `most` get none.
 
     Returns
     -------
     column, candidate, score : torch.Tensor
-        Position of the query in the strip, of the candidate in the panel, and the coarse score in float32.
+        Position of the query in the strip and of the candidate in the panel, and the coarse score in float32.
     """
     reached = maxima >= threshold
     hits += reached.sum(dim=0)
@@ -397,7 +396,7 @@ def _reaching(
 
 
 def _flat_nonzero(mask: torch.Tensor) -> torch.Tensor:
-    """Positions of what is true in `mask`, flattened: on a CPU by NumPy, four times as fast."""
+    """Return the positions where the flattened `mask` is true; on a CPU by NumPy, which is four times as fast."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.view(-1).nonzero().flatten()
@@ -414,7 +413,7 @@ class Batch:
     longest : int
         Rows that every segment is padded to.
     is_contiguous : bool
-        Whether the segments lie one behind the other, all of one length: then no row is copied.
+        Whether the segments are adjacent and all of one length, so that no rows need to be copied.
     """
 
     starts: torch.Tensor
@@ -423,13 +422,13 @@ class Batch:
     is_contiguous: bool
 
     def rows(self) -> torch.Tensor:
-        """(g, longest) int64 row numbers; short segments repeat their last row."""
-        place = torch.arange(self.longest, device=self.starts.device)
-        return self.starts[:, None] + torch.minimum(place, self.lengths[:, None] - 1)
+        """Return (g, longest) int64 row numbers; short segments repeat their last row."""
+        position = torch.arange(self.longest, device=self.starts.device)
+        return self.starts[:, None] + torch.minimum(position, self.lengths[:, None] - 1)
 
 
-def batches(segments: torch.Tensor, which: torch.Tensor, row_bytes: int, device: torch.device) -> Iterator[Batch]:
-    """Group the segments in `which` by length, each group about `BATCH_BYTES` of padded rows.
+def batches(segments: torch.Tensor, which: torch.Tensor, rows: torch.Tensor) -> Iterator[Batch]:
+    """Yield the segments in `which` in groups of similar length, of about `BATCH_BYTES` of padded rows each.
 
     Parameters
     ----------
@@ -437,11 +436,10 @@ def batches(segments: torch.Tensor, which: torch.Tensor, row_bytes: int, device:
         (k + 1,) int64 offsets, on the CPU.
     which : torch.Tensor
         (m,) int64 segments.
-    row_bytes : int
-        Bytes of one row.
-    device : torch.device
-        Where the batches are wanted.
+    rows : torch.Tensor
+        (n, d) rows, whose device the batches are on.
     """
+    row_bytes = rows[:1].nbytes
     lengths, order = segments.diff()[which].sort(descending=True, stable=True)
     starts = segments[which[order]]
     first = 0
@@ -451,12 +449,13 @@ def batches(segments: torch.Tensor, which: torch.Tensor, row_bytes: int, device:
         alike = int(torch.searchsorted(-lengths, -0.75 * longest, right=True))
         last = min(first + max(1, BATCH_BYTES // (row_bytes * longest)), alike)
         is_contiguous = bool((starts[first:last].diff() == longest).all()) and int(lengths[last - 1]) == longest
-        yield Batch(starts[first:last].to(device), lengths[first:last].to(device), longest, is_contiguous)
+        group = starts[first:last].to(rows.device), lengths[first:last].to(rows.device)
+        yield Batch(*group, longest, is_contiguous)
         first = last
 
 
 def _batch_scores(coarse: Coarse, batch: Batch, rows: torch.Tensor, stops: torch.Tensor | None) -> torch.Tensor:
-    """Scores of a batch, (g, candidates, queries): -inf unless the candidate stands before the query's stop."""
+    """Return the (g, candidates, queries) scores of a batch: -inf unless the candidate is before the query's stop."""
     if batch.is_contiguous:
         first = int(batch.starts[0])
         values = coarse.rows[first : first + rows.numel()]
@@ -467,9 +466,9 @@ def _batch_scores(coarse: Coarse, batch: Batch, rows: torch.Tensor, stops: torch
     if coarse.scale is not None:
         scale = coarse.scale[rows]
         scores.mul_(scale[:, :, None]).mul_(scale[:, None, :])
-    place = torch.arange(batch.longest, device=scores.device)
-    ends = place if stops is None else (stops[rows] - batch.starts[:, None])[:, None]
-    return scores.masked_fill_(place[:, None] >= ends, -math.inf)
+    position = torch.arange(batch.longest, device=scores.device)
+    ends = position if stops is None else (stops[rows] - batch.starts[:, None])[:, None]
+    return scores.masked_fill_(position[:, None] >= ends, -math.inf)
 
 
 def nearest_in_batches(
@@ -480,8 +479,8 @@ def nearest_in_batches(
     scores: torch.Tensor,
     index: torch.Tensor,
 ) -> None:
-    """Put the best score of each row of the small segments in `which` as computed, and the first that has it."""
-    for batch in batches(segments, which, coarse.rows[:1].nbytes, coarse.rows.device):
+    """Write the best score of each row of the segments in `which` as computed, and the first candidate that has it."""
+    for batch in batches(segments, which, coarse.rows):
         rows = batch.rows()
         best, candidate = _batch_scores(coarse, batch, rows, stops).max(dim=1)
         found = (best > -math.inf) & (torch.arange(batch.longest, device=rows.device) < batch.lengths[:, None])
@@ -497,12 +496,12 @@ def certified_in_batches(
     which: torch.Tensor,
     pairs: Pairs,
 ) -> torch.Tensor:
-    """Add the pairs of the small segments in `which` that can be nearest to `pairs`; zero rows are no queries.
+    """Return the queries of the segments in `which` with too many candidates, as in `certified`.
 
-    Returns the queries that have too many of them.
+    The candidates of the other queries are added to `pairs`. Zero rows are no queries.
     """
     crowded = [torch.empty(0, dtype=torch.int64, device=is_zero.device)]
-    for batch in batches(segments, which, coarse.rows[:1].nbytes, coarse.rows.device):
+    for batch in batches(segments, which, coarse.rows):
         rows = batch.rows()
         scores = _batch_scores(coarse, batch, rows, stops)
         best = scores.amax(dim=1)

@@ -1,24 +1,4 @@
-"""The coarse pass as one fused kernel over the tiles of all segments, and what follows it, for CUDA.
-
-The kernels, in the order of their launch; the host waits for none:
-
-`halve_kernel`
-    rounds the unit rows to half precision, measures what that lost, and answers each row with itself to begin with.
-`coarse_kernel`
-    multiplies tiles of queries by tiles of the candidates ranked before them. Of each tile and query only the two or
-    three best scores and their candidates leave the kernel; the rest never reach memory.
-`select_kernel`
-    holds those against the certificate and lists the candidates that remain.
-`score_kernel`, `finish_kernel`
-    score them in float64, and take the best of each query.
-
-A tile's scores lie in (-1.01, 1.01). Adding 3 brings them into one binade, where the bits of a float grow in equal
-steps and compare as integers; the lowest bits of that integer are then given to the candidate's place in its tile, so
-that best and candidate are one maximum. `certify` calls the precision lost by this *quantum*.
-
-The tiles of all segments are numbered through: groups of up to `GROUP` query blocks of one segment, within a group
-candidate block by candidate block, so that tiles that run at the same time share operands in the L2 cache.
-"""
+"""The search on CUDA devices: plans of tiles, and the launches of the kernels. The host waits for none of them."""
 
 from __future__ import annotations
 
@@ -36,8 +16,8 @@ from dask_semdedup.search.triton_kernels import coarse_kernel, finish_kernel, ha
 from dask_semdedup.search.triton_launch import Launcher, Table, Workspace, launcher_for, upload
 
 KEY_BYTES = 16 << 20
-"""Device memory for the best and second best scores of the tiles. Larger searches take several launches, of about 2 ms:
-between two of them others get the GPU."""
+"""Bytes of device memory for the best keys of the tiles. Larger searches take several launches of about 2 ms each, so
+that other streams get the GPU between them."""
 
 
 def nearest(
@@ -52,7 +32,7 @@ def nearest(
     config: Config | None = None,
     key_bytes: int = KEY_BYTES,
 ) -> None:
-    """Put the answers of all rows. The host does not wait for the device.
+    """Write the answers of all rows to `scores` and `index`. The host does not wait for the device.
 
     Parameters
     ----------
@@ -61,31 +41,31 @@ def nearest(
     segments : torch.Tensor
         (k + 1,) int64 offsets, on the CPU.
     scores, index : torch.Tensor
-        (n,) float32 and int64, where the answers are put.
+        (n,) float32 and int64, on the same device.
     stops : torch.Tensor, optional
-        (n,) int64, on the CPU: where the candidates of each row end, if not with the row itself.
+        (n,) int64 ends of the candidates of each row, on the CPU. By default the row itself.
     dtype : torch.dtype
         The half precision of the coarse pass.
     exact : bool
-        Whether to rescore; if not, the best coarse scores are the answer.
+        Whether to rescore in float64. If not, the answers are the best coarse scores.
     config : Config, optional
-        Sizes of the tiles; chosen from the segments if not given.
+        Sizes of the tiles. By default chosen for the segments.
     key_bytes : int
-        Device memory for the best and second best scores of the tiles.
+        Bytes of device memory for the best keys of the tiles.
     """
     offsets = segments.numpy()
-    config = config or choose_config(offsets, rows.device)
+    config = config or choose_config(offsets, _properties(rows.device)["max_shared_mem"])
     tiles = tiling(offsets, config, None if stops is None else stops.numpy())
     launches = tiles.launches(max(1, key_bytes // (4 * config.keep * config.queries)))
-    most_tiles = max((stop_tile - first_tile for first_tile, stop_tile, *_ in launches), default=0)
-    table = upload(tiles, stops, rows.device)
-    work = Workspace.empty(len(rows), config.keep * most_tiles * config.queries, rows.device)
+    max_tiles = max((stop_tile - first_tile for first_tile, stop_tile, *_ in launches), default=0)
+    table = upload(tiles, stops, rows)
+    work = Workspace.empty(rows, config.keep * max_tiles * config.queries)
     part = min(config.queries, 8 if tiles.n_tiles > 16 * tiles.n_blocks else 32)
     is_aligned = rows.data_ptr() % 16 == 0
     launch = launcher_for(rows.device, rows.shape[1], is_aligned, dtype, config, part, exact, stops is not None)
     half = halve(launch, rows, dtype, table, work, scores, index)
     for first_tile, stop_tile, first_block, stop_block in launches:
-        multiply(launch, half, config, table, first_tile, stop_tile - first_tile, work, most_tiles)
+        multiply(launch, half, config, table, first_tile, stop_tile - first_tile, work, max_tiles)
         launch(
             select_kernel,
             (stop_block - first_block) * (config.queries // part),
@@ -95,7 +75,7 @@ def nearest(
             table.groups,
             table.stops,
             work.keys,
-            most_tiles * config.queries,
+            max_tiles * config.queries,
             scores,
             index,
             work.offset,
@@ -103,14 +83,14 @@ def nearest(
             table.n_pairs,
             work.pair_query,
             work.pair_candidate,
-            work.most_pairs,
+            work.capacity,
             first_tile,
             first_block,
             2 * certify.accumulation_bound(rows.shape[1]) + 2 * certify.UNIT_TOLERANCE,
             QUERIES=config.queries,
             CANDIDATES=config.candidates,
-            GROUP=GROUP.value,
-            FIELDS=FIELDS.value,
+            GROUP=GROUP,
+            FIELDS=FIELDS,
             KEEP=config.keep,
             PART=part,
             STEP=KEYS // part,
@@ -126,14 +106,14 @@ def nearest(
 def rescore(
     launch: Launcher, rows: torch.Tensor, work: Workspace, table: Table, scores: torch.Tensor, index: torch.Tensor
 ) -> None:
-    """Score the pairs in float64 and put the best of each query; multiply the queries that have too many."""
+    """Score the pairs in float64 and write the best of each query; queries with too many pairs are multiplied."""
     n, width = rows.shape
     launch(
         score_kernel,
         32 * _properties(rows.device)["multiprocessor_count"],
         rows,
         table.n_pairs,
-        work.most_pairs,
+        work.capacity,
         work.pair_query,
         work.pair_candidate,
         work.pair_score,
@@ -166,24 +146,25 @@ def rescore(
 
 
 RUN = 8
-"""Candidates that are scored one by one where more of a tile reach the threshold than its keys name."""
+"""Candidates of a run: if more candidates of a tile reach the threshold than its keys name, all are scored in runs."""
 
 MAX_PAIRS = 128
-"""Past this many pairs and runs a query is left to the dense product."""
+"""A query with more pairs and runs than this is left to the dense product."""
 
 KEYS = 512
-"""Keys that one program of `select_kernel` looks at together: few queries where each has many, and more where not."""
+"""Keys that one program of `select_kernel` reads at a time: few queries if each has many keys, more queries if not."""
 
 
-def choose_config(segments: np.ndarray, device: torch.device) -> Config:
-    """Large tiles where segments fill them and the device has shared memory for them, else smaller ones.
+def choose_config(segments: np.ndarray, shared_bytes: int) -> Config:
+    """Return large tiles if segments fill them and `shared_bytes` of shared memory hold them, else smaller ones.
 
-    Measured on an H200: 128 by 256 is the faster from clusters of about 4,000 rows on. A third key costs 7% of the
-    coarse pass and saves most of what is scored after it, which is the more up to clusters of about 32,000 rows.
+    Measured on an H200: tiles of 128 by 256 are faster for clusters of about 4,000 rows or more. A third key costs 7%
+    of the coarse pass and saves most of the scoring after it, which is the greater part for clusters of up to about
+    32,000 rows.
     """
-    if _properties(device)["max_shared_mem"] < 160_000:
+    if shared_bytes < 160_000:
         return Config(queries=128, candidates=128, depth=32, stages=3, warps=4, keep=3)
-    # Of the cluster that a row is in.
+    # The size of the typical row's cluster.
     if len(segments) <= FEW_SEGMENTS:
         squares: float = sum((stop - start) ** 2 for start, stop in pairwise(segments.tolist()))
     else:
@@ -197,7 +178,7 @@ def choose_config(segments: np.ndarray, device: torch.device) -> Config:
 
 @cache
 def _properties(device: torch.device) -> dict[str, int]:
-    """What the driver says of a device; of a CPU, for Triton's interpreter, something small."""
+    """Return a device's properties from the driver; for Triton's interpreter, on a CPU, small values."""
     if device.type != "cuda":
         return {"multiprocessor_count": 2, "max_shared_mem": 1 << 20}
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -213,12 +194,12 @@ def halve(
     scores: torch.Tensor,
     index: torch.Tensor,
 ) -> torch.Tensor:
-    """Half-precision unit rows; their residuals and the largest of these are put into `work` and `table`.
+    """Return half-precision unit rows; write their residuals to `work` and the largest residual to `table`.
 
-    The answers become those of rows without candidates.
+    The answers are initialized to those of rows without candidates.
     """
     n, width = rows.shape
-    stride = -(-width // 8) * 8  # The copy engine wants rows of whole 16 bytes.
+    stride = -(-width // 8) * 8  # The copy engine needs rows of whole 16 bytes.
     half = torch.empty(n, stride, dtype=dtype, device=rows.device)
     padded = triton.next_power_of_2(stride)
     in_program = max(1, 4096 // padded)
@@ -250,11 +231,11 @@ def multiply(
     first_tile: int,
     n_tiles: int,
     work: Workspace,
-    most_tiles: int,
+    max_tiles: int,
 ) -> None:
-    """Launch the coarse pass over `n_tiles` tiles; `work` has room for the keys of `most_tiles`."""
-    # Programs of four warps run two at a time on a multiprocessor, those of eight alone. Their number is compiled in:
-    # so it does not depend on that of the tiles.
+    """Launch the coarse pass over `n_tiles` tiles; `work` has room for the keys of `max_tiles`."""
+    # A multiprocessor runs two programs of four warps at a time, or one of eight. The number of programs is compiled in
+    # and so must not depend on the number of tiles.
     programs = 8 // config.warps * _properties(half.device)["multiprocessor_count"]
     launch(
         coarse_kernel,
@@ -265,15 +246,15 @@ def multiply(
         table.groups,
         table.stops,
         work.keys,
-        most_tiles * config.queries,
+        max_tiles * config.queries,
         first_tile,
         n_tiles,
         *half.shape,
         QUERIES=config.queries,
         CANDIDATES=config.candidates,
         DEPTH=config.depth,
-        GROUP=GROUP.value,
-        FIELDS=FIELDS.value,
+        GROUP=GROUP,
+        FIELDS=FIELDS,
         KEEP=config.keep,
         HAS_STOPS=table.has_stops,
         PROGRAMS=programs,

@@ -1,4 +1,20 @@
-"""Triton kernels of the exact search: the coarse pass, the choice of candidates, and their exact scores."""
+"""Triton kernels of the exact search, in the order of their launch.
+
+`halve_kernel`
+    rounds the unit rows to half precision, measures what the rounding lost, and makes each row its own answer at first.
+`coarse_kernel`
+    multiplies tiles of queries by tiles of the candidates ranked before them. Only the two or three best scores of each
+    tile and query, with their candidates, leave the kernel; the rest never reach memory.
+`select_kernel`
+    holds those against the certificate and lists the candidates that remain.
+`score_kernel`, `finish_kernel`
+    score these in float64, and take the best of each query.
+
+A tile's scores lie in (-1.01, 1.01). Adding 3 brings them into one binade, where the bits of floats grow in equal steps
+and compare as integers. The lowest bits of that integer, the *key*, are then replaced by the candidate's position in
+its tile, so that a single maximum finds both the best score and its candidate. The precision that this costs is the
+*quantum* (`Config.quantum`); the certificate in `select_kernel` allows for it.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +24,17 @@ import triton.language as tl
 
 @triton.jit
 def _candidate_blocks(block, length, most, QUERIES: tl.constexpr, CANDIDATES: tl.constexpr):
-    """Number of candidate blocks that hold one of the first `most` rows, ranked before the last query of `block`."""
+    """Return the number of candidate blocks with any of the first `most` rows before the last query of `block`."""
     return tl.cdiv(tl.minimum(tl.minimum((block + 1) * QUERIES, length) - 1, most), CANDIDATES)
 
 
 @triton.jit
-def _place_of_tile(
+def _position_of_tile(
     tile, length, most, first_block, n_blocks, QUERIES: tl.constexpr, CANDIDATES: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Query block within the group, and candidate block, of a group's tile number `tile`.
+    """Return the query block within the group, and the candidate block, of tile number `tile` of a group.
 
-    First come the candidate blocks that all members of the group meet, then those of the later members only.
+    Candidate blocks that all members of the group meet come first, then those that only later members meet.
     """
     common = _candidate_blocks(first_block, length, most, QUERIES, CANDIDATES)
     rest = tile - common * n_blocks
@@ -40,7 +56,7 @@ def _place_of_tile(
 def _tiles_before(
     member, length, most, first_block, QUERIES: tl.constexpr, CANDIDATES: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Tiles of earlier members of the group beyond the candidate blocks that all of them meet."""
+    """Return the number of tiles of the group's earlier members beyond the candidate blocks that all members meet."""
     common = _candidate_blocks(first_block, length, most, QUERIES, CANDIDATES)
     passed = common * 0
     for other in tl.static_range(1, GROUP):
@@ -65,9 +81,10 @@ def halve_kernel(
     WIDTH: tl.constexpr,
     ANSWERS: tl.constexpr,
 ):
-    """Round unit rows to half precision; the residual of an all-zero row is -1.
+    """Round unit rows to half precision and measure the residuals; that of an all-zero row is -1.
 
-    The first programs also answer `ANSWERS` rows each with themselves: more at a time than they round.
+    The first programs also initialize the answers of `ANSWERS` rows each, which are more than they round, to the rows
+    themselves.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -75,7 +92,7 @@ def halve_kernel(
     x = tl.load(
         rows + row[:, None].to(tl.int64) * width + column[None, :], mask=is_row & (column < width)[None, :], other=0.0
     )
-    # Powers of two bring rows of extreme length to where their squares neither overflow nor vanish.
+    # Powers of two scale rows of extreme length so that their squares neither overflow nor vanish.
     size = tl.max(tl.abs(x), axis=1)
     x *= tl.where(size < 2.0**-60, 2.0**100, tl.where(size > 2.0**60, 2.0**-100, 1.0))[:, None]
     norm = tl.sqrt(tl.sum(x * x, axis=1))
@@ -91,13 +108,13 @@ def halve_kernel(
         tl.store(scores + answer, tl.zeros([ANSWERS], dtype=tl.float32), mask=answer < n)
         tl.store(index + answer, answer.to(tl.int64), mask=answer < n)
         tl.store(count + answer, tl.zeros([ANSWERS], dtype=tl.int32), mask=answer < n)
-    # Bits of positive floats are ordered as integers are.
+    # The bits of positive floats are ordered like integers.
     tl.atomic_max(largest, tl.max(lost, axis=0).to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
 def _stop(stops, row, mask, HAS_STOPS: tl.constexpr):
-    """Where the candidates of a row end: with the row itself, unless it is told otherwise."""
+    """Return the end of a row's candidates: the row itself unless there are `stops`."""
     stop = row
     if HAS_STOPS:
         stop = tl.load(stops + row, mask=mask, other=0)
@@ -126,16 +143,18 @@ def coarse_kernel(
     HAS_STOPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Best keys of each tile and query, the k-th of them `stride` behind the first; tile `first_tile` comes first."""
+    """Write the best keys of each tile and query, from tile `first_tile` on; each next best is `stride` further on."""
     column = tl.arange(0, CANDIDATES)
-    # Flattened, the loads of a tile begin while the one before is reduced: for that its body may not branch.
+    # Flattening lets the loads of a tile begin while the one before is reduced; the body must not branch for that.
     for number in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=True):
         record = groups + tl.load(group_of_tile + first_tile + number) * FIELDS
         start, length = tl.load(record + 1), tl.load(record + 2)
         first_block, n_blocks = tl.load(record + 3), tl.load(record + 4)
         most = tl.load(record + 6) if HAS_STOPS else length
         tile = first_tile + number - tl.load(record)
-        member, candidate_block = _place_of_tile(tile, length, most, first_block, n_blocks, QUERIES, CANDIDATES, GROUP)
+        member, candidate_block = _position_of_tile(
+            tile, length, most, first_block, n_blocks, QUERIES, CANDIDATES, GROUP
+        )
         query = (first_block + member) * QUERIES
         candidate = candidate_block * CANDIDATES
 
@@ -150,27 +169,27 @@ def coarse_kernel(
         row = start + query + tl.arange(0, QUERIES)
         is_earlier = (start + candidate + column)[None, :] < _stop(stops, row, row < n, HAS_STOPS)[:, None]
         key = tl.where(is_earlier, key, 0)
-        place = number * QUERIES + tl.arange(0, QUERIES)
+        slot = number * QUERIES + tl.arange(0, QUERIES)
         for k in tl.static_range(KEEP):
             top = tl.max(key, axis=1)
-            tl.store(keys + k * stride + place, top)
+            tl.store(keys + k * stride + slot, top)
             if k + 1 < KEEP:
                 key = tl.where(key == top[:, None], 0, key)
 
 
 @triton.jit
 def _tile_rows(block, common, n_blocks, member, passed):
-    """Tile, counted from the group's first, in which a query block of the group meets candidate block `block`."""
+    """Return the tile, counted from the group's first, where its query block `member` meets candidate block `block`."""
     return tl.where(block < common, block * n_blocks + member, common * n_blocks + passed + block - common)
 
 
 @triton.jit
 def _load_keys(keys, tile, lane, here, QUERIES: tl.constexpr):
-    """Keys of the tiles in `tile` for the queries in `lane`, 0 where not `here`."""
+    """Return the keys of the tiles in `tile` for the queries in `lane`, 0 outside of the mask `here`."""
     return tl.load(keys + tile[:, None] * QUERIES + lane[None, :], mask=here, other=0)
 
 
-@triton.jit(do_not_specialize=["stride", "most_pairs", "first_tile", "first_block_of_all"])
+@triton.jit(do_not_specialize=["stride", "capacity", "first_tile", "first_block_of_all"])
 def select_kernel(
     residual,
     largest,
@@ -186,7 +205,7 @@ def select_kernel(
     n_pairs,
     pair_query,
     pair_candidate,
-    most_pairs,
+    capacity,
     first_tile,
     first_block_of_all,
     accumulation,
@@ -204,8 +223,8 @@ def select_kernel(
 ):
     """List the candidates of `PART` queries that the certificate leaves.
 
-    A query's pairs are ``count`` ones from ``offset`` on. The candidate ``-1 - row`` stands for the run of `RUN` rows
-    from ``row`` on. Where pairs would be too many, ``count`` is -1 and ``offset`` the first row of the segment.
+    Each query has ``count`` pairs, starting at ``offset``. The candidate ``-1 - row`` denotes the run of `RUN` rows
+    that starts at ``row``. If a query has too many pairs, ``count`` is -1 and ``offset`` the first row of the segment.
     """
     block = first_block_of_all + tl.program_id(0) // (QUERIES // PART)
     part = (tl.program_id(0) % (QUERIES // PART)) * PART
@@ -234,7 +253,7 @@ def select_kernel(
     is_row = query < length
     is_row &= _stop(stops, start + query, is_row, HAS_STOPS) > start
     lost = tl.load(residual + start + query, mask=is_row, other=0.0)
-    # A zero row is equally similar to every row: the first of its segment is its answer.
+    # A zero row is equally similar to every row: its answer is the first of its segment.
     is_zero = lost < 0
     tl.store(index + start + query, tl.zeros([PART], dtype=tl.int64) + start, mask=is_row & is_zero)
     is_query = is_row & (lost >= 0)
@@ -259,8 +278,8 @@ def select_kernel(
 
         wanted = tl.where(n <= MAX_PAIRS, n, 0)
         first = tl.atomic_add(n_pairs, tl.sum(wanted, axis=0), sem="relaxed") + tl.cumsum(wanted, axis=0) - wanted
-        # Pairs that find no room leave their query to the dense products.
-        n = tl.where((first + wanted <= most_pairs) & is_query, wanted, 0)
+        # A query whose pairs find no room is left to the dense products.
+        n = tl.where((first + wanted <= capacity) & is_query, wanted, 0)
         tl.store(count + start + query, tl.where(is_query & (n == 0), -1, n), mask=is_row)
         tl.store(offset + start + query, tl.where(n > 0, first, start), mask=is_row)
 
@@ -304,7 +323,7 @@ def select_kernel(
 
 @triton.jit
 def _cosine64(rows, query, candidate, width, WIDTH: tl.constexpr):
-    """Float64 cosine similarity of two rows, rounded to a multiple of `certify.TIE`; 0 where a row is zero."""
+    """Return the float64 cosine similarity of two rows, rounded to a multiple of `certify.TIE`; 0 if a row is zero."""
     column = tl.arange(0, WIDTH)
     xy = tl.full([], 0.0, dtype=tl.float64)
     xx = tl.full([], 0.0, dtype=tl.float64)
@@ -321,11 +340,11 @@ def _cosine64(rows, query, candidate, width, WIDTH: tl.constexpr):
     return tl.floor(cosine * 2.0**40 + 0.5) * 2.0**-40
 
 
-@triton.jit(do_not_specialize=["most_pairs", "n"])
+@triton.jit(do_not_specialize=["capacity", "n"])
 def score_kernel(
     rows,
     n_pairs,
-    most_pairs,
+    capacity,
     pair_query,
     pair_candidate,
     pair_score,
@@ -336,12 +355,12 @@ def score_kernel(
     WIDTH: tl.constexpr,
     HAS_STOPS: tl.constexpr,
 ):
-    """Score the pairs, one warp each; of a run of candidates, find the best."""
-    total = tl.minimum(tl.load(n_pairs), most_pairs)
+    """Score the pairs, one warp each; replace a run by its best candidate."""
+    total = tl.minimum(tl.load(n_pairs), capacity)
     for pair in range(tl.program_id(0), total, tl.num_programs(0)):
         query = tl.load(pair_query + pair)
         candidate = tl.load(pair_candidate + pair)
-        # A run may begin behind the last row, and the last pairs, which found no room, may hold anything.
+        # A run may begin after the last row, and the last pairs are uninitialized if some found no room.
         is_pair = (query >= 0) & (query < n) & (candidate >= -n) & (candidate < n)
         top = tl.full([], -4.0, dtype=tl.float64)
         if is_pair & (candidate >= 0):
@@ -374,7 +393,7 @@ def finish_kernel(
     DEPTH: tl.constexpr,
     HAS_STOPS: tl.constexpr,
 ):
-    """Put the best pair of each query; among equals the first candidate.
+    """Write the best candidate of each query, the first among equals.
 
     Queries whose ``count`` is -1 are multiplied by all rows ranked before them, in float64.
     """

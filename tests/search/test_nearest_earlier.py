@@ -111,16 +111,16 @@ def test_exact_on_large_segments(rng: np.random.Generator, kind, n: int, d: int)
     oracle.assert_nearest_earlier(rows, segments, scores.numpy(), index.numpy())
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 4, 5, 6, 7, 1024, 10**9])
 @pytest.mark.parametrize("compute_dtype", ["auto", "float32"])
 @pytest.mark.parametrize("small", [0, 256])
-def test_golden(batch_size: int | None, compute_dtype: str, small: int) -> None:
-    with patch.object(torch_engine, "SMALL", small):
-        scores, index = nearest_earlier(
-            GOLDEN_ROWS, torch.tensor([0, 6]), compute_dtype=compute_dtype, batch_size=batch_size
-        )
-    torch.testing.assert_close(scores, torch.tensor([0, 0.974631, 0.998190, 0.999618, 1, 1]), atol=2e-6, rtol=0)
-    assert index.tolist() == [0, 0, 1, 2, 0, 0]
+def test_golden(compute_dtype: str, small: int) -> None:
+    for batch_size in (None, 1, 2, 3, 4, 5, 6, 7, 1024, 10**9):
+        with patch.object(torch_engine, "SMALL", small):
+            scores, index = nearest_earlier(
+                GOLDEN_ROWS, torch.tensor([0, 6]), compute_dtype=compute_dtype, batch_size=batch_size
+            )
+        torch.testing.assert_close(scores, torch.tensor([0, 0.974631, 0.998190, 0.999618, 1, 1]), atol=2e-6, rtol=0)
+        assert index.tolist() == [0, 0, 1, 2, 0, 0], batch_size
 
 
 @pytest.mark.parametrize("small", [0, 256])
@@ -189,22 +189,10 @@ def test_settings_of_the_process_neither_disturb_the_search_nor_are_changed_by_i
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
-        "torch.backends.mkldnn.fp32_precision = 'bf16'",
-        "torch.backends.fp32_precision = 'tf32'",
-        "torch.set_float32_matmul_precision('high')",
-        "torch.backends.cuda.matmul.allow_tf32 = True",
-        "pass",
-    ],
-)
-def test_nor_are_those_that_were_set_by_other_names(setting: str) -> None:
-    # In a process of its own: these cannot all be taken back.
-    script = f"""
-import torch
+def test_nor_are_those_that_were_set_by_other_names() -> None:
+    # Each in a process of its own, as these cannot all be taken back.
+    script = """
+import os, torch
 from dask_semdedup.search import ieee_products, nearest_earlier
 
 def state():
@@ -214,12 +202,28 @@ def state():
         older = None
     return [older, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
 
-{setting}
-before = state()
-nearest_earlier(torch.eye(3), torch.tensor([0, 3]))
-with ieee_products:
-    assert state() == ["highest", "ieee", "ieee"], state()
-assert state() == before, (before, state())
+def check(setting):
+    exec(setting)
+    before = state()
+    nearest_earlier(torch.eye(3), torch.tensor([0, 3]))
+    with ieee_products:
+        assert state() == ["highest", "ieee", "ieee"], (setting, state())
+    assert state() == before, (setting, before, state())
+
+for setting in (
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.backends.mkldnn.fp32_precision = 'bf16'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.set_float32_matmul_precision('high')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "pass",
+):
+    child = os.fork()
+    if child == 0:
+        check(setting)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, setting
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 

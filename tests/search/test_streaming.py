@@ -122,8 +122,8 @@ def test_jobs_fit_and_meet_every_pair_of_rows_once(sizes: list[int], most: int) 
         host = job.host_rows(torch.arange(job.n_rows)).numpy()
         np.testing.assert_array_equal(host[-len(range(n)[job.answers]) :], range(n)[job.answers])
         stops = job.stops(None)
-        stops = np.arange(job.n_rows) if stops is None else stops.numpy()
-        for start, stop in pairwise(job.segments):
+        stops = range(job.n_rows) if stops is None else stops.tolist()
+        for start, stop in pairwise(job.segments.tolist()):
             for query in range(start, stop):
                 met[host[query], host[start : stops[query]]] += 1
     segment = np.repeat(np.arange(len(sizes)), sizes)
@@ -132,7 +132,7 @@ def test_jobs_fit_and_meet_every_pair_of_rows_once(sizes: list[int], most: int) 
 
 def test_what_fits_is_one_job() -> None:
     (job,) = streaming._jobs(torch.tensor([0, 10, 30, 100]), 100)
-    assert job.parts == (slice(0, 100),)
+    assert job.runs == (slice(0, 100),)
 
 
 @pytest.mark.parametrize("n_rows", [1000, 60, 25])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -29,7 +31,7 @@ def test_strips_hold_every_query_once_and_stay_in_one_segment(sizes: list[int], 
 def test_batches_hold_every_segment_once_and_pad_little(sizes: list[int], row_bytes: int) -> None:
     segments = torch.tensor([0, *sizes]).cumsum(0)
     seen = []
-    for batch in torch_engine.batches(segments, torch.arange(len(sizes)), row_bytes, torch.device("cpu")):
+    for batch in torch_engine.batches(segments, torch.arange(len(sizes)), torch.empty(1, row_bytes // 4)):
         assert batch.longest == batch.lengths.max()
         assert batch.lengths.min() >= 0.75 * batch.longest
         assert len(batch.starts) == 1 or row_bytes * batch.longest * len(batch.starts) <= torch_engine.BATCH_BYTES
@@ -43,21 +45,24 @@ def test_batches_hold_every_segment_once_and_pad_little(sizes: list[int], row_by
     assert sorted(seen) == segments[:-1].tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("panel_bytes", [1, 1 << 20], ids=["small panels", "one panel"])
 @pytest.mark.parametrize(
     ("start", "queries"),
     [(0, [5, 6, 7, 8]), (0, [1, 4, 9]), (0, [3]), (2, [*range(3, 17)]), (3, [*range(9, 20)]), (6, [7, 8, 11, 19])],
     ids=str,
 )
 def test_panels_mask_the_candidates_that_are_not_ranked_before_the_query(
-    dtype: torch.dtype, start: int, queries: list[int], panel_bytes: int, monkeypatch: pytest.MonkeyPatch
+    start: int, queries: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the strip is a run, whose products leave out earlier queries step by step, or not; inside the rows, too,
-    where its padding is the rows of the next segment."""
+    """Some strips are runs, whose products leave out earlier queries step by step, others are not. Runs that end before
+    the last row are padded with rows of the next segment."""
     monkeypatch.setattr(torch_engine, "BLOCK", 4)
     monkeypatch.setattr(torch_engine, "STEP", 3)
-    monkeypatch.setattr(torch_engine, "workspace_bytes", lambda device: panel_bytes)
+    for dtype, panel_bytes in product([torch.bfloat16, torch.float32], [1, 1 << 20]):
+        monkeypatch.setattr(torch_engine, "workspace_bytes", lambda rows, panel_bytes=panel_bytes: panel_bytes)
+        check_panels(dtype, start, queries)
+
+
+def check_panels(dtype: torch.dtype, start: int, queries: list[int]) -> None:
     rows = torch.nn.functional.normalize(torch.randn(20, 6), dim=1)
     coarse = torch_engine.Coarse(rows.to(dtype), None, torch.zeros(20))
     rows_of_strip = torch.tensor(queries)

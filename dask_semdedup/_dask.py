@@ -46,12 +46,14 @@ from dask.dataframe.dask_expr.io.io import BlockwiseIO, FromMap
 
 __all__ = [
     "AnyExpr",
+    "BackendData",
     "Blockwise",
     "BlockwiseIO",
     "DelayedOperand",
     "Expr",
     "Filter",
     "FromMap",
+    "FromPandas",
     "Index",
     "Len",
     "Lengths",

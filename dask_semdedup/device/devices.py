@@ -42,7 +42,7 @@ def check_device(device: str) -> None:
     check_choice("device", device, DEVICES)
     if device == "cuda" and not has_cuda():
         raise InvalidArgumentError(
-            "device is 'cuda', but torch sees no CUDA device. Use device='cpu' or 'auto', or install a torch with CUDA.",
+            "device is 'cuda', but torch sees no CUDA device. Use device='cpu' or 'auto', or install torch with CUDA.",
             parameters=["device"],
         )
 

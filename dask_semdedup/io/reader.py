@@ -22,10 +22,11 @@ from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.streams import current_stream, default_stream, finish
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.backend import take
+from dask_semdedup.frames.categories import is_ordered
 from dask_semdedup.io.cudf_reader import cupy_repeat, import_cudf, in_cudf, read_fragments_cudf
 from dask_semdedup.io.fragments import Fragment, read_fragment
 from dask_semdedup.io.scan import COLUMNS_ADVICE, Scan, is_integer
-from dask_semdedup.io.schemas import conform, in_frames, is_ordered, refuse
+from dask_semdedup.io.schemas import conform, in_frames, refuse
 
 
 @dataclass(frozen=True)

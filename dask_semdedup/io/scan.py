@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_semdedup.errors import MissingColumnsError
+from dask_semdedup.frames.categories import is_ordered, one_order
 from dask_semdedup.io.footers import arrow_schema, fetch_footer, fetch_footers, read_metadata
 from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, read_checked, unreadable
 from dask_semdedup.io.listing import THREADS, is_local
-from dask_semdedup.io.schemas import is_ordered, one_order, refuse, unify, without, without_index, without_order
+from dask_semdedup.io.schemas import refuse, unify, without, without_index, without_order
 from dask_semdedup.io.thrift import Bounded, FooterError, Group, read_alike, read_footer
 
 # Footers held at once: FIRST_BLOCK at first, then as many as take BLOCK_BYTES by the last block, but BLOCK at most.

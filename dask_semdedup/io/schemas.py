@@ -9,22 +9,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_semdedup.errors import DataReadError, some
+from dask_semdedup.frames.categories import is_ordered
 
 __all__ = [
     "INDEX_COLUMNS",
     "Unified",
     "conform",
     "in_frames",
-    "is_ordered",
-    "one_order",
     "refuse",
     "restore",
     "unify",
@@ -125,11 +122,6 @@ def _merge(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return None
 
 
-def is_ordered(type_: pa.DataType) -> bool:
-    """Return whether values of a type are ordered categories."""
-    return bool(pa.types.is_dictionary(type_) and type_.ordered)
-
-
 def _decoded(type_: pa.DataType) -> pa.DataType:
     return type_.value_type if pa.types.is_dictionary(type_) else type_
 
@@ -179,20 +171,6 @@ def in_frames(type_: pa.DataType) -> pa.DataType:
 
 def _field_in_frames(field: pa.Field) -> pa.Field:
     return field.with_type(in_frames(field.type))
-
-
-def one_order(dictionaries: Iterable[pa.Array]) -> list[Any] | None:
-    """Return the only order of categories that agrees with all dictionaries, or None if there is not exactly one."""
-    orders = list(dict.fromkeys(tuple(dictionary.to_pylist()) for dictionary in dictionaries))
-    sorter = TopologicalSorter[Any]({category: [] for order in orders for category in order})
-    pairs = {pair for order in orders for pair in pairwise(order)}
-    for low, high in pairs:
-        sorter.add(high, low)
-    try:
-        merged = list(sorter.static_order())
-    except CycleError:
-        return None
-    return merged if pairs.issuperset(pairwise(merged)) else None
 
 
 def conform(table: pa.Table, schema: pa.Schema, orders: Mapping[str, pa.Array] | None = None) -> pa.Table:

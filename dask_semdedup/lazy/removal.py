@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from dask.dataframe.api import new_collection
 
+from dask_semdedup._dask import BackendData, FromPandas
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.frames.backend import check_plain_dtype, is_cudf, to_list
 from dask_semdedup.frames.columns import SCORE_COLUMN
@@ -109,11 +110,9 @@ def _to_dask(duplicates: Any) -> dd.DataFrame:
             f"duplicates must be a DataFrame of Dask, pandas or cuDF, not a {kind}.", parameters=["duplicates"]
         )
     # `from_pandas` would make strings of objects, which may be integers or UUIDs.
-    return dd.from_map(_as_given, [duplicates.copy()], meta=duplicates.iloc[:0])
-
-
-def _as_given(frame: Any) -> Any:
-    return frame
+    return new_collection(
+        FromPandas(BackendData(duplicates.copy()), npartitions=1, sort=False, pyarrow_strings_enabled=False)
+    )
 
 
 def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFrame:

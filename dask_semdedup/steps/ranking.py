@@ -16,10 +16,10 @@ from dask_semdedup._validate import check_choice, check_seed
 from dask_semdedup.device.streams import current_stream, default_stream, finish
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.backend import is_cudf
+from dask_semdedup.frames.categories import is_ordered, one_order
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS
 from dask_semdedup.frames.hashing import hash_ids
 from dask_semdedup.frames.ids import as_stored
-from dask_semdedup.io.schemas import is_ordered, one_order
 
 __all__ = ["RankingStrategy", "check_strategy", "choose_strategy", "make_strategy"]
 

@@ -18,8 +18,11 @@ CURATOR := .venv-curator
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py demo
 
+# Several processes, each with one of torch's threads: more would wait for each other on the same cores. The examples of
+# a page are parts of one program, so a process takes whole files.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" \
+		--numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

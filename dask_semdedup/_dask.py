@@ -1,24 +1,35 @@
 """Dask's private names: the one file that imports them.
 
-Dask DataFrame has no public way to write an expression. Each name says what it is for, and what would be lost without
-it. The tests of ``lazy/`` run against the oldest and the newest Dask that are claimed (``make test-dask``).
+Dask DataFrame has no public way to write an expression. What each name is for, and what would be without it:
+
+`Blockwise`, `PartitionsFiltered`, `BlockwiseIO`, `Expr`
+    What our expressions derive from. Blockwise ones are fused with their neighbours; projections and
+    ``ddf.partitions[...]`` reach the files. With ``map_partitions`` alone every column of every file would be read.
+`Lengths`, `Len`, `Literal`, `Projection`, `Index`, `Filter`, `determine_column_projection`
+    Expressions above ours, which are answered from footers or pushed down. Counting rows would read files, and
+    removal would read all columns twice.
+`Merge`, `RearrangeByColumn`, `claims_of`
+    What is known of how rows are partitioned: who must shuffle, and how. Every search would shuffle, and the
+    peer-to-peer shuffle fails on Arrow lists.
+`DelayedOperand`
+    A delayed value as an operand. The centroids would be in the graph once a task.
+`FromMap`
+    What ``dd.from_map`` makes of `read_table`'s files, whose schemas and metadata are written back.
+`FromPandas`, `BackendData`
+    What ``dd.from_pandas`` makes: columns of objects stay objects in one frame. The public way is a setting of the
+    whole process, which other threads would see.
+`Task`, `TaskRef`, `AnyExpr`
+    Graphs made by hand: `ReadClusters` reads only the chosen partitions, and in `CheckedIds` all wait for one check.
+
+The tests of ``lazy/`` run against the oldest and the newest Dask that are claimed: ``make test-dask``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# Expressions of other kinds than frames', which optimisation hands to ours. Types only.
 from dask._expr import Expr as AnyExpr
-
-# A task of the graph, and its reference to another one. `ReadClusters` and `CheckedIds` make their graphs by hand: the
-# first to read only the chosen partitions, the second to let all partitions wait for one check.
 from dask._task_spec import Task, TaskRef
-
-# What expressions derive from: `Blockwise` is fused with its neighbours, `PartitionsFiltered` and `BlockwiseIO` let
-# ``ddf.partitions[...]`` and projections reach the files. With ``map_partitions`` every column would be read.
-# Expressions above ours that `_simplify_up` answers from footers (`Lengths`, `Len`, by a `Literal`), or pushes down
-# (`Projection`, `Index`). Without them counting rows would read files, and removal all columns.
 from dask.dataframe.dask_expr._expr import (
     Blockwise,
     Expr,
@@ -30,19 +41,12 @@ from dask.dataframe.dask_expr._expr import (
     Projection,
     determine_column_projection,
 )
-
-# A delayed value as the operand of an expression: the centroids are in the graph once, not in each task.
 from dask.dataframe.dask_expr._expr import _DelayedExpr as DelayedOperand
-
-# Merges, whose claims of alignment are looked through: believed, some would leave a cluster in two partitions.
 from dask.dataframe.dask_expr._merge import Merge
 from dask.dataframe.dask_expr._reductions import Len
-
-# The shuffle: by its name frames can be asked for in so many partitions, and its method be changed for list columns.
 from dask.dataframe.dask_expr._shuffle import RearrangeByColumn
-
-# What ``dd.from_map`` makes: `read_table`'s files are found by it, for schemas and metadata that are written back.
-from dask.dataframe.dask_expr.io.io import BlockwiseIO, FromMap
+from dask.dataframe.dask_expr._util import _BackendData as BackendData
+from dask.dataframe.dask_expr.io.io import BlockwiseIO, FromMap, FromPandas
 
 __all__ = [
     "AnyExpr",

@@ -1,4 +1,4 @@
-"""One pool for cuDF, CuPy and torch: who is told what, in which order, and when nobody is."""
+"""One pool for cuDF, CuPy and torch: from which resource each of them allocates, and when nothing changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 from types import ModuleType, SimpleNamespace
-from unittest.mock import Mock, call, patch
+from unittest.mock import Mock, patch
 
 import dask
 import pandas as pd
@@ -42,78 +42,106 @@ class CudaAsyncMemoryResource:
         self.initial_pool_size, self.release_threshold = initial_pool_size, release_threshold
 
 
+class Gpu:
+    """RMM, CuPy and a torch that see a device of 80 GiB.
+
+    Attributes
+    ----------
+    resource
+        RMM's current one.
+    cupy, torch
+        The allocator of each and the resource that it first allocates from; None for their own pools.
+    """
+
+    def __init__(self) -> None:
+        self.resource: object = CudaMemoryResource()
+        self.cupy: tuple[str, object] | None = None
+        self.torch: tuple[str, object] | None = None
+
+    def set_resource(self, resource: object) -> None:
+        self.resource = resource
+
+    def set_cupy(self, allocator: str) -> None:
+        assert self.cupy is None
+        self.cupy = allocator, self.resource
+
+    def set_torch(self, allocator: str) -> None:
+        assert self.torch is None
+        self.torch = allocator, self.resource
+
+    def shares(self, resource: object) -> bool:
+        """Whether all three allocate from a resource, and have from the beginning."""
+        return (self.resource, self.cupy, self.torch) == (resource, ("for cupy", resource), ("for torch", resource))
+
+    def is_untouched(self) -> bool:
+        return type(self.resource) is CudaMemoryResource and self.cupy is None and self.torch is None
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """RMM, CuPy and a torch that sees a device of 80 GiB; records who is told what."""
-    told = Mock()
-    current = [CudaMemoryResource()]
-
-    def set_resource(resource: object) -> None:
-        told.set_resource(type(resource))
-        current[:] = [resource]
-
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    gpu = Gpu()
     rmm, allocators, for_cupy, for_torch = map(
         ModuleType, ("rmm", "rmm.allocators", "rmm.allocators.cupy", "rmm.allocators.torch")
     )
     rmm.mr = SimpleNamespace(
         CudaMemoryResource=CudaMemoryResource,
         CudaAsyncMemoryResource=CudaAsyncMemoryResource,
-        get_current_device_resource=lambda: current[0],
-        set_current_device_resource=set_resource,
+        get_current_device_resource=lambda: gpu.resource,
+        set_current_device_resource=gpu.set_resource,
         available_device_memory=lambda: (70 * GIB, 80 * GIB),
     )
     for_cupy.rmm_cupy_allocator, for_torch.rmm_torch_allocator = "for cupy", "for torch"
     cupy = ModuleType("cupy")
-    cupy.cuda = SimpleNamespace(set_allocator=told.set_cupy)
+    cupy.cuda = SimpleNamespace(set_allocator=gpu.set_cupy)
     for module in (rmm, allocators, for_cupy, for_torch, cupy):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda.memory, "change_current_allocator", told.set_torch)
+    monkeypatch.setattr(torch.cuda.memory, "change_current_allocator", gpu.set_torch)
     monkeypatch.setattr(memory, "_torch_shares", None)
-    told.rmm, told.current = rmm, current
-    return told
+    return gpu
 
 
-ALL = [call.set_resource(CudaAsyncMemoryResource), call.set_cupy("for cupy"), call.set_torch("for torch")]
-
-
-def test_the_pool_comes_first_then_those_who_allocate_from_it(gpu: Mock) -> None:
+def test_all_three_allocate_from_the_pool_from_the_beginning(gpu: Gpu) -> None:
     assert share_memory_pool() is True
-    assert gpu.mock_calls == ALL
-    assert gpu.current[0].initial_pool_size < GIB
-    assert gpu.current[0].release_threshold == 20 * GIB
+    assert isinstance(gpu.resource, CudaAsyncMemoryResource)
+    assert gpu.shares(gpu.resource)
+    assert gpu.resource.initial_pool_size < GIB
+    assert gpu.resource.release_threshold == 20 * GIB
 
 
-def test_again_changes_nothing(gpu: Mock) -> None:
-    assert share_memory_pool() is share_memory_pool() is True
-    assert gpu.mock_calls == ALL
+def test_again_changes_nothing(gpu: Gpu) -> None:
+    assert share_memory_pool() is True
+    pool = gpu.resource
+    assert share_memory_pool() is True
+    assert gpu.shares(pool)
 
 
-def test_another_device_gets_a_pool_of_its_own(gpu: Mock) -> None:
+def test_another_device_gets_a_pool_of_its_own(gpu: Gpu) -> None:
     share_memory_pool()
-    gpu.current[:] = [CudaMemoryResource()]
+    first, gpu.resource = gpu.resource, CudaMemoryResource()
     assert share_memory_pool() is True
-    assert gpu.mock_calls == [*ALL, ALL[0]]
+    assert isinstance(gpu.resource, CudaAsyncMemoryResource)
+    assert gpu.resource is not first
 
 
-def test_threads_do_it_once(gpu: Mock) -> None:
+def test_threads_share_one_pool(gpu: Gpu) -> None:
     assert dask.compute(*[dask.delayed(share_memory_pool, pure=False)() for _ in range(20)], scheduler="threads") == (
         (True,) * 20
     )
-    assert gpu.mock_calls == ALL
+    assert gpu.shares(gpu.resource)
 
 
-def test_a_resource_that_somebody_chose_is_the_pool(gpu: Mock) -> None:
-    gpu.current[:] = [PoolMemoryResource()]
+def test_a_resource_that_the_user_has_set_is_the_pool(gpu: Gpu) -> None:
+    gpu.resource = pool = PoolMemoryResource()
     assert share_memory_pool() is True
-    assert gpu.mock_calls == ALL[1:]
+    assert gpu.shares(pool)
 
 
 @pytest.mark.parametrize("name", ["semdedup.share-memory-pool", "semdedup.share_memory_pool"])
-def test_opting_out(gpu: Mock, name: str) -> None:
+def test_opting_out(gpu: Gpu, name: str) -> None:
     with dask.config.set({name: False}):
         assert share_memory_pool() is False
-    assert gpu.mock_calls == []
+    assert gpu.is_untouched()
 
 
 def test_opting_out_by_the_environment() -> None:
@@ -123,54 +151,57 @@ def test_opting_out_by_the_environment() -> None:
     assert printed.stdout.strip() == "False"
 
 
-def test_torch_that_has_used_cuda_keeps_its_own(gpu: Mock, caplog: pytest.LogCaptureFixture) -> None:
-    gpu.set_torch.side_effect = RuntimeError("Can't swap an already initialized allocator")
+def test_torch_that_has_used_cuda_keeps_its_own(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    late = Mock(side_effect=RuntimeError("Can't swap an already initialized allocator"))
+    monkeypatch.setattr(torch.cuda.memory, "change_current_allocator", late)
     with caplog.at_level("DEBUG", "dask_semdedup.device.memory"):
         assert share_memory_pool() is share_memory_pool() is False
-    assert gpu.mock_calls == ALL
+    assert isinstance(gpu.resource, CudaAsyncMemoryResource)
+    assert gpu.cupy == ("for cupy", gpu.resource)
     assert "Torch keeps its own memory pool: Can't swap" in caplog.text
 
 
-def test_a_driver_without_pools_changes_nothing(gpu: Mock, caplog: pytest.LogCaptureFixture) -> None:
-    gpu.rmm.mr.CudaAsyncMemoryResource = Mock(side_effect=RuntimeError("cudaMallocAsync not supported"))
+def test_a_driver_without_pools_changes_nothing(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
+    sys.modules["rmm"].mr.CudaAsyncMemoryResource = Mock(side_effect=RuntimeError("cudaMallocAsync not supported"))
     with caplog.at_level("DEBUG", "dask_semdedup.device.memory"):
         assert share_memory_pool() is False
-    assert gpu.mock_calls == []
+    assert gpu.is_untouched()
     assert "cudaMallocAsync not supported" in caplog.text
 
 
 @pytest.mark.parametrize("missing", ["rmm", "cupy"])
-def test_without_rapids_nothing_happens(gpu: Mock, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_without_rapids_nothing_happens(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     assert share_memory_pool() is False
-    assert gpu.mock_calls == []
+    assert gpu.is_untouched()
 
 
-def test_without_a_device_nothing_happens(gpu: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_device_nothing_happens(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert share_memory_pool() is False
-    assert gpu.mock_calls == []
+    assert gpu.is_untouched()
 
 
-def test_frames_of_pandas_never_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    share = Mock()
-    monkeypatch.setattr(pairwise, "share_memory_pool", share)
+def test_pandas_frames_install_none(gpu: Gpu) -> None:
     assert isinstance(run(GOLDEN, device="cpu"), pd.DataFrame)
-    share.assert_not_called()
+    assert gpu.is_untouched()
 
 
-def test_it_is_there_before_cudf_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = Mock()
-    monkeypatch.setattr(reader, "share_memory_pool", done.share)
-    monkeypatch.setattr(reader.Reader, "_cudf_keys", done.keys)
-    monkeypatch.setattr(cudf_reader, "import_cudf", lambda: done.cudf)
-    monkeypatch.setattr(cudf_reader, "_read_with_libcudf", done.read)
-    done.read.return_value = pd.DataFrame({"id": range(3)})
+def test_it_is_there_before_cudf_reads(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*arguments: object, **options: object) -> pd.DataFrame:
+        assert gpu.shares(gpu.resource)
+        return pd.DataFrame({"id": range(3)})
+
+    keys = Mock(side_effect=lambda *_: gpu.shares(gpu.resource) or pytest.fail("keys are made before the pool"))
+    monkeypatch.setattr(reader.Reader, "_cudf_keys", keys)
+    monkeypatch.setattr(cudf_reader, "import_cudf", Mock())
+    monkeypatch.setattr(cudf_reader, "_read_with_libcudf", read)
     schema = pa.schema({"id": pa.int64()})
     folders = pa.schema({"centroid": pa.int64()})
     clusters = reader.Reader(LocalFileSystem(), schema, folders=folders, backend="cudf")
-    clusters.read([fragments.Fragment("a.parquet", 3, keys=(0,))], ["id", "centroid"])
-    assert [name for name, _, _ in done.mock_calls] == ["share", "keys", "read"]
+    assert len(clusters.read([fragments.Fragment("a.parquet", 3, keys=(0,))], ["id", "centroid"])) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from itertools import cycle
 from types import SimpleNamespace
@@ -182,18 +182,24 @@ def most_inside(place):
     return most
 
 
-def test_so_many_partitions_are_on_a_gpu_at_once(monkeypatch):
-    monkeypatch.setattr(queues, "reading_stream", lambda home: nullcontext())
+def test_slots_limit_the_partitions_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(queues, "reading_stream", lambda device: nullcontext())
     assert most_inside(lambda: queues.gpu_slot("cuda")) == queues.PARTITIONS_ON_GPU
     assert most_inside(lambda: queues.gpu_slot("cpu")) > queues.PARTITIONS_ON_GPU
 
 
 def test_the_pool_is_shared_before_torch_first_uses_cuda(monkeypatch):
-    calls = []
-    monkeypatch.setattr(queues, "share_memory_pool", lambda: calls.append("pool"))
-    monkeypatch.setattr(queues, "reading_stream", lambda home: calls.append(home) or nullcontext())
+    shared = []
+
+    def stream(device):
+        assert shared, "torch uses CUDA before it shares the pool"
+        assert device == "cuda"
+        return nullcontext()
+
+    monkeypatch.setattr(queues, "share_memory_pool", lambda: shared.append(True))
+    monkeypatch.setattr(queues, "reading_stream", stream)
     with queues.gpu_slot("cuda"):
-        assert calls == ["pool", "cuda"]
+        pass
 
 
 def test_searches_take_turns_on_a_gpu_and_not_on_a_cpu():
@@ -208,12 +214,21 @@ def test_long_searches_take_turns_with_each_other_only():
 
 
 @pytest.mark.parametrize(
-    ("work", "taken"), [(0, [False, True]), (queues.LONG_SEARCH, [True, False]), (None, [True, True])]
+    ("work", "waits"),
+    [(0, [True, False, True]), (queues.LONG_SEARCH, [False, True, True]), (None, [True, True, True])],
+    ids=["short", "long", "in host memory"],
 )
-def test_rows_in_host_memory_have_the_gpu_for_themselves(work, taken):
-    with queues.gpu_turn("cuda", work):
-        assert [turn.locked() for turn in queues._turns.values()] == taken
-    assert not any(turn.locked() for turn in queues._turns.values())
+def test_rows_in_host_memory_have_the_gpu_for_themselves(work, waits):
+    def search(other):
+        with queues.gpu_turn("cuda", other):
+            return True
+
+    for other, has_to_wait in zip((0, queues.LONG_SEARCH, None), waits, strict=True):
+        with ThreadPoolExecutor(1) as pool:
+            with queues.gpu_turn("cuda", work):
+                found = pool.submit(search, other)
+                assert bool(wait([found], timeout=0.1 if has_to_wait else 30).not_done) == has_to_wait
+            assert found.result(30)
 
 
 @pytest.mark.parametrize("is_there", [True, False])

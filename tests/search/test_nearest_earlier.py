@@ -36,8 +36,13 @@ def test_rows_of_nearly_unit_length_are_normalised(compute_dtype: str, off: floa
 
 @contextmanager
 def engine(half: torch.dtype | None, small: int, block: int, most_hits: int, one_block_panels: bool) -> Iterator[None]:
-    """Sizes so small that a few dozen rows take every path of the torch engine."""
+    """Sizes so small that a few dozen rows take every path of the torch engine.
+
+    One thread: searches of a few rows wait longer for threads than they take.
+    """
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         stack.enter_context(patch.object(search, "half_dtype", lambda device: half))
         stack.enter_context(patch.object(torch_engine, "SMALL", small))
         stack.enter_context(patch.object(torch_engine, "BLOCK", block))

@@ -3,6 +3,7 @@
 # make lint   format, lint and types                   make clean     remove what the others made
 # make docs   the documentation, docs/_build/html/index.html
 # make resolve   whether the extras for GPUs can be installed
+# make test-dask   the tests of lazy/ on the newest and the oldest Dask that setup.cfg claims
 # make test-curator   the tests in NeMo Curator's own pipelines, on the CPU
 #
 # Each target that needs it creates .venv first: Python 3.11 or newer is all a machine must have. That of test-curator is
@@ -12,8 +13,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CURATOR := .venv-curator
+OLDEST := .venv-dask
 
-.PHONY: demo test lint docs test-gpu test-curator resolve bench install clean
+.PHONY: demo test lint docs test-gpu test-curator test-dask resolve bench install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py demo
@@ -32,6 +34,18 @@ lint: $(INSTALLED)
 # Warnings are errors, and so is a link to a page, a heading or a function that is not there.
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W -n --keep-going --quiet docs docs/_build/html
+
+# The newest is that of constraints.txt. The oldest comes with the oldest pandas.
+test-dask: $(INSTALLED) $(OLDEST)/.installed
+	$(BIN)/python -m pytest -m "not gpu" tests/lazy
+	$(OLDEST)/bin/python -m pytest -m "not gpu" tests/lazy
+
+$(OLDEST)/.installed: setup.cfg constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(dask|distributed|pandas|pandas-stubs|pyarrow)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
+		--editable '.[test]' 'dask[dataframe,distributed]==2026.1.1' 'pandas==2.3.*' 'pyarrow==23.*'
+	touch $@
 
 # Those of late streams need a torch that shares cuDF's memory: it must not have used CUDA before.
 test-gpu:
@@ -66,4 +80,4 @@ $(CURATOR)/.installed: setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-resolve $(CURATOR) demo build docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-resolve $(CURATOR) $(OLDEST) demo build docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

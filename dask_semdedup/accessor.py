@@ -95,8 +95,8 @@ class SemDedupAccessor:
             Centroids to use instead of a fit: what `fit_centroids` returned, or a ``.npy`` file of it; local, or a URL
             that fsspec understands.
         n_probe : int, default 1
-            The clusters that each row stands in: its own and, as a visit, its next nearest ones. Where the number of
-            clusters is chosen by default, and is smaller, all of them.
+            The clusters that each row stands in: its own and, as secondary assignments, its next nearest ones. Where
+            the number of clusters is chosen by default, and is smaller, all of them.
         device : {"auto", "cpu", "cuda"}, default "auto"
             Where rows are assigned, whatever holds the frame, and where the centroids are fitted.
 
@@ -109,8 +109,8 @@ class SemDedupAccessor:
             are replaced.
 
             With ``n_probe=p`` there are p rows for each, and one more column, ``home_centroid`` (int32): the row's own
-            cluster. Where that is not `cluster_field`, the row is a visit, to be compared with the members of the
-            cluster but not to be found by them. Distances are those to the row's own centroid everywhere.
+            cluster. Where that is not `cluster_field`, the row is a secondary assignment, to be compared with the
+            members of the cluster but not to be found by them. Distances are those to the row's own centroid everywhere.
 
         Raises
         ------
@@ -121,7 +121,7 @@ class SemDedupAccessor:
             lengths; when computed, if others are, or are not of the centroids' width.
         InvalidArgumentError
             If an argument is not one of those allowed, clusters are more than rows to fit on, column names clash, or
-            the frame holds visits from an earlier clustering under that `cluster_field`.
+            the frame holds secondary assignments of an earlier clustering under that `cluster_field`.
 
         Warns
         -----
@@ -347,7 +347,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         """Score every row by its largest similarity to a row of its cluster that is preferred over it.
 
         Only the columns that are needed are read, or shuffled. Frames that are not known to be aligned by cluster are
-        shuffled; those of `read_clusters` are not. Where rows visit other clusters (`kmeans` with ``n_probe``), each
+        shuffled; those of `read_clusters` are not. With secondary assignments (`kmeans` with ``n_probe``), each
         row has the best of the scores that it has there and in its own.
 
         Parameters
@@ -392,8 +392,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If there is no column of ids, of embeddings, or to rank by.
         ClusterError
-            If there is no cluster column; when computed, if rows have a null cluster, or visit others but do not stand
-            in their own.
+            If there is no cluster column; when computed, if rows have a null cluster, or have secondary assignments but
+            do not stand in their own.
         EmbeddingError
             If the embedding column cannot hold embeddings; when computed, if rows are null, not finite, or of
             different lengths.
@@ -603,7 +603,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             self._ddf,
             duplicates,
             id_field,
-            duplicates_id_field=duplicates_id_field,
+            duplicates_id_field,
             eps=eps,
             broadcast=broadcast,
         )
@@ -678,7 +678,15 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1   1       2              0.96         0
         2   3       2              0.11         0
         """
-        return embed_texts(self._ddf, text_field, model, embedding_field, batch_size, device, encode_kwargs)
+        return embed_texts(
+            self._ddf,
+            text_field,
+            embedding_field,
+            model,
+            batch_size=batch_size,
+            device=device,
+            encode_kwargs=encode_kwargs,
+        )
 
     def against(
         self,

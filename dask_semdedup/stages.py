@@ -155,7 +155,7 @@ class FileGroupTask:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a worker of a stage takes, for executors that ask. Dask is told when it starts its workers.
+    """Resources of a worker of a stage, for executors that ask. Dask is told when it starts its workers.
 
     Parameters
     ----------
@@ -173,12 +173,12 @@ class Resources:
 
     @property
     def requires_gpu(self) -> bool:
-        """Whether a worker needs a GPU."""
+        """Return whether a worker needs a GPU."""
         return self.gpus > 0
 
 
 class _Stage:
-    """What an executor reads and calls beside the work itself: the life cycle of NeMo Curator's stages.
+    """Life cycle of NeMo Curator's stages: the attributes and methods that an executor uses besides the work itself.
 
     Nothing is prepared or put away: stages open files, and use a device, only while they work.
     """
@@ -283,7 +283,7 @@ class ClusterWiseFilePartitioningStage(_Stage):
 
 @dataclass(frozen=True)
 class _Footers:
-    """What the footers of clusters' files say, and what reads the files."""
+    """Footers of clusters' files, and the reader of the files."""
 
     reader: Reader
     by_cluster: dict[Any, list[FileStats]]
@@ -499,7 +499,7 @@ class PairwiseCosineSimilarityStage(_Stage):
         return written
 
     def _backend_for(self, footers: _Footers) -> str:
-        """What is too long for a list column of cuDF is read by pandas, and still searched on the GPU."""
+        """Return the backend that reads: pandas for more than a list column of cuDF holds; the GPU still searches."""
         stats = chain.from_iterable(footers.by_cluster.values())
         elements = sum(group.elements for file in stats for group in file.row_groups)
         return self.backend if elements <= CUDF_ELEMENTS or self.read_kwargs else "pandas"
@@ -540,7 +540,7 @@ class PairwiseCosineSimilarityStage(_Stage):
         return list(dict.fromkeys([self.id_field, *self.ranking_strategy.required_columns, self.embedding_field]))
 
     def _locate(self, tasks: Sequence[FileGroupTask]) -> Listing:
-        """What listing the tasks' files would have told."""
+        """Return the listing of the tasks' files."""
         options = self.input_storage_options or {}
         located = {
             self._cluster(task): [fsspec.core.url_to_fs(path, **options) for path in task.data] for task in tasks

@@ -119,7 +119,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How and where rows are compared.
+    """Options of a comparison of rows.
 
     Parameters
     ----------

@@ -244,22 +244,22 @@ def _join(fragments: Iterable[Fragment]) -> tuple[Fragment, ...]:
     return tuple(joined)
 
 
-def _check_null_clusters(stats: Sequence[FileStats], cluster_field: str) -> None:
+def _check_null_clusters(stats: Sequence[FileStats], name: str) -> None:
     nulls = {file.path: file.null_clusters for file in stats if file.null_clusters}
     if nulls:
         raise ClusterError(
-            f"{have(sum(nulls.values()), 'row')} a null cluster in {cluster_field!r}, in {some(nulls)}. "
+            f"{have(sum(nulls.values()), 'row')} a null cluster in {name!r}, in {some(nulls)}. "
             "Drop what has none, or give it one.",
             parameters=["cluster_field"],
-            columns=[cluster_field],
+            columns=[name],
         )
 
 
-def _check_cudf(units: Iterable[_Unit], cluster_field: str) -> None:
+def _check_cudf(units: Iterable[_Unit], name: str) -> None:
     for unit in units:
         if unit.elements > CUDF_ELEMENTS:
             raise ClusterError(
-                f"{cluster_field} {unit.key} has {unit.rows} rows with {unit.elements} elements, more than the "
+                f"{name} {unit.key} has {unit.rows} rows with {unit.elements} elements, more than the "
                 f"{CUDF_ELEMENTS} that a cuDF list column can hold. Use backend='pandas', or more clusters.",
                 parameters=["backend"],
             )

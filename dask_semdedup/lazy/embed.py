@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import dask
@@ -20,14 +19,12 @@ __all__ = ["embed_texts"]
 def embed_texts(
     ddf: dd.DataFrame,
     text_field: str,
-    model: Any,
     name: str,
-    batch_size: int,
-    device: str,
-    encode_kwargs: Mapping[str, Any] | None,
+    model: Any,
+    **options: Any,
 ) -> dd.DataFrame:
     """Add the embeddings of a column of texts: see `SemDedupAccessor.embed`."""
-    check_choice("device", device, DEVICES)
+    check_choice("device", options["device"], DEVICES)
     columns = list(ddf.columns)
     if text_field not in columns:
         raise MissingColumnsError.build(
@@ -40,14 +37,12 @@ def embed_texts(
             columns=[name],
         )
     texts = ddf[text_field]
-    check_embed_arguments(texts._meta, model, batch_size, encode_kwargs)
+    check_embed_arguments(texts._meta, model, options["batch_size"], options["encode_kwargs"])
     embeddings = texts.map_partitions(
         embed_partition,
         # A loaded model goes into the graph once, and is not pickled to name its tasks.
         os.fspath(model) if isinstance(model, str | os.PathLike) else dask.delayed(model, pure=False),
-        batch_size=batch_size,
-        device=device,
-        encode_kwargs=encode_kwargs,
+        **options,
         meta=embed_meta(texts._meta),
     )
     return ddf.assign(**{name: embeddings})

@@ -216,7 +216,7 @@ class PairwiseScores(_ByCluster):
 
 
 class ScoresOfFiles(OwnExpr, PartitionsFiltered, BlockwiseIO):
-    """What `PairwiseScores` of `ReadClusters` becomes: its tasks need not hold all rows of a partition at once."""
+    """Scores of files, read and scored in one task: `PairwiseScores` of `ReadClusters` is lowered to it."""
 
     _parameters = [  # noqa: RUF012
         "source",

@@ -29,32 +29,30 @@ __all__ = ["check_ids", "remove_duplicates"]
 def remove_duplicates(
     ddf: dd.DataFrame,
     duplicates: Any,
-    id_field: str = "id",
+    left_on: str,
+    right_on: str = "id",
     *,
-    duplicates_id_field: str = "id",
     eps: float | None = None,
     broadcast: bool = True,
 ) -> dd.DataFrame:
     """Remove the rows whose ids are those of duplicates, lazily: see `SemDedupAccessor.remove`."""
-    _check_id_column(ddf, id_field, "id_field", "the data")
-    duplicates = _select(_to_dask(duplicates), duplicates_id_field, eps)
+    _check_id_column(ddf, left_on, "id_field", "the data")
+    duplicates = _select(_to_dask(duplicates), right_on, eps)
     if is_cudf(duplicates._meta) != is_cudf(ddf._meta):
         duplicates = duplicates.to_backend("cudf" if is_cudf(ddf._meta) else "pandas")
-    check_same_kind(ddf._meta[id_field], duplicates._meta[duplicates_id_field])
-    ids = _by_itself(ddf[[id_field]])
+    check_same_kind(ddf._meta[left_on], duplicates._meta[right_on])
+    ids = _by_itself(ddf[[left_on]])
     if broadcast:
         duplicates = duplicates.repartition(npartitions=1)
     else:
-        duplicates = _shuffle_by_id(duplicates, duplicates_id_field, ddf.npartitions)
-        ids, ddf = (_shuffle_by_id(frame, id_field, ddf.npartitions) for frame in (ids, ddf))
-    found = ids.map_partitions(
-        find_ids, duplicates, id_field, duplicates_id_field, meta=ids._meta, align_dataframes=False
-    )
+        duplicates = _shuffle_by_id(duplicates, right_on, ddf.npartitions)
+        ids, ddf = (_shuffle_by_id(frame, left_on, ddf.npartitions) for frame in (ids, ddf))
+    found = ids.map_partitions(find_ids, duplicates, left_on, right_on, meta=ids._meta, align_dataframes=False)
     if broadcast:
         found = found.repartition(npartitions=1)
     repeated = found.map_partitions(repeated_ids, meta=ids._meta).repartition(npartitions=1)
     checked = CheckedIds(duplicates.expr, repeated.expr)
-    return new_collection(RowsKept(ddf.expr, checked, left_on=id_field, right_on=duplicates_id_field))
+    return new_collection(RowsKept(ddf.expr, checked, left_on=left_on, right_on=right_on))
 
 
 def check_ids(ids: dd.Series) -> None:

@@ -1,4 +1,4 @@
-"""What a lazy frame is read from, as far as this package reads it."""
+"""Sources of lazy frames: the readers that this package put there, and what they know of columns."""
 
 from __future__ import annotations
 

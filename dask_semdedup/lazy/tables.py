@@ -247,8 +247,8 @@ def _list_table(
     return fs, lines or tables, bool(lines)
 
 
-def _select_ids(rows: pd.DataFrame, id_field: str, wanted: pd.Index) -> pd.DataFrame:
-    return rows[_as_objects(rows[id_field]).isin(wanted)]
+def _select_ids(rows: pd.DataFrame, name: str, wanted: pd.Index) -> pd.DataFrame:
+    return rows[_as_objects(rows[name]).isin(wanted)]
 
 
 def _as_objects(ids: pd.Series) -> pd.Series:

@@ -106,5 +106,5 @@ def _stop(client: Client, futures: list[Future]) -> None:
 
 
 def _knows_any(keys: set[Any], dask_worker: Any) -> bool:
-    """Whether a worker has tasks of these keys; it forgets cancelled ones as soon as they do not run."""
+    """Return whether a worker has tasks of these keys; it forgets cancelled ones as soon as they do not run."""
     return not keys.isdisjoint(dask_worker.state.tasks)

@@ -153,7 +153,7 @@ class Table:
 
     @property
     def has_stops(self) -> bool:
-        """Whether the candidates of some rows end before the row itself."""
+        """Return whether the candidates of some rows end before the row itself."""
         return self.stops.numel() > 0
 
 

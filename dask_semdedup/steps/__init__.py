@@ -1,1 +1,1 @@
-"""What happens to one partition, in memory: no Dask and no files."""
+"""Work on one partition, in memory: no Dask and no files."""

@@ -142,7 +142,7 @@ def check_score_columns(scores: Any, required: Iterable[str]) -> None:
 
 
 def is_one_eps(eps: Any) -> bool:
-    """Whether this is meant as one eps, good or bad, rather than as several."""
+    """Return whether this is meant as one eps, good or bad, rather than as several."""
     return isinstance(eps, (str, bytes)) or not isinstance(eps, Iterable) or getattr(eps, "ndim", 1) == 0
 
 

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
@@ -93,8 +92,11 @@ def embed_partition(
     sentences = _checked_texts(texts)
     target = None if device == "auto" else device
     if isinstance(model, str | os.PathLike):
-        model = _loaded(os.fspath(model), target or ("cuda" if has_cuda() else "cpu"))
-    with _turn(target or model.device.type):
+        with _loading:  # Threads that want it at once wait for the first to load it.
+            model = _load(os.fspath(model), target or ("cuda" if has_cuda() else "cpu"))
+    # To ask for the number of threads comes first, as in `device.queues`.
+    on_cpu = (target or model.device.type) == "cpu"
+    with cores().take(torch.get_num_threads()) if on_cpu else _gpu:
         rows = model.encode(
             sentences, batch_size=batch_size, device=target, show_progress_bar=False, **(encode_kwargs or {})
         )
@@ -164,20 +166,6 @@ def _error(texts: Any, bad: Any, problem: str, advice: str) -> EmbeddingError:
         f"Column {texts.name!r}: {have(len(rows), 'row')} {problem} (index {some(rows)}). {advice}",
         columns=[texts.name],
     )
-
-
-def _turn(device: str) -> AbstractContextManager[Any]:
-    """Wait until this thread may use the model."""
-    import torch
-
-    # As in `placement`: to ask for the number of threads comes first.
-    return cores().take(torch.get_num_threads()) if device == "cpu" else _gpu
-
-
-def _loaded(name: str, device: str) -> Any:
-    """The model of a name or folder; threads that want it at once wait for the first to load it."""
-    with _loading:
-        return _load(name, device)
 
 
 @lru_cache(maxsize=MODELS_KEPT)

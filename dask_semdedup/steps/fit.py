@@ -55,7 +55,7 @@ def default_n_clusters(n_rows: int) -> int:
 
 @dataclass(frozen=True)
 class KMeansOptions:
-    """How k-means is fitted.
+    """Options of a fit of k-means.
 
     Parameters
     ----------

@@ -164,7 +164,7 @@ def check_clusters(clusters: Any, ids: Any) -> None:
 
 
 def _nulls(column: Any) -> Any:
-    """Where values are missing; None where a column of cuDF knows that none is, without asking the device."""
+    """Return where values are missing; None where a column of cuDF knows that none is, without asking the device."""
     knows = is_cudf(column) and column.dtype.kind != "f" and not column.null_count
     return None if knows else column.isna()
 

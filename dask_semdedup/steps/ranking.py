@@ -366,7 +366,7 @@ def _sort_codes(column: pd.Series, ascending: bool) -> list[np.ndarray]:
 
 
 def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """What is missing, and numbers in the order of the column's values."""
+    """Return what is missing, and numbers in the order of the column's values."""
     dtype: Any = getattr(column.dtype, "numpy_dtype", column.dtype)
     kind = dtype.kind if isinstance(dtype, np.dtype) else "O"
     if kind == "f":

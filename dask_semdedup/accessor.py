@@ -110,7 +110,8 @@ class SemDedupAccessor:
 
             With ``n_probe=p`` there are p rows for each, and one more column, ``home_centroid`` (int32): the row's own
             cluster. Where that is not `cluster_field`, the row is a secondary assignment, to be compared with the
-            members of the cluster but not to be found by them. Distances are those to the row's own centroid everywhere.
+            members of the cluster but not to be found by them. Distances are those to the row's own centroid
+            everywhere.
 
         Raises
         ------
@@ -678,15 +679,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1   1       2              0.96         0
         2   3       2              0.11         0
         """
-        return embed_texts(
-            self._ddf,
-            text_field,
-            embedding_field,
-            model,
-            batch_size=batch_size,
-            device=device,
-            encode_kwargs=encode_kwargs,
-        )
+        options = {"batch_size": batch_size, "device": device, "encode_kwargs": encode_kwargs}
+        return embed_texts(self._ddf, text_field, embedding_field, model, **options)
 
     def against(
         self,

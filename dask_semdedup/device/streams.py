@@ -101,8 +101,7 @@ def _set(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 @only_on("cuda")
-@contextmanager
-def default_stream() -> Iterator[None]:
+def default_stream() -> AbstractContextManager[None]:
     """Let cuDF work by itself, on the default stream, during work on another one, such as `reading_stream`.
 
     Work queued on the current stream is done first, and its later work waits for that on the default stream. Nothing
@@ -111,6 +110,11 @@ def default_stream() -> Iterator[None]:
     Memory allocated within is released on the default stream, which does not wait for the current one: keep it until
     the work on the current stream is done (`finish`), or leave none.
     """
+    return _default_stream()
+
+
+@contextmanager
+def _default_stream() -> Iterator[None]:
     import torch
 
     stream = current_stream()

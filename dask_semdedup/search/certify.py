@@ -124,8 +124,8 @@ def measure(rows: torch.Tensor) -> UnitRows:
 def _norms(rows: torch.Tensor) -> torch.Tensor:
     """Return Euclidean norms, by pairwise summation, which is accurate to a few units in the last place."""
     squares = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    for part in chunks(len(rows), 4 * rows.shape[1]):
-        torch.sum(rows[part].square(), dim=1, out=squares[part])
+    for chunk in chunks(len(rows), 4 * rows.shape[1]):
+        torch.sum(rows[chunk].square(), dim=1, out=squares[chunk])
     return squares.sqrt_()
 
 
@@ -152,11 +152,11 @@ def half_copy(unit: UnitRows, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     rows = unit.rows
     half = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     residual = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    for part in chunks(len(rows), 4 * unit.width):
-        exact = rows[part] if unit.is_unit else rows[part] * unit.inverse_norm[part, None]
-        half[part] = exact
-        difference = half[part].float().sub_(exact)
-        torch.sum(difference.square_(), dim=1, out=residual[part])
+    for chunk in chunks(len(rows), 4 * unit.width):
+        exact = rows[chunk] if unit.is_unit else rows[chunk] * unit.inverse_norm[chunk, None]
+        half[chunk] = exact
+        difference = half[chunk].float().sub_(exact)
+        torch.sum(difference.square_(), dim=1, out=residual[chunk])
     return half, residual.sqrt_().mul_(1 + 2.0**-16)
 
 
@@ -297,9 +297,9 @@ def _decide(
 def _dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Return float32 dot products of pairs of rows, by pairwise summation."""
     result = torch.empty(len(query), dtype=torch.float32, device=rows.device)
-    for part in chunks(len(query), 4 * rows.shape[1]):
-        product = rows.index_select(0, query[part]).mul_(rows.index_select(0, candidate[part]))
-        torch.sum(product, dim=1, out=result[part])
+    for chunk in chunks(len(query), 4 * rows.shape[1]):
+        product = rows.index_select(0, query[chunk]).mul_(rows.index_select(0, candidate[chunk]))
+        torch.sum(product, dim=1, out=result[chunk])
     return result
 
 
@@ -351,10 +351,10 @@ def _silence_first_warning() -> None:
 def cosines64(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Return float64 cosine similarities of pairs of rows; 0 if a row is zero."""
     result = torch.empty(len(query), dtype=torch.float64, device=rows.device)
-    for part in chunks(len(query), 16 * rows.shape[1]):
-        x = rows.index_select(0, query[part]).double()
-        y = rows.index_select(0, candidate[part]).double()
+    for chunk in chunks(len(query), 16 * rows.shape[1]):
+        x = rows.index_select(0, query[chunk]).double()
+        y = rows.index_select(0, candidate[chunk]).double()
         norms = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1)
         dots = x.mul_(y).sum(dim=1)
-        result[part] = torch.where(norms > 0, dots / norms, 0.0)
+        result[chunk] = torch.where(norms > 0, dots / norms, 0.0)
     return result

@@ -10,11 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from dask_semdedup import accessor as _accessor  # noqa: F401  (registers ddf.semdedup)
 from dask_semdedup.errors import (
     ClusterError,
+    DataNotFoundError,
+    DataReadError,
     EmbeddingError,
     IdError,
     InvalidArgumentError,
     MissingColumnsError,
     MissingDependencyError,
+    OutputError,
+    OutputExistsError,
     SemDedupError,
 )
 from dask_semdedup.lazy.clusters import read_clusters
@@ -28,11 +32,15 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 
 __all__ = [
     "ClusterError",
+    "DataNotFoundError",
+    "DataReadError",
     "EmbeddingError",
     "IdError",
     "InvalidArgumentError",
     "MissingColumnsError",
     "MissingDependencyError",
+    "OutputError",
+    "OutputExistsError",
     "RankingStrategy",
     "SemDedupError",
     "__version__",

@@ -263,8 +263,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
         ClusterError
             If there is no cluster column, rows have no cluster or one that would be read back as null, such as "",
             there are no rows, or partitions differ in schema.
+        OutputExistsError
+            If the folder is not free.
         InvalidArgumentError
-            If the folder is not free, or within the one that the frame is read from, or the cluster column can not be
+            If the folder is within the one that the frame is read from, or the cluster column can not be
             folders' names.
 
         Notes

@@ -248,8 +248,8 @@ class ClusterWiseFilePartitioningStage(_Stage):
 
         Raises
         ------
-        ClusterError
-            If there are no files in that layout.
+        DataNotFoundError, ClusterError
+            If there are no files, or none in that layout.
 
         Examples
         --------
@@ -386,7 +386,7 @@ class PairwiseCosineSimilarityStage(_Stage):
         ------
         InvalidArgumentError
             If the task has no ``centroid_id``, or its ``filetype`` is not parquet.
-        MissingColumnsError, EmbeddingError, ClusterError
+        MissingColumnsError, EmbeddingError, ClusterError, DataReadError
             If the files cannot be read or compared. There is then no file of scores.
         """
         return self._process_batch([task])[0]
@@ -433,8 +433,8 @@ class PairwiseCosineSimilarityStage(_Stage):
             If the files lack a column that is needed.
         EmbeddingError
             If the embedding column is of a type that cannot hold embeddings.
-        ClusterError
-            If a file is not readable as Parquet, or its columns are of other types than those of the first.
+        DataReadError
+            If a file cannot be read as Parquet, or files disagree about a column.
         """
         return [batch for batch, _ in self._planned(tasks, self._locate(tasks))] if tasks else []
 
@@ -743,7 +743,7 @@ class PairwiseStage(_Stage):
         ------
         InvalidArgumentError
             If `output_path` is `input_path`, or within it.
-        ClusterError, EmbeddingError, MissingColumnsError
+        ClusterError, DataReadError, EmbeddingError, MissingColumnsError
             As `PairwiseCosineSimilarityStage.process` does. Columns are checked before anything runs.
         """
         partitioning, similarity = self.decompose()

@@ -48,7 +48,9 @@ autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 default_role = "literal"
 # Base classes of the exceptions, documented by Python and not here.
-nitpick_ignore_regex = [("py:class", r"(Exception|ImportError|KeyError|ValueError)")]
+nitpick_ignore_regex = [
+    ("py:class", r"(Exception|FileExistsError|FileNotFoundError|ImportError|KeyError|OSError|ValueError)")
+]
 
 html_theme = "furo"
 html_title = "dask-semdedup"

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from dask_semdedup import ClusterError, cli, read_clusters, read_table
+from dask_semdedup import cli, read_clusters, read_table
+from dask_semdedup.errors import DataNotFoundError, DataReadError
 from dask_semdedup.stages import PairwiseStage
 
 pytest.importorskip("s3fs")
@@ -177,14 +178,14 @@ def test_a_footer_longer_than_the_first_guess(
 
 @pytest.mark.parametrize("path", ["nothing", "few/nothing.parquet"])
 def test_what_is_not_there_is_named(store: Store, remote: str, path: str) -> None:
-    with pytest.raises(ClusterError, match=f"No Parquet files found at {remote}/{path}"):
+    with pytest.raises(DataNotFoundError, match=f"No Parquet files found at {remote}/{path}"):
         read_clusters(f"{remote}/{path}", storage_options=store.options)
 
 
 def test_damage_is_named(store: Store, local: Path, remote: str) -> None:
     sound = (local / "raw/0.parquet").read_bytes()
     store.fs.pipe({f"{remote}/damaged/0.parquet": sound, f"{remote}/damaged/1.parquet": sound[:-20] + bytes(20)})
-    with pytest.raises(ClusterError, match=r"Cannot read semdedup/damaged/1.parquet as Parquet"):
+    with pytest.raises(DataReadError, match=r"Cannot read semdedup/damaged/1.parquet as Parquet"):
         read_table(f"{remote}/damaged", storage_options=store.options)
 
 

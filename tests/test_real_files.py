@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dask_semdedup
-from dask_semdedup import ClusterError, InvalidArgumentError, RankingStrategy, read_clusters, read_table
+from dask_semdedup import InvalidArgumentError, RankingStrategy, read_clusters, read_table
+from dask_semdedup.errors import DataReadError
 from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.schemas import in_frames
@@ -126,7 +127,7 @@ class TestOrderOfCategories:
             writer.write_table(one)
             writer.write_table(two)
         with pytest.raises(
-            ClusterError, match=r"0.parquet: Column 'quality' holds ordered categories \['mid', 'low'\]"
+            DataReadError, match=r"0.parquet: Column 'quality' holds ordered categories \['mid', 'low'\]"
         ):
             read_table(tmp_path).compute()
 
@@ -199,12 +200,12 @@ class TestFilesThatAgree:
     def test_bits_of_halves_are_no_numbers(self, tmp_path: Path) -> None:
         bits = pa.array([[15360, 0]] * 3, pa.list_(pa.uint16()))
         write_parts(tmp_path, documents(), documents().set_column(1, "embeddings", bits))
-        with pytest.raises(ClusterError, match=r"'embeddings' is list<.*uint16> in .*1.parquet but list<.*float> in"):
+        with pytest.raises(DataReadError, match=r"'embeddings' is list<.*uint16> in .*1.parquet but list<.*float> in"):
             read_table(tmp_path).semdedup.deduplicate()
 
     def test_values_that_do_not_fit_name_the_file(self, tmp_path: Path) -> None:
         write_parts(tmp_path, pa.table({"x": pa.array([2**63], pa.uint64())}), pa.table({"x": pa.array([1])}))
-        with pytest.raises(ClusterError, match=r"0.parquet: Column 'x' is uint64, and cannot be read as int64"):
+        with pytest.raises(DataReadError, match=r"0.parquet: Column 'x' is uint64, and cannot be read as int64"):
             read_table(tmp_path).compute()
 
 
@@ -224,11 +225,11 @@ class TestColumnsThatNobodyNeeds:
 
     def test_that_are_needed_name_both_files_and_types(self, path: Path) -> None:
         message = r"Column 'text' is int64 in .*1.parquet but string in .*0.parquet. Give it one type in all files"
-        with pytest.raises(ClusterError, match=message):
+        with pytest.raises(DataReadError, match=message):
             read_table(path)["text"].compute()
-        with pytest.raises(ClusterError, match=message):
+        with pytest.raises(DataReadError, match=message):
             read_table(path, ["id", "text"])
-        with pytest.raises(ClusterError, match=message):
+        with pytest.raises(DataReadError, match=message):
             read_clusters(path).semdedup.pairwise(which_to_keep="random", id_field="text")
 
     def test_of_one_name_are_refused(self, tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ class TestColumnsThatNobodyNeeds:
         )
         write_parts(tmp_path, table)
         assert len(read_table(tmp_path, ["id", "embeddings"]).semdedup.deduplicate(n_clusters=1).compute()) == 2
-        with pytest.raises(ClusterError, match=r"0.parquet has several columns named 'x'"):
+        with pytest.raises(DataReadError, match=r"0.parquet has several columns named 'x'"):
             read_table(tmp_path).compute()
 
 
@@ -267,7 +268,7 @@ class TestFilesThatChange:
         write_parts(tmp_path / "centroid=0", table)
         ddf = read(tmp_path)
         self.change(tmp_path / "centroid=0" / "0.parquet", how)
-        with pytest.raises(ClusterError, match=r"0.parquet"):
+        with pytest.raises(DataReadError, match=r"0.parquet"):
             ddf[["id"]].compute()
 
     def test_rows_that_are_not_there_are_missed(self, tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ class TestFilesThatChange:
         write_parts(tmp_path, documents())
         fs, schema = LocalFileSystem(), pa.schema({"id": pa.int64()})
         fragment = Fragment(str(tmp_path / "0.parquet"), 4)
-        with pytest.raises(ClusterError, match=r"0.parquet changed since the footers were read"):
+        with pytest.raises(DataReadError, match=r"0.parquet changed since the footers were read"):
             Reader(fs, schema).read([fragment], ["id"])
 
 
@@ -460,7 +461,7 @@ def test_run_names_a_way_round_files_that_disagree(tmp_path: Path, run: Any) -> 
     path = write_parts(tmp_path / "in", documents(text=["a", "b", "c"], n=[1, 2, 3]), two)
     result = run(path, tmp_path / "out", code=2)
     assert "Column 'text' is int64 in" in result.stderr
-    assert "or keep others: name each as --column" in result.stderr
+    assert "name columns that agree. (--column)" in result.stderr
     run(path, tmp_path / "out", "--column", "n")
     assert pq.read_schema(tmp_path / "out" / "deduplicated" / "part.000000.parquet").names == ["id", "n", "embeddings"]
 
@@ -578,7 +579,7 @@ def test_other_formats_are_refused_with_the_line_that_converts_them(tmp_path: Pa
     (tmp_path / "dataset_info.json").write_text("{}")
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(
-            ClusterError, match=f"{name} is an? .*, which is not read. Convert it first: .*{conversion}"
+            DataReadError, match=f"{name} is an? .*, which is not read. Convert it first: .*{conversion}"
         ):
             read_table(path)
     # Beside Parquet they are no data.
@@ -626,7 +627,7 @@ class TestOnAGpu:
     def test_files_that_change_are_named(self, path: Path, how: str) -> None:
         ddf = read_clusters(path, backend="cudf")
         TestFilesThatChange().change(path / "centroid=1" / "0.parquet", how)
-        with pytest.raises(ClusterError, match=r"0.parquet"):
+        with pytest.raises(DataReadError, match=r"0.parquet"):
             ddf[["id"]].compute()
 
     def test_stages_too(self, path: Path, tmp_path: Path) -> None:

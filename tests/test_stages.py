@@ -24,6 +24,8 @@ from hypothesis import given
 from dask_semdedup import stages
 from dask_semdedup.errors import (
     ClusterError,
+    DataNotFoundError,
+    DataReadError,
     EmbeddingError,
     InvalidArgumentError,
     MissingColumnsError,
@@ -120,7 +122,7 @@ def test_partitioning_makes_one_task_a_cluster(golden, as_url):
 
 
 def test_partitioning_refuses_a_folder_without_clusters(tmp_path):
-    with pytest.raises(ClusterError, match="No Parquet files"):
+    with pytest.raises(DataNotFoundError, match="No Parquet files"):
         ClusterWiseFilePartitioningStage(str(tmp_path)).process()
 
 
@@ -342,7 +344,7 @@ def test_bad_columns_are_named_and_nothing_is_written(golden, tmp_path, stage, e
 def test_damaged_files_are_named(golden, tmp_path, content):
     damaged = golden / "centroid=0" / "part.1.parquet"
     damaged.write_bytes(content)
-    with pytest.raises(ClusterError, match=str(damaged)):
+    with pytest.raises(DataReadError, match=str(damaged)):
         PairwiseStage("id", "embeddings", str(golden), str(tmp_path / "out")).run()
     assert not (tmp_path / "out").exists()
 
@@ -356,7 +358,7 @@ def test_absent_files_are_named(golden, tmp_path):
 def test_files_of_different_types_are_named(tmp_path):
     root = write_layout(tmp_path / "in", {0: [GOLDEN, GOLDEN.assign(id=list("abcdef"))]})
     with pytest.raises(
-        ClusterError,
+        DataReadError,
         match=r"'id' is .*string in .*part\.1\.parquet but int64 in .*part\.0\.parquet.*columns that agree",
     ):
         PairwiseStage("id", "embeddings", str(root), str(tmp_path / "out")).run()

@@ -82,9 +82,11 @@ def read_clusters(
 
     Raises
     ------
+    DataReadError
+        If there are no files, one cannot be read, or two disagree about a column that is asked for. If two disagree
+        about another column, an error follows when it is computed.
     ClusterError
-        If there are no files, one cannot be read, two disagree about a column that is asked for, there is no cluster
-        column, or rows have a null cluster. If two disagree about another column, an error follows when it is computed.
+        If there is no cluster column, or rows have a null cluster.
     MissingColumnsError
         If a column in `columns` is not there.
     InvalidArgumentError

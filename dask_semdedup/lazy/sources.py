@@ -38,7 +38,7 @@ def check_sources(ddf: dd.DataFrame, columns: Sequence[str], ranking: RankingStr
 
     Raises
     ------
-    ClusterError
+    DataReadError
         If files disagree about a column.
     InvalidArgumentError
         If the order of categories to rank by is lost.

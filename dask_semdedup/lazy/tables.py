@@ -18,7 +18,7 @@ import pyarrow as pa
 from dask.tokenize import tokenize
 
 from dask_semdedup._validate import check_bytes, check_names
-from dask_semdedup.errors import ClusterError, MissingColumnsError, some
+from dask_semdedup.errors import DataReadError, MissingColumnsError, some
 from dask_semdedup.frames.columns import SCORE_COLUMNS
 from dask_semdedup.io.folder_keys import Keys, keys_below
 from dask_semdedup.io.footers import read_schema
@@ -86,7 +86,7 @@ def read_table(
 
     Raises
     ------
-    ClusterError
+    DataReadError
         If there are no files, one cannot be read, or two disagree about one of `columns`. If two disagree about another
         column, that is an error when it is computed.
     MissingColumnsError
@@ -155,7 +155,7 @@ def read_scores(
 
     Raises
     ------
-    ClusterError
+    DataReadError
         If there are no files, or one cannot be read as Parquet.
     MissingColumnsError
         If one of the three columns is not there.
@@ -237,9 +237,9 @@ def _list_table(
     if others and not parquet and not lines:
         name = min(others)
         what, conversion = CONVERSIONS[os.path.splitext(name)[1]]
-        raise ClusterError(f"{name} is {what}, which is not read. Convert it first: {conversion}.")
+        raise DataReadError(f"{name} is {what}, which is not read. Convert it first: {conversion}.")
     if lines and parquet:
-        raise ClusterError(
+        raise DataReadError(
             f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(lines, 1)}). Split them into two folders."
         )
     # What is named may be Parquet whatever its name, unless it is beside lines.

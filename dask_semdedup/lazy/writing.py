@@ -125,7 +125,7 @@ def write_clusters_of(
                 parameters=["path"],
             )
     with staged_folder(final, contents=CLUSTERS, overwrite=overwrite, storage_options=storage_options) as folder:
-        write_layout(aligned, folder, key, size, stored_schema(ddf), **options)
+        write_layout(aligned, folder, key, size, stored_schema(ddf), options)
     return cluster_files(path, storage_options, cluster_field=key)
 
 
@@ -135,7 +135,7 @@ def write_layout(
     key: str,
     max_file_size: int,
     stored: pa.Schema | None = None,
-    **options: Any,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an aligned frame into a new folder.
 
@@ -151,14 +151,15 @@ def write_layout(
         Bytes in memory of what goes to one file; a cluster of more has several.
     stored : pyarrow.Schema, optional
         Of the files that the columns come from: they get its types, and the files its metadata.
-    **options
-        Of the fsspec file system.
+    storage_options : mapping, optional
+        Arguments of the fsspec file system.
 
     Raises
     ------
     ClusterError
         If there are no rows, rows have no cluster, or two partitions differ in schema.
     """
+    options = dict(storage_options or {})
     fs, root = fsspec.url_to_fs(folder, **options)
     fs.makedirs(root)
     meta = pd.DataFrame({"rows": pd.Series(dtype="int64"), "schema": pd.Series(dtype=object)})

@@ -95,7 +95,7 @@ class KMeansOptions:
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
             raise InvalidArgumentError(
                 f"random_state must be an integer from 0 to 2**32 - 1, not {seed!r}.",
-                parameters=["random_state", "random_seed"],
+                parameters=["random_state"],
             )
         if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction <= 1):
             raise InvalidArgumentError(

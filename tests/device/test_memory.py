@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup.device import memory
 from dask_semdedup.device.memory import share_memory_pool
-from dask_semdedup.errors import ClusterError
+from dask_semdedup.errors import DataReadError
 from dask_semdedup.io import cudf_reader, fragments, reader
 from dask_semdedup.steps import pairwise
 from tests.data import GOLDEN, run
@@ -206,7 +206,7 @@ def test_it_is_there_before_cudf_reads(gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("message", "error"),
-    [("CUDA error: an illegal memory access", RuntimeError), ("Encountered invalid footer", ClusterError)],
+    [("CUDA error: an illegal memory access", RuntimeError), ("Encountered invalid footer", DataReadError)],
     ids=["of the GPU", "of the file"],
 )
 def test_files_are_not_blamed_for_the_gpu(
@@ -216,7 +216,7 @@ def test_files_are_not_blamed_for_the_gpu(
     monkeypatch.setattr(cudf_reader, "_read_with_libcudf", Mock(side_effect=RuntimeError(message)))
     with pytest.raises(error, match=message) as raised:
         cudf_reader.read_fragments_cudf(LocalFileSystem(), [fragments.Fragment("a.parquet", 3)], ["id"])
-    assert ("a.parquet" in str(raised.value)) == (error is ClusterError)
+    assert ("a.parquet" in str(raised.value)) == (error is DataReadError)
 
 
 @pytest.mark.parametrize(("cores", "threads", "pages"), [(6, "6", "384"), (32, "10", "2048")])

@@ -28,6 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_semdedup import ClusterError, InvalidArgumentError, MissingColumnsError, MissingDependencyError, read_clusters
+from dask_semdedup.errors import DataNotFoundError, DataReadError
 from dask_semdedup.io import cudf_reader, footers, fragments, listing, reader, scan
 from dask_semdedup.io.layout import cluster_files
 from dask_semdedup.io.write import write_cluster, write_clusters
@@ -691,7 +692,7 @@ class TestNames:
 
     def test_each_path_of_a_list_must_be_there(self, layout: tuple[Path, pd.DataFrame]) -> None:
         path, _ = layout
-        with pytest.raises(ClusterError, match=r"No Parquet files found at .*centroid=l: there is no such file"):
+        with pytest.raises(DataNotFoundError, match=r"No Parquet files found at .*centroid=l: there is no such file"):
             read_clusters([path / "centroid=0", path / "centroid=l"])
 
     def test_paths_of_one_file_system_may_come_from_several_objects(self, layout: tuple[Path, pd.DataFrame]) -> None:
@@ -730,17 +731,17 @@ class TestNames:
 
 class TestBadInput:
     def test_no_files(self, tmp_path: Path) -> None:
-        with pytest.raises(ClusterError, match=f"No Parquet files found at {tmp_path}"):
+        with pytest.raises(DataNotFoundError, match=f"No Parquet files found at {tmp_path}"):
             read_clusters(tmp_path)
-        with pytest.raises(ClusterError, match=r"No Parquet files found at .*nowhere"):
+        with pytest.raises(DataNotFoundError, match=r"No Parquet files found at .*nowhere"):
             read_clusters(tmp_path / "nowhere")
-        with pytest.raises(ClusterError, match="list of paths is empty"):
+        with pytest.raises(DataNotFoundError, match="list of paths is empty"):
             read_clusters([])
 
     def test_a_truncated_file_is_named(self, layout: tuple[Path, pd.DataFrame]) -> None:
         path = layout[0] / "centroid=7/part.1.parquet"
         path.write_bytes(path.read_bytes()[:-10])
-        with pytest.raises(ClusterError, match=r"Cannot read .*centroid=7/part.1.parquet as Parquet \(truncated"):
+        with pytest.raises(DataReadError, match=r"Cannot read .*centroid=7/part.1.parquet as Parquet \(truncated"):
             read_clusters(layout[0])
 
     def test_damage_behind_the_footer_is_found_when_read(self, layout: tuple[Path, pd.DataFrame]) -> None:
@@ -749,19 +750,19 @@ class TestBadInput:
         content[4:60] = bytes(56)
         path.write_bytes(content)
         ddf = read_clusters(layout[0])
-        with pytest.raises(ClusterError, match=r"Cannot read .*centroid=7/part.1.parquet as Parquet"):
+        with pytest.raises(DataReadError, match=r"Cannot read .*centroid=7/part.1.parquet as Parquet"):
             ddf.compute()
 
     def test_files_that_changed_since_are_named_on_a_gpu(self) -> None:
         planned = [fragments.Fragment("a", 3), fragments.Fragment("b", 2), fragments.Fragment("c", 1)]
         cudf_reader._check_rows(planned, [3, 2, 1])
-        with pytest.raises(ClusterError, match=r"^b, c changed since the footers were read"):
+        with pytest.raises(DataReadError, match=r"^b, c changed since the footers were read"):
             cudf_reader._check_rows(planned, [3, 1, 2])
 
     def test_a_file_gone_since_is_named(self, layout: tuple[Path, pd.DataFrame]) -> None:
         ddf = read_clusters(layout[0])
         (layout[0] / "centroid=0/part.0.parquet").unlink()
-        with pytest.raises(ClusterError, match=r"Cannot read .*centroid=0/part.0.parquet"):
+        with pytest.raises(DataReadError, match=r"Cannot read .*centroid=0/part.0.parquet"):
             ddf.compute()
 
     def test_types_that_disagree(self, tmp_path: Path) -> None:
@@ -769,11 +770,11 @@ class TestBadInput:
         pq.write_table(pa.table({"id": [1], "x": [1.0]}), tmp_path / "centroid=0/a.parquet")
         pq.write_table(pa.table({"id": ["a"], "x": [1.0]}), tmp_path / "centroid=0/b.parquet")
         message = r"Column 'id' is string in .*b.parquet but int64 in .*a.parquet"
-        with pytest.raises(ClusterError, match=message):
+        with pytest.raises(DataReadError, match=message):
             read_clusters(tmp_path, columns=["id"])
         ddf = read_clusters(tmp_path)
         assert ddf.x.compute().to_list() == [1.0, 1.0]
-        with pytest.raises(ClusterError, match=message):
+        with pytest.raises(DataReadError, match=message):
             ddf.id.compute()
 
     def test_only_the_wanted_columns_need_agree(self, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import ClusterError, DataReadError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.lazy.tables import find_rows, read_scores, read_table, table_token
 from tests.data import RECORDS, write_json
 
@@ -72,7 +72,7 @@ def test_truncated_parquet_names_the_file(tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / f"{name}.parquet")
     bad = tmp_path / "bad.parquet"
     bad.write_bytes(bad.read_bytes()[:-100])
-    with pytest.raises(ClusterError, match=r"bad\.parquet"):
+    with pytest.raises(DataReadError, match=r"bad\.parquet"):
         read_table(tmp_path)
 
 

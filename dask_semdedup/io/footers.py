@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import statistics
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import islice
 
 import fsspec
 import pyarrow as pa
@@ -23,6 +25,10 @@ FOOTER_GUESS = 2**16
 
 LOCAL_GUESS = 2**13
 
+# A local file system is slow where the first few footers of a block take so many seconds.
+PROBES = 8
+SLOW = 1e-4
+
 
 def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schema:
     """Return the Arrow schema of a file, without columns that pandas or Dask wrote only to restore an index."""
@@ -30,15 +36,22 @@ def read_schema(fs: fsspec.AbstractFileSystem, path: str, size: int) -> pa.Schem
 
 
 def fetch_footers(fs: fsspec.AbstractFileSystem, sizes: Mapping[str, int]) -> list[bytes]:
-    """Return the footers of files of these sizes, which many threads fetch.
+    """Return the footers of files of these sizes: read by this thread where that is fast, else by many at once.
 
-    Each thread takes a run of files: to read a footer from the page cache takes less time than to hand it to a thread.
+    From the page cache a footer takes less time than a thread takes to get hold of Python's lock.
     """
-    files = list(sizes.items())
-    length = -(-len(files) // THREADS)
-    runs = [files[start : start + length] for start in range(0, len(files), length)]
+    files = iter(sizes.items())
+    footers = []
+    if is_local(fs):
+        seconds = []
+        for path, size in islice(files, PROBES):
+            start = time.perf_counter()
+            footers.append(fetch_footer(fs, path, size))
+            seconds.append(time.perf_counter() - start)
+        if statistics.median(seconds) < SLOW:
+            return footers + [fetch_footer(fs, path, size) for path, size in files]
     with ThreadPoolExecutor(THREADS, thread_name_prefix="footers") as pool:
-        return list(chain.from_iterable(pool.map(lambda run: [fetch_footer(fs, *file) for file in run], runs)))
+        return footers + list(pool.map(lambda file: fetch_footer(fs, *file), files))
 
 
 def fetch_footer(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:

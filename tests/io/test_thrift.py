@@ -509,11 +509,14 @@ class TestReadFooters:
 class TestFetching:
     """A slow file system is one whose reads meet at a barrier: it lets them pass only if they come at once."""
 
-    def meet(self, read: Callable[..., bytes], parties: int) -> Callable[..., bytes]:
-        barrier = threading.Barrier(parties, timeout=30)
+    def meet(self, read: Callable[..., bytes], parties: int, first: int) -> Callable[..., bytes]:
+        barrier, lock, count = threading.Barrier(parties, timeout=30), threading.Lock(), iter(range(10**6))
 
         def met(*args: Any, **kwargs: Any) -> bytes:
-            barrier.wait()
+            with lock:
+                number = next(count)
+            if number >= first:
+                barrier.wait()
             return read(*args, **kwargs)
 
         return met
@@ -521,15 +524,29 @@ class TestFetching:
     def test_slow_local_files_are_read_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_files(tmp_path / "in", many_shapes())
         expected = stats_of(path)
-        monkeypatch.setattr(footers, "_read_range", self.meet(footers._read_range, 20))
+        monkeypatch.setattr(footers, "SLOW", 0)
+        monkeypatch.setattr(footers, "_read_range", self.meet(footers._read_range, 16, first=footers.PROBES))
         assert stats_of(path) == expected
+
+    def test_fast_local_files_are_read_by_this_thread(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write_files(tmp_path / "in", many_shapes())
+        read, threads = footers._read_range, set()
+
+        def noted(*args: Any, **kwargs: Any) -> bytes:
+            threads.add(threading.current_thread())
+            return read(*args, **kwargs)
+
+        monkeypatch.setattr(footers, "SLOW", math.inf)
+        monkeypatch.setattr(footers, "_read_range", noted)
+        stats_of(path)
+        assert threads == {threading.current_thread()}
 
     def test_remote_files_are_read_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fs = fsspec.filesystem("memory")
         for name, content in many_shapes().items():
             fs.pipe(f"/fetching/{name}", content)
         expected = stats_of("memory://fetching")
-        monkeypatch.setattr(type(fs), "cat_file", self.meet(type(fs).cat_file, 20))
+        monkeypatch.setattr(type(fs), "cat_file", self.meet(type(fs).cat_file, 20, first=0))
         assert stats_of("memory://fetching") == expected
         fs.rm("/fetching", recursive=True)
 

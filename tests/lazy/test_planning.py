@@ -67,7 +67,9 @@ class TestPlan:
         assert plan(clusters, 6000) == [[4], [0, 1, 2, 3], [5, 6, 7, 8, 9]]
 
     @pytest.mark.parametrize("many", [5, 12, 23])
-    def test_dask_begins_with_oversized_clusters(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+    def test_dask_begins_with_oversized_clusters(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
+    ) -> None:
         write_random_layout(tmp_path, {cluster: [2] for cluster in range(many)} | {1: [3000], 2: [2000]})
         ddf = read_clusters(tmp_path, columns=["id", "embeddings", "cosine_dist_to_cent", "centroid"], partition_size=1)
         read, begun = reader.read_fragment, []

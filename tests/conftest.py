@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import settings
+
+# Their assertions say what they compared, as those of tests do.
+pytest.register_assert_rewrite("tests.data", "tests.oracle")
 
 # A deadline measures the machine, not the code; in CI the same examples are drawn every time.
 settings.register_profile("default", deadline=None)
@@ -84,3 +89,12 @@ def device_memory() -> Callable[[Callable[[], object]], tuple[int, int]]:
         return taken.peak_bytes, taken.current_bytes
 
     return of_rmm if torch.cuda.memory.get_allocator_backend() == "pluggable" else of_torch
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> tuple[Path, pd.DataFrame]:
+    """Five clusters in nine files, and what these hold."""
+    from tests.data import write_random_layout
+
+    frame = write_random_layout(tmp_path / "in", {10: [3], 2: [4, 5], 0: [1], 7: [2, 1, 6], 1: [8]})
+    return tmp_path / "in", frame

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.dataframe as dd
 import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from dask.dataframe.dask_expr._shuffle import ShuffleBase
 
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.steps.pairwise import pairwise_partition
@@ -204,6 +206,24 @@ def blobs(n: int, k: int = 4, width: int = 6, seed: int = 0) -> tuple[np.ndarray
 
 def in_partitions(frame: pd.DataFrame, npartitions: int = 4) -> dd.DataFrame:
     return dd.from_pandas(frame, npartitions=npartitions, sort=False)
+
+
+def partition_frames(ddf: dd.DataFrame) -> list[pd.DataFrame]:
+    return list(dask.compute(*ddf.to_delayed(), scheduler="synchronous"))
+
+
+def clusters_are_whole(ddf: dd.DataFrame, cluster_field: str = "centroid") -> bool:
+    seen: set[object] = set()
+    for frame in partition_frames(ddf[[cluster_field]]):
+        clusters = set(frame[cluster_field].unique())
+        if seen & clusters:
+            return False
+        seen |= clusters
+    return True
+
+
+def shuffles(ddf: dd.DataFrame) -> list[object]:
+    return list(ddf.optimize(fuse=False).expr.find_operations(ShuffleBase))
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dask.dataframe.dask_expr._shuffle import ShuffleBase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +30,7 @@ from dask_semdedup.frames.columns import COMPUTE_DTYPES
 from dask_semdedup.io import fragments, reader
 from dask_semdedup.lazy.alignment import is_aligned
 from dask_semdedup.lazy.expressions import ScoresOfFiles
-from tests.data import GOLDEN, by_cluster, expected_scores, make_frame, write_layout
+from tests.data import GOLDEN, by_cluster, expected_scores, make_frame, shuffles, write_layout
 
 WIDTH = 8
 
@@ -44,10 +43,6 @@ def assert_scores(scores: dd.DataFrame, expected: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(computed, expected, rtol=0, atol=2e-6)
     held = [set(frame.centroid) for frame in frames]
     assert sum(map(len, held)) == len(set().union(*held))
-
-
-def shuffles(ddf: dd.DataFrame) -> list[object]:
-    return list(ddf.optimize(fuse=False).expr.find_operations(ShuffleBase))
 
 
 class TestGolden:

@@ -68,14 +68,14 @@ def task(cluster=0, files=(), **metadata) -> FileGroupTask:
     ("dtype", "scale"),
     [*product([torch.float32, torch.float64], [1.0, 3.0]), (torch.float64, 1e39), (torch.float64, 1e-60)],
 )
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 6, 7, 1024])
-def test_golden_similarities_for_every_batch_size(batch_size, dtype, scale):
-    scores, index = pairwise_cosine_similarity_batched(torch.tensor(NORMED * scale, dtype=dtype), batch_size)
-    assert isinstance(scores, np.ndarray)
-    assert isinstance(index, np.ndarray)
-    assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, [0, 0.974631, 0.998190, 0.999618, 1, 1], atol=2e-6)
-    assert index.tolist() == [0, 0, 1, 2, 0, 0]
+def test_golden_similarities_for_every_batch_size(dtype, scale):
+    for batch_size in (1, 2, 3, 4, 5, 6, 7, 1024):
+        scores, index = pairwise_cosine_similarity_batched(torch.tensor(NORMED * scale, dtype=dtype), batch_size)
+        assert isinstance(scores, np.ndarray)
+        assert isinstance(index, np.ndarray)
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, [0, 0.974631, 0.998190, 0.999618, 1, 1], atol=2e-6)
+        assert index.tolist() == [0, 0, 1, 2, 0, 0], batch_size
 
 
 @given(rows_and_segments(max_segments=1))

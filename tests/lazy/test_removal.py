@@ -126,12 +126,12 @@ class TestRowsLeft:
 class TestIds:
     @BOTH
     @pytest.mark.parametrize("left", INTEGERS)
-    @pytest.mark.parametrize("right", ["int32", "uint64", "Int64", "int16[pyarrow]"])
-    def test_integers_of_any_width(self, left: str, right: str, broadcast: bool) -> None:
+    def test_integers_of_any_width(self, left: str, broadcast: bool) -> None:
         ddf = lazily(pd.DataFrame({"id": pd.Series(range(6), dtype=left)}))
-        kept = ddf.semdedup.remove(ids(1, 4, dtype=right), broadcast=broadcast)
-        assert sorted(kept.id.compute()) == [0, 2, 3, 5]
-        assert kept.id.compute().dtype == ddf.id.dtype
+        for right in ("int32", "uint64", "Int64", "int16[pyarrow]"):
+            kept = ddf.semdedup.remove(ids(1, 4, dtype=right), broadcast=broadcast).id.compute()
+            assert sorted(kept) == [0, 2, 3, 5], right
+            assert kept.dtype == ddf.id.dtype, right
 
     @BOTH
     def test_integers_that_only_one_of_the_dtypes_can_hold(self, broadcast: bool) -> None:
@@ -141,12 +141,12 @@ class TestIds:
 
     @BOTH
     @pytest.mark.parametrize("left", STRINGS)
-    @pytest.mark.parametrize("right", STRINGS)
-    def test_strings_of_any_dtype(self, left: str, right: str, broadcast: bool) -> None:
+    def test_strings_of_any_dtype(self, left: str, broadcast: bool) -> None:
         texts = list(map(str, UUIDS))
         ddf = lazily(ids(*texts, dtype=left))
-        kept = ddf.semdedup.remove(ids(*texts[3:6], "?", dtype=right), broadcast=broadcast)
-        assert sorted(kept.id.compute()) == texts[:3] + texts[6:]
+        for right in STRINGS:
+            kept = ddf.semdedup.remove(ids(*texts[3:6], "?", dtype=right), broadcast=broadcast)
+            assert sorted(kept.id.compute()) == texts[:3] + texts[6:], right
 
     @BOTH
     @pytest.mark.parametrize("kind", ["objects", "bytes", "arrow uuid", "arrow bytes", "arrow dictionary"])

@@ -256,7 +256,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Returns
         -------
         dict
-            From cluster to its files, as `dask_semdedup.clusters.cluster_files` lists them.
+            From cluster to its files, both in ascending order.
 
         Raises
         ------

@@ -222,11 +222,6 @@ def list_clusters(
     return Listing(fs, files, dict(sorted(by_cluster.items())))
 
 
-def clusters_beneath(_fs: Any, _path: Any, _options: Any, files: Iterable[str], key: str) -> dict[str, Any] | None:
-    """Return `clusters_of_folders`."""
-    return clusters_of_folders(files, key)
-
-
 def clusters_of_folders(files: Iterable[str], key: str) -> dict[str, Any] | None:
     """Return the cluster of each file from the name of its folder ``<key>=<k>``, or None if no file has one.
 

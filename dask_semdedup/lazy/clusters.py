@@ -23,7 +23,7 @@ from dask_semdedup._validate import check_bytes, check_names
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.io.folder_keys import key_type
 from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, fragments_of
-from dask_semdedup.io.layout import clusters_beneath
+from dask_semdedup.io.layout import clusters_of_folders
 from dask_semdedup.io.listing import checksum, list_files
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import scan_files
@@ -119,7 +119,7 @@ def read_clusters(
     check_names("columns", columns)
     size = default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
-    folders = clusters_beneath(fs, path, storage_options, files, cluster_field)
+    folders = clusters_of_folders(files, cluster_field)
     source = _scan(fs, files, folders, cluster_field, columns, size, backend)
     wanted = source.reader.columns if columns is None else list(dict.fromkeys(columns))
     reading = wanted if source.aligned else list(dict.fromkeys([*wanted, cluster_field]))

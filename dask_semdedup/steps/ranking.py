@@ -228,7 +228,11 @@ class RankingStrategy:
 
     def _check_kind(self) -> None:
         """Raise for an unknown `strategy`: as with NeMo Curator, not before it is used."""
-        check_choice("Invalid strategy: strategy", self.strategy, STRATEGIES)
+        if self.strategy not in STRATEGIES:
+            raise InvalidArgumentError(
+                f"Invalid strategy: strategy must be one of {', '.join(map(repr, STRATEGIES))}, not {self.strategy!r}.",
+                parameters=["ranking_strategy"],
+            )
 
     def _shuffled(self, ids: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
         """Return hashes of the ids to sort by."""

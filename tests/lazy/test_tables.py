@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dask_semdedup.errors import ClusterError, DataReadError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import DataReadError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.lazy.tables import find_rows, read_scores, read_table, table_token
 from tests.data import RECORDS, write_json
 
@@ -83,7 +83,7 @@ def test_mixed_folders_and_missing_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text('{"rows": 1}')
     assert len(read_table(tmp_path)) == 1
     write_json(tmp_path / "b.jsonl", RECORDS)
-    with pytest.raises(ClusterError, match="both Parquet"):
+    with pytest.raises(DataReadError, match="both Parquet"):
         read_table(tmp_path)
 
 

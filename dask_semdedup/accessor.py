@@ -372,7 +372,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         embedding_dim : int, optional
             Length of the embeddings, to be checked. By default that of most rows of each partition.
         pairwise_batch_size : int, optional
-            Queries that are searched at once: by default 512. The candidates beside them are as many as memory allows.
+            Queries that are searched at once, with as many candidates as memory allows. By default 512.
         random_seed : int, default 42
             Seed of ``which_to_keep="random"``.
         compute_dtype : {"auto", "float32", "float16", "bfloat16"}, default "auto"

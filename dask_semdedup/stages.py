@@ -315,7 +315,7 @@ class PairwiseCosineSimilarityStage(_Stage):
     ranking_strategy : RankingStrategy
         Which rows of a cluster are preferred.
     pairwise_batch_size : int, default 1024
-        Queries multiplied at once; the candidates beside them as memory allows.
+        Queries that are multiplied at once, with as many candidates as memory allows.
     verbose : bool, default False
         Log rows and time to the logger ``dask_semdedup``, at level INFO.
     embedding_dim : int, optional
@@ -606,7 +606,7 @@ class PairwiseStage(_Stage):
     embedding_dim : int, optional
         Length that every embedding must have.
     pairwise_batch_size : int, default 1024
-        Queries multiplied at once; the candidates beside them as memory allows.
+        Queries that are multiplied at once, with as many candidates as memory allows.
     verbose : bool, default False
         Log rows and times to the logger ``dask_semdedup``, at level INFO.
     read_kwargs, write_kwargs : dict, optional

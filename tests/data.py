@@ -145,7 +145,7 @@ def expected_scores(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def with_visits(rng: np.random.Generator, rows: np.ndarray, n_clusters: int, n_probe: int, ids=None) -> pd.DataFrame:
+def with_secondary(rng: np.random.Generator, rows: np.ndarray, n_clusters: int, n_probe: int, ids=None) -> pd.DataFrame:
     """Rows of random own clusters, each in `n_probe` clusters, in random order."""
     n = len(rows)
     homes = rng.integers(n_clusters, size=n).astype(np.int32)
@@ -158,8 +158,8 @@ def with_visits(rng: np.random.Generator, rows: np.ndarray, n_clusters: int, n_p
             "home_centroid": homes,
         }
     )
-    visits = [members.assign(centroid=((homes + probe) % n_clusters).astype(np.int32)) for probe in range(1, n_probe)]
-    return pd.concat([members, *visits]).sample(frac=1, random_state=0).reset_index(drop=True)
+    others = [members.assign(centroid=((homes + probe) % n_clusters).astype(np.int32)) for probe in range(1, n_probe)]
+    return pd.concat([members, *others]).sample(frac=1, random_state=0).reset_index(drop=True)
 
 
 def best_of_all_clusters(frame: pd.DataFrame) -> pd.DataFrame:
@@ -180,7 +180,7 @@ def best_of_all_clusters(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def assert_best(scores: pd.DataFrame, frame: pd.DataFrame) -> None:
-    """Assert that scores are those of all clusters that a row of a frame with visits stands in."""
+    """Assert that scores are those of all clusters that a row of a frame with secondary assignments stands in."""
     truth = best_of_all_clusters(frame)
     assert list(scores.columns) == ["id", "max_id", "cosine_sim_score", "centroid"]
     by_cluster = truth.sort_values("centroid", kind="stable")

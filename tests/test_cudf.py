@@ -29,7 +29,7 @@ from dask_semdedup.stages import PairwiseStage
 from dask_semdedup.steps.kmeans import check_centroids, kmeans_meta, kmeans_partition
 from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
-from tests.data import GOLDEN, ORDER, ROWS, check_hard, run, with_visits, write_layout
+from tests.data import GOLDEN, ORDER, ROWS, check_hard, run, with_secondary, write_layout
 
 pytestmark = pytest.mark.gpu
 ELEMENTS = [pa.float32(), pa.float64(), pa.uint16(), pa.int16()]
@@ -369,9 +369,9 @@ class TestLaggingStreams:
             found = to_tensor(lists(cudf, rows).iloc[100:2000], name="x").cpu().numpy()
         np.testing.assert_array_equal(found, rows[100:2000])
 
-    def test_visits(self, cudf):
+    def test_secondary_assignments(self, cudf):
         rng = np.random.default_rng(0)
-        frame = with_visits(rng, rng.standard_normal((3000, 16), dtype=np.float32), 7, 2)
+        frame = with_secondary(rng, rng.standard_normal((3000, 16), dtype=np.float32), 7, 2)
         ranking = RankingStrategy(["id"])
         expected = pairwise_partition(frame, Columns(), ranking, SearchOptions(device="cpu"))
         for _ in range(2):

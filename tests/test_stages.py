@@ -606,9 +606,9 @@ def test_stages_of_pipelines_say_what_they_need():
         importlib.import_module("dask_semdedup.curator")
 
 
-def test_rows_that_visit_other_clusters_are_refused(tmp_path):
-    visits = pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]], "centroid": 3, "home_centroid": 9})
-    source = write_layout(tmp_path / "input", {3: [visits]})
+def test_secondary_assignments_are_refused(tmp_path):
+    rows = pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]], "centroid": 3, "home_centroid": 9})
+    source = write_layout(tmp_path / "input", {3: [rows]})
     stage = similarity(tmp_path / "out", RankingStrategy.random())
     with pytest.raises(ClusterError, match=r"home_centroid.*n_probe"):
         stage.process(task(3, [f"{source}/centroid=3/part.0.parquet"]))

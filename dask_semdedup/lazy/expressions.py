@@ -181,7 +181,9 @@ class _ByCluster(OwnExpr, Blockwise):
 
     @functools.cached_property
     def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        return {(self.fields.cluster,)} & claims_of(self.frame)
+        # With secondary assignments the cluster column is the rows' own, and these stand in several partitions.
+        claims = set() if has_secondary(self.frame._meta, self.fields) else claims_of(self.frame)
+        return {(self.fields.cluster,)} & claims
 
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (self.frame.npartitions + 1)
@@ -199,12 +201,6 @@ class PairwiseScores(_ByCluster):
     @functools.cached_property
     def _meta(self) -> Any:
         return pairwise_meta(self.frame._meta, self.fields)
-
-    @functools.cached_property
-    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        # With secondary assignments the cluster column is the rows' own, and these stand in several partitions.
-        claims = super().unique_partition_mapping_columns_from_shuffle
-        return set() if has_secondary(self.frame._meta, self.fields) else claims
 
     def _lower(self) -> ScoresOfFiles | None:
         """Read and score in one task what is read from files: its columns and partitions are chosen by now."""
@@ -290,11 +286,6 @@ class _AgainstPartitions(_ByCluster):
     @functools.cached_property
     def _meta(self) -> Any:
         return against_meta(self.frame._meta, self.reference._meta, self.fields, self.reference_id)
-
-    @functools.cached_property
-    def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        claims = super().unique_partition_mapping_columns_from_shuffle
-        return set() if has_secondary(self.frame._meta, self.fields) else claims
 
 
 class AgainstScores(OwnExpr, Expr):

@@ -1,6 +1,6 @@
 """Removal of duplicates from the data that they were found in: an anti-join on ids that keeps everything else.
 
-The ids to remove are brought to every partition of the data, or both are shuffled by id. Beside that, one pass over the
+The ids to remove are brought to every partition of the data, or both are shuffled by id. Besides, one pass over the
 ids alone makes sure that none of those to remove stands in two rows; no partition is given out before it is through.
 """
 

@@ -226,7 +226,7 @@ def table_token(path: str | os.PathLike[str], storage_options: Mapping[str, Any]
 def _list_table(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], storage_options: Mapping[str, Any] | None
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, Any], bool]:
-    """The files of a table, and whether they are JSON lines; beside Parquet, what ends in .json is about the data."""
+    """Return a table's files, and whether they are JSON lines; among Parquet, .json files are about the data."""
     kinds = (*PARQUET_SUFFIXES, *JSON_SUFFIXES, *CONVERSIONS)
     fs, files = list_files(path, storage_options, kinds, kind="Parquet or JSON-lines")
     others = {name for name in files if name.endswith(tuple(CONVERSIONS))}

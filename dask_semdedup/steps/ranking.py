@@ -112,7 +112,7 @@ class RankingStrategy:
 
     @property
     def required_columns(self) -> list[str]:
-        """The columns, beside the ids, that ranking reads."""
+        """The columns that ranking reads besides the ids."""
         return list(dict.fromkeys(self.metadata_cols)) if self.strategy == "sort" else []
 
     def check_columns(self, present: Iterable[str]) -> None:

@@ -136,8 +136,8 @@ def test_the_default_clusters_may_be_fewer_than_the_probes() -> None:
     pd.testing.assert_frame_equal(one, two)
 
 
-def test_visits_of_the_reference_are_not_found() -> None:
-    """The row's one like stands in another cluster, and only visits this one."""
+def test_secondary_assignments_of_the_reference_are_not_found() -> None:
+    """The row's one like stands in another cluster, and this is only a secondary one."""
     rows = np.array([[0.6, 0.8], [1.0, 0.0]])
     reference = pd.DataFrame({"id": [0, 1], "embeddings": arrow_lists(rows, pa.float32())})
     reference = pd.concat([reference.assign(centroid=[0, 0]), reference.assign(centroid=[1, 1])])

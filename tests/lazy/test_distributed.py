@@ -103,7 +103,7 @@ def no_scores() -> None:
 
 
 def test_the_whole_way(client: Client) -> None:
-    """Visits, removal and a comparison with other data, all of them through a shuffle between processes."""
+    """Secondary assignments, removal and a comparison with other data, all through a shuffle between processes."""
     rng = np.random.default_rng(5)
     rows = rng.standard_normal((60, 8)).astype(np.float32)
     rows[40:] = rows[:20]
@@ -120,7 +120,7 @@ def test_the_whole_way(client: Client) -> None:
 
 
 def test_raw_rows_to_cluster_files(client: Client, tmp_path: Path) -> None:
-    """The fit, the assignment with visits, the shuffle and the files are those of threads."""
+    """The fit, the secondary assignments, the shuffle and the files are those of threads."""
     frame = make_frame(5).drop(columns=["centroid", "cosine_dist_to_cent"])
     ddf = dd.from_pandas(frame, npartitions=5, sort=False)
     files = ddf.semdedup.kmeans(3, n_probe=2).semdedup.to_clusters(tmp_path / "clusters")

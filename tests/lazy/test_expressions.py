@@ -24,7 +24,7 @@ from dask_semdedup.lazy import expressions
 from dask_semdedup.lazy.expressions import PairwiseScores, ScoresOfFiles
 from dask_semdedup.steps.pairwise import pairwise_partition
 from dask_semdedup.steps.ranking import make_strategy
-from tests.data import LAYOUTS, arrow_lists, assert_best, by_cluster, with_visits, write_layout
+from tests.data import LAYOUTS, arrow_lists, assert_best, by_cluster, with_secondary, write_layout
 from tests.strategies import STR, rows_and_segments
 
 RANKINGS = [
@@ -119,9 +119,9 @@ class TestSameScores:
         whole = pairwise_partition(frame, Columns(), make_strategy("hard"))
         pd.testing.assert_frame_equal(scores, whole, rtol=0, atol=1e-7)
 
-    def test_rows_that_visit_other_clusters(self, tmp_path: Path, run: int) -> None:
+    def test_secondary_assignments(self, tmp_path: Path, run: int) -> None:
         rng = np.random.default_rng(0)
-        frame = with_visits(rng, rng.standard_normal((60, 6)).astype(np.float32), 5, 2)
+        frame = with_secondary(rng, rng.standard_normal((60, 6)).astype(np.float32), 5, 2)
         frame["home_centroid"] = frame["home_centroid"].astype("int64")
         scores = read_clusters(write_layout(tmp_path, by_cluster(frame))).semdedup.pairwise().compute()
         assert_best(scores, frame.astype({"centroid": "int64"}))

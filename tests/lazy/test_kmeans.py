@@ -429,7 +429,7 @@ def test_empty_partitions(raw: pd.DataFrame) -> None:
     assert sum(map(len, parts)) == 200
 
 
-def test_visits(raw: pd.DataFrame) -> None:
+def test_secondary_assignments(raw: pd.DataFrame) -> None:
     centroids = fit_centroids(rows_of(raw), 5)
     clustered = in_partitions(raw).semdedup.kmeans(centroids=centroids, n_probe=3)
     result = clustered.compute()

@@ -1,4 +1,4 @@
-"""Rows that visit other clusters: each is compared with the members there that are preferred over it."""
+"""Secondary assignments: each row is compared with the members of other clusters that are preferred over it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dask_semdedup.frames.columns import Columns
 from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
 from dask_semdedup.steps.secondary import best_of_assignments
-from tests.data import arrow_lists, assert_best, with_visits
+from tests.data import arrow_lists, assert_best, with_secondary
 from tests.strategies import KINDS, seeds
 
 
@@ -32,7 +32,7 @@ from tests.strategies import KINDS, seeds
     n_probe=st.integers(2, 3),
 )
 def test_scores_are_those_of_all_clusters_that_a_row_stands_in(rng, kind, n, n_clusters, n_probe) -> None:
-    frame = with_visits(rng, kind(rng, n, 6).astype(np.float32), n_clusters, min(n_probe, n_clusters))
+    frame = with_secondary(rng, kind(rng, n, 6).astype(np.float32), n_clusters, min(n_probe, n_clusters))
     found = pairwise_partition(frame, Columns(), make_strategy("hard"))
     assert_best(best_of_assignments(found, Columns()), frame)
 
@@ -42,7 +42,7 @@ def test_scores_are_those_of_all_clusters_that_a_row_stands_in(rng, kind, n, n_c
 def test_through_the_accessor_in_any_partitions(npartitions: int, ids: str) -> None:
     rng = np.random.default_rng(0)
     names = np.arange(60) if ids == "int" else np.array([f"doc-{i:03d}" for i in range(60)])
-    frame = with_visits(rng, rng.standard_normal((60, 8)).astype(np.float32), 5, 2, names)
+    frame = with_secondary(rng, rng.standard_normal((60, 8)).astype(np.float32), 5, 2, names)
     lazy = dd.from_pandas(frame, npartitions=npartitions).semdedup.pairwise()
     scores = lazy.compute()
     assert lazy._meta.dtypes.equals(scores.dtypes)
@@ -50,7 +50,7 @@ def test_through_the_accessor_in_any_partitions(npartitions: int, ids: str) -> N
 
 
 def test_kmeans_with_probes_finds_what_one_cluster_misses() -> None:
-    """Two copies on either side of a border: they are of different clusters, and each visits the other's."""
+    """Two copies on either side of a border: they are of different clusters, and each is assigned to both."""
     angles = np.array([0.0, 0.1, 0.78, 0.79, 1.5, 1.57])
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     frame = pd.DataFrame({"id": range(6), "embeddings": arrow_lists(rows, pa.float32())})
@@ -64,14 +64,16 @@ def test_kmeans_with_probes_finds_what_one_cluster_misses() -> None:
 
 def test_ids_that_repeat_in_a_cluster_are_an_error_with_probes() -> None:
     rng = np.random.default_rng(1)
-    frame = with_visits(rng, rng.standard_normal((10, 4)).astype(np.float32), 2, 2, np.array([0, 0, 0, *range(3, 10)]))
+    frame = with_secondary(
+        rng, rng.standard_normal((10, 4)).astype(np.float32), 2, 2, np.array([0, 0, 0, *range(3, 10)])
+    )
     frame["home_centroid"] = frame["centroid"]
     with pytest.raises(ClusterError, match=r"have an id that another row of the same cluster has .*\(ids .*0.*n_probe"):
         dd.from_pandas(frame, npartitions=1).semdedup.pairwise(ranking_strategy=RankingStrategy.random()).compute()
 
 
 def test_a_partition_without_rows() -> None:
-    frame = with_visits(np.random.default_rng(2), np.ones((3, 2), np.float32), 2, 2)
+    frame = with_secondary(np.random.default_rng(2), np.ones((3, 2), np.float32), 2, 2)
     found = pairwise_partition(frame.iloc[:0], Columns(), RankingStrategy.random())
     assert found.dtypes.equals(pairwise_meta(frame, Columns()).dtypes)
     assert len(best_of_assignments(found, Columns())) == 0
@@ -79,7 +81,7 @@ def test_a_partition_without_rows() -> None:
 
 @pytest.mark.parametrize("page", ["int", "str"])
 def test_a_column_of_such_a_name_but_not_of_integers_means_nothing(page: str) -> None:
-    frame = with_visits(np.random.default_rng(3), np.ones((6, 2), np.float32), 2, 1).drop(columns="home_centroid")
+    frame = with_secondary(np.random.default_rng(3), np.ones((6, 2), np.float32), 2, 1).drop(columns="home_centroid")
     frame = frame.rename(columns={"centroid": "page"}).astype({"page": page}).assign(home_page="https://dask.org")
     ddf = dd.from_pandas(frame, npartitions=2)
     scores, plain = (
@@ -89,16 +91,16 @@ def test_a_column_of_such_a_name_but_not_of_integers_means_nothing(page: str) ->
     pd.testing.assert_frame_equal(scores, plain)
 
 
-def test_visits_of_rows_that_are_nowhere_at_home_are_an_error() -> None:
-    frame = with_visits(np.random.default_rng(4), np.ones((8, 2), np.float32), 4, 2)
+def test_rows_without_their_own_cluster_are_an_error() -> None:
+    frame = with_secondary(np.random.default_rng(4), np.ones((8, 2), np.float32), 4, 2)
     homeless = dd.from_pandas(frame[frame["centroid"] < 2], npartitions=2)
     with pytest.raises(ClusterError, match=r"secondary assignments only: none where 'centroid' is the row's own"):
         homeless.semdedup.pairwise().compute()
 
 
-def test_visits_are_not_clustered_again() -> None:
+def test_frames_with_them_are_not_clustered_again() -> None:
     rng = np.random.default_rng(0)
-    frame = with_visits(rng, rng.standard_normal((60, 4)).astype(np.float32), 3, 2)
+    frame = with_secondary(rng, rng.standard_normal((60, 4)).astype(np.float32), 3, 2)
     ddf = dd.from_pandas(frame, npartitions=2)
     with pytest.raises(InvalidArgumentError, match=r"assignments: 'home_centroid'.*drop\(columns='home_centroid'\)"):
         ddf.semdedup.kmeans(2)

@@ -54,7 +54,7 @@ def nearest(
         Bytes of device memory for the best keys of the tiles.
     """
     offsets = segments.numpy()
-    config = config or choose_config(offsets, _properties(rows.device)["max_shared_mem"])
+    config = config or choose_config(offsets, _properties(rows.get_device())["max_shared_mem"])
     tiles = tiling(offsets, config, None if stops is None else stops.numpy())
     launches = tiles.launches(max(1, key_bytes // (4 * config.keep * config.queries)))
     max_tiles = max((stop_tile - first_tile for first_tile, stop_tile, *_ in launches), default=0)
@@ -110,7 +110,7 @@ def rescore(
     n, width = rows.shape
     launch(
         score_kernel,
-        32 * _properties(rows.device)["multiprocessor_count"],
+        32 * _properties(rows.get_device())["multiprocessor_count"],
         rows,
         table.n_pairs,
         work.capacity,
@@ -177,11 +177,10 @@ def choose_config(segments: np.ndarray, shared_bytes: int) -> Config:
 
 
 @cache
-def _properties(device: torch.device) -> dict[str, int]:
-    """Return a device's properties from the driver; for Triton's interpreter, on a CPU, small values."""
-    if device.type != "cuda":
+def _properties(index: int) -> dict[str, int]:
+    """Return the properties of a GPU from the driver; for Triton's interpreter, on the CPU at -1, small values."""
+    if index < 0:
         return {"multiprocessor_count": 2, "max_shared_mem": 1 << 20}
-    index = torch.cuda.current_device() if device.index is None else device.index
     return triton.runtime.driver.active.utils.get_device_properties(index)
 
 
@@ -236,7 +235,7 @@ def multiply(
     """Launch the coarse pass over `n_tiles` tiles; `work` has room for the keys of `max_tiles`."""
     # A multiprocessor runs two programs of four warps at a time, or one of eight. The number of programs is compiled in
     # and so must not depend on the number of tiles.
-    programs = 8 // config.warps * _properties(half.device)["multiprocessor_count"]
+    programs = 8 // config.warps * _properties(half.get_device())["multiprocessor_count"]
     launch(
         coarse_kernel,
         programs,

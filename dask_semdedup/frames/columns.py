@@ -123,7 +123,7 @@ class SearchOptions:
 
     Parameters
     ----------
-    compute_dtype, batch_size
+    compute_dtype, batch_size, at_least
         As in `dask_semdedup.search.nearest_earlier`.
     embedding_dim : int, optional
         The length that every embedding must have.
@@ -140,6 +140,7 @@ class SearchOptions:
     batch_size: int | None = None
     embedding_dim: int | None = None
     device: str = "auto"
+    at_least: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)

@@ -29,6 +29,7 @@ def nearest_earlier(
     segments: torch.Tensor,
     *,
     stops: torch.Tensor | None = None,
+    at_least: float | None = None,
     compute_dtype: str = "auto",
     batch_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +48,9 @@ def nearest_earlier(
         ``s <= stops[i] <= i``. A row with ``stops[i] == s`` is only a candidate of others. To compare a set of queries
         with a set of candidates, make a segment of the candidates followed by the queries, whose stops are all the end
         of the candidates. By default ``stops[i] == i``.
+    at_least : float, optional
+        A cosine similarity in (0, 1], rounded to float32. Rows whose most similar candidate is at least so similar get
+        the same answers as without it, bit for bit; the others are answered as rows without candidates are.
     compute_dtype : {"auto", "float32", "float16", "bfloat16"}, default "auto"
         "auto" is exact: a coarse pass in half precision, if the hardware has it, a certificate, and rescoring of the
         candidates that it leaves. The others are plain searches for the largest score as computed in that dtype.
@@ -67,8 +71,8 @@ def nearest_earlier(
     TypeError
         If `rows` or `segments` is not a tensor.
     ValueError
-        If `compute_dtype` or `batch_size` is not allowed, `segments` do not cover `rows`, or one of `stops` is outside
-        its segment or after its row.
+        If `compute_dtype`, `batch_size` or `at_least` is not allowed, `segments` do not cover `rows`, or one of `stops`
+        is outside its segment or after its row.
 
     Examples
     --------
@@ -80,12 +84,28 @@ def nearest_earlier(
 
     >>> nearest_earlier(rows, torch.tensor([0, 4]), stops=torch.tensor([0, 0, 2, 2]))
     (tensor([0.0000, 0.0000, 0.8000, 0.7071]), tensor([0, 1, 1, 0]))
+
+    Only rows that are at least 0.75 similar to one of these:
+
+    >>> nearest_earlier(rows, torch.tensor([0, 4]), stops=torch.tensor([0, 0, 2, 2]), at_least=0.75)
+    (tensor([0.0000, 0.0000, 0.8000, 0.0000]), tensor([0, 1, 1, 3]))
     """
-    segments, stops = checked_arguments(rows, segments, stops, compute_dtype, batch_size)
+    segments, stops = checked_arguments(rows, segments, stops, compute_dtype, batch_size, at_least)
     rows = certify.as_float32(rows)
     if compute_dtype != "float32" and len(rows) and has_triton(rows.device):
-        return _by_triton(rows, segments, stops, compute_dtype)
-    return _by_torch(rows, segments, stops, compute_dtype, batch_size)
+        scores, index = _by_triton(rows, segments, stops, compute_dtype)
+    else:
+        scores, index = _by_torch(rows, segments, stops, compute_dtype, batch_size)
+    if at_least is not None:
+        without_answers_below(at_least, scores, index)
+    return scores, index
+
+
+def without_answers_below(at_least: float, scores: torch.Tensor, index: torch.Tensor) -> None:
+    """Replace answers that are less than `at_least` similar by those of rows without candidates, in place."""
+    below = scores < float(np.float32(at_least))
+    scores.masked_fill_(below, 0.0)
+    torch.where(below, torch.arange(len(index), device=index.device), index, out=index)
 
 
 @cache
@@ -140,12 +160,15 @@ def checked_arguments(
     stops: torch.Tensor | None,
     compute_dtype: str,
     batch_size: int | None,
+    at_least: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return `segments` and `stops` on the CPU; raise unless the arguments of `nearest_earlier` are valid."""
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, not {compute_dtype!r}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if at_least is not None and not 0 < at_least <= 1:
+        raise ValueError(f"at_least must be a cosine similarity above 0, at most 1, not {at_least}")
     if not isinstance(rows, torch.Tensor) or not isinstance(segments, torch.Tensor):
         given = f"{type(rows).__name__} and {type(segments).__name__}"
         raise TypeError(f"rows and segments must be torch tensors, not {given}: torch.as_tensor makes them")

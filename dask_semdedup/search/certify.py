@@ -35,9 +35,6 @@ SAFE_NORMS = (2.0**-40, 2.0**40)
 TIE = 2.0**-40
 """Exact scores are rounded to multiples of this, so that no machine's order of summation decides between them."""
 
-COPY = 2.0**-19
-"""Float32 scores of a row and its copy are within this of 1."""
-
 CHUNK_BYTES = 1 << 19
 """Bytes of rows that are converted or rescored at a time, so that they stay in a core's cache."""
 
@@ -227,19 +224,16 @@ def rescore(
     is_contested = torch.bincount(query - first, minlength=last + 1 - first) > 1
     contested = is_contested[query - first]
     settled = _settle(unit, query[contested], candidate[contested], scores, index)
-    _put(unit, query[~contested], candidate[~contested], scores, index)
-    _put(unit, *settled, scores, index)
+    _put(unit.rows, query[~contested], candidate[~contested], scores, index)
+    _put(unit.rows, *settled, scores, index)
 
 
 def _put(
-    unit: UnitRows, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
+    rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
 ) -> None:
-    """Write the answers of queries with one candidate left; copies are scored in float64, and get exactly 1."""
-    score = _dots(unit.rows, query, candidate) * unit.inverse_norm[query] * unit.inverse_norm[candidate]
-    may_be_copy = score >= 1 - COPY
-    score[may_be_copy] = snap(cosines64(unit.rows, query[may_be_copy], candidate[may_be_copy])).float()
+    """Write the answers of queries with one candidate left. Each score depends on its pair alone, to the last bit."""
     index[query] = candidate
-    scores[query] = score
+    scores[query] = snap(cosines64(rows, query, candidate)).float()
 
 
 def _settle(

@@ -45,6 +45,7 @@ def nearest_earlier_from_host(
     *,
     device: torch.device | str,
     stops: torch.Tensor | None = None,
+    at_least: float | None = None,
     compute_dtype: str = "auto",
     batch_size: int | None = None,
     memory_bytes: int | None = None,
@@ -60,7 +61,7 @@ def nearest_earlier_from_host(
     device : torch.device or str
         The device to search on. One search at a time has it to itself in this process, as it claims the memory that is
         free when it begins.
-    stops, compute_dtype, batch_size
+    stops, at_least, compute_dtype, batch_size
         As of `dask_semdedup.search.nearest_earlier`.
     memory_bytes : int, optional
         Bytes of device memory that the search may take. By default all that is free.
@@ -79,7 +80,7 @@ def nearest_earlier_from_host(
     ValueError
         If an argument is not allowed.
     """
-    segments, stops = checked_arguments(rows, segments, stops, compute_dtype, batch_size)
+    segments, stops = checked_arguments(rows, segments, stops, compute_dtype, batch_size, at_least)
     rows = certify.as_float32(rows)
     # Threads that come first at once must share one link. A tensor's device has an index even if `device` has none.
     with _making:
@@ -87,12 +88,13 @@ def nearest_earlier_from_host(
     scores = torch.zeros(len(rows))
     index = torch.arange(len(rows))
     is_exact = compute_dtype == "auto"
+    options = {"at_least": at_least, "compute_dtype": compute_dtype, "batch_size": batch_size}
     with link.lock:
         # If no memory is free, it is better to run out of it than to search a few rows at a time.
         least = WORKSPACE + MIN_ROWS * row_bytes(rows.shape[1])
         available = max(link.free_bytes(), least) if memory_bytes is None else memory_bytes
         jobs = list(_jobs(segments, max_rows(rows.shape[1], available)))
-        with closing(_answers(link, rows, stops, jobs, compute_dtype, batch_size)) as answers:
+        with closing(_answers(link, rows, stops, jobs, options)) as answers:
             for job, found, where in answers:
                 _keep_better(rows, job, found, where, scores, index, is_exact)
     return scores, index
@@ -185,8 +187,7 @@ def _answers(
     rows: torch.Tensor,
     stops: torch.Tensor | None,
     jobs: list[_Job],
-    compute_dtype: str,
-    batch_size: int | None,
+    options: dict[str, Any],
 ) -> Generator[tuple[_Job, torch.Tensor, torch.Tensor]]:
     """Yield each job with its scores and index on the device; the rows of the next job are uploaded meanwhile."""
     largest = max((job.n_rows for job in jobs), default=0)
@@ -201,13 +202,7 @@ def _answers(
         for number, job in enumerate(jobs):
             link.wait_for_rows(ahead[number].result())
             buffer = buffers[number % 2]
-            found = nearest_earlier(
-                buffer.rows[: job.n_rows],
-                job.segments,
-                stops=job.stops(stops),
-                compute_dtype=compute_dtype,
-                batch_size=batch_size,
-            )
+            found = nearest_earlier(buffer.rows[: job.n_rows], job.segments, stops=job.stops(stops), **options)
             link.release(buffer)
             if number + 2 < len(jobs):
                 ahead.append(uploads.submit(link.upload, rows, jobs[number + 2].runs, buffer))

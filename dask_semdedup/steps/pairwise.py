@@ -199,6 +199,7 @@ def search_segments(
             rows,
             tensor_like(segments),
             stops=ends,
+            at_least=options.at_least,
             compute_dtype=options.compute_dtype,
             batch_size=options.batch_size,
         )

@@ -86,6 +86,34 @@ def test_exact_with_stops(
     oracle.assert_nearest_earlier(rows, segments, scores.numpy(), index.numpy(), stops)
 
 
+@settings(max_examples=100)
+@given(data=rows_and_segments(), paths=engines, rng=seeds(), quantile=st.floats(0, 1), with_stops=st.booleans())
+def test_at_least_gives_the_same_bits_to_the_rows_that_reach_it(
+    data: tuple[np.ndarray, np.ndarray],
+    paths: ExitStack,
+    rng: np.random.Generator,
+    quantile: float,
+    with_stops: bool,
+) -> None:
+    rows, segments = map(torch.from_numpy, data)
+    stops = torch.from_numpy(stops_of(rng, data[1])) if with_stops else None
+    with paths:
+        scores, index = nearest_earlier(rows, segments, stops=stops)
+        # A score that a row has is the hardest threshold.
+        positive = scores[scores > 0]
+        at_least = float(positive.quantile(quantile, interpolation="nearest")) if len(positive) else 0.5
+        found = nearest_earlier(rows, segments, stops=stops, at_least=at_least)
+    reach = scores >= at_least
+    assert torch.equal(found[0], torch.where(reach, scores, 0))
+    assert torch.equal(found[1], torch.where(reach, index, torch.arange(len(index))))
+
+
+@pytest.mark.parametrize("at_least", [0, -0.5, 1.5, float("nan")])
+def test_at_least_must_be_a_positive_similarity(at_least: float) -> None:
+    with pytest.raises(ValueError, match="at_least must be a cosine similarity above 0"):
+        nearest_earlier(GOLDEN_ROWS, torch.tensor([0, 6]), at_least=at_least)
+
+
 @pytest.mark.parametrize("small", [0, 256])
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 def test_plain_searches_keep_to_stops(compute_dtype: str, small: int) -> None:

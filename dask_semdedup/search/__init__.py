@@ -9,17 +9,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from contextlib import suppress
-from functools import cache
+from contextlib import nullcontext, suppress
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dask_semdedup.search import certify, torch_engine
+from dask_semdedup.search import certify, sketch, torch_engine
 from dask_semdedup.search.certify import UnitRows
+from dask_semdedup.search.crowded import Centred, Search, answer_crowded
+from dask_semdedup.search.torch_engine import half_dtype
 
-__all__ = ["COMPUTE_DTYPES", "nearest_earlier"]
+__all__ = ["COMPUTE_DTYPES", "half_dtype", "nearest_earlier"]
 
 COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -93,11 +95,39 @@ def nearest_earlier(
     segments, stops = checked_arguments(rows, segments, stops, compute_dtype, batch_size, at_least)
     rows = certify.as_float32(rows)
     if compute_dtype != "float32" and len(rows) and has_triton(rows.device):
-        scores, index = _by_triton(rows, segments, stops, compute_dtype)
+        search = partial(_by_triton, compute_dtype=compute_dtype)
     else:
-        scores, index = _by_torch(rows, segments, stops, compute_dtype, batch_size)
-    if at_least is not None:
-        without_answers_below(at_least, scores, index)
+        search = partial(_by_torch, compute_dtype=compute_dtype, batch_size=batch_size)
+    if at_least is None:
+        return search(rows, segments, stops)
+    is_exact = compute_dtype == "auto" and len(rows) > 0
+    found = _by_sketches(rows, segments, stops, at_least, search) if is_exact else None
+    scores, index = found or search(rows, segments, stops)
+    without_answers_below(at_least, scores, index)
+    return scores, index
+
+
+def _by_sketches(
+    rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, at_least: float, search: Search
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Answer the rows that reach `at_least`, and some others; None if `search`, which answers all, takes less."""
+    if has_triton(rows.device):
+        from dask_semdedup.search import triton_sketch as engine
+    elif rows.is_cuda:
+        return None
+    else:
+        from dask_semdedup.search import torch_sketch as engine  # type: ignore[no-redef]
+    with ieee_products:
+        sketcher = sketch.choose(rows, segments, stops, at_least, engine.COSTS)
+        if sketcher is None:
+            return None
+        scores = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+        with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():
+            crowded = engine.nearest_reaching(rows, segments, scores, index, sketcher, stops=stops)
+    if 8 * len(crowded[0]) > len(rows):
+        sketch.forget(sketcher)
+    answer_crowded(rows, segments, stops, *crowded, search, scores, index)
     return scores, index
 
 
@@ -117,7 +147,11 @@ def has_triton(device: torch.device) -> bool:
 
 
 def _by_triton(
-    rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, compute_dtype: str
+    rows: torch.Tensor,
+    segments: torch.Tensor,
+    stops: torch.Tensor | None,
+    compute_dtype: str,
+    centred: Centred | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Search with the fused kernels."""
     from dask_semdedup.search import triton_engine
@@ -127,7 +161,7 @@ def _by_triton(
     with torch.cuda.device(rows.device):
         scores = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-        triton_engine.nearest(rows, segments, scores, index, stops=stops, dtype=dtype, exact=exact)
+        triton_engine.nearest(rows, segments, scores, index, stops=stops, dtype=dtype, exact=exact, centred=centred)
     return scores, index
 
 
@@ -137,6 +171,7 @@ def _by_torch(
     stops: torch.Tensor | None,
     compute_dtype: str,
     batch_size: int | None,
+    centred: None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Search with matrix products."""
     scores = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
@@ -249,24 +284,6 @@ def _answer_zero_rows(unit: UnitRows, segments: torch.Tensor, stops: torch.Tenso
     segment = torch.searchsorted(segments, zero.cpu(), right=True) - 1
     first = segments[segment].to(index.device)
     index[zero] = first if stops is None else torch.where(stops[zero] > first, first, zero)
-
-
-def half_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the half-precision dtype that `device` multiplies fast, or None."""
-    if device.type == "cuda":
-        return torch.float16
-    if device.type == "cpu" and _cpu_has_bfloat16():
-        return torch.bfloat16
-    return None
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Return whether the processor multiplies bfloat16 in hardware and torch uses that."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class _IeeeProducts:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,24 @@ MAX_HITS = 32
 dense product is then cheaper than rescoring its pairs."""
 
 DENSE = 128
+
+
+def half_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the half-precision dtype that `device` multiplies fast, or None."""
+    if device.type == "cuda":
+        return torch.float16
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16
+    return None
+
+
+def cpu_has_bfloat16() -> bool:
+    """Return whether the processor multiplies bfloat16 in hardware and torch uses that."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,21 @@ class Double:
         rows = rows.double()
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         return rows.div_(torch.where(norm > 0, norm, 1.0))
+
+
+class Product(Protocol):
+    """Rows, and the products of theirs that the search looks at."""
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(n, m) rows."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+
+    def multiply(self, candidates: slice, queries: slice | torch.Tensor, out: torch.Tensor) -> None:
+        """Write the products of `candidates` with `queries`, candidate by query, to `out`."""
 
 
 def in_float32(unit: UnitRows) -> Coarse:
@@ -178,7 +212,13 @@ def strips(
             yield Strip(start, int(ends[-1] if stops is None else ends.max()), split, ends)
 
 
+def most_hits(strip: Strip) -> int:
+    """Return the candidates beyond which a query of `strip` is multiplied again."""
+    return max(MAX_HITS, (strip.stop - strip.start) // DENSE)
+
+
 _INTEGERS = {
+    torch.int32: torch.int32,
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
     torch.float32: torch.int32,
@@ -228,7 +268,7 @@ class Panel:
 class Panels:
     """Products of strips with their candidates, panel by panel, in one buffer that all panels share."""
 
-    def __init__(self, product: Coarse | Double, strip_size: int) -> None:
+    def __init__(self, product: Product, strip_size: int) -> None:
         self.product = product
         self.strip_size = strip_size
         self.step = max(STEP, strip_size // 8)
@@ -279,7 +319,7 @@ class Panels:
 
 
 def nearest(
-    product: Coarse | Double,
+    product: Product,
     queries: torch.Tensor,
     segments: torch.Tensor,
     stops: torch.Tensor | None,
@@ -341,7 +381,7 @@ def certified(
     crowded = [queries[:0]]
     for strip in strips(queries, segments, strip_size, stops):
         bound = coarse.bound[strip.queries]
-        most = max(MAX_HITS, (strip.stop - strip.start) // DENSE)
+        most = most_hits(strip)
         best = torch.full_like(bound, -math.inf)
         hits = torch.zeros(len(bound), dtype=torch.int64, device=bound.device)
         found = []
@@ -354,7 +394,7 @@ def certified(
                 maxima[:, low] = panel.maxima(low)
                 best = torch.maximum(so_far, maxima.amax(dim=0).float())
                 threshold = _threshold(best, bound, coarse.dtype)
-            column, candidate, score = _reaching(panel.scores, maxima, threshold, most, hits)
+            column, candidate, score = reaching(panel.scores, maxima, threshold, most, hits)
             found.append((column, candidate + panel.first, score))
         crowded.append(strip.queries[hits > most])
         column, candidate, score = map(torch.cat, zip(*found, strict=True))
@@ -371,7 +411,7 @@ def _threshold(best: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> t
     return threshold.masked_fill_(best == -math.inf, math.inf)
 
 
-def _reaching(
+def reaching(
     scores: torch.Tensor, maxima: torch.Tensor, threshold: torch.Tensor, most: int, hits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the scores that reach their query's threshold, found block by block.
@@ -383,10 +423,11 @@ def _reaching(
     column, candidate, score : torch.Tensor
         Position of the query in the strip and of the candidate in the panel, and the coarse score in float32.
     """
-    reached = maxima >= threshold
-    hits += reached.sum(dim=0)
-    reached &= hits <= most
-    block, column = reached.nonzero(as_tuple=True)
+    found = _flat_nonzero(maxima >= threshold)
+    block, column = found // maxima.shape[1], found % maxima.shape[1]
+    hits += torch.bincount(column, minlength=len(hits))
+    few = hits[column] <= most
+    block, column = block[few], column[few]
     entries = scores[block, :, column].float()
     found = _flat_nonzero(entries >= threshold[column, None])
     pair, inside = found // BLOCK, found % BLOCK

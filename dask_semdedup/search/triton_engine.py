@@ -11,8 +11,16 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dask_semdedup.search import certify
+from dask_semdedup.search.crowded import Centred
 from dask_semdedup.search.tiling import FEW_SEGMENTS, FIELDS, GROUP, Config, tiling
-from dask_semdedup.search.triton_kernels import coarse_kernel, finish_kernel, halve_kernel, score_kernel, select_kernel
+from dask_semdedup.search.triton_kernels import (
+    coarse_kernel,
+    dense_kernel,
+    finish_kernel,
+    halve_kernel,
+    score_kernel,
+    select_kernel,
+)
 from dask_semdedup.search.triton_launch import Launcher, Table, Workspace, launcher_for, upload
 
 KEY_BYTES = 16 << 20
@@ -31,6 +39,7 @@ def nearest(
     exact: bool = True,
     config: Config | None = None,
     key_bytes: int = KEY_BYTES,
+    centred: Centred | None = None,
 ) -> None:
     """Write the answers of all rows to `scores` and `index`. The host does not wait for the device.
 
@@ -52,9 +61,11 @@ def nearest(
         Sizes of the tiles. By default chosen for the segments.
     key_bytes : int
         Bytes of device memory for the best keys of the tiles.
+    centred : Centred, optional
+        Rows to multiply instead of half-precision copies, if answers are exact.
     """
     offsets = segments.numpy()
-    config = config or choose_config(offsets, _properties(rows.get_device())["max_shared_mem"])
+    config = config or choose_config(offsets, device_properties(rows.get_device())["max_shared_mem"])
     tiles = tiling(offsets, config, None if stops is None else stops.numpy())
     launches = tiles.launches(max(1, key_bytes // (4 * config.keep * config.queries)))
     max_tiles = max((stop_tile - first_tile for first_tile, stop_tile, *_ in launches), default=0)
@@ -62,10 +73,22 @@ def nearest(
     work = Workspace.empty(rows, config.keep * max_tiles * config.queries)
     part = min(config.queries, 8 if tiles.n_tiles > 16 * tiles.n_blocks else 32)
     is_aligned = rows.data_ptr() % 16 == 0
-    launch = launcher_for(rows.device, rows.shape[1], is_aligned, dtype, config, part, exact, stops is not None)
-    half = halve(launch, rows, dtype, table, work, scores, index)
+    is_centred = centred is not None
+    launch = launcher_for(
+        rows.device, rows.shape[1], is_aligned, dtype, config, part, exact, stops is not None, is_centred
+    )
+    accumulation = 2 * certify.accumulation_bound(rows.shape[1]) + 2 * certify.UNIT_TOLERANCE
+    if centred is None:
+        queries = candidates = halve(launch, rows, dtype, table, work, scores, index)
+    else:
+        queries, candidates, accumulation = centred.queries, centred.candidates, 0.0
+        # The largest residual of a candidate is in the error already.
+        work.residual[: len(rows)] = centred.error
+        work.count.zero_()
+        scores.zero_()
+        torch.arange(len(rows), out=index)
     for first_tile, stop_tile, first_block, stop_block in launches:
-        multiply(launch, half, config, table, first_tile, stop_tile - first_tile, work, max_tiles)
+        multiply(launch, queries, candidates, config, table, first_tile, stop_tile - first_tile, work, max_tiles)
         launch(
             select_kernel,
             (stop_block - first_block) * (config.queries // part),
@@ -80,13 +103,15 @@ def nearest(
             index,
             work.offset,
             work.count,
+            work.crowded,
+            table.n_crowded,
             table.n_pairs,
             work.pair_query,
             work.pair_candidate,
             work.capacity,
             first_tile,
             first_block,
-            2 * certify.accumulation_bound(rows.shape[1]) + 2 * certify.UNIT_TOLERANCE,
+            accumulation,
             QUERIES=config.queries,
             CANDIDATES=config.candidates,
             GROUP=GROUP,
@@ -110,7 +135,7 @@ def rescore(
     n, width = rows.shape
     launch(
         score_kernel,
-        32 * _properties(rows.get_device())["multiprocessor_count"],
+        32 * device_properties(rows.get_device())["multiprocessor_count"],
         rows,
         table.n_pairs,
         work.capacity,
@@ -128,15 +153,25 @@ def rescore(
     launch(
         finish_kernel,
         triton.cdiv(n, 128),
-        rows,
         work.offset,
         work.count,
         work.pair_candidate,
         work.pair_score,
-        table.stops,
         scores,
         index,
         n,
+        QUERIES=128,
+    )
+    launch(
+        dense_kernel,
+        triton.cdiv(n, 128),
+        rows,
+        work.offset,
+        work.crowded,
+        table.n_crowded,
+        table.stops,
+        scores,
+        index,
         width,
         QUERIES=128,
         CANDIDATES=32,
@@ -177,7 +212,7 @@ def choose_config(segments: np.ndarray, shared_bytes: int) -> Config:
 
 
 @cache
-def _properties(index: int) -> dict[str, int]:
+def device_properties(index: int) -> dict[str, int]:
     """Return the properties of a GPU from the driver; for Triton's interpreter, on the CPU at -1, small values."""
     if index < 0:
         return {"multiprocessor_count": 2, "max_shared_mem": 1 << 20}
@@ -224,7 +259,8 @@ def halve(
 
 def multiply(
     launch: Launcher,
-    half: torch.Tensor,
+    queries: torch.Tensor,
+    candidates: torch.Tensor,
     config: Config,
     table: Table,
     first_tile: int,
@@ -235,12 +271,12 @@ def multiply(
     """Launch the coarse pass over `n_tiles` tiles; `work` has room for the keys of `max_tiles`."""
     # A multiprocessor runs two programs of four warps at a time, or one of eight. The number of programs is compiled in
     # and so must not depend on the number of tiles.
-    programs = 8 // config.warps * _properties(half.get_device())["multiprocessor_count"]
+    programs = 8 // config.warps * device_properties(queries.get_device())["multiprocessor_count"]
     launch(
         coarse_kernel,
         programs,
-        TensorDescriptor.from_tensor(half, [config.queries, config.depth]),
-        TensorDescriptor.from_tensor(half, [config.candidates, config.depth]),
+        TensorDescriptor.from_tensor(queries, [config.queries, config.depth]),
+        TensorDescriptor.from_tensor(candidates, [config.candidates, config.depth]),
         table.group_of_tile,
         table.groups,
         table.stops,
@@ -248,7 +284,7 @@ def multiply(
         max_tiles * config.queries,
         first_tile,
         n_tiles,
-        *half.shape,
+        *queries.shape,
         QUERIES=config.queries,
         CANDIDATES=config.candidates,
         DEPTH=config.depth,

@@ -9,6 +9,8 @@
     holds those against the certificate and lists the candidates that remain.
 `score_kernel`, `finish_kernel`
     score these in float64, and take the best of each query.
+`dense_kernel`
+    multiplies the queries that have too many candidates left, in float64.
 
 A tile's scores lie in (-1.01, 1.01). Adding 3 brings them into one binade, where the bits of floats grow in equal steps
 and compare as integers. The lowest bits of that integer, the *key*, are then replaced by the candidate's position in
@@ -202,6 +204,8 @@ def select_kernel(
     index,
     offset,
     count,
+    crowded,
+    n_crowded,
     n_pairs,
     pair_query,
     pair_candidate,
@@ -224,7 +228,8 @@ def select_kernel(
     """List the candidates of `PART` queries that the certificate leaves.
 
     Each query has ``count`` pairs, starting at ``offset``. The candidate ``-1 - row`` denotes the run of `RUN` rows
-    that starts at ``row``. If a query has too many pairs, ``count`` is -1 and ``offset`` the first row of the segment.
+    that starts at ``row``. A query with too many pairs is listed in ``crowded``; its ``count`` is 0, and its ``offset``
+    the first row of the segment.
     """
     block = first_block_of_all + tl.program_id(0) // (QUERIES // PART)
     part = (tl.program_id(0) % (QUERIES // PART)) * PART
@@ -280,7 +285,11 @@ def select_kernel(
         first = tl.atomic_add(n_pairs, tl.sum(wanted, axis=0), sem="relaxed") + tl.cumsum(wanted, axis=0) - wanted
         # A query whose pairs find no room is left to the dense products.
         n = tl.where((first + wanted <= capacity) & is_query, wanted, 0)
-        tl.store(count + start + query, tl.where(is_query & (n == 0), -1, n), mask=is_row)
+        is_crowded = is_query & (n == 0)
+        n_here = tl.sum(is_crowded.to(tl.int32), axis=0)
+        place = tl.atomic_add(n_crowded, n_here, sem="relaxed") + tl.cumsum(is_crowded.to(tl.int32), axis=0) - 1
+        tl.store(crowded + place, start + query, mask=is_crowded)
+        tl.store(count + start + query, n, mask=is_row)
         tl.store(offset + start + query, tl.where(n > 0, first, start), mask=is_row)
 
         for i in range(0, n_candidate_blocks, STEP):
@@ -377,29 +386,11 @@ def score_kernel(
 
 
 @triton.jit(do_not_specialize=["n"])
-def finish_kernel(
-    rows,
-    offset,
-    count,
-    pair_candidate,
-    pair_score,
-    stops,
-    scores,
-    index,
-    n,
-    width,
-    QUERIES: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    HAS_STOPS: tl.constexpr,
-):
-    """Write the best candidate of each query, the first among equals.
-
-    Queries whose ``count`` is -1 are multiplied by all rows ranked before them, in float64.
-    """
+def finish_kernel(offset, count, pair_candidate, pair_score, scores, index, n, QUERIES: tl.constexpr):
+    """Write the best candidate of each query that has pairs, the first among equals."""
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     n_pairs = tl.load(count + query, mask=query < n, other=0)
-    start = tl.load(offset + query, mask=n_pairs != 0, other=2147483647)
+    start = tl.load(offset + query, mask=n_pairs > 0, other=0)
     top = tl.full([QUERIES], -4.0, dtype=tl.float64)
     winner = tl.full([QUERIES], 2147483647, dtype=tl.int32)
     for j in range(0, tl.max(n_pairs, axis=0)):
@@ -408,40 +399,65 @@ def finish_kernel(
         is_better = (score > top) | ((score == top) & (candidate < winner))
         winner = tl.where(is_better, candidate, winner)
         top = tl.where(is_better, score, top)
+    tl.store(scores + query, tl.clamp(top.to(tl.float32), -1.0, 1.0), mask=n_pairs > 0)
+    tl.store(index + query, winner.to(tl.int64), mask=n_pairs > 0)
 
-    is_query = n_pairs < 0
-    if tl.max(is_query.to(tl.int32), axis=0) > 0:
-        start = tl.where(is_query, start, 2147483647)
-        stop_of_query = _stop(stops, query, is_query, HAS_STOPS)
-        stop = tl.max(tl.where(is_query, stop_of_query, 0), axis=0)
-        for first in range(tl.min(start, axis=0), stop, CANDIDATES):
-            row = first + tl.arange(0, CANDIDATES)
-            xy = tl.zeros([QUERIES, CANDIDATES], dtype=tl.float64)
-            xx = tl.zeros([QUERIES], dtype=tl.float64)
-            yy = tl.zeros([CANDIDATES], dtype=tl.float64)
-            for k in range(0, width, DEPTH):
-                column = k + tl.arange(0, DEPTH)
-                x = tl.load(
-                    rows + query[:, None].to(tl.int64) * width + column[None, :],
-                    mask=is_query[:, None] & (column < width)[None, :],
-                    other=0.0,
-                ).to(tl.float64)
-                y = tl.load(
-                    rows + row[:, None].to(tl.int64) * width + column[None, :],
-                    mask=(row < stop)[:, None] & (column < width)[None, :],
-                    other=0.0,
-                ).to(tl.float64)
-                xx += tl.sum(x * x, axis=1)
-                yy += tl.sum(y * y, axis=1)
-                xy = tl.dot(x, y.T, xy, out_dtype=tl.float64)
-            norms = tl.sqrt(xx)[:, None] * tl.sqrt(yy)[None, :]
-            cosine = tl.where(norms > 0, xy / tl.where(norms > 0, norms, 1.0), 0.0)
-            cosine = tl.floor(cosine * 2.0**40 + 0.5) * 2.0**-40
-            is_earlier = is_query[:, None] & (row[None, :] < stop_of_query[:, None]) & (row[None, :] >= start[:, None])
-            cosine = tl.where(is_earlier, cosine, -4.0)
-            most = tl.max(cosine, axis=1)
-            nearest = tl.min(tl.where(cosine == most[:, None], row[None, :], 2147483647), axis=1)
-            winner = tl.where(most > top, nearest, winner)
-            top = tl.maximum(most, top)
-    tl.store(scores + query, tl.clamp(top.to(tl.float32), -1.0, 1.0), mask=n_pairs != 0)
-    tl.store(index + query, winner.to(tl.int64), mask=n_pairs != 0)
+
+@triton.jit
+def dense_kernel(
+    rows,
+    offset,
+    crowded,
+    n_crowded,
+    stops,
+    scores,
+    index,
+    width,
+    QUERIES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
+):
+    """Write the answers of crowded queries, which are multiplied by all rows ranked before them, in float64."""
+    lane = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    n = tl.load(n_crowded)
+    if tl.program_id(0) * QUERIES >= n:
+        return
+    is_query = lane < n
+    query = tl.load(crowded + lane, mask=is_query, other=0)
+    start = tl.load(offset + query, mask=is_query, other=2147483647)
+    top = tl.full([QUERIES], -4.0, dtype=tl.float64)
+    winner = tl.full([QUERIES], 2147483647, dtype=tl.int32)
+    stop_of_query = _stop(stops, query, is_query, HAS_STOPS)
+    stop = tl.max(tl.where(is_query, stop_of_query, 0), axis=0)
+    for first in range(tl.min(start, axis=0), stop, CANDIDATES):
+        row = first + tl.arange(0, CANDIDATES)
+        xy = tl.zeros([QUERIES, CANDIDATES], dtype=tl.float64)
+        xx = tl.zeros([QUERIES], dtype=tl.float64)
+        yy = tl.zeros([CANDIDATES], dtype=tl.float64)
+        for k in range(0, width, DEPTH):
+            column = k + tl.arange(0, DEPTH)
+            x = tl.load(
+                rows + query[:, None].to(tl.int64) * width + column[None, :],
+                mask=is_query[:, None] & (column < width)[None, :],
+                other=0.0,
+            ).to(tl.float64)
+            y = tl.load(
+                rows + row[:, None].to(tl.int64) * width + column[None, :],
+                mask=(row < stop)[:, None] & (column < width)[None, :],
+                other=0.0,
+            ).to(tl.float64)
+            xx += tl.sum(x * x, axis=1)
+            yy += tl.sum(y * y, axis=1)
+            xy = tl.dot(x, y.T, xy, out_dtype=tl.float64)
+        norms = tl.sqrt(xx)[:, None] * tl.sqrt(yy)[None, :]
+        cosine = tl.where(norms > 0, xy / tl.where(norms > 0, norms, 1.0), 0.0)
+        cosine = tl.floor(cosine * 2.0**40 + 0.5) * 2.0**-40
+        is_earlier = is_query[:, None] & (row[None, :] < stop_of_query[:, None]) & (row[None, :] >= start[:, None])
+        cosine = tl.where(is_earlier, cosine, -4.0)
+        most = tl.max(cosine, axis=1)
+        nearest = tl.min(tl.where(cosine == most[:, None], row[None, :], 2147483647), axis=1)
+        winner = tl.where(most > top, nearest, winner)
+        top = tl.maximum(most, top)
+    tl.store(scores + query, tl.clamp(top.to(tl.float32), -1.0, 1.0), mask=is_query)
+    tl.store(index + query, winner.to(tl.int64), mask=is_query)

@@ -27,8 +27,10 @@ class Workspace:
     residual : torch.Tensor
         (n,) float32 residual norms.
     offset, count : torch.Tensor
-        (n,) int32: each query has `count` pairs left by the certificate, starting at `offset`. `count` is -1 for a
+        (n,) int32: each query has `count` pairs left by the certificate, starting at `offset`. `count` is 0 for a
         query with too many pairs, and `offset` is then the first row of its segment.
+    crowded : torch.Tensor
+        (n,) int32 queries with too many pairs.
     pair_query, pair_candidate : torch.Tensor
         (p,) int32 rows.
     keys : torch.Tensor
@@ -40,6 +42,7 @@ class Workspace:
     residual: torch.Tensor
     offset: torch.Tensor
     count: torch.Tensor
+    crowded: torch.Tensor
     pair_query: torch.Tensor
     pair_candidate: torch.Tensor
     keys: torch.Tensor
@@ -49,7 +52,7 @@ class Workspace:
         """Return uninitialized memory for the queries in `rows`, on their device."""
         capacity = PAIRS_PER_QUERY * len(rows) + MIN_PAIRS
         per_row = _aligned(len(rows))
-        sizes = [2 * capacity, per_row, per_row, per_row, capacity, capacity, n_keys]
+        sizes = [2 * capacity, per_row, per_row, per_row, per_row, capacity, capacity, n_keys]
         score, residual, *others = torch.empty(sum(sizes), dtype=torch.int32, device=rows.device).split_with_sizes(
             sizes
         )
@@ -134,8 +137,9 @@ class Table:
 
     Attributes
     ----------
-    largest, n_pairs : torch.Tensor
-        (1,) int32, initially 0: the bits of the largest residual norm, and the number of pairs listed so far.
+    largest, n_pairs, n_crowded : torch.Tensor
+        (1,) int32, initially 0: the bits of the largest residual norm, and the numbers of pairs and of crowded queries
+        listed so far.
     groups : torch.Tensor
         (g + 1, `FIELDS`) int32, flat: see `Tiling`.
     group_of_tile, group_of_block : torch.Tensor
@@ -146,6 +150,7 @@ class Table:
 
     largest: torch.Tensor
     n_pairs: torch.Tensor
+    n_crowded: torch.Tensor
     groups: torch.Tensor
     group_of_tile: torch.Tensor
     group_of_block: torch.Tensor
@@ -168,7 +173,12 @@ def upload(tiles: Tiling, stops: torch.Tensor | None, rows: torch.Tensor) -> Tab
     of_group = np.arange(len(groups) - 1, dtype=np.int32)
     of_tile, of_block = (np.repeat(of_group, groups[1:, field] - groups[:-1, field]) for field in (0, 5))
     ends = NO_STOPS if stops is None else stops.numpy().astype(np.int32)
-    return Table(*_staging.send([ZERO, ZERO, groups.ravel(), of_tile, of_block, ends], rows.device))
+    return Table(*_staging.send([ZERO, ZERO, ZERO, groups.ravel(), of_tile, of_block, ends], rows.device))
 
 
 _staging = _Staging()
+
+
+def send(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Return int32 arrays on a device, sent in one copy; the host waits only for the copy before it."""
+    return _staging.send(arrays, device)

@@ -1,0 +1,307 @@
+"""Sketches: short rows whose products are never below the similarities of the rows themselves.
+
+Let ``B`` be an orthonormal basis of some directions, ``c = B'u`` the coordinates of a unit row ``u`` in it, and ``t``
+the length of what is left of the row. By Cauchy-Schwarz ::
+
+    u.v  =  c(u).c(v) + (u - Bc(u)).(v - Bc(v))  <=  c(u).c(v) + t(u) t(v)
+
+The sketch of a row is ``(c, t)``. Two rows can only be as similar as is asked for if the product of their sketches is,
+whatever the basis: a poor one costs time, never an answer. The leading principal axes of a sample leave few pairs. What
+rounding adds is bounded, or measured row by row, and subtracted from the similarity that is asked for.
+
+References
+----------
+Teflioudi, Gemulla, Mykytiuk, "LEMP: Fast retrieval of large entries in a matrix product", SIGMOD 2015.
+Li, Chan, Yiu, Mamoulis, "FEXIPRO: Fast and exact inner product retrieval in recommender systems", SIGMOD 2017.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from dask_semdedup.search import certify
+
+SIZES = (32, 64, 128, 192)
+"""Numbers in a sketch that are considered."""
+
+SAMPLE = 1024
+"""Rows all over the segments that the basis is fitted to, together with those of the groups."""
+
+GROUPED, MAX_GROUP = 1024, 4096
+"""Rows in all groups, unless one group has more: pairs of rows of one segment tell how many a sketch leaves."""
+
+HITS = 0.2
+"""Pairs a row that a sketch may leave on average beyond those of the largest sketch: some rows have many more."""
+
+MAX_HITS = 4
+"""Pairs a row that a sketch may leave on average."""
+
+FEW = 3
+"""A row with at least so many hits in its group is taken to be crowded: it is searched without sketches."""
+
+ITERATIONS = 2
+"""Steps of subspace iteration: the axes need not be exact."""
+
+SHIFT = 0.1
+"""Added to the sample's moments, in units of their mean: few distinct rows then still give a whole basis."""
+
+SCALE = 127
+"""Sketches in int8 are multiples of ``1 / SCALE``."""
+
+LEAST = 0.25
+"""Below this similarity, what rounding loses would leave nothing of it, and sketches leave too many pairs anyway."""
+
+REACH = 2.0**-23
+"""What rounding adds to a cosine at most: to float32, and to a multiple of `certify.TIE`."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What an engine takes, in picoseconds, by which the number of numbers in a sketch is chosen.
+
+    Attributes
+    ----------
+    fit : float
+        To fit a basis and to look at the sample.
+    value : float
+        To rotate one number of one row.
+    pair, pair_value : float
+        To multiply two sketches, and for each of their numbers.
+    hit, hit_value : float
+        To verify a pair that is left, and for each number of the rows.
+    exact_row_value, exact_pair, exact_value : float
+        Without sketches: to prepare one number of one row, to multiply two rows, and for each of their numbers.
+    rows : int
+        Rows of a typical segment below which sketches are not considered.
+    """
+
+    fit: float
+    value: float
+    pair: float
+    pair_value: float
+    hit: float
+    hit_value: float
+    exact_row_value: float
+    exact_pair: float
+    exact_value: float
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Sketcher:
+    """Axes that rows are rotated to, and what that may add to or take from the product of two sketches.
+
+    Attributes
+    ----------
+    axes : torch.Tensor
+        (d, h - 1) float32, nearly orthonormal columns.
+    tail : float
+        Added to the square of the length of what is left of a row, so that it is not underestimated.
+    floor : float
+        The product of two float32 sketches is at least this if the rows are as similar as is asked for.
+    """
+
+    axes: torch.Tensor
+    tail: float
+    floor: float
+
+    @property
+    def size(self) -> int:
+        """Numbers in a sketch, h."""
+        return self.axes.shape[1] + 1
+
+    def sketches(self, unit_rows: torch.Tensor) -> torch.Tensor:
+        """Return (n, h) float32 sketches of (n, d) unit rows: coordinates, and last the length of what is left."""
+        coordinates = unit_rows @ self.axes
+        left = (1 - coordinates.square().sum(dim=1)).clamp_(min=0).add_(self.tail).sqrt_()
+        return torch.cat([coordinates, left[:, None]], dim=1)
+
+
+def choose(
+    rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, at_least: float, costs: Costs
+) -> Sketcher | None:
+    """Return the sketcher with which the search takes least, or None if it takes less without.
+
+    Partitions of one frame are alike, and any basis is right: a sketcher is used again for a search of the same kind.
+
+    Parameters
+    ----------
+    rows : torch.Tensor
+        (n, d) float32.
+    segments, stops : torch.Tensor
+        As of `dask_semdedup.search.nearest_earlier`, on the CPU.
+    at_least : float
+        The similarity that is asked for.
+    costs : Costs
+        Of the engine.
+    """
+    n, width = rows.shape
+    n_pairs = _pairs(segments, stops)
+    exact = n * width * costs.exact_row_value + n_pairs * (costs.exact_pair + width * costs.exact_value)
+    # What is looked at must cost less than can be noticed, should it be in vain.
+    if width < 2 * SIZES[0] or at_least < LEAST or exact < 20 * costs.fit or n_pairs < costs.rows * n / 2:
+        return None
+    kind = rows.device, width, at_least, n.bit_length(), int(n_pairs / n).bit_length()
+    if kind not in _sketchers:
+        fitted = _fitted(rows, segments, at_least, n_pairs, exact, costs)
+        if fitted is None:
+            return None
+        _sketchers[kind] = fitted
+    return _sketchers[kind]
+
+
+def forget(sketcher: Sketcher) -> None:
+    """Fit anew next time, as this sketcher left too much."""
+    for kind in [kind for kind, known in list(_sketchers.items()) if known is sketcher]:
+        _sketchers.pop(kind, None)
+
+
+_sketchers: dict[tuple[object, ...], Sketcher] = {}
+
+
+def _fitted(
+    rows: torch.Tensor, segments: torch.Tensor, at_least: float, n_pairs: float, exact: float, costs: Costs
+) -> Sketcher | None:
+    """Fit a basis to a sample, and choose the size of the sketches that costs least there."""
+    n, width = rows.shape
+    sizes = [size for size in SIZES if size <= width // 2]
+    met = n_pairs / n
+    group_rows = min(MAX_GROUP, max(128, 1 << math.isqrt(int(4 * met)).bit_length()))
+    groups = max(1, GROUPED // group_rows)
+    spread, grouped = _sample(segments.numpy(), groups, group_rows)
+    sample = _unit(rows[torch.from_numpy(np.concatenate([spread, grouped])).to(rows.device)])
+    axes, defect = fit_axes(sample[:: max(1, len(sample) // (2 * SAMPLE))], sizes[-1] - 1)
+    shares = _shares((sample[len(spread) :] @ axes).view(groups, group_rows, -1), sizes, at_least)
+    off, *values = torch.cat([defect[None], *shares]).tolist()
+    left, crowded = values[: len(sizes)], values[len(sizes) :]
+    taken = [
+        n * width * costs.value
+        + n_pairs * (costs.pair + size * costs.pair_value + share * (costs.hit + width * costs.hit_value))
+        + (exact * crowd**2 if share * met <= MAX_HITS and (share - left[-1]) * met <= HITS else math.inf)
+        for size, share, crowd in zip(sizes, left, crowded, strict=True)
+    ]
+    best = min(range(len(sizes)), key=taken.__getitem__)
+    if not taken[best] < exact or not off < 0.1:
+        return None
+    return sketcher(axes[:, : sizes[best] - 1].contiguous(), off, at_least)
+
+
+def sketcher(axes: torch.Tensor, defect: float, at_least: float) -> Sketcher:
+    """Return the sketcher for axes ``B`` with ``|B'B - 1| <= defect`` in the spectral norm.
+
+    Let ``G = B'B`` and ``Q = B G^(-1/2)``, which is orthonormal. A row's coordinates in ``Q`` differ from ``B'u`` by at
+    most ``|G^(1/2) - 1| <= defect``. The computed ones differ from these by what products of float32 lose, and by what
+    rounding the row to TF32 loses, as a GPU does. The sum, ``off``, enters the product of two rows twice, and so it
+    does the square of what is left of a row.
+    """
+    width, count = axes.shape
+    accumulation = count**0.5 * certify.accumulation_bound(width) + TF32
+    off = defect + (1 + defect) * accumulation + 2 * certify.UNIT_TOLERANCE
+    both = 2 * off * (1 + off) + certify.accumulation_bound(count)
+    return Sketcher(axes, tail=both + 4 * certify.UNIT_TOLERANCE, floor=at_least - REACH - both)
+
+
+TF32 = 2.0**-10
+"""What is lost of a row that is rounded to TF32, relative to its length. The axes are rounded before they are used."""
+
+
+def _pairs(segments: torch.Tensor, stops: torch.Tensor | None) -> float:
+    lengths = segments.diff()
+    if stops is None:
+        return float((lengths.double() * (lengths - 1)).sum() / 2)
+    return float((stops - segments[:-1].repeat_interleave(lengths)).sum())
+
+
+def _sample(segments: np.ndarray, groups: int, group_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows at equal distances, and groups of rows of one segment each."""
+    n = segments[-1]
+    spread = np.arange(SAMPLE) * n // SAMPLE
+    middle = ((np.arange(groups) + 0.5) / groups * n).astype(np.int64)
+    segment = np.searchsorted(segments, middle, side="right") - 1
+    start, length = segments[segment][:, None], np.diff(segments)[segment][:, None]
+    position = np.arange(group_rows) + (np.arange(groups)[:, None] + 0.5) / groups
+    return spread, (start + (position * length / group_rows).astype(np.int64)).ravel()
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows of unit length; zero rows stay as they are."""
+    rows = rows / rows.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def fit_axes(sample: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the leading principal axes of unit rows, roughly, by subspace iteration.
+
+    Parameters
+    ----------
+    sample : torch.Tensor
+        (s, d) float32.
+    count : int
+        Number of axes, less than d.
+
+    Returns
+    -------
+    axes : torch.Tensor
+        (d, count) float32, exact in TF32.
+    defect : torch.Tensor
+        () float64: the Frobenius norm of ``axes' axes - 1``. The host does not wait for either.
+    """
+    width = sample.shape[1]
+    generator = torch.Generator(sample.device).manual_seed(0)
+    axes = torch.randn(width, count, device=sample.device, generator=generator)
+    shift = SHIFT * sample.square().sum() / width
+    for _ in range(ITERATIONS):
+        axes = torch.addmm(axes * shift, sample.T, sample @ axes)
+    # QR by Cholesky: the columns span nested subspaces, as the principal axes do.
+    exact = axes.double()
+    factor, _ = torch.linalg.cholesky_ex(exact.T @ exact)
+    exact = torch.linalg.solve_triangular(factor.mT, exact, upper=True, left=False)
+    axes = _to_tf32(exact.float())
+    exact = axes.double()
+    moments = exact.T @ exact
+    moments.diagonal().sub_(1)
+    return axes, torch.linalg.matrix_norm(moments)
+
+
+def _to_tf32(values: torch.Tensor) -> torch.Tensor:
+    """Round float32 to the 10 bits after the point that TF32 keeps."""
+    return ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+def _shares(grouped: torch.Tensor, sizes: list[int], at_least: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what sketches in int8 leave of the pairs within groups, by the size of the sketch.
+
+    Parameters
+    ----------
+    grouped : torch.Tensor
+        (groups, r, axes) float32 coordinates of unit rows.
+    sizes : list of int
+        Of sketches.
+    at_least : float
+        The similarity that is asked for.
+
+    Returns
+    -------
+    left : torch.Tensor
+        (sizes,) float64 share of the pairs of rows that are not crowded. As if one more pair were left: what the sample
+        does not show may be there.
+    crowded : torch.Tensor
+        (sizes,) float64 share of the rows that are.
+    """
+    cuts = [0, *(size - 1 for size in sizes)]
+    blocks = [grouped[..., first:last] for first, last in pairwise(cuts)]
+    product = torch.stack([torch.bmm(block, block.mT) for block in blocks]).cumsum_(dim=0)
+    rest = (1 - product.diagonal(dim1=2, dim2=3)).clamp_(min=0).sqrt_()
+    rounding = torch.tensor([2.2 * (size / 12) ** 0.5 / SCALE for size in sizes]).to(grouped.device)
+    reached = torch.addcmul(product, rest[..., None], rest[..., None, :]) >= (at_least - rounding)[:, None, None, None]
+    # A row meets itself, too.
+    is_rare = reached.sum(dim=3) <= FEW
+    among = reached & is_rare[..., None] & is_rare[..., None, :]
+    groups, rows, _ = grouped.shape
+    left = (among.sum(dim=(1, 2, 3)) - is_rare.sum(dim=(1, 2)) + 2).double() / (groups * rows * (rows - 1))
+    return left, 1 - is_rare.double().mean(dim=(1, 2))

@@ -24,9 +24,17 @@ __all__ = ["check_rows", "score_against", "score_pairwise"]
 
 
 def score_pairwise(
-    ddf: dd.DataFrame, columns: Columns, ranking: RankingStrategy, options: SearchOptions, *, verbose: bool = False
+    ddf: dd.DataFrame,
+    columns: Columns,
+    ranking: RankingStrategy,
+    options: SearchOptions,
+    *,
+    eps: float | None = None,
+    verbose: bool = False,
 ) -> dd.DataFrame:
     """Score every row within its cluster: see `SemDedupAccessor.pairwise`."""
+    if eps is not None:
+        check_eps(eps)
     _check_clustered(ddf, columns, options)
     ranking.check_columns(ddf.columns)
     needed = {columns.id, columns.embedding, columns.cluster, *ranking.required_columns}
@@ -36,9 +44,9 @@ def score_pairwise(
         needed.add(columns.own_cluster)
     frame = align(ddf[[name for name in ddf.columns if name in needed]], columns.cluster)
     scores = new_collection(PairwiseScores(frame, columns, ranking, options, verbose=bool(verbose)))
-    if not with_secondary:
-        return scores
-    return new_collection(BestOfAssignments(align(scores, columns.cluster), columns))
+    if with_secondary:
+        scores = new_collection(BestOfAssignments(align(scores, columns.cluster), columns))
+    return scores if eps is None else find_duplicates(scores, eps)
 
 
 def score_against(

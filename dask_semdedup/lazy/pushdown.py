@@ -147,4 +147,4 @@ def _searched(column: Any) -> Searched | None:
 def _as_float32(score: float) -> float:
     """Return the float32 next to a score that is not above it: to pandas either of the two may be the threshold."""
     rounded = np.float32(score)
-    return float(rounded if rounded <= score else np.nextafter(rounded, np.float32(-1)))
+    return float(rounded if float(rounded) <= score else np.nextafter(rounded, np.float32(-1)))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import dask.dataframe as dd
+import pandas as pd
 from dask.dataframe.api import new_collection
 
 from dask_semdedup._validate import check_positive
@@ -20,7 +21,7 @@ from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.kmeans import check_centroids
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["check_rows", "score_against", "score_pairwise"]
+__all__ = ["check_rows", "count_rows", "score_against", "score_pairwise"]
 
 
 def score_pairwise(
@@ -100,6 +101,14 @@ def score_against(
     if with_secondary:
         scores = new_collection(BestOfProbes(align(scores, columns.cluster), columns))
     return scores if eps is None else find_duplicates(scores, eps)
+
+
+def count_rows(ddf: dd.DataFrame, columns: Columns) -> pd.Series:
+    """Count the rows of each cluster, now, without their secondary assignments."""
+    if has_secondary(ddf._meta, columns):
+        ddf = ddf[ddf[columns.cluster] == ddf[columns.own_cluster]]
+    rows = ddf[columns.cluster].value_counts().compute().astype("int64").sort_index()
+    return rows.to_pandas() if hasattr(rows, "to_pandas") else rows
 
 
 def check_rows(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:

@@ -417,7 +417,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         what the largest eps needs. Scores that are also used in another way are searched for in full: those that are
         written, persisted or merged, or get flags for several eps.
 
-        Figures and pairs from which to choose an eps need scores of all rows, or up to a larger eps: write them once.
+        Figures and pairs from which to choose an eps need scores of all rows: write them once.
 
         Examples
         --------

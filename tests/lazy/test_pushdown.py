@@ -182,7 +182,8 @@ def equal(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(("use", "at_least"), USES.values(), ids=USES)
-def test_uses_of_scores(scores: dd.DataFrame, use: Callable[[Any], Any], at_least: float | None) -> None:
+def test_uses_of_scores(tmp_path: Path, use: Callable[[Any], Any], at_least: float | None) -> None:
+    scores = source(tmp_path, "files").semdedup.pairwise()
     # Dask sees nothing of where these come from.
     full = dd.from_delayed(scores.to_delayed(optimize_graph=False), meta=scores._meta, verify_meta=False)
     assert pushed(use(scores)) == [at_least]

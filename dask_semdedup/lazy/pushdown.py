@@ -24,6 +24,7 @@ from dask_semdedup._dask import (
     Blockwise,
     Expr,
     Filter,
+    Index,
     Isin,
     OwnExpr,
     Projection,
@@ -103,17 +104,17 @@ def lowest_score(scores: Searched, parent: AnyExpr, dependents: Mapping[str, Any
             seen.add(expr._name)
             if (score := _score_needed(expr, scores)) is not None:
                 lowest.append(score)
-            elif not isinstance(expr, (Projection, Binop, Unaryop, Isin)):
-                return None
             elif not _is_unchanged(expr):
+                if not isinstance(expr, (Projection, Binop, Unaryop, Isin)):
+                    return None  # It may need any row.
                 stack.append(expr)
     found = _as_float32(min(lowest, default=0))
     return found if 0 < found <= 1 and (parent._name in seen or _is_unchanged(parent)) else None
 
 
 def _is_unchanged(expr: AnyExpr) -> bool:
-    """Return whether an expression selects columns of scores that are the same after any search."""
-    return isinstance(expr, Projection) and CHANGED.isdisjoint(expr.columns)
+    """Return whether an expression selects what is the same after any search: ids, clusters or the index."""
+    return isinstance(expr, Index) or (isinstance(expr, Projection) and CHANGED.isdisjoint(expr.columns))
 
 
 def _score_needed(expr: AnyExpr, scores: Searched) -> float | None:

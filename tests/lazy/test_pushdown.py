@@ -123,6 +123,8 @@ USES: dict[str, tuple[Callable[[Any], Any], float | None]] = {
     "duplicates": (lambda scores: scores.semdedup.duplicates(0.05), at(0.05)),
     "ids of duplicates": (lambda scores: scores.semdedup.duplicates(0.05)[["id"]], at(0.05)),
     "one column": (lambda scores: scores.semdedup.duplicates(0.05)["max_id"], at(0.05)),
+    "the index": (lambda scores: scores.semdedup.duplicates(0.05).index, at(0.05)),
+    "the number of rows": (lambda scores: scores.semdedup.duplicates(0.05).index.size, at(0.05)),
     "a partition": (lambda scores: scores.semdedup.duplicates(0.05).partitions[[0]], at(0.05)),
     "a literal": (lambda scores: scores[scores.cosine_sim_score >= 0.95], at(0.05)),
     "a literal that is rounded up": (
@@ -173,7 +175,9 @@ USES: dict[str, tuple[Callable[[Any], Any], float | None]] = {
 
 def equal(found: Any, expected: Any) -> None:
     """Assert that a search for duplicates has changed nothing, not even the index."""
-    if isinstance(found, pd.DataFrame):
+    if isinstance(found, pd.Index):
+        pd.testing.assert_index_equal(found, expected)
+    elif isinstance(found, pd.DataFrame):
         pd.testing.assert_frame_equal(found, expected, check_exact=True)
     elif isinstance(found, pd.Series):
         pd.testing.assert_series_equal(found, expected, check_exact=True)

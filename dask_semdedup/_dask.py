@@ -8,6 +8,8 @@ Dask DataFrame has no public way to write an expression. What each name is for, 
 `Lengths`, `Len`, `Literal`, `Projection`, `Index`, `Filter`, `determine_column_projection`
     Expressions above ours, which are answered from footers or pushed down. Counting rows would read files, and
     removal would read all columns twice.
+`GE`, `GT`, `And`, `Binop`, `Unaryop`, `Isin`
+    What filters of scores are made of. Scores of all rows would be searched for where only duplicates are wanted.
 `Merge`, `RearrangeByColumn`, `claims_of`
     What is known of how rows are partitioned: who must shuffle, and how. Every search would shuffle, and the
     peer-to-peer shuffle fails on Arrow lists.
@@ -31,14 +33,20 @@ from typing import Any
 from dask._expr import Expr as AnyExpr
 from dask._task_spec import Task, TaskRef
 from dask.dataframe.dask_expr._expr import (
+    GE,
+    GT,
+    And,
+    Binop,
     Blockwise,
     Expr,
     Filter,
     Index,
+    Isin,
     Lengths,
     Literal,
     PartitionsFiltered,
     Projection,
+    Unaryop,
     determine_column_projection,
 )
 from dask.dataframe.dask_expr._expr import _DelayedExpr as DelayedOperand
@@ -49,8 +57,12 @@ from dask.dataframe.dask_expr._util import _BackendData as BackendData
 from dask.dataframe.dask_expr.io.io import BlockwiseIO, FromMap, FromPandas
 
 __all__ = [
+    "GE",
+    "GT",
+    "And",
     "AnyExpr",
     "BackendData",
+    "Binop",
     "Blockwise",
     "BlockwiseIO",
     "DelayedOperand",
@@ -59,6 +71,7 @@ __all__ = [
     "FromMap",
     "FromPandas",
     "Index",
+    "Isin",
     "Len",
     "Lengths",
     "Literal",
@@ -69,6 +82,7 @@ __all__ = [
     "RearrangeByColumn",
     "Task",
     "TaskRef",
+    "Unaryop",
     "claims_of",
     "determine_column_projection",
 ]

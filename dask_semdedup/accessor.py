@@ -334,6 +334,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
     def pairwise(
         self,
         *,
+        eps: float | None = None,
         which_to_keep: str = "hard",
         sim_metric: str = "cosine",
         ranking_strategy: RankingStrategy | None = None,
@@ -355,6 +356,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Parameters
         ----------
+        eps : float, optional
+            Cosine distance, from 0 to 2, within which a row is a duplicate: only duplicates are returned, the rows of
+            ``pairwise().semdedup.duplicates(eps)``. By default all rows.
         which_to_keep : {"hard", "easy", "random"}, default "hard"
             The rows that are preferred: those far from their centroid, those near to it, or any.
         sim_metric : {"cosine", "l2"}, default "cosine"
@@ -387,8 +391,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         -------
         dask.dataframe.DataFrame
             Columns ``id`` and ``max_id``, of the ids' own dtype, ``cosine_sim_score`` (float32 in [-1, 1]), and the
-            cluster column. A row for each row of the frame: clusters ascend within a partition, and rows stand in
-            rank order within their cluster. The first row of a cluster has score 0 and its own id.
+            cluster column. A row for each row of the frame, or for each duplicate at `eps`: clusters ascend within a
+            partition, and rows stand in rank order within their cluster. The first row of a cluster has score 0 and its
+            own id.
 
         Raises
         ------
@@ -403,6 +408,17 @@ n_init, oversampling_factor, max_samples_per_batch, device
         InvalidArgumentError
             If an argument is not one of those allowed, or the columns of ids or clusters hold lists.
 
+        Notes
+        -----
+        A search for duplicates at one eps excludes most pairs by fewer multiplications than scores of all rows take,
+        and gives the same rows, scores and neighbours, bit for bit. Dask's optimiser turns scores that are only
+        filtered into such a search: by ``duplicates(eps)``, ``groups(eps)``, ``eps_curve()``, ``remove(scores,
+        eps=eps)`` or ``scores[scores.cosine_sim_score >= 0.95]``. Where these are computed at once, one search finds
+        what the largest eps needs. Scores that are also used in another way are searched for in full: those that are
+        written, persisted or merged, or get flags for several eps.
+
+        Figures and pairs from which to choose an eps need scores of all rows: write them once.
+
         Examples
         --------
         >>> import pandas as pd
@@ -416,11 +432,14 @@ n_init, oversampling_factor, max_samples_per_batch, device
         0  10      10               0.0         0
         1  11      10               0.0         0
         2  12      11               0.8         0
+        >>> ddf.semdedup.pairwise(eps=0.2).compute()
+           id  max_id  cosine_sim_score  centroid
+        2  12      11               0.8         0
         """
         columns = Columns(id_field, embedding_field, cluster_field)
         options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
-        return score_pairwise(self._ddf, columns, ranking, options, verbose=verbose)
+        return score_pairwise(self._ddf, columns, ranking, options, eps=eps, verbose=verbose)
 
     def duplicates(self, eps: float | Sequence[float] = 0.01) -> dd.DataFrame:
         """Select the duplicates from a frame of scores: the rows with ``cosine_sim_score >= 1 - eps``.
@@ -473,7 +492,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         -------
         dask.dataframe.DataFrame
             Of one partition, a row for each eps, in the order given: ``eps`` (float64), ``duplicates`` (int64), which
-            is the number of rows of `duplicates` at that eps, and ``share`` (float64), their share of all rows.
+            is the number of rows of `duplicates` at that eps, and ``share`` (float64), their share of all rows of the
+            frame. Of scores at one eps, such as ``pairwise(eps=0.05)``, counts are right up to that eps, and shares
+            are of the duplicates alone.
 
         Raises
         ------

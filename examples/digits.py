@@ -50,7 +50,7 @@ def write_clusters(pixels: np.ndarray, folder: Path) -> None:
 
 def run_command(clusters: Path, scores: Path) -> None:
     """Run the real command, as one would in a shell."""
-    arguments = ["pairwise", str(clusters), str(scores), "--eps", str(EPS), "--overwrite"]
+    arguments = ["pairwise", str(clusters), str(scores), "--overwrite"]
     print("$ dask-semdedup", *arguments, flush=True)
     finished = subprocess.run([sys.executable, "-m", "dask_semdedup", *arguments], check=False)
     if finished.returncode:

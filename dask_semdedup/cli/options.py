@@ -10,6 +10,8 @@ import click
 if TYPE_CHECKING:
     from dask_semdedup.steps.ranking import RankingStrategy
 
+DEFAULT_EPS = 0.01
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -183,8 +185,8 @@ def seed_option(help_text: str) -> Callable[[Function], Function]:
     return click.option("--random-seed", type=int, metavar="N", default=42, show_default=True, help=help_text)
 
 
-def eps_option(help_text: str) -> Callable[[Function], Function]:
+def eps_option(help_text: str, default: float | None = DEFAULT_EPS) -> Callable[[Function], Function]:
     """Return the option ``--eps``, whose effect differs between commands."""
     return click.option(
-        "--eps", type=click.FloatRange(0, 2), metavar="EPS", default=0.01, show_default=True, help=help_text
+        "--eps", type=click.FloatRange(0, 2), metavar="EPS", default=default, show_default=True, help=help_text
     )

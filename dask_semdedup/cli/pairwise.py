@@ -15,6 +15,7 @@ from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.execution import connect, log_to, show_progress
 from dask_semdedup.cli.files import write_frame
 from dask_semdedup.cli.options import (
+    DEFAULT_EPS,
     cluster_option,
     embedding_options,
     eps_option,
@@ -38,8 +39,8 @@ Examples:
   dask-semdedup pairwise clusters/ scores/
 
 \b
-  # Keep the rows of the best quality; call 0.95 and above a duplicate
-  dask-semdedup pairwise clusters/ scores/ --rank-by quality:desc --eps 0.05
+  # Keep the rows of the best quality, and write only duplicates: rows whose similarity is at least 0.95
+  dask-semdedup pairwise clusters/ duplicates/ --rank-by quality:desc --eps 0.05
 
 \b
   # On a Dask cluster, from a bucket and to a bucket
@@ -55,7 +56,11 @@ Examples:
 @embedding_options
 @keep_options
 @seed_option("Seed of '--which-to-keep random'.")
-@eps_option("Count a row as a duplicate if its similarity is at least 1 - EPS. This affects only the summary.")
+@eps_option(
+    "Write only duplicates, the rows whose similarity is at least 1 - EPS. The search for them takes less time.  "
+    "[default: the scores of all rows, from which 'report' helps to choose EPS]",
+    default=None,
+)
 @search_options
 @execution_options
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds nothing but scores.")
@@ -68,7 +73,7 @@ def command(
     output_path: str,
     cluster_field: str,
     ranking_strategy: RankingStrategy | None,
-    eps: float,
+    eps: float | None,
     backend: str | None,
     partition_size: str | None,
     storage_options: dict[str, Any],
@@ -83,13 +88,15 @@ def command(
 
     INPUT is a folder of clustered embeddings: INPUT/centroid=<k>/*.parquet, or Parquet files with a cluster column. For
     embeddings without clusters, use 'dask-semdedup run'. OUTPUT becomes a folder of Parquet files with the columns id,
-    max_id (the most similar row that is preferred over this one), cosine_sim_score and the cluster. It appears when all
-    of it is written; a failed run leaves nothing.
+    max_id (the most similar row that is preferred over this one), cosine_sim_score and the cluster: of all rows, or of
+    duplicates with --eps. It appears when all of it is written; a failed run leaves nothing.
 
     Both may be local paths or URLs that fsspec understands.
     """
     import dask_semdedup
-    from dask_semdedup.io.scores import SCORES
+    from dask_semdedup.frames.columns import Columns
+    from dask_semdedup.io.scores import SCORES, Compared, write_compared
+    from dask_semdedup.lazy.scores import count_rows
 
     refuse_contradictions(ctx)
     with (
@@ -108,7 +115,7 @@ def command(
             partition_size=partition_size,
         )
         scores = embeddings.semdedup.pairwise(
-            cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
+            eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
         )
         listed = time.perf_counter() - start
         with connect(scheduler, workers, [input_path, output_path]) as client:
@@ -116,12 +123,17 @@ def command(
             if verbose:
                 log_to(progress.console)
                 progress.console.print(f"{scores.npartitions:,} partitions, on {client or 'threads of this process'}")
-            write_frame(scores, folder, storage_options, client=client, progress=progress, title="Comparing")
+            written = write_frame(scores, folder, storage_options, client=client, progress=progress, title="Comparing")
             seconds = time.perf_counter() - start
-            summary = summarise(folder, storage_options, cluster_field=cluster_field, eps=eps)
+            if eps is None:
+                summary = summarise(folder, storage_options, cluster_field=cluster_field)
+            else:
+                rows = count_rows(embeddings, Columns(cluster=cluster_field))
+                write_compared(Compared(eps, rows), folder, storage_options)
+                summary = Summary(clusters=len(rows), rows=int(rows.sum()), duplicates=written, eps=eps)
     if not quiet:
         Console().print(summary_table(summary, seconds=seconds))
-        click.echo(f"  Scores in {output_path}")
+        click.echo(f"  {'Scores' if eps is None else 'Duplicates'} in {output_path}")
 
 
 @dataclass(frozen=True)
@@ -134,10 +146,11 @@ class Summary:
     eps: float
 
 
-def summarise(folder: str, storage_options: dict[str, Any], *, cluster_field: str, eps: float) -> Summary:
-    """Return the summary of the scores that were written."""
+def summarise(folder: str, storage_options: dict[str, Any], *, cluster_field: str) -> Summary:
+    """Return the summary of the scores of all rows that were written."""
     from dask_semdedup.lazy.tables import read_scores
 
+    eps = DEFAULT_EPS
     scores = read_scores(folder, cluster_field=cluster_field, storage_options=storage_options)
     duplicates = scores.semdedup.duplicates(eps=eps)
     clusters, rows, dropped = dask.compute(scores[cluster_field].nunique(), scores["id"].size, duplicates["id"].size)

@@ -70,10 +70,12 @@ def command(
     """Make a page of figures and pairs, from which a person can choose eps.
 
     SCORES is a folder of Parquet files: the output of 'pairwise', or the stages' cluster_<k>.parquet. OUTPUT becomes a
-    folder of index.html and PNG files; by default it is 'report' next to SCORES. The page needs no network.
+    folder of index.html and PNG files; by default it is 'report' next to SCORES. The page needs no network. It
+    ends at the eps up to which scores were kept, by 'pairwise --eps' or by 'run'.
 
     With --data and --text-field or --image-field the page shows the documents of its pairs, and of no others.
     """
+    from dask_semdedup.io.scores import read_compared
     from dask_semdedup.lazy.tables import read_scores
     from dask_semdedup.report.page import PAGE, REPORT, Documents, write_report
 
@@ -107,6 +109,7 @@ def command(
                 cluster_field=cluster_field,
                 source=scores_path,
                 storage_options=storage_options,
+                compared=read_compared(scores_path, storage_options),
             )
     if not quiet:
         count = int(summary.duplicates(eps))

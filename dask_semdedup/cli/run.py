@@ -30,7 +30,7 @@ from dask_semdedup.cli.options import (
     seed_option,
 )
 from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, option_of, plan_steps
-from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import DataNotFoundError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.embeddings import dimensions_advice
 from dask_semdedup.io.staging import real_path, refuse_overlap
 from dask_semdedup.steps.ranking import DISTANCE_COLUMNS
@@ -52,7 +52,7 @@ Examples:
   dask-semdedup run embeddings.parquet out/ --eps 0.02
 
 \b
-  # Another eps: clusters and scores are reused
+  # Another eps, up to --max-eps: clusters and scores are reused
   dask-semdedup run embeddings.parquet out/ --eps 0.05
 
 \b
@@ -103,6 +103,15 @@ Examples:
 @keep_options
 @seed_option("Seed of k-means, and of '--which-to-keep random'.")
 @eps_option("Drop a row if its similarity to a preferred row is at least 1 - EPS.")
+@click.option(
+    "--max-eps",
+    type=click.FloatRange(0, 2),
+    metavar="EPS",
+    default=0.2,
+    show_default=True,
+    help="Keep scores up to this eps, the largest that --eps can be without another search. The default is where the "
+    "report's slider and curve end; a smaller one takes less time, and 2 keeps the scores of all rows.",
+)
 @search_options
 @execution_options
 @click.option(
@@ -126,7 +135,8 @@ def command(
     """Deduplicate raw embeddings: cluster them, score them, find the duplicates, remove them, and report.
 
     INPUT is Parquet or JSON lines with ids and embeddings, or with texts (--embed). In OUTPUT each step has a folder:
-    clusters, scores, duplicates (the rows to drop), deduplicated (all columns of the rows that are kept) and report.
+    clusters, scores (of the duplicates at --max-eps), duplicates (the rows to drop), deduplicated (all columns of the
+    rows that are kept) and report.
 
     A folder appears when all of it is written, and stores its parameters. The next run reuses it if they are the same.
     If they differ, duplicates, deduplicated and report are made again; embeddings, clusters and scores, which take
@@ -188,6 +198,7 @@ class Run:
     ranking_strategy: RankingStrategy | None
     random_seed: int
     eps: float
+    max_eps: float
     compute_dtype: str
     device: str
     backend: str | None
@@ -200,8 +211,14 @@ class Run:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     has_all_ids: bool = False
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether scores of all rows are kept."""
+        return self.max_eps == 2
+
     def steps(self) -> list[Step]:
         """Return all steps in their order. Raise if INPUT lacks what they need."""
+        from dask_semdedup.io.scores import COMPARED
         from dask_semdedup.io.write import PART_FILE
         from dask_semdedup.lazy.tables import table_token
         from dask_semdedup.report.page import REPORT
@@ -219,14 +236,16 @@ class Run:
         ranking["rank_by"] = None if self.ranking_strategy is None else repr(self.ranking_strategy)
         shown = self._parameters("eps", "text_field", "image_field")
         kept = self._parameters("id_field") | {"columns": list(self.columns)}
+        ranking["max_eps"] = self.max_eps
         parts = files_of_run(PART_FILE)
+        scores = files_of_run(re.compile(f"{PART_FILE.pattern}|{re.escape(COMPARED)}"))
         clusters = files_of_run(re.compile(f"[^/=]+=[^/]*/{PART_FILE.pattern}"))
         first = [Step("embeddings", source | embedding, self._embed, parts, costly=True)] if self.embed else []
         before = tuple(step.name for step in first)
         return [
             *first,
             Step("clusters", source | clustering, self._cluster, clusters, before, costly=True),
-            Step("scores", columns | ranking, self._score, parts, ("clusters",), costly=True),
+            Step("scores", columns | ranking, self._score, scores, ("clusters",), costly=True),
             Step("duplicates", {"eps": self.eps}, self._find_duplicates, parts, ("scores",)),
             Step("deduplicated", source | kept, self._deduplicate, parts, ("duplicates",)),
             Step("report", source | shown, self._report, REPORT, ("scores",)),
@@ -239,6 +258,12 @@ class Run:
         """Raise for missing columns and contradictory options before any work."""
         from dask_semdedup.lazy.sources import check_sources
 
+        if self.eps > self.max_eps:
+            raise InvalidArgumentError(
+                f"eps is {self.eps:g}, and scores are kept up to {self.max_eps:g}: what is a duplicate beyond that "
+                "would not be known. Choose a smaller eps, or keep scores up to a larger one.",
+                parameters=["eps", "max_eps"],
+            )
         ddf = self._read_input()
         columns = list(ddf.columns)
         shown = [name for name in (self.text_field, self.image_field) if name is not None]
@@ -353,6 +378,9 @@ class Run:
 
     def _score(self, folder: str) -> dict[str, int]:
         import dask_semdedup
+        from dask_semdedup.frames.columns import Columns
+        from dask_semdedup.io.scores import Compared, write_compared
+        from dask_semdedup.lazy.scores import count_rows
 
         self._check_ids()  # The clusters may have been made with another column of ids.
         embeddings = dask_semdedup.read_clusters(
@@ -363,6 +391,7 @@ class Run:
             partition_size=self.partition_size,
         )
         scores = embeddings.semdedup.pairwise(
+            eps=None if self.keeps_all else self.max_eps,
             which_to_keep=self.which_to_keep,
             sim_metric=self.sim_metric,
             ranking_strategy=self.ranking_strategy,
@@ -376,7 +405,12 @@ class Run:
             device=self.device,
             verbose=self.verbose,
         )
-        return {"rows": self._write(scores, folder, "Comparing")}
+        kept = self._write(scores, folder, "Comparing")
+        if self.keeps_all:
+            return {"rows": kept, "kept": kept}
+        rows = count_rows(embeddings, Columns(cluster=self.cluster_field))
+        write_compared(Compared(self.max_eps, rows), folder, self.storage_options)
+        return {"rows": int(rows.sum()), "kept": kept}
 
     def _find_duplicates(self, folder: str) -> dict[str, int]:
         from dask_semdedup.steps.duplicates import without_first_rows
@@ -401,8 +435,15 @@ class Run:
         return {"rows": rows}
 
     def _report(self, folder: str) -> dict[str, int]:
+        from dask_semdedup.io.scores import COMPARED, read_compared
         from dask_semdedup.report.page import Documents, write_report
 
+        compared = read_compared(self._folder("scores"), self.storage_options)
+        if compared is None and not self.keeps_all:
+            raise DataNotFoundError(
+                f"{self._folder('scores')} has lost {COMPARED}, which says how many rows were compared. Pass '--from "
+                "scores' to compare them again."
+            )
         documents = None
         if self.text_field or self.image_field:
             documents = Documents(
@@ -417,6 +458,7 @@ class Run:
                 cluster_field=self.cluster_field,
                 source=self._folder("scores"),
                 storage_options=self.storage_options,
+                compared=compared,
             )
         return {"duplicates": int(summary.duplicates(self.eps))}
 
@@ -429,7 +471,7 @@ def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> T
     results = {
         "embeddings": f"{rows:,} rows",
         "clusters": "1 cluster" if clusters == 1 else f"{clusters:,} clusters",
-        "scores": f"{rows:,} rows",
+        "scores": f"{counts['scores']['kept']:,} of {rows:,} rows",
         "duplicates": f"{dropped:,} at eps = {eps:g}, {dropped / max(rows, 1):.2%}",
         "deduplicated": f"{kept:,} rows kept",
         "report": "index.html",

@@ -1,13 +1,17 @@
-"""Files of scores: what their folder may hold, and the clusters in their names."""
+"""Files of scores: what their folder may hold, the clusters in their names, and the rows that have no score in them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 import fsspec
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dask_semdedup.errors import DataReadError
 from dask_semdedup.frames.columns import SCORE_COLUMNS
@@ -16,10 +20,13 @@ from dask_semdedup.io.footers import read_schema
 from dask_semdedup.io.staging import Contents
 from dask_semdedup.io.write import PART_FILE
 
-__all__ = ["SCORES"]
+__all__ = ["COMPARED", "SCORES", "Compared", "clusters_of_files", "read_compared", "write_compared"]
 
 # The stages' files, one a cluster.
 CLUSTER_FILE = re.compile(r"cluster_(.+)\.parquet")
+
+# The file of `Compared`. Readers of the folder pass over it, as over all whose names begin so.
+COMPARED = "_compared.parquet"
 
 
 def _not_of_scores(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[str]) -> list[str]:
@@ -33,7 +40,7 @@ def _not_of_scores(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[s
             columns = []
         if not set(SCORE_COLUMNS) <= set(columns):
             return list(names)
-    return sorted(set(names) - set(named))
+    return sorted(set(names) - {*named, COMPARED})
 
 
 SCORES = Contents("scores", _not_of_scores)
@@ -48,3 +55,45 @@ def clusters_of_files(files: Collection[str], key: str) -> Keys | None:
     clusters = integers_or_names(names)
     fields = pa.schema({key: key_type(clusters.values())})
     return Keys(fields, {path: (cluster,) for path, cluster in clusters.items()})
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The rows that were compared, where scores were kept of the most similar ones only.
+
+    Parameters
+    ----------
+    eps : float
+        The eps up to which scores were kept.
+    rows : pandas.Series of int64
+        The number of rows of each cluster.
+    """
+
+    eps: float
+    rows: pd.Series
+
+
+def write_compared(compared: Compared, folder: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    """Write what was compared into a folder of scores."""
+    fs, path = fsspec.url_to_fs(folder, **(storage_options or {}))
+    columns = {"cluster": compared.rows.index, "rows": compared.rows.to_numpy()}
+    table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
+    with fs.open(f"{path}/{COMPARED}", "wb") as file:
+        pq.write_table(table.replace_schema_metadata({"eps": repr(compared.eps)}), file)
+
+
+def read_compared(folder: str, storage_options: Mapping[str, Any] | None = None) -> Compared | None:
+    """Read what was compared for a folder of scores; None where they are those of all rows."""
+    fs, path = fsspec.url_to_fs(folder, **(storage_options or {}))
+    name = f"{path.rstrip('/')}/{COMPARED}"
+    if not fs.exists(name):
+        return None
+    try:
+        with fs.open(name, "rb") as file:
+            table = pq.read_table(file)
+        rows = table.column("rows").to_pandas().set_axis(table.column("cluster").to_pandas())
+        return Compared(float(table.schema.metadata[b"eps"]), rows)
+    except (pa.ArrowInvalid, KeyError, TypeError) as error:
+        raise DataReadError(
+            f"{name} does not say which rows were compared ({error}). Make the scores again."
+        ) from error

@@ -7,10 +7,12 @@ from typing import Any
 
 import dask.dataframe as dd
 import numpy as np
+from dask.dataframe.api import new_collection
 
 from dask_semdedup.frames.backend import frame_like
 from dask_semdedup.frames.columns import SCORE_COLUMN
-from dask_semdedup.steps.duplicates import check_score_columns, check_several_eps, is_duplicate, is_one_eps
+from dask_semdedup.lazy.pushdown import OfDuplicates
+from dask_semdedup.steps.duplicates import check_score_columns, check_several_eps, is_duplicate, is_one_eps, threshold
 
 __all__ = ["EPS_GRID", "eps_curve"]
 
@@ -43,13 +45,12 @@ def eps_curve(scores: dd.DataFrame, eps: Sequence[float]) -> dd.DataFrame:
     """
     grid = check_several_eps([eps] if is_one_eps(eps) else eps)  # type: ignore[list-item]
     check_score_columns(scores, [SCORE_COLUMN])
-    column = scores[SCORE_COLUMN]
-    return column.reduction(
-        _count,
+    counts = new_collection(OfDuplicates(scores[SCORE_COLUMN].expr, _count, grid, min(map(threshold, grid))))
+    return counts.reduction(
+        _add,
         combine=_add,
         aggregate=_to_curve,
-        meta=_to_curve(_count(column._meta, grid), grid).iloc[:0],
-        chunk_kwargs={"grid": grid},
+        meta=_to_curve(counts._meta, grid).iloc[:0],
         aggregate_kwargs={"grid": grid},
         token="eps-curve",
     )

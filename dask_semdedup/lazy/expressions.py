@@ -41,6 +41,7 @@ from dask_semdedup.frames.embeddings import first_width
 from dask_semdedup.frames.ids import is_in
 from dask_semdedup.io.fragments import Fragment, in_runs
 from dask_semdedup.io.reader import Reader
+from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.steps.against import against_meta, against_partition, best_of_probes
 from dask_semdedup.steps.kmeans import kmeans_meta, kmeans_partition
 from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
@@ -189,7 +190,7 @@ class _ByCluster(OwnExpr, Blockwise):
         return (None,) * (self.frame.npartitions + 1)
 
 
-class PairwiseScores(_ByCluster):
+class PairwiseScores(Searched, _ByCluster):
     """Scores of aligned partitions; with secondary assignments, what `BestOfAssignments` puts together."""
 
     _parameters = ["frame", "fields", "ranking", "options", "verbose"]  # noqa: RUF012
@@ -211,7 +212,7 @@ class PairwiseScores(_ByCluster):
         return ScoresOfFiles(files.source, files.columns, *self.operands[1:], claims, files.operand("_partitions"))
 
 
-class ScoresOfFiles(OwnExpr, PartitionsFiltered, BlockwiseIO):
+class ScoresOfFiles(Searched, PartitionsFiltered, BlockwiseIO):
     """Scores of files, read and scored in one task: `PairwiseScores` of `ReadClusters` is lowered to it."""
 
     _parameters = [  # noqa: RUF012
@@ -275,7 +276,7 @@ class BestOfAssignments(_ByCluster):
         return best_of_assignments(self.frame._meta, self.fields)
 
 
-class _AgainstPartitions(_ByCluster):
+class _AgainstPartitions(Searched, _ByCluster):
     """Scores of pairs of partitions: what `AgainstScores` is lowered to."""
 
     _parameters = ["frame", "reference", "fields", "reference_id", "options"]  # noqa: RUF012
@@ -288,7 +289,7 @@ class _AgainstPartitions(_ByCluster):
         return against_meta(self.frame._meta, self.reference._meta, self.fields, self.reference_id)
 
 
-class AgainstScores(OwnExpr, Expr):
+class AgainstScores(Searched, Expr):
     """Scores of the rows of one frame against those of another, partitioned alike by cluster.
 
     Blockwise only once it is lowered: what is blockwise in two frames, Dask takes for no longer aligned with itself,

@@ -8,11 +8,13 @@ pointer is replaced by the pointer of the row that it points to, which doubles h
 from __future__ import annotations
 
 import dask.dataframe as dd
+from dask.dataframe.api import new_collection
 
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.lazy.expressions import is_against
-from dask_semdedup.steps.duplicates import check_eps, check_score_columns
+from dask_semdedup.lazy.pushdown import OfDuplicates
+from dask_semdedup.steps.duplicates import check_eps, check_score_columns, threshold
 from dask_semdedup.steps.groups import linked, resolve
 
 __all__ = ["find_groups"]
@@ -28,5 +30,5 @@ def find_groups(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
             "no chains to follow. Use `duplicates`."
         )
     scores = scores[["id", "max_id", SCORE_COLUMN]]
-    pairs = scores.map_partitions(linked, eps, meta=linked(scores._meta, eps)).repartition(npartitions=1)
+    pairs = new_collection(OfDuplicates(scores.expr, linked, eps, threshold(eps))).repartition(npartitions=1)
     return pairs.map_partitions(resolve, meta=resolve(pairs._meta), clear_divisions=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import dask.dataframe as dd
+import pandas as pd
 from dask.dataframe.api import new_collection
 
 from dask_semdedup._validate import check_positive
@@ -20,13 +21,21 @@ from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.kmeans import check_centroids
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["check_rows", "score_against", "score_pairwise"]
+__all__ = ["check_rows", "count_rows", "score_against", "score_pairwise"]
 
 
 def score_pairwise(
-    ddf: dd.DataFrame, columns: Columns, ranking: RankingStrategy, options: SearchOptions, *, verbose: bool = False
+    ddf: dd.DataFrame,
+    columns: Columns,
+    ranking: RankingStrategy,
+    options: SearchOptions,
+    *,
+    eps: float | None = None,
+    verbose: bool = False,
 ) -> dd.DataFrame:
     """Score every row within its cluster: see `SemDedupAccessor.pairwise`."""
+    if eps is not None:
+        check_eps(eps)
     _check_clustered(ddf, columns, options)
     ranking.check_columns(ddf.columns)
     needed = {columns.id, columns.embedding, columns.cluster, *ranking.required_columns}
@@ -36,9 +45,9 @@ def score_pairwise(
         needed.add(columns.own_cluster)
     frame = align(ddf[[name for name in ddf.columns if name in needed]], columns.cluster)
     scores = new_collection(PairwiseScores(frame, columns, ranking, options, verbose=bool(verbose)))
-    if not with_secondary:
-        return scores
-    return new_collection(BestOfAssignments(align(scores, columns.cluster), columns))
+    if with_secondary:
+        scores = new_collection(BestOfAssignments(align(scores, columns.cluster), columns))
+    return scores if eps is None else find_duplicates(scores, eps)
 
 
 def score_against(
@@ -92,6 +101,14 @@ def score_against(
     if with_secondary:
         scores = new_collection(BestOfProbes(align(scores, columns.cluster), columns))
     return scores if eps is None else find_duplicates(scores, eps)
+
+
+def count_rows(ddf: dd.DataFrame, columns: Columns) -> pd.Series:
+    """Count the rows of each cluster, now, without their secondary assignments."""
+    if has_secondary(ddf._meta, columns):
+        ddf = ddf[ddf[columns.cluster] == ddf[columns.own_cluster]]
+    rows = ddf[columns.cluster].value_counts().compute().astype("int64").sort_index()
+    return rows.to_pandas() if hasattr(rows, "to_pandas") else rows
 
 
 def check_rows(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:

@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.columns import SCORE_COLUMN
+from dask_semdedup.io.scores import Compared
 from dask_semdedup.io.staging import MANIFEST, Contents
 from dask_semdedup.lazy.duplicates import EPS_GRID
 from dask_semdedup.lazy.tables import find_rows
@@ -52,7 +53,9 @@ REPORT_FILES = {PAGE, *(f"{name}.png" for name in PICTURES), MANIFEST}
 # The tag by which a page of this package is told from others.
 GENERATOR = b'<meta name="generator" content="dask-semdedup '
 
-LARGEST_EPS = 0.2
+# Where the curve and the slider end, unless eps is large or scores were not kept so far. At the smallest, 1 - eps is 1
+# in float32, as at 0, where no curve could be drawn.
+LARGEST_EPS, SMALLEST_EPS = 0.2, 1e-8
 
 # Pairs on either side of the threshold; other values of eps that the slider may reach and that have pairs, and pairs
 # on either side of each of these.
@@ -154,6 +157,7 @@ def write_report(
     cluster_field: str = "centroid",
     source: str = "",
     storage_options: Mapping[str, Any] | None = None,
+    compared: Compared | None = None,
 ) -> ScoreSummary:
     """Write a page on scores, ``index.html``, and its figures as PNG files.
 
@@ -173,6 +177,9 @@ def write_report(
         Path of the scores, to be named on the page.
     storage_options : mapping, optional
         Arguments of the folder's fsspec file system.
+    compared : Compared, optional
+        The rows that were compared, if the scores are not those of all rows: shares are of these, and the page ends
+        at the eps up to which scores were kept.
 
     Returns
     -------
@@ -184,12 +191,23 @@ def write_report(
     MissingColumnsError
         If the scores, or the documents, lack a column.
     InvalidArgumentError
-        If `eps` is not a number from 0 to 2, or no document has an id of the scores.
+        If `eps` is not a number from 0 to 2, or more than that up to which scores were kept, or no document has an id
+        of the scores.
     """
     check_eps(eps)
     largest_eps = max(LARGEST_EPS, min(1.0, 1.5 * eps))
+    if compared is not None:
+        if eps > compared.eps:
+            raise InvalidArgumentError(
+                f"eps is {eps:g}, and scores were kept up to {compared.eps:g} only: choose an eps up to that, or make "
+                "the scores again up to a larger one.",
+                parameters=["eps"],
+            )
+        largest_eps = max(min(largest_eps, compared.eps), SMALLEST_EPS)
     summarizing = score_summary(scores, eps, largest_eps, cluster_field)
     summary, pairs = reduce_partitions(scores, summarizing, _pairs_to_show(eps, largest_eps))
+    if compared is not None:
+        summary = summary.among(compared.rows, compared.eps)
     cards = _cards(pairs, documents)
     figures = _draw(summary, eps)
     page = _render(summary, eps, cards, figures, source=source, images=bool(documents and documents.image_field))
@@ -341,6 +359,8 @@ def _render(
             similarity=f"{1 - eps:g}",
             rows=summary.rows,
             compared=summary.compared,
+            kept_eps=None if summary.kept_eps is None else f"{summary.kept_eps:g}",
+            lowest=None if summary.kept_eps is None else f"{1 - summary.kept_eps:g}",
             duplicates=int(summary.duplicates(eps)),
             table=[{"eps": f"{value:g}", "duplicates": int(summary.duplicates(value))} for value in rows],
             clusters=_listed(summary),

@@ -91,7 +91,8 @@ def score_histogram(
         return figure
     duplicates = int(summary.duplicates(eps))
     noun = "duplicate" if duplicates == 1 else "duplicates"
-    _title(axes, f"{duplicates:,} {noun} among {summary.compared:,} compared rows")
+    among = f"{summary.compared:,} compared rows" if summary.kept_eps is None else f"{summary.rows:,} rows"
+    _title(axes, f"{duplicates:,} {noun} among {among}")
     _mark_threshold(axes, threshold, f"1 − eps = {1 - eps:.6g}")
     return figure
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -46,6 +46,8 @@ class ScoreSummary:
         Number of scores that are at least as high as each of the `thresholds`.
     clusters : DataFrame or None
         ``rows`` and ``duplicates`` of each cluster, if the scores have a cluster column.
+    kept_eps : float or None
+        The eps up to which scores were kept, if they are not those of all rows; then `compared` counts those kept.
     """
 
     rows: int
@@ -55,6 +57,7 @@ class ScoreSummary:
     largest_eps: float
     at_least: np.ndarray
     clusters: pd.DataFrame | None
+    kept_eps: float | None = None
 
     @property
     def grid(self) -> np.ndarray:
@@ -96,6 +99,14 @@ class ScoreSummary:
         at_least = self.at_least[np.searchsorted(self.thresholds, edges.astype(np.float32))]
         at_least[0], at_least[-1] = self.compared, 0
         return edges, -np.diff(at_least)
+
+    def among(self, rows: pd.Series, kept_eps: float) -> ScoreSummary:
+        """Summary of the same scores, once it is known of how many rows of each cluster they were kept."""
+        clusters = self.clusters
+        if clusters is not None:
+            duplicates = clusters["duplicates"].reindex(rows.index, fill_value=0)
+            clusters = pd.DataFrame({"rows": rows, "duplicates": duplicates})
+        return replace(self, rows=int(rows.sum()), clusters=clusters, kept_eps=kept_eps)
 
     def merge(self, other: ScoreSummary) -> ScoreSummary:
         """Summary of both frames; both were counted at the same thresholds."""

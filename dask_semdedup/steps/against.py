@@ -86,7 +86,8 @@ def against_partition(
         rows = _joined(parts, position)
         scores, index = search_segments(rows, segments, stops, replace(options, device=device))
     found = np.flatnonzero(is_query[position] & (stops > np.repeat(segments[:-1], np.diff(segments))))
-    nearest = position[index.cpu().numpy()[found]]
+    # Rows that do not reach `SearchOptions.at_least` have their own index, but only reference rows can be named.
+    nearest = position[np.minimum(index.cpu().numpy(), stops - 1)[found]]
     query = _like(position[found] - len(reference), frame)
     own = columns.own_cluster if with_secondary else columns.cluster
     return score_frame(

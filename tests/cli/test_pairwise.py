@@ -29,6 +29,7 @@ from dask_semdedup import cli
 from dask_semdedup.cli import application, files, options, pairwise
 from dask_semdedup.errors import InvalidArgumentError, OutputError
 from dask_semdedup.io import staging, write
+from dask_semdedup.io.scores import read_compared
 from dask_semdedup.lazy import writing
 from tests.data import assert_one_line, write_layout
 
@@ -86,19 +87,57 @@ def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_command_writes_the_scores_and_sums_them_up(clusters: str, tmp_path: Path) -> None:
-    finished = run_script("pairwise", clusters, tmp_path / "scores", "--eps", "0.001")
+    finished = run_script("pairwise", clusters, tmp_path / "scores")
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
     words = finished.stdout.split()
     assert words[words.index("Clusters") + 1] == "3"
     assert words[words.index("Rows") + 1] == "60"
-    assert words[words.index("Duplicates") + 1 : words.index("Time")] == ["12", "20.00%", "at", "eps", "=", "0.001"]
+    assert words[words.index("Duplicates") + 1 : words.index("Time")] == ["12", "20.00%", "at", "eps", "=", "0.01"]
     scores = read(tmp_path / "scores")
     assert set(scores.columns) == {"id", "max_id", "cosine_sim_score", "centroid"}
     assert len(scores) == CLUSTERS * ROWS
     twins = scores[scores["cosine_sim_score"] > 0.999]
     assert set(twins["id"] - twins["max_id"]) <= {ROWS - DUPLICATES, DUPLICATES - ROWS}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters", "scores"]
+
+
+@pytest.mark.parametrize("eps", [0, 0.001, 0.3, 1.5])
+def test_only_duplicates_are_written_at_an_eps(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], eps: float
+) -> None:
+    result = invoke(clusters, tmp_path / "found", "--eps", eps)
+    assert result.exit_code == 0, result.stderr
+    expected = dask_semdedup.read_clusters(clusters).semdedup.pairwise(eps=eps).compute()
+    pd.testing.assert_frame_equal(
+        read(tmp_path / "found"), expected.sort_values("id", ignore_index=True), check_dtype=False
+    )
+    words = result.stdout.split()
+    assert words[words.index("Clusters") + 1] == "3"
+    assert words[words.index("Rows") + 1] == "60"
+    assert words[words.index("Duplicates") + 1 : words.index("Time")] == [
+        str(len(expected)), f"{len(expected) / 60:.2%}", "at", "eps", "=", f"{eps:g}",
+    ]  # fmt: skip
+
+
+def test_rows_in_no_folders_are_counted_too(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    """Clusters in a column, which span files: the frame is shuffled."""
+    (tmp_path / "in").mkdir()
+    for part in range(2):
+        rows = [cluster_table(k).append_column("centroid", pa.array([k] * ROWS)) for k in range(CLUSTERS)]
+        pq.write_table(pa.concat_tables(rows).slice(30 * part, 30), tmp_path / "in" / f"{part}.parquet")
+    result = invoke(tmp_path / "in", tmp_path / "found", "--eps", "0.001")
+    assert result.exit_code == 0, result.stderr
+    assert len(read(tmp_path / "found")) == 12
+    words = result.stdout.split()
+    assert words[words.index("Rows") + 1] == "60"
+
+
+def test_duplicates_are_replaced_by_scores(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    assert invoke(clusters, tmp_path / "found", "--eps", "0.001").exit_code == 0
+    assert invoke(clusters, tmp_path / "found", "--overwrite").exit_code == 0
+    assert read_compared(str(tmp_path / "found")) is None
+    assert len(read(tmp_path / "found")) == CLUSTERS * ROWS
 
 
 def test_command_fails_in_one_line(clusters: str, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 from distributed import LocalCluster
 
 from dask_semdedup import cli
+from dask_semdedup.io.scores import COMPARED, Compared, write_compared
+from dask_semdedup.steps.duplicates import find_duplicates
 from tests.data import assert_one_line
 
 FILES = ["clusters.png", "duplicates.png", "histogram.png", "index.html"]
@@ -50,6 +52,26 @@ def test_report_is_written_beside_the_scores(scores: Path, tmp_path: Path, invok
     assert "report/index.html" in result.stdout
     assert names(tmp_path / "report") == FILES
     assert names(tmp_path) == ["report", "scores"]
+
+
+def test_shares_are_of_all_rows_where_only_duplicates_were_written(
+    scores: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    rows = pd.Series([20, 20, 7], index=[0, 1, 2])
+    for file in scores.iterdir():
+        find_duplicates(pd.read_parquet(file), 0.05).to_parquet(file, index=False)
+    write_compared(Compared(0.05, rows), str(scores))
+    result = invoke(scores, "--eps", "0.02")
+    assert result.exit_code == 0, result.stderr
+    assert "10 of 47 rows are duplicates at eps = 0.02 (21.28%)" in result.stdout
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "<dt>Clusters</dt><dd>3</dd>" in page
+    assert '<th scope="row">0</th><td>20</td><td>5</td><td>25.00%</td>' in page
+    assert "Scores were kept up to eps = 0.05" in page
+    assert "10 duplicates among 47 rows" in page
+    assert_one_line(invoke(scores, tmp_path / "other", "--eps", "0.1").stderr, "0.1", "0.05", "(--eps)")
+    (scores / COMPARED).write_bytes(b"no table")
+    assert_one_line(invoke(scores, tmp_path / "other", "--eps", "0.02").stderr, COMPARED)
 
 
 def test_files_of_the_stages_need_no_cluster_column(tmp_path: Path, invoke: Callable[..., Result]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ import dask_semdedup
 from dask_semdedup import cli
 from dask_semdedup.accessor import SemDedupAccessor
 from dask_semdedup.cli.steps import MANIFEST
+from dask_semdedup.io.scores import COMPARED
+from dask_semdedup.report.page import LARGEST_EPS
+from dask_semdedup.steps.duplicates import find_duplicates
 from tests.data import assert_one_line
 
 ROWS, COPIES = 200, 20
@@ -121,7 +125,8 @@ def test_copies_are_dropped_and_the_rest_is_kept_whole(
 
 def test_scores_are_those_of_the_library(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     assert invoke(source, "--which-to-keep", "easy").exit_code == 0
-    expected = dask_semdedup.read_clusters(str(tmp_path / "out" / "clusters")).semdedup.pairwise(which_to_keep="easy")
+    clusters = dask_semdedup.read_clusters(str(tmp_path / "out" / "clusters"))
+    expected = clusters.semdedup.pairwise(eps=0.2, which_to_keep="easy")
     scores = pd.read_parquet(tmp_path / "out" / "scores")
     pd.testing.assert_frame_equal(
         scores.sort_values("id", ignore_index=True),
@@ -154,8 +159,90 @@ def test_json_lines_are_read_as_parquet_is(
 def test_every_row_but_the_first_of_each_cluster_may_be_a_duplicate(
     source: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
-    assert invoke(source, "--eps", 2).exit_code == 0
+    assert invoke(source, "--eps", 2, "--max-eps", 2).exit_code == 0
     assert len(kept(tmp_path)) == 4
+
+
+# --- Scores up to an eps ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_probe", [1, 2])
+def test_scores_are_kept_up_to_an_eps(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], n_probe: int
+) -> None:
+    """What is kept, dropped and reported is what it is with the scores of all rows."""
+    options = ["--eps", 0.05, "--n-probe", n_probe]
+    result = invoke(source, *options)
+    assert result.exit_code == 0, result.stderr
+    some, page, rest = read_run(tmp_path)
+    result = invoke(source, *options, "--max-eps", 2, "--from", "scores")
+    assert result.exit_code == 0, result.stderr
+    scores, page_of_all, rest_of_all = read_run(tmp_path)
+    assert len(scores) == ROWS
+    pd.testing.assert_frame_equal(some, find_duplicates(scores, 0.2).reset_index(drop=True))
+    for found, expected in zip(rest, rest_of_all, strict=True):
+        pd.testing.assert_frame_equal(found, expected)
+    assert json_of(page)["duplicates"] == json_of(page_of_all)["duplicates"]
+    assert json_of(page)["rows"] == json_of(page_of_all)["rows"] == ROWS
+    rows_of_clusters = re.compile("<dt>Rows.*?</dl>|<h2>Clusters with the most duplicates.*?</table>", re.DOTALL)
+    assert rows_of_clusters.findall(page) == rows_of_clusters.findall(page_of_all)
+    assert "Scores were kept up to eps = 0.2" in page
+    assert "Scores were kept up to" not in page_of_all
+
+
+def read_run(tmp_path: Path) -> tuple[pd.DataFrame, str, list[pd.DataFrame]]:
+    """The scores, the page, and the tables of duplicates and of rows kept."""
+    out = tmp_path / "out"
+    tables = [pd.read_parquet(out / name) for name in ("scores", "duplicates", "deduplicated")]
+    return tables[0], (out / "report" / "index.html").read_text(), tables[1:]
+
+
+def json_of(page: str) -> dict[str, Any]:
+    return json.loads(re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)[0])
+
+
+def test_scores_are_kept_as_far_as_the_report_goes(finished: Path, tmp_path: Path) -> None:
+    (default,) = (option.default for option in cli.run.command.params if option.name == "max_eps")
+    assert default == LARGEST_EPS
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert json_of(page)["eps"][-1] == default
+
+
+def test_the_report_ends_where_scores_do(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    assert invoke(source, "--max-eps", 0.07).exit_code == 0
+    assert json_of((tmp_path / "out" / "report" / "index.html").read_text())["eps"][-1] == 0.07
+
+
+def test_exact_copies_alone_can_be_asked_for(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke(source, "--eps", 0, "--max-eps", 0)
+    assert result.exit_code == 0, result.stderr
+    assert len(kept(tmp_path)) + len(pd.read_parquet(tmp_path / "out" / "scores")) == ROWS
+
+
+def test_no_duplicates_at_all(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    rows = table().slice(0, 8).set_column(2, "embeddings", pa.array(list(np.eye(8, dtype=np.float32))))
+    pq.write_table(rows, tmp_path / "raw.parquet")
+    result = invoke(tmp_path / "raw.parquet", "--n-clusters", 1)
+    assert result.exit_code == 0, result.stderr
+    assert len(kept(tmp_path)) == 8
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "of 8 documents are duplicates" in page
+    assert "No row has a duplicate at eps = 0.2" in page
+
+
+def test_eps_is_within_the_scores_that_are_kept(
+    finished: Path, source: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    before = tokens(tmp_path)
+    assert_one_line(invoke(finished, "--eps", 0.3).stderr, "0.3", "0.2", "(--eps, --max-eps)")
+    assert tokens(tmp_path) == before
+
+
+def test_scores_whose_number_of_rows_is_lost_are_not_reported(
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    (tmp_path / "out" / "scores" / COMPARED).unlink()
+    assert_one_line(invoke(finished, "--eps", 0.01).stderr, COMPARED, "--from scores")
 
 
 def test_run_uses_processes(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
@@ -209,11 +296,11 @@ def test_another_eps_uses_clusters_and_scores_again(
     finished: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     before = tokens(tmp_path)
-    result = invoke(finished, "--eps", "0.9")
+    result = invoke(finished, "--eps", "0.2")
     assert result.exit_code == 0, result.stderr
     assert redone(before, tokens(tmp_path)) == ["deduplicated", "duplicates", "report"]
     assert result.stdout.count("reused") == 2
-    assert "eps 0.001 → 0.9" in result.stdout
+    assert "eps 0.001 → 0.2" in result.stdout
     assert len(kept(tmp_path)) < ROWS - COPIES
 
 
@@ -221,6 +308,7 @@ def test_another_eps_uses_clusters_and_scores_again(
     ("options", "step", "words"),
     [
         (["--n-clusters", 5], "clusters", ["--n-clusters 4 → 5", "--from clusters"]),
+        (["--max-eps", 0.3], "scores", ["--max-eps 0.2 → 0.3", "--from scores"]),
         (["--which-to-keep", "easy"], "scores", ["--which-to-keep hard → easy", "--from scores"]),
         # Clusters hold no other columns than those that rows are ranked by.
         (["--rank-by", "quality"], "clusters", ["--rank-by None → quality", "--from clusters"]),
@@ -361,6 +449,8 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--from", "embeddings"], ["embeddings", "clusters", "(--from)"]),
         (["--from", "scores", "--overwrite"], ["--from", "--overwrite"]),
         (["--eps", 3], ["--eps"]),
+        (["--max-eps", 3], ["--max-eps"]),
+        (["--eps", 0.1, "--max-eps", 0.05], ["0.1", "0.05", "(--eps --max-eps)"]),
     ],
 )
 def test_bad_options_are_one_line_and_leave_nothing(
@@ -460,7 +550,7 @@ def test_a_log_may_be_where_the_run_works(source: Path, tmp_path: Path, invoke: 
     assert invoke(source).exit_code == 0
 
 
-@pytest.mark.parametrize("options", [["--eps", 0.9], ["--overwrite"]])
+@pytest.mark.parametrize("options", [["--eps", 0.2], ["--overwrite"]])
 def test_files_of_others_are_not_lost(
     finished: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object]
 ) -> None:

@@ -48,6 +48,19 @@ def test_files_to_files(client: Client, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(written, expected, atol=2e-6)
 
 
+def test_duplicates_alone_and_with_all_scores(client: Client) -> None:
+    """What the search may leave out is decided where Dask optimises: in this process, or in the scheduler's."""
+    ddf = dd.from_pandas(make_frame(1), npartitions=3)
+    full = ddf.semdedup.pairwise().persist().compute()
+    scores = ddf.semdedup.pairwise()
+    found = scores.semdedup.duplicates(0.05)
+    pd.testing.assert_frame_equal(found.compute(), find_duplicates(full, 0.05), check_exact=True)
+    pd.testing.assert_frame_equal(found.persist().compute(), find_duplicates(full, 0.05), check_exact=True)
+    for results in (dask.compute(found, scores), client.gather(client.compute([found, scores]))):
+        pd.testing.assert_frame_equal(results[0], find_duplicates(full, 0.05), check_exact=True)
+        pd.testing.assert_frame_equal(results[1], full, check_exact=True)
+
+
 @pytest.mark.parametrize("layout", ["arrow", "object"])
 def test_unaligned_frames_are_shuffled_by_a_method_that_carries_lists(client: Client, layout: str) -> None:
     frame = make_frame(2)

@@ -12,10 +12,10 @@ import triton
 
 from dask_semdedup.search.crowded import CandidatesOf
 from dask_semdedup.search.sketch import SCALE, Costs, Sketcher
-from dask_semdedup.search.sketch_kernels import filter_kernel, list_kernel, sketch_kernel, verify_kernel
 from dask_semdedup.search.triton_engine import device_properties
 from dask_semdedup.search.triton_kernels import finish_kernel
 from dask_semdedup.search.triton_launch import Launcher, launcher_for, send
+from dask_semdedup.search.triton_sketch_kernels import filter_kernel, list_kernel, sketch_kernel, verify_kernel
 
 COSTS = Costs(
     fit=3e8,

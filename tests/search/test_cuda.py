@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from dask_semdedup import search
 from dask_semdedup.search import nearest_earlier
 from tests import oracle
+from tests.search.test_sketch import fitted
 from tests.strategies import KINDS, rows_and_segments, seeds, stops_of
 
 pytestmark = pytest.mark.gpu
@@ -159,7 +160,7 @@ def test_a_new_number_of_rows_compiles_nothing() -> None:
     """Sizes differ from partition to partition; a kernel takes a second to compile."""
     from dask_semdedup.search import triton_engine
 
-    kernels = ["halve_kernel", "coarse_kernel", "select_kernel", "score_kernel", "finish_kernel"]
+    kernels = ["halve_kernel", "coarse_kernel", "select_kernel", "score_kernel", "finish_kernel", "dense_kernel"]
 
     def compiled() -> int:
         return sum(len(getattr(triton_engine, name).device_caches[torch.cuda.current_device()][0]) for name in kernels)
@@ -173,3 +174,84 @@ def test_a_new_number_of_rows_compiles_nothing() -> None:
     for sizes in ([301, 16], [17, 2], [640, 1, 1], [1000, 333, 7]):
         run(sizes)
     assert compiled() == before
+
+
+@contextmanager
+def sketches():
+    """Sketches are used whatever they cost."""
+    with patch.object(search.sketch, "choose", fitted):
+        yield
+
+
+@settings(max_examples=40)
+@given(
+    rng=seeds(),
+    kind=st.sampled_from(KINDS),
+    n=st.integers(2, 3000),
+    d=st.sampled_from([64, 100, 384, 1000]),
+    at_least=st.sampled_from([0.3, 0.8, 0.95, 1.0]),
+    with_stops=st.booleans(),
+)
+def test_at_least_gives_the_same_bits_on_both_devices(
+    rng: np.random.Generator, kind, n: int, d: int, at_least: float, with_stops: bool
+) -> None:
+    rows = kind(rng, n, d).astype(np.float32)
+    segments = np.array([0, n // 3, n // 3, n - 1, n])
+    stops = torch.from_numpy(stops_of(rng, segments)) if with_stops else None
+    scores, index = on_gpu(rows, segments, stops=stops)
+    reach = scores >= np.float32(at_least)
+    expected = np.where(reach, scores, 0), np.where(reach, index, np.arange(n))
+    with sketches():
+        found = on_gpu(rows, segments, stops=stops, at_least=at_least)
+        on_cpu = nearest_earlier(torch.from_numpy(rows), torch.from_numpy(segments), stops=stops, at_least=at_least)
+    for array, cpu, wanted in zip(found, on_cpu, expected, strict=True):
+        np.testing.assert_array_equal(array, wanted)
+        np.testing.assert_array_equal(cpu, wanted)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 192])
+@pytest.mark.parametrize("n", [300, 20_000])
+def test_sketches_of_every_size(size: int, n: int) -> None:
+    rows = alike(np.random.default_rng(size), n, 400, groups=n // 10, distance=0.04)
+    segments = np.array([0, n // 5, n])
+    scores, index = on_gpu(rows, segments)
+    reach = scores >= np.float32(0.95)
+    with sketches(), patch.object(search.sketch, "SIZES", (size,)):
+        found = on_gpu(rows, segments, at_least=0.95)
+    assert reach.mean() > 0.5
+    np.testing.assert_array_equal(found[0], np.where(reach, scores, 0))
+    np.testing.assert_array_equal(found[1], np.where(reach, index, np.arange(n)))
+
+
+def alike(rng: np.random.Generator, n: int, d: int, *, groups: int, distance: float) -> np.ndarray:
+    """Rows in groups, whose members are at a cosine distance of about `distance` from each other."""
+    centres = rng.standard_normal((groups, d))
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    rows = centres[rng.integers(groups, size=n)] + rng.standard_normal((n, d)) * (distance / d) ** 0.5
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("with_stops", [False, True])
+@pytest.mark.parametrize("distance", [1e-3, 1e-7, 0])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_with_thousands_nearly_alike(groups: int, distance: float, with_stops: bool) -> None:
+    rng = np.random.default_rng(groups)
+    rows = rng.standard_normal((24_000, 128)).astype(np.float32)
+    which = rng.permutation(len(rows))[:14_000]
+    rows[which] = alike(rng, len(which), 128, groups=groups, distance=distance)
+    segments = np.array([0, 4000, 24_000])
+    stops = torch.from_numpy(stops_of(rng, segments)) if with_stops else None
+    scores, index = on_gpu(rows, segments, stops=stops)
+    reach = scores >= np.float32(0.95)
+    with sketches():
+        found = on_gpu(rows, segments, stops=stops, at_least=0.95)
+    assert reach.mean() > 0.3
+    np.testing.assert_array_equal(found[0], np.where(reach, scores, 0))
+    np.testing.assert_array_equal(found[1], np.where(reach, index, np.arange(len(rows))))
+
+
+def test_sketches_take_less_memory_than_half_the_rows(device_memory: Callable[..., tuple[int, int]]) -> None:
+    rows, segments = torch.randn(100_000, 384, device="cuda"), torch.tensor([0, 100_000])
+    with sketches():
+        most, _ = device_memory(lambda: nearest_earlier(rows, segments, at_least=0.95))
+    assert 0 < most <= 0.6 * rows.nbytes + (256 << 20)

@@ -69,8 +69,10 @@ MAX_HITS = 128
 """A query with more hits than this is crowded: it is searched again among the rows that such queries hit."""
 
 HITS_PER_QUERY = 8
+"""Hits that there is room for, a query on average; more queries are crowded if there are more."""
 
 MIN_HITS = 1 << 18
+"""Room for so many more hits."""
 
 FIELDS = 6
 """Fields of a block's record."""

@@ -95,23 +95,29 @@ def _least(residual, largest, floor, SCALE: tl.constexpr):
 
 @triton.jit
 def _reached(
+    queries,
     x,
-    sketch,
+    candidates,
     first,
     stop,
     least,
     bits,
     tile,
     SIZE: tl.constexpr,
+    DEPTH: tl.constexpr,
     CANDIDATES: tl.constexpr,
     RUN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Return `bits` with those of a tile's runs in which a candidate reaches the query's threshold."""
+    """Return `bits` with those of a tile's runs in which a candidate reaches the query's threshold.
+
+    `x` are the first `DEPTH` numbers of the sketches at `queries`, which are all that there are if that is `SIZE`.
+    """
     candidate = first + tile * CANDIDATES + tl.arange(0, CANDIDATES)
-    depth = tl.arange(0, SIZE)
-    y = tl.load(sketch + candidate[:, None].to(tl.int64) * SIZE + depth[None, :])
-    product = tl.dot(x, y.T, out_dtype=tl.int32)
+    from_candidate = candidates + candidate[:, None].to(tl.int64) * SIZE + tl.arange(0, DEPTH)[None, :]
+    product = tl.dot(x, tl.load(from_candidate).T, out_dtype=tl.int32)
+    for k in tl.static_range(DEPTH, SIZE, DEPTH):
+        product = tl.dot(tl.load(queries + k), tl.load(from_candidate + k).T, product, out_dtype=tl.int32)
     if MASKED:
         product = tl.where(candidate[None, :] < stop[:, None], product, 0)
     RUNS: tl.constexpr = CANDIDATES // RUN
@@ -153,8 +159,10 @@ def filter_kernel(
         return
     lane = tl.arange(0, QUERIES)
     row = query + lane
-    depth = tl.arange(0, SIZE)
-    x = tl.load(queries + row[:, None].to(tl.int64) * SIZE + depth[None, :])
+    # A whole sketch, or as much as a power of two divides.
+    DEPTH: tl.constexpr = SIZE & -SIZE
+    from_query = queries + row[:, None].to(tl.int64) * SIZE + tl.arange(0, DEPTH)[None, :]
+    x = tl.load(from_query)
     farthest = tl.load(largest.to(tl.pointer_type(tl.int32))).to(tl.float32, bitcast=True)
     least = _least(tl.load(residual + row, mask=row < end, other=-1.0), farthest, floor, SCALE)
     stop = _stop(stops, row, row < end, HAS_STOPS)
@@ -164,12 +172,12 @@ def filter_kernel(
     last = tl.minimum(begin + CHUNK, tiles)
     middle = tl.minimum(last, tl.maximum(begin, full))
     for tile in range(begin, middle):
-        bits = _reached(x, candidates, first, stop, least, bits, tile, SIZE, CANDIDATES, RUN, False)
+        bits = _reached(from_query, x, candidates, first, stop, least, bits, tile, SIZE, DEPTH, CANDIDATES, RUN, False)
         is_last = tile % IN_WORD == IN_WORD - 1
         tl.store(to + (tile // IN_WORD) * QUERIES, bits, mask=(lane >= 0) & is_last)
         bits = tl.where(is_last, 0, bits)
     for tile in range(middle, last):
-        bits = _reached(x, candidates, first, stop, least, bits, tile, SIZE, CANDIDATES, RUN, True)
+        bits = _reached(from_query, x, candidates, first, stop, least, bits, tile, SIZE, DEPTH, CANDIDATES, RUN, True)
         is_last = tile % IN_WORD == IN_WORD - 1
         tl.store(to + (tile // IN_WORD) * QUERIES, bits, mask=(lane >= 0) & is_last)
         bits = tl.where(is_last, 0, bits)
@@ -181,7 +189,9 @@ def _bit_count(word):
     """Return the number of bits that are set in int32 words."""
     word -= (word >> 1) & 0x55555555
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    return (((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word += word >> 8
+    return (word + (word >> 16)) & 0x3F
 
 
 @triton.jit(do_not_specialize=["first_block", "first_word", "capacity"])

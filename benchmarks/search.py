@@ -3,18 +3,17 @@
     python benchmarks/search.py --device cpu
     python benchmarks/search.py --device cuda --sweep
     python benchmarks/search.py --memory
+    python benchmarks/search.py --device cuda --eps 0.05
 
 All methods are timed in turns in one process, so that a noisy machine disturbs them alike; the table gives medians.
 A neighbour is wrong if its similarity in float64 is below the best by more than 1e-9; a decision is wrong if it differs
-from float64's at the threshold 1 - eps.
+from float64's at the threshold 1 - eps. With --eps, only duplicates are asked for: see `search_eps`.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -22,72 +21,19 @@ from functools import partial
 from pathlib import Path
 
 import click
+import search_eps
 import torch
 from rich.console import Console
 from rich.table import Table
+from search_baselines import Answer, blocked_triangle, finish, full_matrix, interleaved, matmul, triangle
+from search_data import DATA, UnavailableError, random_rows
 
 from dask_semdedup.search import half_dtype, nearest_earlier
 
-Answer = tuple[torch.Tensor, torch.Tensor]
 Search = Callable[[torch.Tensor], Answer]
 
 EPS = 0.01
 TOLERANCE = 1e-9
-
-
-def full_matrix(rows: torch.Tensor, batch: int = 1024) -> Answer:
-    """The original SemDeDup search: every row by every batch in float32, the upper triangle of the product kept."""
-    n = len(rows)
-    scores, index = [], []
-    for start in range(0, n, batch):
-        queries = rows[start : start + batch]
-        product = torch.mm(rows, queries.T)
-        product = torch.triu(product, diagonal=1 - start)
-        best, where = product.max(dim=0)
-        scores.append(best)
-        index.append(where)
-    return torch.cat(scores), torch.cat(index)
-
-
-def triangle(rows: torch.Tensor, batch: int = 1024, dtype: torch.dtype = torch.float32) -> Answer:
-    """Each batch of queries by the rows up to its end, in `dtype`."""
-    rows = rows.to(dtype)
-    n = len(rows)
-    scores, index = [], []
-    for start in range(0, n, batch):
-        stop = min(start + batch, n)
-        product = torch.mm(rows[start:stop], rows[:stop].T)
-        product[:, start:].masked_fill_(torch.ones_like(product[:, start:], dtype=torch.bool).triu_(), -torch.inf)
-        best, where = product.max(dim=1)
-        scores.append(best.float())
-        index.append(where)
-    scores[0][0], index[0][0] = 0.0, 0
-    return torch.cat(scores), torch.cat(index)
-
-
-def blocked_triangle(rows: torch.Tensor, dtype: torch.dtype, queries: int = 512, candidates: int = 2048) -> Answer:
-    """The triangle in blocks of `queries` by `candidates`, a running maximum kept: no wide product is stored."""
-    rows = rows.to(dtype)
-    n = len(rows)
-    scores = torch.full((n,), -torch.inf, device=rows.device)
-    index = torch.arange(n, device=rows.device)
-    for start in range(0, n, queries):
-        stop = min(start + queries, n)
-        for first in range(0, stop, candidates):
-            last = min(first + candidates, stop)
-            product = torch.mm(rows[start:stop], rows[first:last].T)
-            if last > start:
-                later = (
-                    torch.arange(first, last, device=rows.device)
-                    >= torch.arange(start, stop, device=rows.device)[:, None]
-                )
-                product.masked_fill_(later, -torch.inf)
-            best, where = product.max(dim=1)
-            better = best.float() > scores[start:stop]
-            scores[start:stop] = torch.where(better, best.float(), scores[start:stop])
-            index[start:stop] = torch.where(better, first + where, index[start:stop])
-    scores[0] = 0.0
-    return scores, index
 
 
 def ours(rows: torch.Tensor, compute_dtype: str = "auto") -> Answer:
@@ -110,36 +56,10 @@ def float64_scores(rows: torch.Tensor, index: torch.Tensor | None = None, batch:
     return best
 
 
-def random_rows(n: int, d: int, device: str) -> torch.Tensor:
-    """Unit rows without structure."""
-    return torch.nn.functional.normalize(torch.randn(n, d, device=device), dim=1)
-
-
-def clustered_rows(n: int, d: int, device: str) -> torch.Tensor:
-    """Unit rows around one centroid per 100 rows, one in five a near-duplicate of another."""
-    centres = torch.randn(max(1, n // 100), d, device=device)
-    rows = centres[torch.randint(len(centres), (n,), device=device)] + 0.5 * torch.randn(n, d, device=device)
-    copies = torch.randperm(n, device=device)[: n // 5]
-    rows[copies] = rows[torch.randint(n, (len(copies),), device=device)]
-    rows[copies] += 0.05 * torch.randn(len(copies), d, device=device)
-    return torch.nn.functional.normalize(rows, dim=1)
-
-
-def adversarial_rows(n: int, d: int, device: str) -> torch.Tensor:
-    """Unit rows in groups of 8 whose similarities differ by less than 1e-4: half precision cannot tell them apart."""
-    rows = torch.nn.functional.normalize(torch.randn(max(1, n // 8), d, device=device), dim=1)
-    rows = rows.repeat_interleave(8, dim=0)
-    rows = torch.cat([rows, rows[: n - len(rows)]])[torch.randperm(n, device=device)]
-    return torch.nn.functional.normalize(rows + 0.2 / d**0.5 * 0.03 * torch.randn(n, d, device=device), dim=1)
-
-
-DATA = {"random": random_rows, "clustered": clustered_rows, "adversarial": adversarial_rows}
-
-
+DATA_SETS = ("random", "clustered", "adversarial")
 SHAPES = {"cpu": ("10000x384", "20000x768"), "cuda": ("66000x1536", "20000x768", "8800x768")}
 SEGMENTS = {"cpu": ((2000, 50, 384),), "cuda": ((1000, 2000, 384), (20000, 100, 384))}
 BASELINE = "full matrix, float32"
-SAMPLE_SECONDS = 0.02
 
 
 @dataclass
@@ -175,46 +95,6 @@ def methods(device: str) -> dict[str, Search]:
 
 
 BLOCKS = {"cpu": {"queries": 512, "candidates": 2048}, "cuda": {"queries": 4096, "candidates": 4096}}
-
-
-def matmul(rows: torch.Tensor, strip: int = 8192) -> None:
-    """The ceiling: the square product in half precision by the vendor's library, its result thrown away."""
-    for start in range(0, len(rows), strip):
-        torch.mm(rows[start : start + strip], rows.T)
-
-
-def finish(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, from as many in a row as fill `SAMPLE_SECONDS`."""
-    finish(device)
-    start = time.perf_counter()
-    call()
-    finish(device)
-    once = time.perf_counter() - start
-    count = int(SAMPLE_SECONDS / once)
-    if count < 2:
-        return once
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    finish(device)
-    return (time.perf_counter() - start) / count
-
-
-def interleaved(calls: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
-    """Median seconds of each call, the calls taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            seconds = seconds_of(call, device)
-            if turn:  # The first turn warms up.
-                times[name].append(seconds)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def compare(data: str, n: int, d: int, device: str, repeats: int) -> list[Result]:
@@ -318,13 +198,36 @@ def machine(device: str) -> str:
     return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, half precision: {half}"
 
 
+def compare_at_eps(
+    shapes: tuple[str, ...], data_sets: tuple[str, ...], device: str, eps: float, repeats: int, console: Console
+) -> list[search_eps.Result]:
+    """Compare the searches at eps, and print a table for each data set."""
+    results = []
+    for shape in shapes or search_eps.SHAPES[device]:
+        for data in data_sets or search_eps.data_sets_of(shape):
+            try:
+                found = search_eps.compare(data, shape, device, eps, repeats)
+            except UnavailableError as error:
+                console.print(f"{shape}, {data}: skipped, {error.message}")
+                continue
+            console.print(search_eps.as_table(found, eps))
+            results += found
+    return results
+
+
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--shape", "shapes", multiple=True, help="ROWSxDIMENSIONS; several may be given.")
-@click.option("--data", "data_sets", multiple=True, type=click.Choice(list(DATA)), default=tuple(DATA))
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    help="ROWSxDIMENSIONS; several may be given. With --eps also SEGMENTSxROWSxDIMENSIONS.",
+)
+@click.option("--data", "data_sets", multiple=True, type=click.Choice(list(DATA)), help="Several may be given.")
 @click.option("--repeats", default=5, show_default=True, help="Timed turns.")
 @click.option("--sweep", "with_sweep", is_flag=True, help="Also time many sizes and widths (CUDA).")
 @click.option("--memory", is_flag=True, help="Only measure the memory of one search on the CPU (Linux).")
+@click.option("--eps", type=click.FloatRange(0, 1, max_open=True), help="Compare searches for duplicates at eps alone.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the results to this file too.")
 def main(
     device: str,
@@ -333,6 +236,7 @@ def main(
     repeats: int,
     with_sweep: bool,
     memory: bool,
+    eps: float | None,
     json_path: str | None,
 ) -> None:
     """Compare the searches on one device."""
@@ -344,10 +248,16 @@ def main(
         bar = size / 2 + 64e6
         console.print(f"60,000 x 768: rows {size / 1e6:.0f} MB, search {extra / 1e6:.0f} MB more (bar {bar / 1e6:.0f})")
         return
+    if eps is not None:
+        results_at_eps = compare_at_eps(shapes, data_sets, device, eps, repeats, console)
+        if json_path:
+            with open(json_path, "w") as handle:
+                json.dump({"eps": eps, "results": [asdict(r) for r in results_at_eps]}, handle, indent=2)
+        return
     results, segments = [], {}
     for shape in shapes or SHAPES[device]:
         n, d = (int(number) for number in shape.split("x"))
-        for data in data_sets:
+        for data in data_sets or DATA_SETS:
             results += compare(data, n, d, device, repeats)
             console.print(as_table([result for result in results if (result.data, result.n, result.d) == (data, n, d)]))
     for count, length, d in SEGMENTS[device]:

@@ -107,7 +107,7 @@ class Case:
 
     def first(self) -> Answer:
         """The search at eps as the first of its kind, so that a basis has to be fitted."""
-        sketch._sketchers.clear()
+        sketch._known.clear()
         return self.later()
 
     def triangle(self, dtype: torch.dtype) -> Answer:

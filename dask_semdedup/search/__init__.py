@@ -125,8 +125,8 @@ def _by_sketches(
         index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
         with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():
             crowded = engine.nearest_reaching(rows, segments, scores, index, sketcher, stops=stops)
-    if 8 * len(crowded[0]) > len(rows):
-        sketch.forget(sketcher)
+    if len(crowded[0]) > (sketcher.crowded + 0.125) * len(rows):
+        sketch.reject(sketcher)
     answer_crowded(rows, segments, stops, *crowded, search, scores, index)
     return scores, index
 

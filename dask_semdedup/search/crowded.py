@@ -179,8 +179,8 @@ def _answer_groups(
 ) -> torch.Tensor:
     """Answer large groups of rows that are nearly alike, one after the other; return the queries that remain.
 
-    If the rows of a group are within an angle ``t`` of its mean, two of them are within ``2 t`` of each other. So a row
-    that has another one of the group among its candidates is nearest to a row within ``3 t`` of the mean.
+    Two rows within an angle ``t`` of the mean of a group are within ``2 t`` of each other. So a row of the group that
+    has such a row among its candidates is nearest to a row within ``3 t`` of the mean.
     """
     while len(queries) >= LEAST_GROUP:
         alike = _most_alike(rows.rows, queries)
@@ -191,16 +191,16 @@ def _answer_groups(
         cosine = rows.rows @ (mean / torch.linalg.vector_norm(mean)).float()
         cosine /= torch.linalg.vector_norm(rows.rows, dim=1)
         error = 2 * certify.accumulation_bound(rows.rows.shape[1]) + 2 * certify.UNIT_TOLERANCE
-        farthest = torch.acos((cosine[alike].double().min() - error).clamp(-1, 1))
+        least = cosine[alike].min()
+        farthest = torch.acos((least.double() - error).clamp(-1, 1))
         is_near = (cosine >= torch.cos((3 * farthest).clamp_(max=math.pi)) - error) & is_original
         is_near[alike] = True
         near = is_near.nonzero().flatten()
         part = rows.part(near)
         alike = torch.searchsorted(near, alike)
-        # Those with a candidate that is in the group too.
+        # Those with a candidate that is as near to the mean as the group is.
         before = torch.zeros(len(near) + 1, dtype=torch.int64, device=near.device)
-        before[alike + 1] = 1
-        before.cumsum_(dim=0)
+        torch.cumsum(cosine[near] >= least, dim=0, out=before[1:])
         starts = part.segments[:-1].repeat_interleave(part.segments.diff())
         alike = alike[before[part.stops[alike]] > before[starts[alike]]]
         close = centred(part.rows, mean) if len(alike) >= LEAST_GROUP // 2 else None

@@ -18,7 +18,7 @@ Li, Chan, Yiu, Mamoulis, "FEXIPRO: Fast and exact inner product retrieval in rec
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -29,8 +29,8 @@ from dask_semdedup.search import certify
 SIZES = (32, 64, 128, 192)
 """Numbers in a sketch that are considered."""
 
-SAMPLE = 1024
-"""Rows all over the segments that the basis is fitted to, together with those of the groups."""
+SAMPLE = 2048
+"""Rows all over the segments that the basis is fitted to. It fits these best, so that others tell what it leaves."""
 
 GROUPED, MAX_GROUP = 1024, 4096
 """Rows in all groups, unless one group has more: pairs of rows of one segment tell how many a sketch leaves."""
@@ -52,6 +52,9 @@ SHIFT = 0.1
 
 SCALE = 127
 """Sketches in int8 are multiples of ``1 / SCALE``."""
+
+GAIN = 0.75
+"""Share of the time without sketches that a search with them may take at most, by what the sample says."""
 
 LEAST = 0.25
 """Below this similarity, what rounding loses would leave nothing of it, and sketches leave too many pairs anyway."""
@@ -104,11 +107,14 @@ class Sketcher:
         Added to the square of the length of what is left of a row, so that it is not underestimated.
     floor : float
         The product of two float32 sketches is at least this if the rows are as similar as is asked for.
+    crowded : float
+        The share of the rows that are expected to be crowded.
     """
 
     axes: torch.Tensor
     tail: float
     floor: float
+    crowded: float = 0.0
 
     @property
     def size(self) -> int:
@@ -147,21 +153,26 @@ def choose(
     if width < 2 * SIZES[0] or at_least < LEAST or exact < 20 * costs.fit or n_pairs < costs.rows * n / 2:
         return None
     kind = rows.device, width, at_least, n.bit_length(), int(n_pairs / n).bit_length()
-    if kind not in _sketchers:
-        fitted = _fitted(rows, segments, at_least, n_pairs, exact, costs)
-        if fitted is None:
-            return None
-        _sketchers[kind] = fitted
-    return _sketchers[kind]
+    known, searches = _known.get(kind, (None, 0))
+    if known is None and searches == 0:
+        known, searches = _fitted(rows, segments, at_least, n_pairs, exact, costs), RETRY
+    elif known is None:
+        searches -= 1
+    _known[kind] = known, searches
+    return known
 
 
-def forget(sketcher: Sketcher) -> None:
-    """Fit anew next time, as this sketcher left too much."""
-    for kind in [kind for kind, known in list(_sketchers.items()) if known is sketcher]:
-        _sketchers.pop(kind, None)
+def reject(sketcher: Sketcher) -> None:
+    """Search without sketches for some time, as this sketcher left too much."""
+    for kind, (known, _) in list(_known.items()):
+        if known is sketcher:
+            _known[kind] = None, RETRY
 
 
-_sketchers: dict[tuple[object, ...], Sketcher] = {}
+RETRY = 32
+"""Searches of a kind without sketches until they are looked at again."""
+
+_known: dict[tuple[object, ...], tuple[Sketcher | None, int]] = {}
 
 
 def _fitted(
@@ -175,20 +186,21 @@ def _fitted(
     groups = max(1, GROUPED // group_rows)
     spread, grouped = _sample(segments.numpy(), groups, group_rows)
     sample = _unit(rows[torch.from_numpy(np.concatenate([spread, grouped])).to(rows.device)])
-    axes, defect = fit_axes(sample[:: max(1, len(sample) // (2 * SAMPLE))], sizes[-1] - 1)
+    axes, defect = fit_axes(sample[: len(spread)], sizes[-1] - 1)
     shares = _shares((sample[len(spread) :] @ axes).view(groups, group_rows, -1), sizes, at_least)
     off, *values = torch.cat([defect[None], *shares]).tolist()
-    left, crowded = values[: len(sizes)], values[len(sizes) :]
+    left, crowded, involved = (values[start : start + len(sizes)] for start in range(0, len(values), len(sizes)))
     taken = [
         n * width * costs.value
         + n_pairs * (costs.pair + size * costs.pair_value + share * (costs.hit + width * costs.hit_value))
-        + (exact * crowd**2 if share * met <= MAX_HITS and (share - left[-1]) * met <= HITS else math.inf)
-        for size, share, crowd in zip(sizes, left, crowded, strict=True)
+        + (exact * among**2 if share * met <= MAX_HITS and (share - left[-1]) * met <= HITS else math.inf)
+        for size, share, among in zip(sizes, left, involved, strict=True)
     ]
     best = min(range(len(sizes)), key=taken.__getitem__)
-    if not taken[best] < exact or not off < 0.1:
+    if not taken[best] < GAIN * exact or not off < 0.1:
         return None
-    return sketcher(axes[:, : sizes[best] - 1].contiguous(), off, at_least)
+    found = sketcher(axes[:, : sizes[best] - 1].contiguous(), off, at_least)
+    return replace(found, crowded=crowded[best])
 
 
 def sketcher(axes: torch.Tensor, defect: float, at_least: float) -> Sketcher:
@@ -218,14 +230,14 @@ def _pairs(segments: torch.Tensor, stops: torch.Tensor | None) -> float:
 
 
 def _sample(segments: np.ndarray, groups: int, group_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows at equal distances, and groups of rows of one segment each."""
+    """Return rows at equal distances, and groups of other rows, of one segment each."""
     n = segments[-1]
-    spread = np.arange(SAMPLE) * n // SAMPLE
     middle = ((np.arange(groups) + 0.5) / groups * n).astype(np.int64)
     segment = np.searchsorted(segments, middle, side="right") - 1
     start, length = segments[segment][:, None], np.diff(segments)[segment][:, None]
     position = np.arange(group_rows) + (np.arange(groups)[:, None] + 0.5) / groups
-    return spread, (start + (position * length / group_rows).astype(np.int64)).ravel()
+    grouped = (start + (position * length / group_rows).astype(np.int64)).ravel()
+    return np.setdiff1d(np.arange(SAMPLE) * n // SAMPLE, grouped), grouped
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
@@ -249,7 +261,7 @@ def fit_axes(sample: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     axes : torch.Tensor
         (d, count) float32, exact in TF32.
     defect : torch.Tensor
-        () float64: the Frobenius norm of ``axes' axes - 1``. The host does not wait for either.
+        () float64: the Frobenius norm of ``axes' axes - 1``.
     """
     width = sample.shape[1]
     generator = torch.Generator(sample.device).manual_seed(0)
@@ -257,11 +269,12 @@ def fit_axes(sample: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     shift = SHIFT * sample.square().sum() / width
     for _ in range(ITERATIONS):
         axes = torch.addmm(axes * shift, sample.T, sample @ axes)
-    # QR by Cholesky: the columns span nested subspaces, as the principal axes do.
+    # QR by Cholesky: the columns span nested subspaces, as the principal axes do. On the CPU, since a GPU's library for
+    # it takes longer to load than a search.
     exact = axes.double()
-    factor, _ = torch.linalg.cholesky_ex(exact.T @ exact)
-    exact = torch.linalg.solve_triangular(factor.mT, exact, upper=True, left=False)
-    axes = _to_tf32(exact.float())
+    factor, _ = torch.linalg.cholesky_ex((exact.T @ exact).cpu())
+    inverse = torch.linalg.solve_triangular(factor.mT, torch.eye(count, dtype=torch.float64), upper=True)
+    axes = _to_tf32((exact @ inverse.to(axes.device)).float())
     exact = axes.double()
     moments = exact.T @ exact
     moments.diagonal().sub_(1)
@@ -273,7 +286,7 @@ def _to_tf32(values: torch.Tensor) -> torch.Tensor:
     return ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
-def _shares(grouped: torch.Tensor, sizes: list[int], at_least: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _shares(grouped: torch.Tensor, sizes: list[int], at_least: float) -> tuple[torch.Tensor, ...]:
     """Return what sketches in int8 leave of the pairs within groups, by the size of the sketch.
 
     Parameters
@@ -290,8 +303,8 @@ def _shares(grouped: torch.Tensor, sizes: list[int], at_least: float) -> tuple[t
     left : torch.Tensor
         (sizes,) float64 share of the pairs of rows that are not crowded. As if one more pair were left: what the sample
         does not show may be there.
-    crowded : torch.Tensor
-        (sizes,) float64 share of the rows that are.
+    crowded, involved : torch.Tensor
+        (sizes,) float64 share of the rows that are crowded, and of those and all that have hits among them.
     """
     cuts = [0, *(size - 1 for size in sizes)]
     blocks = [grouped[..., first:last] for first, last in pairwise(cuts)]
@@ -304,4 +317,5 @@ def _shares(grouped: torch.Tensor, sizes: list[int], at_least: float) -> tuple[t
     among = reached & is_rare[..., None] & is_rare[..., None, :]
     groups, rows, _ = grouped.shape
     left = (among.sum(dim=(1, 2, 3)) - is_rare.sum(dim=(1, 2)) + 2).double() / (groups * rows * (rows - 1))
-    return left, 1 - is_rare.double().mean(dim=(1, 2))
+    is_involved = (reached & ~is_rare[..., None, :]).any(dim=3)
+    return left, 1 - is_rare.double().mean(dim=(1, 2)), is_involved.double().mean(dim=(1, 2))

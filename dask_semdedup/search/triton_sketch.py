@@ -68,7 +68,10 @@ WORD_BYTES = 64 << 20
 MAX_HITS = 128
 """A query with more hits than this is crowded: it is searched again among the rows that such queries hit."""
 
-HITS_PER_QUERY = 8
+MAX_IN_RUN = 8
+"""A query with more candidates to score than this in one run is crowded, too."""
+
+HITS_PER_QUERY = 4
 """Hits that there is room for, a query on average; more queries are crowded if there are more."""
 
 MIN_HITS = 1 << 18
@@ -231,6 +234,7 @@ class _Filter:
             self.residual,
             self.totals[1:],
             self.stops,
+            self.count,
             self.totals,
             self.hit_query,
             self.hit_run,
@@ -242,6 +246,7 @@ class _Filter:
             PADDED=triton.next_power_of_2(self.sketcher.size),
             RUN=self.shape.run,
             WIDTH=min(512, triton.next_power_of_2(width)),
+            MAX_IN_RUN=MAX_IN_RUN,
             HAS_STOPS=self.has_stops,
             num_warps=1,
             **self.constants,

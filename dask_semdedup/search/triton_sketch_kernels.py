@@ -266,6 +266,7 @@ def verify_kernel(
     residual,
     largest,
     stops,
+    count,
     n_hits,
     hit_query,
     hit_run,
@@ -279,9 +280,13 @@ def verify_kernel(
     RUN: tl.constexpr,
     WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
+    MAX_IN_RUN: tl.constexpr,
     HAS_STOPS: tl.constexpr,
 ):
-    """Replace the run of each hit by its best candidate, the first among equals, and write its score; -4 for none."""
+    """Replace the run of each hit by its best candidate, the first among equals, and write its score; -4 for none.
+
+    A query that has a run with more than `MAX_IN_RUN` candidates to score counts -1.
+    """
     depth = tl.arange(0, PADDED)
     farthest = tl.load(largest.to(tl.pointer_type(tl.int32))).to(tl.float32, bitcast=True)
     total = tl.minimum(tl.load(n_hits), capacity)
@@ -303,7 +308,11 @@ def verify_kernel(
         left = is_earlier & (tl.sum(x[None, :] * y, axis=1) >= least)
         top = tl.full([], -4.0, dtype=tl.float64)
         winner = tl.full([], 2147483647, dtype=tl.int32)
-        for _ in range(0, tl.sum(left.to(tl.int32), axis=0)):
+        n_left = tl.sum(left.to(tl.int32), axis=0)
+        if n_left > MAX_IN_RUN:
+            tl.store(count + query, -1)
+            n_left = 0
+        for _ in range(0, n_left):
             next_one = tl.min(tl.where(left, candidate, 2147483647), axis=0)
             cosine = _cosine64(rows, query, next_one, width, WIDTH)
             winner = tl.where(cosine > top, next_one, winner)

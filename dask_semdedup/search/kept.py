@@ -1,0 +1,93 @@
+"""Which rows stay, if each row that is dropped must be like one that stays.
+
+In rank order, a row is dropped if and only if a kept, earlier row is at least so similar to it. The kept rows are then
+the first maximal independent set, in lexicographic order, of the graph of similar pairs. It is found in few rounds and
+without a list of the pairs: rows without an earlier neighbour are kept, rows near one of these are dropped, and what
+is left goes round again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dask_semdedup.search import nearest_earlier
+
+__all__ = ["nearest_kept"]
+
+
+def nearest_kept(
+    rows: torch.Tensor, segments: torch.Tensor, *, at_least: float, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the most similar kept, earlier row of the same segment for every row that is dropped.
+
+    Parameters
+    ----------
+    rows, segments : torch.Tensor
+        As of `dask_semdedup.search.nearest_earlier`.
+    at_least : float
+        A cosine similarity in (0, 1]: rows that are so similar to a kept, earlier row are dropped.
+    **options
+        Further arguments of `nearest_earlier`, but for `stops`.
+
+    Returns
+    -------
+    scores : torch.Tensor
+        (n,) float32, at least `at_least` for rows that are dropped, and 0.0 for those that are kept.
+    index : torch.Tensor
+        (n,) int64 positions in `rows`: of the nearest kept row, the first among equals, or of the kept row itself.
+
+    Examples
+    --------
+    The second row is like the first one and is dropped; the third is only like the second, and stays:
+
+    >>> angle = torch.tensor([0.0, 20.0, 40.0]).deg2rad()
+    >>> rows = torch.stack([angle.cos(), angle.sin()], dim=1)
+    >>> nearest_kept(rows, torch.tensor([0, 3]), at_least=0.9)
+    (tensor([0.0000, 0.9397, 0.0000]), tensor([0, 0, 2]))
+    """
+    options["at_least"] = at_least
+    segments = segments.to("cpu", torch.int64)
+    scores, index = nearest_earlier(rows, segments, **options)
+    every = torch.arange(len(rows), device=rows.device)
+    is_kept = index == every
+    # The nearest of all rows is the nearest kept one, if it is kept.
+    unanswered = undecided = (~is_kept & ~is_kept[index]).nonzero().flatten()
+    kept = is_kept.nonzero().flatten()
+    while len(undecided):
+        _, where = _among(rows, segments, undecided, kept, options)
+        undecided = undecided[where == undecided]
+        if len(undecided):
+            part = torch.searchsorted(undecided, segments.to(rows.device))
+            _, where = nearest_earlier(rows[undecided], part, **options)
+            kept = undecided[where == torch.arange(len(undecided), device=rows.device)]
+            is_kept[kept] = True
+            undecided = undecided[~is_kept[undecided]]
+    scores[is_kept], index[is_kept] = 0.0, every[is_kept]
+    queries = unanswered[~is_kept[unanswered]]
+    if len(queries):
+        scores[queries], index[queries] = _among(rows, segments, queries, is_kept.nonzero().flatten(), options)
+    return scores, index
+
+
+def _among(
+    rows: torch.Tensor, segments: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores and the positions of the nearest earlier candidates of queries; the query itself for none."""
+    offsets = segments.to(rows.device)
+    of_queries, of_candidates = (torch.searchsorted(which, offsets) for which in (queries, candidates))
+    # Within each segment, all candidates come before the queries.
+    both = torch.cat([candidates, queries])
+    is_query = torch.arange(len(both), device=rows.device) >= len(candidates)
+    segment = torch.searchsorted(offsets, both, right=True) - 1
+    order = (2 * segment + is_query).argsort(stable=True)
+    starts = of_queries + of_candidates
+    stops = starts[segment]
+    before = torch.searchsorted(candidates, queries)
+    stops[len(candidates) :] += before - of_candidates[segment[len(candidates) :]]
+    scores, where = nearest_earlier(rows[both[order]], starts, stops=stops[order], **options)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=rows.device)
+    found = place[len(candidates) :]
+    return scores[found], both[order][where[found]]

@@ -16,7 +16,6 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -84,7 +83,10 @@ def nearest_earlier_from_host(
     rows = certify.as_float32(rows)
     # Threads that come first at once must share one link. A tensor's device has an index even if `device` has none.
     with _making:
-        link = _link(torch.empty(0, device=device).device)
+        target = torch.empty(0, device=device).device
+        if target not in _links:
+            _links[target] = _CudaLink(target) if target.type == "cuda" else _Link(target)
+        link = _links[target]
     scores = torch.zeros(len(rows))
     index = torch.arange(len(rows))
     is_exact = compute_dtype == "auto"
@@ -371,8 +373,5 @@ class _CudaLink(_Link):
 
 _making = threading.Lock()
 
-
-@cache
-def _link(device: torch.device) -> _Link:
-    """Return the one link to a device, which keeps its pinned memory, as to pin memory takes long."""
-    return _CudaLink(device) if device.type == "cuda" else _Link(device)
+_links: dict[torch.device, _Link] = {}
+"""The one link to each device, which keeps its pinned memory, as to pin memory takes long."""

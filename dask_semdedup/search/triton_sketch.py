@@ -130,7 +130,7 @@ class _Filter:
         self.rows, self.sketcher, self.shape, self.word_bytes = rows, sketcher, shape, word_bytes
         self.has_stops = stops is not None
         ends = np.zeros(0, np.int32) if stops is None else stops.numpy()
-        self.stops = _sent(ends, rows.device)
+        self.stops = _sent(ends, rows)
         # Tiles reach beyond the last row.
         self.sketches = torch.empty(n + shape.candidates, sketcher.size, dtype=torch.int8, device=rows.device)
         self.capacity = HITS_PER_QUERY * n + MIN_HITS
@@ -175,7 +175,7 @@ class _Filter:
         """List the hits of the queries in `blocks`: among all rows, or among other sketches."""
         shape = self.shape
         in_words = {"QUERIES": shape.queries, "CANDIDATES": shape.candidates, "RUN": shape.run, "FIELDS": FIELDS}
-        table = _sent(blocks.ravel(), self.rows.device)
+        table = _sent(blocks.ravel(), self.rows)
         launches = _launches(blocks[:, 5], self.word_bytes // (4 * shape.queries))
         n_words = max((int(blocks[last, 5] - blocks[first, 5]) for first, last in launches), default=0)
         words = torch.empty(n_words * shape.queries, dtype=torch.int32, device=self.rows.device)
@@ -333,5 +333,5 @@ def _launches(words: np.ndarray, most: int) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return send([array.astype(np.int32, copy=False)], device)[0]
+def _sent(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return send([array.astype(np.int32, copy=False)], like)[0]

@@ -319,6 +319,8 @@ def kmeans_partition(
     InvalidArgumentError
         If the device is "cuda" and torch sees none.
     """
+    import torch
+
     options = options or SearchOptions()
     check_device(options.device)
     if is_cudf(frame):
@@ -346,7 +348,9 @@ def kmeans_partition(
                 columns=[columns.embedding],
             )
         rows = normalise(rows, in_place=not shares_memory(rows, column))
-        labels, l2, cosine = _assign_and_measure(rows, centroids, n_probe, device)
+        # Without a copy, unless they came from another process in memory that must not be written to.
+        values = torch.from_numpy(np.require(centroids.values, requirements="W")).to(device)
+        labels, l2, cosine = _assign_and_measure(rows, values, centroids.distinct, n_probe)
     parts = [
         _clustered(
             frame,
@@ -382,20 +386,18 @@ def kmeans_meta(meta: Any, columns: Columns, n_probe: int = 1) -> Any:
 
 
 def _assign_and_measure(
-    rows: torch.Tensor, centroids: Centroids, n_probe: int, device: str
+    rows: torch.Tensor, centroids: torch.Tensor, distinct: np.ndarray, n_probe: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers of the nearest centroids, and the distances to the very nearest."""
+    """Numbers of the nearest of the distinct centroids, and the distances to the very nearest."""
     import torch
 
-    # Without a copy, unless they came from another process in memory that must not be written to.
-    values = torch.from_numpy(np.require(centroids.values, requirements="W")).to(device)
-    if len(centroids.distinct) == len(centroids):
-        labels = assign(rows, values, n_probe=n_probe)
+    if len(distinct) == len(centroids):
+        labels = assign(rows, centroids, n_probe=n_probe)
     else:
-        distinct = torch.from_numpy(centroids.distinct)
-        labels = assign(rows, values[distinct.to(device)], n_probe=n_probe)
-        labels = distinct.to(labels.device, torch.int32)[labels.long()]
-    return labels, *distances(rows, values, labels[:, 0])
+        numbers = torch.from_numpy(distinct)
+        labels = assign(rows, centroids[numbers.to(centroids.device)], n_probe=n_probe)
+        labels = numbers.to(labels.device, torch.int32)[labels.long()]
+    return labels, *distances(rows, centroids, labels[:, 0])
 
 
 def _clustered(frame: Any, embeddings: Any, values: list[Any], own: Any, columns: Columns) -> Any:

@@ -204,11 +204,11 @@ def test_rows_arrive_whole_through_staging_buffers_of_any_size(staging_bytes: in
     rows = np.random.default_rng(3).standard_normal((n, 96)).astype(np.float32)
     segments = np.array([0, n // 5, n])
     with patch.object(streaming, "STAGING_BYTES", staging_bytes):
-        streaming._link.cache_clear()
+        streaming._links.clear()
         try:
             scores, index = search(rows, segments, "cuda", n // 3)
         finally:
-            streaming._link.cache_clear()
+            streaming._links.clear()
     expected_scores, expected_index = nearest_earlier(torch.from_numpy(rows), torch.from_numpy(segments))
     np.testing.assert_allclose(scores, expected_scores, atol=2e-6, rtol=0)
     np.testing.assert_array_equal(index, expected_index)

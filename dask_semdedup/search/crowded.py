@@ -82,8 +82,11 @@ def answer_crowded(
     if stops is None:
         copies = crowded[first[crowded] != crowded]
         originals = first[copies]
-        # The original's own answer is earlier, if it cannot be told from a copy either.
-        index[copies] = torch.where(scores[originals] == 1, index[originals], originals)
+        # The original's own answer is earlier, if it cannot be told from a copy either: in float64, not in float32.
+        tied = originals[scores[originals] == 1].unique()
+        is_tied = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        is_tied[tied] = certify.snap(certify.cosines64(rows, tied, index[tied])) == 1
+        index[copies] = torch.where(is_tied[originals], index[originals], originals)
         scores[copies] = 1.0
 
 

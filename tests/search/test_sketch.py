@@ -149,6 +149,35 @@ def test_the_same_bits_as_without_sketches(
     assert torch.equal(index, torch.where(reach, expected[1], torch.arange(n)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distance", [0, 1e-7, 1e-6, 1e-5, 1e-4])
+def test_copies_are_nearer_to_each_other_than_to_a_row_that_float32_cannot_tell_apart(
+    dtype: torch.dtype, distance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    row = torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+    rows = torch.stack([row + distance * torch.randn(64, generator=generator), *[row] * 40])
+    expected = nearest_earlier(rows, torch.tensor([0, 41]))
+    with always(dtype, most_hits=0, block=4, group=1):
+        scores, index = nearest_earlier(rows, torch.tensor([0, 41]), at_least=0.9)
+    assert torch.equal(scores, expected[0])
+    assert torch.equal(index, expected[1])
+
+
+def test_a_length_above_1_of_what_is_left_does_not_overflow() -> None:
+    axes = torch.eye(384)[:, :191].contiguous()
+    rest = torch.randn(1, 193, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.normalize(torch.cat([torch.zeros(2, 191), rest.expand(2, 193)], dim=1), dim=1)
+    rows[1, 0] = 0.1
+    # As much as the axes that are fitted lack.
+    found = sketcher(axes, 0.004, 0.95)
+    assert (1 + found.tail) ** 0.5 * SCALE > SCALE + 0.5, "the data must be hard enough"
+    with always(torch.int8, most_hits=16), patch.object(sketch, "choose", lambda *_: found):
+        scores, index = nearest_earlier(rows, torch.tensor([0, 2]), at_least=0.95)
+    assert index.tolist() == [0, 0]
+    assert scores[1] > 0.99
+
+
 def steep(n: int, d: int, rng: np.random.Generator) -> torch.Tensor:
     """Rows most of whose length is in few directions, as embeddings are."""
     rows = rng.standard_normal((n, d)) * np.linspace(1, 0, d) ** 4

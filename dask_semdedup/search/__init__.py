@@ -117,17 +117,17 @@ def _by_sketches(
         return None
     else:
         from dask_semdedup.search import torch_sketch as engine  # type: ignore[no-redef]
-    with ieee_products:
+    # Crowded rows are multiplied here, too, and by kernels that are launched on the current device.
+    with ieee_products, torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():
         sketcher = sketch.choose(rows, segments, stops, at_least, engine.COSTS)
         if sketcher is None:
             return None
         scores = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-        with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():
-            crowded = engine.nearest_reaching(rows, segments, scores, index, sketcher, stops=stops)
-    if len(crowded[0]) > (sketcher.crowded + 0.125) * len(rows):
-        sketch.reject(sketcher)
-    answer_crowded(rows, segments, stops, *crowded, search, scores, index)
+        crowded = engine.nearest_reaching(rows, segments, scores, index, sketcher, stops=stops)
+        if len(crowded[0]) > (sketcher.crowded + 0.125) * len(rows):
+            sketch.reject(sketcher)
+        answer_crowded(rows, segments, stops, *crowded, search, scores, index)
     return scores, index
 
 

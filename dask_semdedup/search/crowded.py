@@ -82,8 +82,11 @@ def answer_crowded(
     if stops is None:
         copies = crowded[first[crowded] != crowded]
         originals = first[copies]
-        # The original's own answer is earlier, if it cannot be told from a copy either.
-        index[copies] = torch.where(scores[originals] == 1, index[originals], originals)
+        # The original's own answer is earlier, if it cannot be told from a copy either: in float64, not in float32.
+        tied = originals[scores[originals] == 1].unique()
+        is_tied = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        is_tied[tied] = certify.snap(certify.cosines64(rows, tied, index[tied])) == 1
+        index[copies] = torch.where(is_tied[originals], index[originals], originals)
         scores[copies] = 1.0
 
 
@@ -188,8 +191,7 @@ def _answer_groups(
             break
         mean = _mean(rows.rows, alike)
         # Cosines in float32, with what they may lose.
-        cosine = rows.rows @ (mean / torch.linalg.vector_norm(mean)).float()
-        cosine /= torch.linalg.vector_norm(rows.rows, dim=1)
+        cosine = _cosines(rows.rows, mean / torch.linalg.vector_norm(mean))
         error = 2 * certify.accumulation_bound(rows.rows.shape[1]) + 2 * certify.UNIT_TOLERANCE
         least = cosine[alike].min()
         farthest = torch.acos((least.double() - error).clamp(-1, 1))
@@ -282,7 +284,8 @@ def centred(rows: torch.Tensor, mean: torch.Tensor) -> Centred | None:
     norm *= scale
     farthest = lost.max()
     error = lost * norm.max() + (norm + lost) * farthest + FACTOR * rest.abs().max()
-    error += certify.accumulation_bound(width + 3) * (norm * norm.max() + largest_linear * scale.square())
+    # As in `triton_engine.nearest`: tensor cores may lose more than rounding does.
+    error += 2 * certify.accumulation_bound(width + 3) * (norm * norm.max() + largest_linear * scale.square())
     return Centred(queries, candidates, (error * (1 + 2.0**-10)).float())
 
 
@@ -296,6 +299,17 @@ def _mean(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     for chunk in certify.chunks(len(which), 8 * rows.shape[1], PIECE_BYTES):
         mean += _unit64(rows[which[chunk]]).sum(dim=0)
     return mean / len(which)
+
+
+def _cosines(rows: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """Return the float32 cosines of rows with a unit vector of float64; NaN for zero rows."""
+    norm = torch.linalg.vector_norm(rows, dim=1)
+    cosine = rows @ unit.float() / norm
+    low, high = certify.SAFE_NORMS
+    extreme = (~((norm > low) & (norm < high))).nonzero().flatten()
+    for chunk in certify.chunks(len(extreme), 8 * rows.shape[1], PIECE_BYTES):
+        cosine[extreme[chunk]] = (_unit64(rows[extreme[chunk]]) @ unit).float()
+    return cosine
 
 
 def _unit64(rows: torch.Tensor) -> torch.Tensor:

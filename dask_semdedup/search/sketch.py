@@ -158,6 +158,8 @@ def choose(
         known, searches = _fitted(rows, segments, at_least, n_pairs, exact, costs), RETRY
     elif known is None:
         searches -= 1
+    if len(_known) >= KINDS:
+        _known.clear()
     _known[kind] = known, searches
     return known
 
@@ -171,6 +173,9 @@ def reject(sketcher: Sketcher) -> None:
 
 RETRY = 32
 """Searches of a kind without sketches until they are looked at again."""
+
+KINDS = 64
+"""Kinds of which sketchers are kept: each holds memory of the device."""
 
 _known: dict[tuple[object, ...], tuple[Sketcher | None, int]] = {}
 
@@ -197,9 +202,11 @@ def _fitted(
         for size, share, among in zip(sizes, left, involved, strict=True)
     ]
     best = min(range(len(sizes)), key=taken.__getitem__)
-    if not taken[best] < GAIN * exact or not off < 0.1:
+    # The host has waited for these axes: searches of other threads, on other streams, take them as they are.
+    found = sketcher(axes[:, : sizes[best] - 1], off, at_least)
+    # Products are compared where they are positive. Rounding to int8 loses the most: a half of each number's unit.
+    if not taken[best] < GAIN * exact or not found.floor > 1.5 * sizes[best] ** 0.5 / SCALE:
         return None
-    found = sketcher(axes[:, : sizes[best] - 1].contiguous(), off, at_least)
     return replace(found, crowded=crowded[best])
 
 

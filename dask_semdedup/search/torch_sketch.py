@@ -79,7 +79,8 @@ def sketches(unit: certify.UnitRows, sketcher: Sketcher, dtype: torch.dtype) -> 
         chunk = slice(start, start + ROWS)
         exact = sketcher.sketches(unit.rows[chunk] * unit.inverse_norm[chunk, None])
         if dtype == torch.int8:
-            rounded = (exact * SCALE).round_()
+            # The length of what is left may exceed 1 by what is added to it.
+            rounded = (exact * SCALE).round_().clamp_(-SCALE, SCALE)
             rows[chunk] = rounded
             lost = rounded.div_(SCALE).sub_(exact)
         else:

@@ -51,7 +51,7 @@ class Workspace:
     def empty(cls, rows: torch.Tensor, n_keys: int) -> Workspace:
         """Return uninitialized memory for the queries in `rows`, on their device."""
         capacity = PAIRS_PER_QUERY * len(rows) + MIN_PAIRS
-        per_row = _aligned(len(rows))
+        per_row = aligned(len(rows))
         sizes = [2 * capacity, per_row, per_row, per_row, per_row, capacity, capacity, n_keys]
         score, residual, *others = torch.empty(sum(sizes), dtype=torch.int32, device=rows.device).split_with_sizes(
             sizes
@@ -64,7 +64,7 @@ PAIRS_PER_QUERY = 4
 MIN_PAIRS = 1 << 18
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
     """Return the next multiple of 4 int32: each split begins at 16 bytes, as an allocation of its own would."""
     return -(-size // 4) * 4
 
@@ -114,7 +114,7 @@ class _Staging(threading.local):
     def send(self, arrays: list[np.ndarray], like: torch.Tensor) -> list[torch.Tensor]:
         """Return int32 arrays on a tensor's device, sent in one copy; the host waits only for the copy before it."""
         device = like.device
-        sizes = [_aligned(array.size) for array in arrays]
+        sizes = [aligned(array.size) for array in arrays]
         if self.sent is not None:
             self.sent.synchronize()
         if self.host.size < sum(sizes):

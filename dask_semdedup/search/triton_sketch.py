@@ -14,7 +14,7 @@ from dask_semdedup.search.crowded import CandidatesOf
 from dask_semdedup.search.sketch import SCALE, Costs, Sketcher
 from dask_semdedup.search.triton_engine import device_properties
 from dask_semdedup.search.triton_kernels import finish_kernel
-from dask_semdedup.search.triton_launch import Launcher, launcher_for, send
+from dask_semdedup.search.triton_launch import Launcher, aligned, launcher_for, send
 from dask_semdedup.search.triton_sketch_kernels import filter_kernel, list_kernel, sketch_kernel, verify_kernel
 
 COSTS = Costs(
@@ -134,9 +134,11 @@ class _Filter:
         # Tiles reach beyond the last row.
         self.sketches = torch.empty(n + shape.candidates, sketcher.size, dtype=torch.int8, device=rows.device)
         self.capacity = HITS_PER_QUERY * n + MIN_HITS
-        sizes = [2 * self.capacity, self.capacity, self.capacity, n, n, n]
+        per_row = aligned(n)
+        sizes = [2 * self.capacity, self.capacity, self.capacity, per_row, per_row, per_row]
         whole = torch.empty(sum(sizes), dtype=torch.int32, device=rows.device)
-        score, self.hit_query, self.hit_run, residual, self.count, self.offset = whole.split_with_sizes(sizes)
+        score, self.hit_query, self.hit_run, residual, count, self.offset = whole.split_with_sizes(sizes)
+        self.count = count[:n]
         self.hit_score, self.residual = score.view(torch.float64), residual.view(torch.float32)
         # The number of hits, and the bits of the largest residual.
         self.totals = torch.zeros(2, dtype=torch.int64, device=rows.device)
@@ -321,6 +323,11 @@ def _records(
     record = np.zeros((len(query) + 1, FIELDS), np.int64)
     record[:-1, :5] = np.column_stack([query, end, start, full, tiles])
     np.cumsum(-(-tiles * (shape.candidates // shape.run) // 32), out=record[1:, 5])
+    if record[-1, 5] > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{record[-1, 5]:,} words of bits are more than the {np.iinfo(np.int32).max:,} of one search. The largest "
+            f"segment has {(end - start).max():,} rows. Cluster more finely, or search fewer segments at once."
+        )
     return record.astype(np.int32)
 
 

@@ -46,7 +46,7 @@ def sketch_kernel(
     square, size, product = _rotated(rows, axes, row, is_row, scale, width, ROWS, DEPTH, PADDED)
     # Powers of two scale rows of extreme length so that their squares neither overflow nor vanish.
     if (tl.max(size, axis=0) > 2.0**40) | (tl.min(tl.where(size > 0, size, 1.0), axis=0) < 2.0**-40):
-        scale = tl.where(size < 2.0**-40, 2.0**100, tl.where(size > 2.0**40, 2.0**-100, 1.0))
+        scale = tl.where(size < 2.0**-40, 2.0**90, tl.where(size > 2.0**40, 2.0**-80, 1.0))
         square, size, product = _rotated(rows, axes, row, is_row, scale, width, ROWS, DEPTH, PADDED)
     norm = tl.sqrt(square)
     product *= tl.where(size > 0, 1.0 / tl.where(size > 0, norm, 1.0), 0.0)[:, None]
@@ -55,7 +55,8 @@ def sketch_kernel(
     value = tl.where((size > 0)[:, None] & (column < SIZE)[None, :], value, 0.0)
     rounded = tl.minimum(tl.maximum(tl.floor(value * SCALE + 0.5), -SCALE), SCALE)
     lost = value - rounded * (1.0 / SCALE)
-    lost = tl.sqrt(tl.sum(lost * lost, axis=1)) * (1 + 2.0**-16)
+    # A sketch is no longer than 1 + tail: what rounding loses of one is multiplied by the length of the other.
+    lost = tl.sqrt(tl.sum(lost * lost, axis=1)) * (1 + 2 * tail)
     to = sketch + row[:, None].to(tl.int64) * SIZE + column[None, :]
     tl.store(to, rounded.to(tl.int8), mask=is_row[:, None] & (column < SIZE)[None, :])
     tl.store(residual + row, tl.where(size > 0, lost, -1.0), mask=is_row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dask_semdedup.search import certify, nearest_earlier, sketch, torch_engine, torch_sketch
+from dask_semdedup.search import certify, crowded, ieee_products, nearest_earlier, sketch, torch_engine, torch_sketch
 from dask_semdedup.search.crowded import first_copies
 from dask_semdedup.search.sketch import SCALE, Costs, Sketcher, choose, fit_axes, sketcher
 from tests.strategies import KINDS, seeds, stops_of
@@ -149,6 +150,35 @@ def test_the_same_bits_as_without_sketches(
     assert torch.equal(index, torch.where(reach, expected[1], torch.arange(n)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distance", [0, 1e-7, 1e-6, 1e-5, 1e-4])
+def test_copies_are_nearer_to_each_other_than_to_a_row_that_float32_cannot_tell_apart(
+    dtype: torch.dtype, distance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    row = torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+    rows = torch.stack([row + distance * torch.randn(64, generator=generator), *[row] * 40])
+    expected = nearest_earlier(rows, torch.tensor([0, 41]))
+    with always(dtype, most_hits=0, block=4, group=1):
+        scores, index = nearest_earlier(rows, torch.tensor([0, 41]), at_least=0.9)
+    assert torch.equal(scores, expected[0])
+    assert torch.equal(index, expected[1])
+
+
+def test_a_length_above_1_of_what_is_left_does_not_overflow() -> None:
+    axes = torch.eye(384)[:, :191].contiguous()
+    rest = torch.randn(1, 193, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.normalize(torch.cat([torch.zeros(2, 191), rest.expand(2, 193)], dim=1), dim=1)
+    rows[1, 0] = 0.1
+    # As much as the axes that are fitted lack.
+    found = sketcher(axes, 0.004, 0.95)
+    assert (1 + found.tail) ** 0.5 * SCALE > SCALE + 0.5, "the data must be hard enough"
+    with always(torch.int8, most_hits=16), patch.object(sketch, "choose", lambda *_: found):
+        scores, index = nearest_earlier(rows, torch.tensor([0, 2]), at_least=0.95)
+    assert index.tolist() == [0, 0]
+    assert scores[1] > 0.99
+
+
 def steep(n: int, d: int, rng: np.random.Generator) -> torch.Tensor:
     """Rows most of whose length is in few directions, as embeddings are."""
     rows = rng.standard_normal((n, d)) * np.linspace(1, 0, d) ** 4
@@ -212,6 +242,78 @@ def test_a_sketcher_is_fitted_once_for_searches_of_a_kind() -> None:
         for _ in range(sketch.RETRY):
             assert choose(second, segments, None, 0.95, ENGINE) is None
         assert choose(second, segments, None, 0.95, ENGINE) is not None
+
+
+def test_only_sketchers_of_some_last_kinds_are_kept() -> None:
+    rows = steep(2000, 128, np.random.default_rng(0))
+    with patch.object(sketch, "_known", {}) as known, patch.object(sketch, "_fitted", return_value=None):
+        for step in range(3 * sketch.KINDS):
+            choose(rows, torch.tensor([0, 2000]), None, 0.5 + step / 1000, ENGINE)
+            assert 1 <= len(known) <= sketch.KINDS
+
+
+@pytest.mark.parametrize(("defect", "is_chosen"), [(0.0, True), (0.05, False), (0.2, False), (math.nan, False)])
+def test_least_products_are_positive(defect: float, is_chosen: bool) -> None:
+    """The search on the CPU takes a product of 0 for one that does not reach it."""
+    rows = steep(5000, 128, np.random.default_rng(0))
+    none = torch.zeros(2, dtype=torch.float64)
+    axes = torch.eye(128)[:, :63].contiguous()
+    with (
+        patch.object(sketch, "_known", {}),
+        patch.object(sketch, "fit_axes", lambda *_: (axes, torch.tensor(defect, dtype=torch.float64))),
+        patch.object(sketch, "_shares", lambda *_: (none, none, none)),
+    ):
+        found = choose(rows, torch.tensor([0, 5000]), None, sketch.LEAST, ENGINE)
+    assert (found is not None) == is_chosen
+    if found is not None:
+        # Nothing is left to do on the stream of the thread that fitted it.
+        assert found.axes.data_ptr() == axes.data_ptr()
+        assert (torch_sketch.sketches(certify.measure(rows), found, torch.int8).least > 0).all()
+
+
+def test_crowded_rows_are_multiplied_in_full_precision() -> None:
+    inside = []
+    rows = steep(100, 64, np.random.default_rng(0))
+    with (
+        always(torch.float32, most_hits=0),
+        patch("dask_semdedup.search.answer_crowded", lambda *_: inside.append(ieee_products._inside)),
+    ):
+        nearest_earlier(rows, torch.tensor([0, 100]), at_least=0.9)
+    assert inside == [1]
+
+
+@pytest.mark.parametrize("length", [1e-41, 1e-30, 1e-25, 1.0, 1e25, 1e38])
+@pytest.mark.parametrize("with_stops", [False, True])
+def test_groups_are_of_rows_of_any_length(length: float, with_stops: bool) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal(64) + 1e-2 * rng.standard_normal((200, 64))
+    rows[50:60], rows[120:130] = rng.standard_normal((10, 64)), rows[7]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[rng.random(200) < 0.4] *= length
+    rows[150] = 0
+    rows = torch.from_numpy(rows.astype(np.float32))
+    segments = torch.tensor([0, 70, 200])
+    stops = torch.from_numpy(stops_of(rng, segments.numpy())) if with_stops else torch.arange(200)
+    expected = nearest_earlier(rows, segments, stops=stops)
+    scores, index = torch.zeros(200), torch.arange(200)
+    every = torch.arange(200)
+    is_original = first_copies(rows, segments) == every
+    with patch.object(crowded, "LEAST_GROUP", 8), patch.object(crowded, "centred", return_value=()) as centred:
+        whole = crowded.Subset(rows, every, segments, stops)
+        left = crowded._answer_groups(whole, is_original, every[rows.any(dim=1)], exact, scores, index)
+    centred.assert_called()
+    answered = torch.ones(200, dtype=torch.bool)
+    answered[left] = answered[150] = False
+    assert answered.any()
+    assert torch.equal(scores[answered], expected[0][answered])
+    assert torch.equal(index[answered], expected[1][answered])
+
+
+def exact(
+    rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor, centred: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The search of all rows."""
+    return nearest_earlier(rows, segments, stops=stops)
 
 
 @pytest.mark.parametrize("distinct", [1, 3, 40])

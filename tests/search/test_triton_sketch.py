@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from dask_semdedup import search
-from dask_semdedup.search import nearest_earlier
+from dask_semdedup.search import nearest_earlier, sketch
 from dask_semdedup.search.crowded import answer_crowded, centred
-from tests.search.test_sketch import fitted
+from tests.search.test_sketch import exact, fitted
 from tests.strategies import KINDS, seeds, stops_of
 
 triton = pytest.importorskip("triton")
@@ -74,7 +74,7 @@ def test_the_same_bits_as_without_sketches(
     stops = torch.from_numpy(stops_of(rng, segments)) if with_stops else None
     segments = torch.from_numpy(segments)
     scores, index = torch.empty(n), torch.empty(n, dtype=torch.int64)
-    with patch.object(search.sketch, "SIZES", (size,)):
+    with patch.object(sketch, "SIZES", (size,)):
         sketcher = fitted(rows, segments, stops, at_least, triton_sketch.COSTS)
     with patch.object(triton_sketch, "MAX_HITS", most_hits):
         crowded = nearest_reaching(rows, segments, scores, index, sketcher, stops=stops, shape=SMALL, word_bytes=512)
@@ -85,11 +85,55 @@ def test_the_same_bits_as_without_sketches(
     assert torch.equal(index, expected[1])
 
 
-def exact(
-    rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor, centred: None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The search of all rows."""
-    return nearest_earlier(rows, segments, stops=stops)
+def axes_with(row: torch.Tensor, count: int) -> torch.Tensor:
+    """Orthonormal columns, the first of which is a row's direction."""
+    others = torch.eye(len(row))[:, : count - 1]
+    return torch.linalg.qr(torch.cat([row[:, None], others], dim=1))[0].contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@interpreted
+@pytest.mark.parametrize("exponent", [-143, -100, -60, -41, -40, -39, 39, 40, 41, 100, 127])
+def test_rows_of_any_length_have_the_same_sketch(exponent: int) -> None:
+    row = torch.ones(2048)
+    row[::7] = 1 / 64
+    rows = torch.stack([row, (row.double() * 2.0**exponent * 0.8).float()])
+    scores, index = torch.empty(2), torch.empty(2, dtype=torch.int64)
+    sketcher = sketch.sketcher(axes_with(row, 31), 0.0, 0.9)
+    nearest_reaching(rows, torch.tensor([0, 2]), scores, index, sketcher, shape=SMALL)
+    assert index[1] == 0
+    assert scores[1] > 0.999
+
+
+@interpreted
+def test_what_rounding_lost_is_multiplied_by_the_length_of_a_sketch() -> None:
+    row = torch.ones(64)
+    rows = torch.cat([row[None], torch.randn(15, 64, generator=torch.Generator().manual_seed(0))])
+    rows[8:] -= rows[8:] @ axes_with(row, 31) @ axes_with(row, 31).T
+    sketcher = sketch.sketcher(axes_with(row, 31), 0.004, 0.9)
+    filter_ = triton_sketch._Filter(rows, sketcher, None, SMALL, 512)
+    filter_.sketch(torch.empty(16), torch.empty(16, dtype=torch.int64))
+    sketches = sketcher.sketches(torch.nn.functional.normalize(rows, dim=1)).double()
+    lost = torch.linalg.vector_norm(sketches - filter_.sketches[:16].double() / sketch.SCALE, dim=1)
+    longest = torch.linalg.vector_norm(sketches, dim=1).max()
+    assert longest > 1 + 2.0**-9
+    assert (filter_.residual[:16] >= lost * longest - 1e-6).all()
+
+
+@interpreted
+@pytest.mark.parametrize("n", [4, 5, 6, 7])
+def test_tensors_are_aligned_as_the_launcher_says(n: int) -> None:
+    sketcher = sketch.sketcher(torch.eye(64)[:, :31], 0.0, 0.9)
+    filter_ = triton_sketch._Filter(torch.ones(n, 64), sketcher, None, SMALL, 512)
+    for tensor in (filter_.residual, filter_.count, filter_.offset, filter_.hit_query, filter_.hit_run):
+        assert (tensor.data_ptr() - filter_.hit_score.data_ptr()) % 16 == 0
+    assert len(filter_.count) == n
+
+
+def test_more_words_than_an_int32_counts_are_refused() -> None:
+    block_table(np.array([0, 47_000_000]), None, Shape(candidates=256, run=128))
+    with pytest.raises(ValueError, match="48,000,000 rows"):
+        block_table(np.array([0, 48_000_000]), None, Shape(candidates=256, run=128))
 
 
 @interpreted

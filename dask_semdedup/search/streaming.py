@@ -95,7 +95,9 @@ def nearest_earlier_from_host(
         # If no memory is free, it is better to run out of it than to search a few rows at a time.
         least = WORKSPACE + MIN_ROWS * row_bytes(rows.shape[1])
         available = max(link.free_bytes(), least) if memory_bytes is None else memory_bytes
-        jobs = list(_jobs(segments, max_rows(rows.shape[1], available)))
+        most = max_rows(rows.shape[1], available)
+        # Crowded rows are gathered: a search by sketches may take as much again.
+        jobs = list(_jobs(segments, most if at_least is None else max(2, most // 2)))
         with closing(_answers(link, rows, stops, jobs, options)) as answers:
             for job, found, where in answers:
                 _keep_better(rows, job, found, where, scores, index, is_exact)

@@ -19,6 +19,7 @@ from dask_semdedup.search import nearest_earlier, streaming
 from dask_semdedup.search.streaming import WORKSPACE, nearest_earlier_from_host, row_bytes
 from tests import oracle
 from tests.data import GOLDEN, run
+from tests.search.test_sketch import fitted
 from tests.strategies import KINDS, rows_and_segments, seeds, stops_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -74,6 +75,22 @@ def test_exact_with_stops(
     stops = stops_of(rng, segments)
     answers = search(rows, segments, device, n_rows, stops=torch.from_numpy(stops))
     oracle.assert_nearest_earlier(rows, segments, *answers, stops)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=30)
+@given(rng=seeds(), kind=st.sampled_from(KINDS), n=st.integers(60, 300), at_least=st.sampled_from([0.3, 0.9, 1.0]))
+def test_at_least_gives_the_same_bits_in_any_memory(
+    device: str, rng: np.random.Generator, kind, n: int, at_least: float
+) -> None:
+    rows = kind(rng, n, 64).astype(np.float32)
+    segments = np.array([0, 3, n - 5, n])
+    scores, index = search(rows, segments, device, 1000)
+    with patch("dask_semdedup.search.sketch.choose", fitted):
+        found = search(rows, segments, device, 40, at_least=at_least)
+    reach = scores >= np.float32(at_least)
+    np.testing.assert_array_equal(found[0], np.where(reach, scores, 0))
+    np.testing.assert_array_equal(found[1], np.where(reach, index, np.arange(n)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -94,10 +94,11 @@ def test_rounded_sketches_need_the_term_of_what_they_lost(dtype: torch.dtype) ->
 
 def fitted(
     rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, at_least: float, costs: Costs
-) -> Sketcher:
-    """A sketcher of the smallest size, fitted to all rows, in place of `choose`."""
-    axes, defect = fit_axes(torch.nn.functional.normalize(rows, dim=1), sketch.SIZES[0] - 1)
-    return sketcher(axes, float(defect), at_least)
+) -> Sketcher | None:
+    """A sketcher of the smallest size, fitted to all rows, in place of `choose`; None for nothing but zero rows."""
+    axes, defect = fit_axes(sketch._unit(rows), sketch.SIZES[0] - 1)
+    found = sketcher(axes, float(defect), at_least)
+    return found if found.floor > 0 else None
 
 
 @contextmanager

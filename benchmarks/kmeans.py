@@ -91,7 +91,7 @@ def measured(call: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, 
     return labels, min(seconds), watch.extra()
 
 
-def run_ours(n: int, d: int, clusters: int, n_probe: int, repeats: int) -> Result:
+def run_ours(n: int, d: int, clusters: int, repeats: int) -> Result:
     """A partition of the accessor's frame."""
     from dask_semdedup.frames.columns import Columns
     from dask_semdedup.frames.embeddings import to_embeddings
@@ -105,10 +105,9 @@ def run_ours(n: int, d: int, clusters: int, n_probe: int, repeats: int) -> Resul
     kmeans_partition(frame[:100], Centroids(values[:10]), Columns())  # What a first call loads is not the work's.
 
     def call() -> np.ndarray:
-        return kmeans_partition(frame, centroids, Columns(), n_probe)["centroid"].to_numpy()[:n].copy()
+        return kmeans_partition(frame, centroids, Columns())["centroid"].to_numpy()
 
-    method = "ours" if n_probe == 1 else f"ours, n_probe={n_probe}"
-    return as_result(method, rows, values, *measured(call, repeats))
+    return as_result("ours", rows, values, *measured(call, repeats))
 
 
 def run_sklearn(n: int, d: int, clusters: int, repeats: int) -> Result:
@@ -174,11 +173,7 @@ def main(shape: str, counts: tuple[int, ...], repeats: int, json_path: str | Non
     console.print(f"{date.today()}: partitions may take their own size and 128 MB")
     results = []
     for clusters in counts:
-        lines = [
-            apart(run_sklearn, n, d, clusters, repeats),
-            apart(run_ours, n, d, clusters, 1, repeats),
-            apart(run_ours, n, d, clusters, 2, repeats),
-        ]
+        lines = [apart(run, n, d, clusters, repeats) for run in (run_sklearn, run_ours)]
         console.print(as_table(lines))
         results += lines
     if json_path:

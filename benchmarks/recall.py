@@ -1,7 +1,7 @@
 """Recall and time of clustered runs on real embeddings: the share of true duplicates that they find.
 
     python benchmarks/recall.py
-    python benchmarks/recall.py --n-clusters 20 --n-clusters 200 --n-probe 1 --json recall.json
+    python benchmarks/recall.py --n-clusters 20 --n-clusters 200 --json recall.json
 
 A row is a true duplicate if, among all rows preferred over it, in whatever cluster, one is at least 1 - eps similar; it
 is found if the clustered run says so of it, too. Rows are preferred by their ids, which no clustering changes. The time
@@ -36,51 +36,49 @@ class Result:
     """One line of the table."""
 
     n_clusters: int
-    n_probe: int
     seconds: float
     recall: dict[float, float]
 
 
-def clustered_scores(path: Path, n_clusters: int, n_probe: int) -> pd.DataFrame:
+def clustered_scores(path: Path, n_clusters: int) -> pd.DataFrame:
     """From the file to the scores of all rows."""
     embeddings = dd.read_parquet(path, columns=["id", "embeddings"], dtype_backend="pyarrow")
-    clustered = embeddings.semdedup.kmeans(n_clusters, n_probe=n_probe)
+    clustered = embeddings.semdedup.kmeans(n_clusters)
     with dask.config.set(scheduler="threads"):
         return clustered.semdedup.pairwise(ranking_strategy=RankingStrategy(["id"])).compute()
 
 
-def measure(path: Path, n_clusters: int, n_probe: int, truth: Truth) -> Result:
+def measure(path: Path, n_clusters: int, truth: Truth) -> Result:
     """Run once, and count what is found."""
     start = time.perf_counter()
-    scores = clustered_scores(path, n_clusters, n_probe)
+    scores = clustered_scores(path, n_clusters)
     seconds = time.perf_counter() - start
     found = {eps: scores["id"][scores["cosine_sim_score"] >= 1 - eps].to_numpy() for eps in EPS}
-    return Result(n_clusters, n_probe, seconds, {eps: truth.recall(ids, eps) for eps, ids in found.items()})
+    return Result(n_clusters, seconds, {eps: truth.recall(ids, eps) for eps, ids in found.items()})
 
 
 def as_table(results: list[Result], truth: Truth, width: int) -> Table:
     """The results as a table."""
     n_rows = len(truth.ids)
     table = Table(title=f"{n_rows:,} x {width}, descriptions of Debian's packages", title_justify="left")
-    for column in ("n_clusters", "n_probe", "seconds", *(f"found at eps={eps}" for eps in EPS)):
+    for column in ("n_clusters", "seconds", *(f"found at eps={eps}" for eps in EPS)):
         table.add_column(column, justify="right")
     for result in results:
         default = " (default)" if result.n_clusters == default_n_clusters(n_rows) else ""
-        cells = f"{result.n_clusters:,}{default}", str(result.n_probe), f"{result.seconds:.2f}"
+        cells = f"{result.n_clusters:,}{default}", f"{result.seconds:.2f}"
         table.add_row(*cells, *(f"{recall:.4f}" for recall in result.recall.values()))
     table.add_section()
-    table.add_row("true duplicates", "", "", *(f"{len(truth.duplicates(eps)):,}" for eps in EPS))
+    table.add_row("true duplicates", "", *(f"{len(truth.duplicates(eps)):,}" for eps in EPS))
     return table
 
 
 @click.command()
 @click.option("--data", type=click.Path(dir_okay=False, path_type=Path), default=DEFAULT_DATA, show_default=True)
 @click.option("--n-clusters", "numbers", multiple=True, type=click.IntRange(min=1), help="Several may be given.")
-@click.option("--n-probe", "probes", multiple=True, type=click.IntRange(min=1), default=(1, 2), show_default=True)
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results to this file too."
 )
-def main(data: Path, numbers: tuple[int, ...], probes: tuple[int, ...], json_path: Path | None) -> None:
+def main(data: Path, numbers: tuple[int, ...], json_path: Path | None) -> None:
     """Measure the recall of clustered runs."""
     ids, rows = read_rows(ensure_data(data))
     console = Console(width=120)
@@ -88,13 +86,8 @@ def main(data: Path, numbers: tuple[int, ...], probes: tuple[int, ...], json_pat
     truth = Truth.of(ids, rows)
     console.print(f"exact search without clusters: {time.perf_counter() - start:.2f} s")
     numbers = numbers or tuple(np.unique([*N_CLUSTERS, default_n_clusters(len(ids))]).tolist())
-    clustered_scores(data, numbers[0], 1)  # What a first run loads is not the clustering's.
-    results = [
-        measure(data, n_clusters, n_probe, truth)
-        for n_probe in probes
-        for n_clusters in numbers
-        if n_probe <= n_clusters
-    ]
+    clustered_scores(data, numbers[0])  # What a first run loads is not the clustering's.
+    results = [measure(data, n_clusters, truth) for n_clusters in numbers]
     console.print(as_table(results, truth, rows.shape[1]))
     if json_path:
         json_path.write_text(json.dumps([asdict(result) for result in results], indent=2))

@@ -57,7 +57,6 @@ class SemDedupAccessor:
         oversampling_factor: float = 2.0,
         max_samples_per_batch: int = 32_768,
         centroids: Any = None,
-        n_probe: int = 1,
         device: str = "auto",
     ) -> dd.DataFrame:
         """Cluster the rows by k-means: fit on a sample now, and assign every row to its nearest centroid lazily.
@@ -94,9 +93,6 @@ class SemDedupAccessor:
         centroids : (k, d) array_like, str or path-like, optional
             Centroids to use instead of a fit: what `fit_centroids` returned, or a ``.npy`` file of it; local, or a URL
             that fsspec understands.
-        n_probe : int, default 1
-            The clusters that each row stands in: its own and, as secondary assignments, its next nearest ones. Where
-            the number of clusters is chosen by default, and is smaller, all of them.
         device : {"auto", "cpu", "cuda"}, default "auto"
             Where rows are assigned, whatever holds the frame, and where the centroids are fitted.
 
@@ -108,11 +104,6 @@ class SemDedupAccessor:
             ``cosine_dist_to_cent`` (float32), 1 minus their cosine similarity. Columns of these names that were there
             are replaced.
 
-            With ``n_probe=p`` there are p rows for each, and one more column, ``home_centroid`` (int32): the row's own
-            cluster. Where that is not `cluster_field`, the row is a secondary assignment, to be compared with the
-            members of the cluster but not to be found by them. Distances are those to the row's own centroid
-            everywhere.
-
         Raises
         ------
         MissingColumnsError
@@ -121,8 +112,7 @@ class SemDedupAccessor:
             If the embedding column cannot hold embeddings, or rows of the sample are null, not finite or of different
             lengths; when computed, if others are, or are not of the centroids' width.
         InvalidArgumentError
-            If an argument is not one of those allowed, clusters are more than rows to fit on, column names clash, or
-            the frame holds secondary assignments of an earlier clustering under that `cluster_field`.
+            If an argument is not one of those allowed, clusters are more than rows to fit on, or column names clash.
 
         Warns
         -----
@@ -161,7 +151,7 @@ class SemDedupAccessor:
             fit_data_fraction, max_iter, tol, random_state, init, n_init, oversampling_factor, max_samples_per_batch
         )
         options = SearchOptions(embedding_dim=embedding_dim, device=device)
-        return cluster(self._ddf, columns, n_clusters, centroids, n_probe, fit, options)
+        return cluster(self._ddf, columns, n_clusters, centroids, fit, options)
 
     def fit_centroids(
         self,
@@ -351,8 +341,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         """Score every row by its largest similarity to a row of its cluster that is preferred over it.
 
         Only the columns that are needed are read, or shuffled. Frames that are not known to be aligned by cluster are
-        shuffled; those of `read_clusters` are not. With secondary assignments (`kmeans` with ``n_probe``), each
-        row has the best of the scores that it has there and in its own.
+        shuffled; those of `read_clusters` are not.
 
         Parameters
         ----------
@@ -400,8 +389,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If there is no column of ids, of embeddings, or to rank by.
         ClusterError
-            If there is no cluster column; when computed, if rows have a null cluster, or have secondary assignments but
-            do not stand in their own.
+            If there is no cluster column; when computed, if rows have a null cluster.
         EmbeddingError
             If the embedding column cannot hold embeddings; when computed, if rows are null, not finite, or of
             different lengths.
@@ -716,7 +704,6 @@ n_init, oversampling_factor, max_samples_per_batch, device
         cluster_field: str = "centroid",
         n_clusters: int | None = None,
         centroids: Any = None,
-        n_probe: int = 1,
         embedding_dim: int | None = None,
         compute_dtype: str = "auto",
         device: str = "auto",
@@ -734,7 +721,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         eps : float, optional
             Cosine distance within which a row is a near-duplicate; None gives the scores of all rows.
         id_field : str, default "id"
-            Column of ids, unique where ``n_probe`` is more than 1.
+            Column of ids.
         reference_id_field : str, optional
             The reference's column of ids, which may be of another type. By default `id_field`.
         embedding_field : str, default "embeddings"
@@ -742,9 +729,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         cluster_field : str, default "centroid"
             Both frames' column of clusters. Where neither has it, k-means is fitted to the reference, and both are
             assigned to its centroids.
-        n_clusters, centroids, n_probe, **kmeans_options
-            Of that: see `kmeans`. With ``n_probe`` p, each row is compared with the reference rows of its p nearest
-            clusters.
+        n_clusters, centroids, **kmeans_options
+            Of that: see `kmeans`.
         embedding_dim, compute_dtype, device
             As in `pairwise`.
 
@@ -781,7 +767,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         options = SearchOptions(compute_dtype, embedding_dim=embedding_dim, device=device)
         reference_id = id_field if reference_id_field is None else reference_id_field
         return score_against(
-            self._ddf, reference, columns, reference_id, eps, n_clusters, centroids, n_probe, kmeans_options, options
+            self._ddf, reference, columns, reference_id, eps, n_clusters, centroids, kmeans_options, options
         )
 
     def deduplicate(
@@ -797,7 +783,6 @@ n_init, oversampling_factor, max_samples_per_batch, device
         ranking_strategy: RankingStrategy | None = None,
         random_seed: int = 42,
         centroids: Any = None,
-        n_probe: int = 1,
         embedding_dim: int | None = None,
         pairwise_batch_size: int | None = None,
         compute_dtype: str = "auto",
@@ -823,7 +808,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             Name of the column of clusters on the way, which is not in the result: no column that is needed may have it.
         which_to_keep, sim_metric, ranking_strategy, random_seed
             The rows that are preferred: see `pairwise`.
-        centroids, n_probe, **kmeans_options
+        centroids, **kmeans_options
             Of the clustering: see `kmeans`.
         embedding_dim, pairwise_batch_size, compute_dtype, device
             As in `pairwise`.
@@ -856,4 +841,4 @@ n_init, oversampling_factor, max_samples_per_batch, device
         fit = KMeansOptions(**kmeans_options)
         options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
-        return keep_one_of_each(self._ddf, columns, eps, ranking, n_clusters, centroids, n_probe, fit, options)
+        return keep_one_of_each(self._ddf, columns, eps, ranking, n_clusters, centroids, fit, options)

@@ -31,7 +31,7 @@ from dask_semdedup.device.devices import DEVICE_OF_BACKEND
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import gpu_slot
 from dask_semdedup.device.streams import default_stream
-from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError, some
+from dask_semdedup.errors import EmbeddingError, InvalidArgumentError, some
 from dask_semdedup.frames.backend import to_arrow
 from dask_semdedup.frames.columns import SCORE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import rows_not_finite
@@ -64,8 +64,6 @@ __all__ = [
 
 # The column that tells clusters apart while several are one frame; it is in no file.
 CLUSTER_FIELD = "__cluster__"
-# Of the layout whose folders are named centroid=<k>, the only one that is read.
-OWN_CLUSTER = Columns().own_cluster
 # What NeMo Curator's stage can be asked to multiply in.
 COMPUTE_DTYPES = ("auto", "float16", "float32")
 
@@ -386,7 +384,7 @@ class PairwiseCosineSimilarityStage(_Stage):
         ------
         InvalidArgumentError
             If the task has no ``centroid_id``, or its ``filetype`` is not parquet.
-        MissingColumnsError, EmbeddingError, ClusterError, DataReadError
+        MissingColumnsError, EmbeddingError, DataReadError
             If the files cannot be read or compared. There is then no file of scores.
         """
         return self._process_batch([task])[0]
@@ -564,11 +562,6 @@ class PairwiseCosineSimilarityStage(_Stage):
     def _check_schema(self, scan: Scan, reader: Reader, path: str) -> None:
         names = scan.names
         self._fields.require(names, "id", "embedding", where=f" in {path}")
-        if OWN_CLUSTER in names:
-            raise ClusterError(
-                f"{path} has a column {OWN_CLUSTER!r}: it holds secondary assignments (k-means with n_probe), which a "
-                "stage does not know. Use read_clusters(...).semdedup.pairwise(), or cluster with n_probe=1."
-            )
         self.ranking_strategy.check_columns(names)
         scan.check_columns(self._columns(), [], "")
         self.ranking_strategy.check_order(reader.unordered)
@@ -743,7 +736,9 @@ class PairwiseStage(_Stage):
         ------
         InvalidArgumentError
             If `output_path` is `input_path`, or within it.
-        ClusterError, DataReadError, EmbeddingError, MissingColumnsError
+        DataNotFoundError, ClusterError
+            As `ClusterWiseFilePartitioningStage.process` does.
+        DataReadError, EmbeddingError, MissingColumnsError
             As `PairwiseCosineSimilarityStage.process` does. Columns are checked before anything runs.
         """
         partitioning, similarity = self.decompose()

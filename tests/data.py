@@ -145,57 +145,6 @@ def expected_scores(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def with_secondary(rng: np.random.Generator, rows: np.ndarray, n_clusters: int, n_probe: int, ids=None) -> pd.DataFrame:
-    """Rows of random own clusters, each in `n_probe` clusters, in random order."""
-    n = len(rows)
-    homes = rng.integers(n_clusters, size=n).astype(np.int32)
-    members = pd.DataFrame(
-        {
-            "id": np.arange(n) if ids is None else ids,
-            "embeddings": arrow_lists(rows, pa.float32()),
-            "centroid": homes,
-            "cosine_dist_to_cent": rng.integers(5, size=n).astype(np.float32),
-            "home_centroid": homes,
-        }
-    )
-    others = [members.assign(centroid=((homes + probe) % n_clusters).astype(np.int32)) for probe in range(1, n_probe)]
-    return pd.concat([members, *others]).sample(frac=1, random_state=0).reset_index(drop=True)
-
-
-def best_of_all_clusters(frame: pd.DataFrame) -> pd.DataFrame:
-    """Scores by plain loops in float64: of the members of all clusters that a row stands in."""
-    members = frame[frame["centroid"] == frame["home_centroid"]]
-    # "hard": descending distance, then descending id.
-    members = members.sort_values(["cosine_dist_to_cent", "id"], ascending=False).reset_index(drop=True)
-    rows = np.stack(members["embeddings"].to_list()).astype(np.float64)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit = rows / np.where(norms > 0, norms, 1)
-    stands_in = frame.groupby("id")["centroid"].agg(set)
-    found = []
-    for place, row in members.iterrows():
-        earlier = [j for j in range(place) if members["centroid"][j] in stands_in[row["id"]]]
-        score = max((unit[j] @ unit[place] for j in earlier), default=0.0)
-        found.append((row["id"], score, row["centroid"], bool(earlier)))
-    return pd.DataFrame(found, columns=["id", "score", "centroid", "compared"])
-
-
-def assert_best(scores: pd.DataFrame, frame: pd.DataFrame) -> None:
-    """Assert that scores are those of all clusters that a row of a frame with secondary assignments stands in."""
-    truth = best_of_all_clusters(frame)
-    assert list(scores.columns) == ["id", "max_id", "cosine_sim_score", "centroid"]
-    by_cluster = truth.sort_values("centroid", kind="stable")
-    assert scores["id"].tolist() == by_cluster["id"].tolist()
-    np.testing.assert_array_equal(scores["centroid"], by_cluster["centroid"])
-    np.testing.assert_allclose(scores["cosine_sim_score"], by_cluster["score"].clip(-1, 1), atol=2e-6)
-    alone = ~by_cluster["compared"].to_numpy()
-    assert scores["max_id"][alone].tolist() == scores["id"][alone].tolist()
-    rows = frame.drop_duplicates("id").set_index("id")["embeddings"]
-    for _, row in scores[~alone].iterrows():
-        x, y = (np.asarray(rows[id_], np.float64) for id_ in (row["id"], row["max_id"]))
-        norms = np.linalg.norm(x) * np.linalg.norm(y)
-        assert abs((x @ y / norms if norms else 0.0) - row["cosine_sim_score"]) < 3e-6
-
-
 def blobs(n: int, k: int = 4, width: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows around k far corners, of any length, and their corners' numbers."""
     rng = np.random.default_rng(seed)

@@ -100,9 +100,9 @@ def rows_and_segments(
 
 
 def stops_of(rng: np.random.Generator, segments: np.ndarray) -> np.ndarray:
-    """Where the candidates of each row end: members with all earlier ones, then secondary ones with any of these.
+    """Where the candidates of each row end: members with all earlier ones, then queries with any of these.
 
-    Some segments are all members, some all secondary ones of none, and of some the members are candidates only.
+    Some segments are all members, some all queries of none, and of some the members are candidates only.
     """
     stops = np.arange(segments[-1])
     for start, stop in pairwise(segments):

@@ -21,15 +21,15 @@ from dask_semdedup.device.streams import current_stream, reading_stream
 from dask_semdedup.errors import ClusterError, EmbeddingError
 from dask_semdedup.frames import backend
 from dask_semdedup.frames.backend import is_cudf, to_arrow
-from dask_semdedup.frames.columns import Columns, SearchOptions
+from dask_semdedup.frames.columns import Columns
 from dask_semdedup.frames.embeddings import check_embedding_dtype, to_tensor
 from dask_semdedup.frames.hashing import hash_ids
 from dask_semdedup.io import cudf_reader
 from dask_semdedup.stages import PairwiseStage
 from dask_semdedup.steps.kmeans import check_centroids, kmeans_meta, kmeans_partition
-from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
+from dask_semdedup.steps.pairwise import pairwise_meta
 from dask_semdedup.steps.ranking import RankingStrategy, make_strategy
-from tests.data import GOLDEN, ORDER, ROWS, check_hard, run, with_secondary, write_layout
+from tests.data import GOLDEN, ORDER, ROWS, check_hard, run, write_layout
 
 pytestmark = pytest.mark.gpu
 ELEMENTS = [pa.float32(), pa.float64(), pa.uint16(), pa.int16()]
@@ -210,16 +210,15 @@ def test_rows_of_equal_ids_stay_in_the_input_order(cudf, strategy):
     np.testing.assert_array_equal(order.get(), strategy.order(frame, **arguments))
 
 
-@pytest.mark.parametrize("n_probe", [1, 2])
-def test_kmeans_gives_cudf_what_it_gives_pandas(cudf, n_probe):
+def test_kmeans_gives_cudf_what_it_gives_pandas(cudf):
     rng = np.random.default_rng(0)
     rows, centroids = rng.standard_normal((500, 16)).astype(np.float32), rng.standard_normal((7, 16))
     frame = cudf.DataFrame({"id": range(500)})
     frame["embeddings"] = lists(cudf, rows)
-    result = kmeans_partition(frame, check_centroids(centroids), Columns(), n_probe)
-    meta = kmeans_meta(frame.iloc[:0], Columns(), n_probe)
+    result = kmeans_partition(frame, check_centroids(centroids), Columns())
+    meta = kmeans_meta(frame.iloc[:0], Columns())
     assert result.dtypes.to_dict() == meta.dtypes.to_dict()
-    expected = kmeans_partition(frame.to_pandas(), check_centroids(centroids), Columns(), n_probe)
+    expected = kmeans_partition(frame.to_pandas(), check_centroids(centroids), Columns())
     embeddings = np.array(result.pop("embeddings").to_arrow().to_pylist())
     np.testing.assert_allclose(embeddings, np.array(expected.pop("embeddings").tolist()), rtol=0, atol=1e-6)
     pd.testing.assert_frame_equal(result.to_pandas(), expected, rtol=0, atol=1e-6)
@@ -368,15 +367,6 @@ class TestLaggingStreams:
         with reading_stream("cuda"):
             found = to_tensor(lists(cudf, rows).iloc[100:2000], name="x").cpu().numpy()
         np.testing.assert_array_equal(found, rows[100:2000])
-
-    def test_secondary_assignments(self, cudf):
-        rng = np.random.default_rng(0)
-        frame = with_secondary(rng, rng.standard_normal((3000, 16), dtype=np.float32), 7, 2)
-        ranking = RankingStrategy(["id"])
-        expected = pairwise_partition(frame, Columns(), ranking, SearchOptions(device="cpu"))
-        for _ in range(2):
-            scores = pairwise_partition(on_gpu(cudf, frame), Columns(), ranking).to_pandas()
-            pd.testing.assert_frame_equal(scores, expected, atol=2e-6, check_dtype=False)
 
     @pytest.mark.parametrize("clusters", [range(6), [f"c{number}" for number in range(6)]], ids=["integers", "strings"])
     @pytest.mark.parametrize("files", [2, 1000], ids=["several calls", "one call"])

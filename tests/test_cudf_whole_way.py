@@ -63,11 +63,10 @@ def check_alike(ours: pd.DataFrame, theirs: pd.DataFrame, by: list[str]) -> None
 CENTROIDS = np.random.default_rng(1).standard_normal((5, 16)).astype(np.float32)
 
 
-@pytest.mark.parametrize("n_probe", [1, 2])
 @pytest.mark.parametrize("keep", ["hard", "random"])
-def test_scores(cudf, frame, n_probe, keep):
+def test_scores(cudf, frame, keep):
     scores = [
-        ddf.semdedup.kmeans(centroids=CENTROIDS, n_probe=n_probe).semdedup.pairwise(which_to_keep=keep)
+        ddf.semdedup.kmeans(centroids=CENTROIDS).semdedup.pairwise(which_to_keep=keep)
         for ddf in (on_gpu(cudf, frame), on_cpu(frame))
     ]
     check_alike(computed(scores[0], ["id"]), scores[1].compute(), ["id"])
@@ -96,15 +95,14 @@ def test_layout(cudf, frame, tmp_path):
     check_alike(scores, expected, ["id"])
 
 
-@pytest.mark.parametrize("n_probe", [1, 2])
 @pytest.mark.parametrize("theirs", ["integers", "strings"])
-def test_against(cudf, frame, n_probe, theirs):
+def test_against(cudf, frame, theirs):
     reference = frame[: N // 2]
     if theirs == "strings":
         reference = reference.assign(id=[f"ref-{i}" for i in range(N // 2)])
     new = frame[N // 2 :]
     found = [
-        make(new, npartitions=2).semdedup.against(make(reference), eps=None, centroids=CENTROIDS, n_probe=n_probe)
+        make(new, npartitions=2).semdedup.against(make(reference), eps=None, centroids=CENTROIDS)
         for make in (lambda part, npartitions=3: on_gpu(cudf, part, npartitions), on_cpu)
     ]
     check_alike(computed(found[0], ["id"]), found[1].compute(), ["id"])
@@ -164,7 +162,7 @@ def test_ids_that_repeat_or_are_of_another_type_are_refused(cudf):
 
 def test_deduplicate(cudf, frame):
     kept = [
-        ddf.semdedup.deduplicate(0.01, centroids=CENTROIDS, n_probe=2)[["id", "text"]]
+        ddf.semdedup.deduplicate(0.01, centroids=CENTROIDS)[["id", "text"]]
         for ddf in (on_gpu(cudf, frame), on_cpu(frame))
     ]
     ours = computed(kept[0], ["id"])

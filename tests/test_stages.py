@@ -23,7 +23,6 @@ from hypothesis import given
 
 from dask_semdedup import stages
 from dask_semdedup.errors import (
-    ClusterError,
     DataNotFoundError,
     DataReadError,
     EmbeddingError,
@@ -604,15 +603,6 @@ def test_an_unknown_strategy_is_refused_when_either_stage_is_made():
 def test_stages_of_pipelines_say_what_they_need():
     with pytest.raises(MissingDependencyError, match=r"pip install 'dask-semdedup\[curator\]'"):
         importlib.import_module("dask_semdedup.curator")
-
-
-def test_secondary_assignments_are_refused(tmp_path):
-    rows = pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]], "centroid": 3, "home_centroid": 9})
-    source = write_layout(tmp_path / "input", {3: [rows]})
-    stage = similarity(tmp_path / "out", RankingStrategy.random())
-    with pytest.raises(ClusterError, match=r"home_centroid.*n_probe"):
-        stage.process(task(3, [f"{source}/centroid=3/part.0.parquet"]))
-    assert not (tmp_path / "out").exists()
 
 
 def test_clusters_are_integers_or_strings(golden, tmp_path):

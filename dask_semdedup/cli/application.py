@@ -29,7 +29,7 @@ PATIENCE = 10
 SECTIONS = {
     "Documents": ["data", "text_field", "image_field", "embed", "model"],
     "Columns": ["id_field", "make_ids", "columns", "embedding_field", "cluster_field", "embedding_dim"],
-    "Clusters": ["n_clusters", "n_probe"],
+    "Clusters": ["n_clusters"],
     "What to keep": ["which_to_keep", "sim_metric", "ranking_strategy", "random_seed", "eps", "max_eps"],
     "Search": ["compute_dtype", "device", "pairwise_batch_size"],
     "Where it runs": ["workers", "scheduler", "backend", "partition_size"],

@@ -92,14 +92,6 @@ Examples:
     metavar="K",
     help="Number of clusters of k-means.  [default: depends on the number of rows]",
 )
-@click.option(
-    "--n-probe",
-    type=click.IntRange(min=1),
-    metavar="P",
-    default=1,
-    show_default=True,
-    help="Compare each row in its P nearest clusters, which finds more duplicates and takes longer.",
-)
 @keep_options
 @seed_option("Seed of k-means, and of '--which-to-keep random'.")
 @eps_option("Drop a row if its similarity to a preferred row is at least 1 - EPS.")
@@ -192,7 +184,6 @@ class Run:
     embedding_field: str
     embedding_dim: int | None
     n_clusters: int | None
-    n_probe: int
     which_to_keep: str
     sim_metric: str
     ranking_strategy: RankingStrategy | None
@@ -230,7 +221,7 @@ class Run:
         ranked = {"rank_by": ", ".join(self._ranked_by()) or None}
         embedding = self._parameters("id_field", "text_field", "model", "embedding_field") | ranked
         clustering = ranked | self._parameters(
-            "id_field", "embedding_field", "cluster_field", "embedding_dim", "n_clusters", "n_probe", "random_seed"
+            "id_field", "embedding_field", "cluster_field", "embedding_dim", "n_clusters", "random_seed"
         )
         ranking = self._parameters("which_to_keep", "sim_metric", "random_seed", "compute_dtype", "cluster_field")
         ranking["rank_by"] = None if self.ranking_strategy is None else repr(self.ranking_strategy)
@@ -367,7 +358,6 @@ class Run:
                 id_field=self.id_field,
                 embedding_dim=self.embedding_dim,
                 random_state=self.random_seed,
-                n_probe=self.n_probe,
                 device=self.device,
             )
             clustered.semdedup.to_clusters(

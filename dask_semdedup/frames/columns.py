@@ -18,7 +18,6 @@ __all__ = [
     "SCORE_COLUMNS",
     "Columns",
     "SearchOptions",
-    "has_secondary",
     "unique_columns",
 ]
 
@@ -45,15 +44,6 @@ class Columns:
     id: str = "id"
     embedding: str = "embeddings"
     cluster: str = "centroid"
-
-    @property
-    def own_cluster(self) -> str:
-        """The column of the rows' own clusters, in frames with secondary assignments.
-
-        A row whose cluster is not its own is a secondary assignment: it is compared with the members of the cluster,
-        and none of them with it.
-        """
-        return f"home_{self.cluster}"
 
     def require(self, present: Iterable[Any], *held: str, where: str = "") -> None:
         """Raise unless columns are there.
@@ -147,12 +137,6 @@ class SearchOptions:
         check_choice("device", self.device, DEVICES)
         check_positive("embedding_dim", self.embedding_dim)
         check_positive("pairwise_batch_size", self.batch_size)
-
-
-def has_secondary(frame: Any, columns: Columns) -> bool:
-    """Return whether a frame may hold secondary assignments: it then has integers as the rows' own clusters."""
-    own = columns.own_cluster
-    return own in frame.columns and getattr(frame[own].dtype, "kind", "") in ("i", "u")
 
 
 def unique_columns(frame: Any) -> list[Any]:

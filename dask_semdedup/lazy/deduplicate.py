@@ -26,7 +26,6 @@ def keep_one_of_each(
     ranking: RankingStrategy,
     n_clusters: int | None,
     centroids: Any,
-    n_probe: int,
     fit: KMeansOptions,
     options: SearchOptions,
 ) -> dd.DataFrame:
@@ -37,6 +36,6 @@ def keep_one_of_each(
     ranking.check_columns([*ddf.columns, columns.cluster, *DISTANCE_COLUMNS.values()])
     check_sources(ddf, [columns.id, columns.embedding, *ranking.required_columns], ranking)
     ddf = writable(ddf, columns)
-    clustered = cluster(ddf, columns, n_clusters, centroids, n_probe, fit, options)
+    clustered = cluster(ddf, columns, n_clusters, centroids, fit, options)
     scores = score_pairwise(clustered, columns, ranking, options)
     return remove_duplicates(ddf, scores, columns.id, eps=eps)

@@ -36,23 +36,20 @@ from dask_semdedup._dask import (
 from dask_semdedup.device.devices import DEVICE_OF_BACKEND, has_cuda
 from dask_semdedup.device.queues import gpu_slot
 from dask_semdedup.errors import EmbeddingError
-from dask_semdedup.frames.columns import Columns, SearchOptions, has_secondary
+from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import first_width
 from dask_semdedup.frames.ids import is_in
 from dask_semdedup.io.fragments import Fragment, in_runs
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.lazy.pushdown import Searched
-from dask_semdedup.steps.against import against_meta, against_partition, best_of_probes
+from dask_semdedup.steps.against import against_meta, against_partition
 from dask_semdedup.steps.kmeans import kmeans_meta, kmeans_partition
 from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
 from dask_semdedup.steps.ranking import RankingStrategy
 from dask_semdedup.steps.removal import checked_ids
-from dask_semdedup.steps.secondary import best_of_assignments
 
 __all__ = [
     "AgainstScores",
-    "BestOfAssignments",
-    "BestOfProbes",
     "CheckedIds",
     "KMeansClusters",
     "PairwiseScores",
@@ -145,7 +142,7 @@ def _logged(scores: Any, columns: Columns, start: float, verbose: bool) -> Any:
 class KMeansClusters(OwnExpr, Blockwise):
     """Rows assigned to centroids, which are in the graph once. Nothing is known of how they are partitioned."""
 
-    _parameters = ["frame", "centroids", "fields", "n_probe", "options"]  # noqa: RUF012
+    _parameters = ["frame", "centroids", "fields", "options"]  # noqa: RUF012
 
     operation = staticmethod(kmeans_partition)
 
@@ -155,11 +152,10 @@ class KMeansClusters(OwnExpr, Blockwise):
 
     @functools.cached_property
     def _meta(self) -> Any:
-        return kmeans_meta(self.frame._meta, self.fields, self.n_probe)
+        return kmeans_meta(self.frame._meta, self.fields)
 
     def _divisions(self) -> tuple[Any, ...]:
-        # With secondary assignments, an index value stands in one partition still, but not in order.
-        return self.frame.divisions if self.n_probe == 1 else (None,) * (self.frame.npartitions + 1)
+        return self.frame.divisions
 
     def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> AnyExpr | None:
         """Read only the columns that are asked for, and those that the work needs."""
@@ -182,16 +178,14 @@ class _ByCluster(OwnExpr, Blockwise):
 
     @functools.cached_property
     def unique_partition_mapping_columns_from_shuffle(self) -> set[Any]:
-        # With secondary assignments the cluster column is the rows' own, and these stand in several partitions.
-        claims = set() if has_secondary(self.frame._meta, self.fields) else claims_of(self.frame)
-        return {(self.fields.cluster,)} & claims
+        return {(self.fields.cluster,)} & claims_of(self.frame)
 
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (self.frame.npartitions + 1)
 
 
 class PairwiseScores(Searched, _ByCluster):
-    """Scores of aligned partitions; with secondary assignments, what `BestOfAssignments` puts together."""
+    """Scores of aligned partitions."""
 
     _parameters = ["frame", "fields", "ranking", "options", "verbose"]  # noqa: RUF012
     _keyword_only = ["verbose"]  # noqa: RUF012
@@ -263,19 +257,6 @@ class ScoresOfFiles(Searched, PartitionsFiltered, BlockwiseIO):
         )
 
 
-class BestOfAssignments(_ByCluster):
-    """Scores of rows, from what was found in their own clusters and in those of their secondary assignments."""
-
-    _parameters = ["frame", "fields"]  # noqa: RUF012
-    _prefix = "best-of-assignments"
-
-    operation = staticmethod(best_of_assignments)
-
-    @functools.cached_property
-    def _meta(self) -> Any:
-        return best_of_assignments(self.frame._meta, self.fields)
-
-
 class _AgainstPartitions(Searched, _ByCluster):
     """Scores of pairs of partitions: what `AgainstScores` is lowered to."""
 
@@ -316,19 +297,6 @@ class AgainstScores(Searched, Expr):
 def is_against(expr: AnyExpr) -> bool:
     """Return whether a frame comes from scores against another one: its ``max_id`` are then rows of that one."""
     return any(True for _ in expr.find_operations(AgainstScores))
-
-
-class BestOfProbes(_ByCluster):
-    """The best of the scores that rows have against the reference rows of several clusters."""
-
-    _parameters = ["frame", "fields"]  # noqa: RUF012
-    _prefix = "best-of-probes"
-
-    operation = staticmethod(best_of_probes)
-
-    @functools.cached_property
-    def _meta(self) -> Any:
-        return self.frame._meta
 
 
 def read_partition(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:

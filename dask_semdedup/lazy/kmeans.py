@@ -13,7 +13,7 @@ from dask_semdedup._dask import DelayedOperand
 from dask_semdedup._validate import check_positive
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.backend import is_cudf
-from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, has_secondary, unique_columns
+from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.expressions import KMeansClusters
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
 from dask_semdedup.lazy.sources import check_sources
@@ -28,18 +28,16 @@ def cluster(
     columns: Columns,
     n_clusters: int | None,
     centroids: Any,
-    n_probe: int,
     fit: KMeansOptions,
     options: SearchOptions,
 ) -> dd.DataFrame:
-    """Assign every row to its nearest centroids: see `SemDedupAccessor.kmeans`."""
+    """Assign every row to its nearest centroid: see `SemDedupAccessor.kmeans`."""
     _check_embeddings(ddf, columns, options)
     _check_new_columns(columns)
-    _check_no_secondary(ddf, columns)
     check_positive("n_clusters", n_clusters)
-    check_positive("n_probe", n_probe)
-    is_fitted = centroids is None
-    known = check_centroids(fit_to_sample(ddf, columns, n_clusters, fit, options) if is_fitted else centroids)
+    if centroids is None:
+        centroids = fit_to_sample(ddf, columns, n_clusters, fit, options)
+    known = check_centroids(centroids)
     if n_clusters not in (None, len(known)):
         raise InvalidArgumentError(
             f"n_clusters is {n_clusters}, but there are {len(known)} centroids. Give either.",
@@ -47,15 +45,8 @@ def cluster(
         )
     if options.embedding_dim is None:
         columns.check_dtypes(ddf._meta, "embedding", embedding_dim=known.width)
-    if n_clusters is None and is_fitted:
-        n_probe = min(n_probe, len(known.distinct))
-    if n_probe > len(known.distinct):
-        raise InvalidArgumentError(
-            f"n_probe is {n_probe}, but there are only {len(known.distinct)} distinct centroids.",
-            parameters=["n_probe"],
-        )
     values = DelayedOperand(dask.delayed(known, name=f"centroids-{known.token}", traverse=False))
-    return new_collection(KMeansClusters(ddf, values, columns, int(n_probe), options))
+    return new_collection(KMeansClusters(ddf, values, columns, options))
 
 
 def fit_to_sample(
@@ -87,21 +78,9 @@ def _check_new_columns(columns: Columns) -> None:
             columns=[columns.cluster],
         )
     for parameter, name in (("embedding_field", columns.embedding), ("id_field", columns.id)):
-        if name in (columns.cluster, columns.own_cluster, *distances):
+        if name in (columns.cluster, *distances):
             raise InvalidArgumentError(
                 f"{parameter} may not be {name!r}: kmeans makes a column of that name. Rename it.",
                 parameters=[parameter],
                 columns=[name],
             )
-
-
-def _check_no_secondary(ddf: dd.DataFrame, columns: Columns) -> None:
-    dtype = ddf._meta.dtypes.get(columns.cluster)
-    if has_secondary(ddf._meta, columns) and getattr(dtype, "kind", "") in ("i", "u"):
-        name, own = columns.cluster, columns.own_cluster
-        raise InvalidArgumentError(
-            f"The frame holds secondary assignments: {own!r} is the row's own cluster, and rows stand in several. Keep "
-            f"each row once, as ddf[ddf.{name} == ddf.{own}].drop(columns={own!r}).",
-            parameters=["cluster_field"],
-            columns=[name, own],
-        )

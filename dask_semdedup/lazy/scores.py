@@ -9,16 +9,14 @@ import dask.dataframe as dd
 import pandas as pd
 from dask.dataframe.api import new_collection
 
-from dask_semdedup._validate import check_positive
 from dask_semdedup.errors import ClusterError, InvalidArgumentError
-from dask_semdedup.frames.columns import Columns, SearchOptions, has_secondary, unique_columns
+from dask_semdedup.frames.columns import Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
-from dask_semdedup.lazy.expressions import AgainstScores, BestOfAssignments, BestOfProbes, PairwiseScores
+from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.sources import check_sources
 from dask_semdedup.steps.duplicates import check_eps, find_duplicates
 from dask_semdedup.steps.fit import KMeansOptions
-from dask_semdedup.steps.kmeans import check_centroids
 from dask_semdedup.steps.ranking import RankingStrategy
 
 __all__ = ["check_rows", "count_rows", "score_against", "score_pairwise"]
@@ -40,13 +38,8 @@ def score_pairwise(
     ranking.check_columns(ddf.columns)
     needed = {columns.id, columns.embedding, columns.cluster, *ranking.required_columns}
     check_sources(ddf, sorted(needed), ranking)
-    with_secondary = has_secondary(ddf._meta, columns)
-    if with_secondary:
-        needed.add(columns.own_cluster)
     frame = align(ddf[[name for name in ddf.columns if name in needed]], columns.cluster)
     scores = new_collection(PairwiseScores(frame, columns, ranking, options, verbose=bool(verbose)))
-    if with_secondary:
-        scores = new_collection(BestOfAssignments(align(scores, columns.cluster), columns))
     return scores if eps is None else find_duplicates(scores, eps)
 
 
@@ -58,12 +51,10 @@ def score_against(
     eps: float | None,
     n_clusters: int | None,
     centroids: Any,
-    n_probe: int,
     fit: dict[str, Any],
     options: SearchOptions,
 ) -> dd.DataFrame:
     """Score every row against the reference rows of its cluster: see `SemDedupAccessor.against`."""
-    check_positive("n_probe", n_probe)
     if eps is not None:
         check_eps(eps)
     if not isinstance(reference, dd.DataFrame):
@@ -77,36 +68,26 @@ def score_against(
     check_rows(ddf, columns, options)
     check_rows(reference, of_reference, options)
     queries, candidates = ddf, reference
-    if _are_clustered(ddf, reference, columns, n_clusters is None and centroids is None, n_probe, fit):
+    if _are_clustered(ddf, reference, columns, n_clusters is None and centroids is None, fit):
         _check_clustered(queries, columns, options)
         _check_clustered(candidates, of_reference, options)
     else:
         kmeans = KMeansOptions(**fit)
         if centroids is None:
             centroids = fit_to_sample(reference, of_reference, n_clusters, kmeans, options)
-            if n_clusters is None:
-                n_probe = min(n_probe, len(check_centroids(centroids).distinct))
-        queries = cluster(ddf, columns, n_clusters, centroids, n_probe, kmeans, options)
-        candidates = cluster(reference, of_reference, n_clusters, centroids, 1, kmeans, options)
-    with_secondary = has_secondary(queries._meta, columns)
-    own = [columns.own_cluster] if with_secondary else []
-    if has_secondary(candidates._meta, columns):
-        candidates = candidates[candidates[columns.cluster] == candidates[columns.own_cluster]]
+        queries = cluster(ddf, columns, n_clusters, centroids, kmeans, options)
+        candidates = cluster(reference, of_reference, n_clusters, centroids, kmeans, options)
     aligned = align_both(
-        queries[[columns.id, columns.embedding, columns.cluster, *own]],
+        queries[[columns.id, columns.embedding, columns.cluster]],
         candidates[[reference_id_field, columns.embedding, columns.cluster]],
         columns.cluster,
     )
     scores = new_collection(AgainstScores(*aligned, columns, reference_id_field, options))
-    if with_secondary:
-        scores = new_collection(BestOfProbes(align(scores, columns.cluster), columns))
     return scores if eps is None else find_duplicates(scores, eps)
 
 
 def count_rows(ddf: dd.DataFrame, columns: Columns) -> pd.Series:
-    """Count the rows of each cluster, now, without their secondary assignments."""
-    if has_secondary(ddf._meta, columns):
-        ddf = ddf[ddf[columns.cluster] == ddf[columns.own_cluster]]
+    """Count the rows of each cluster, now."""
     rows = ddf[columns.cluster].value_counts().compute().astype("int64").sort_index()
     return rows.to_pandas() if hasattr(rows, "to_pandas") else rows
 
@@ -127,7 +108,7 @@ def _check_clustered(ddf: dd.DataFrame, columns: Columns, options: SearchOptions
 
 
 def _are_clustered(
-    ddf: dd.DataFrame, reference: dd.DataFrame, columns: Columns, as_they_are: bool, n_probe: int, fit: dict[str, Any]
+    ddf: dd.DataFrame, reference: dd.DataFrame, columns: Columns, as_they_are: bool, fit: dict[str, Any]
 ) -> bool:
     """Return whether the clusters of both frames are used as they are, and not made by k-means."""
     have_clusters = [columns.cluster in frame.columns for frame in (ddf, reference)]
@@ -140,10 +121,10 @@ def _are_clustered(
             parameters=["cluster_field", "centroids", "n_clusters"],
             columns=[columns.cluster],
         )
-    if unused := [*(["n_probe"] if n_probe != 1 else []), *fit]:
+    if fit:
         raise InvalidArgumentError(
-            f"Both frames have clusters, which k-means would replace: {', '.join(unused)} would mean nothing. Pass the "
+            f"Both frames have clusters, which k-means would replace: {', '.join(fit)} would mean nothing. Pass the "
             "centroids too, or cluster with these arguments.",
-            parameters=unused,
+            parameters=list(fit),
         )
     return True

@@ -12,14 +12,12 @@ from dask_semdedup.device.devices import check_device, choose_device
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import cores_for
 from dask_semdedup.frames.backend import array_like, device_of, is_cudf, tensor_like, to_numpy
-from dask_semdedup.frames.columns import Columns, SearchOptions, has_secondary
+from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import to_tensor
-from dask_semdedup.frames.ids import as_stored
 from dask_semdedup.steps.pairwise import check_clusters, score_frame, search_segments, segments_of
 from dask_semdedup.steps.ranking import RankingStrategy
-from dask_semdedup.steps.secondary import check_unique, restored
 
-__all__ = ["against_meta", "against_partition", "best_of_probes"]
+__all__ = ["against_meta", "against_partition"]
 
 
 def against_partition(
@@ -42,13 +40,13 @@ def against_partition(
     -------
     DataFrame
         Of the same backend: ``id``, ``max_id`` (of the reference's ids), ``cosine_sim_score`` (float32) and the rows'
-        own clusters. Rows without a reference row are left out. Clusters ascend, and ids within each. Among equally
-        similar reference rows the one of the smallest id is named.
+        clusters. Rows without a reference row are left out. Clusters ascend, and ids within each. Among equally similar
+        reference rows the one of the smallest id is named.
 
     Raises
     ------
     ClusterError
-        If rows have no cluster or, where there are secondary assignments, ids repeat.
+        If rows have no cluster.
     EmbeddingError
         If embeddings cannot be compared.
     """
@@ -64,9 +62,6 @@ def against_partition(
         for side, ids in sides:
             _to_tensor(side, columns, ids, embedding_dim=options.embedding_dim)
         return against_meta(frame, reference, columns, reference_id_field)
-    with_secondary = has_secondary(frame, columns)
-    if with_secondary:
-        check_unique(frame, [columns.cluster, columns.own_cluster, columns.id], columns.id)
     orders = [RankingStrategy([ids]).order(side, cluster_field=columns.cluster, id_field=ids) for side, ids in sides]
     clusters = [side[columns.cluster].iloc[order] for (side, _), order in zip(sides, orders, strict=True)]
     codes = to_numpy(concat(clusters).factorize()[0])
@@ -88,13 +83,12 @@ def against_partition(
     found = np.flatnonzero(is_query[position] & (stops > np.repeat(segments[:-1], np.diff(segments))))
     # Rows that do not reach `SearchOptions.at_least` have their own index, but only reference rows can be named.
     nearest = position[np.minimum(index.cpu().numpy(), stops - 1)[found]]
-    query = _like(position[found] - len(reference), frame)
-    own = columns.own_cluster if with_secondary else columns.cluster
+    query = orders[1][_like(position[found] - len(reference), frame)]
     return score_frame(
-        frame[columns.id].iloc[orders[1][query]],
+        frame[columns.id].iloc[query],
         reference[reference_id_field].iloc[orders[0][_like(nearest, frame)]],
         array_like(scores[tensor_like(found).to(scores.device)], frame),
-        frame[own].iloc[orders[1][query]].rename(columns.cluster),
+        frame[columns.cluster].iloc[query],
     )
 
 
@@ -106,19 +100,8 @@ def _to_tensor(side: Any, columns: Columns, ids: str, **options: Any) -> Any:
 
 def against_meta(meta: Any, reference: Any, columns: Columns, reference_id_field: str) -> Any:
     """Build the empty frame that has exactly the dtypes of `against_partition`'s."""
-    own = columns.own_cluster if has_secondary(meta, columns) else columns.cluster
     empty, other = meta.iloc[:0], reference.iloc[:0]
-    clusters = empty[own].rename(columns.cluster)
-    return score_frame(empty[columns.id], other[reference_id_field], np.empty(0, np.float32), clusters)
-
-
-def best_of_probes(frame: Any, columns: Columns) -> Any:
-    """Keep each row's best score against the reference rows of several clusters."""
-    key = [columns.cluster, "id"]
-    best = frame.assign(**{name: as_stored(frame[name]) for name in ("id", "max_id")})
-    best = best.sort_values(["cosine_sim_score", "max_id"], ascending=[False, True])
-    best = best.drop_duplicates(key).sort_values(key)
-    return restored(best.reset_index(drop=True), frame.dtypes)
+    return score_frame(empty[columns.id], other[reference_id_field], np.empty(0, np.float32), empty[columns.cluster])
 
 
 def _stops(is_query: np.ndarray, segments: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
-from dask.dataframe.dispatch import concat
 from dask.tokenize import tokenize
 
 from dask_semdedup.device.devices import check_device, choose_device
@@ -152,8 +151,8 @@ def normalise(rows: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
     return rows if out is None else out
 
 
-def assign(rows: torch.Tensor, centroids: torch.Tensor, *, n_probe: int = 1) -> torch.Tensor:
-    """Find for every row its nearest centroids by Euclidean distance.
+def assign(rows: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Find for every row its nearest centroid by Euclidean distance.
 
     Parameters
     ----------
@@ -161,19 +160,17 @@ def assign(rows: torch.Tensor, centroids: torch.Tensor, *, n_probe: int = 1) -> 
         On any device; they are sent block by block to that of the centroids.
     centroids : (k, d) float32 tensor
         Distinct: of two that are equal, either may be found.
-    n_probe : int, default 1
-        The centroids to find for each row, from 1 to k.
 
     Returns
     -------
-    (n, n_probe) int32 tensor, where the rows are
-        Numbers of centroids, the nearest first; of those equally near, the lowest first.
+    (n,) int32 tensor, where the rows are
+        The number of each row's nearest centroid; of those equally near, the lowest.
 
     Notes
     -----
     ``|x - c|²`` is least where ``x·c - |c|²/2`` is largest. That is computed in float32 for a block of rows and a
-    block of centroids at a time, of which the best `n_probe` are kept, so that memory beyond the result does not
-    depend on the number of rows or centroids: less than 64 MB on a CPU, 256 MB on a GPU.
+    block of centroids at a time, of which the best is kept, so that memory beyond the result does not depend on the
+    number of rows or centroids: less than 64 MB on a CPU, 256 MB on a GPU.
     """
     import torch
 
@@ -182,12 +179,12 @@ def assign(rows: torch.Tensor, centroids: torch.Tensor, *, n_probe: int = 1) -> 
     device = centroids.device
     row_step, centroid_step = BLOCKS[device.type]
     half_squares = _half_squares(centroids)
-    labels = torch.empty((len(rows), n_probe), dtype=torch.int32, device=rows.device)
+    labels = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
     product = torch.empty(min(row_step, len(rows)) * min(centroid_step, len(centroids)), device=device)
     with ieee_products:
         for start in range(0, len(rows), row_step):
             block = rows[start : start + row_step].to(device)
-            labels[start : start + row_step] = _nearest(block, centroids, half_squares, n_probe, centroid_step, product)
+            labels[start : start + row_step] = _nearest(block, centroids, half_squares, centroid_step, product)
     return labels
 
 
@@ -205,47 +202,23 @@ def _half_squares(centroids: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(
-    rows: torch.Tensor,
-    centroids: torch.Tensor,
-    half_squares: torch.Tensor,
-    n_probe: int,
-    step: int,
-    memory: torch.Tensor,
+    rows: torch.Tensor, centroids: torch.Tensor, half_squares: torch.Tensor, step: int, memory: torch.Tensor
 ) -> torch.Tensor:
-    """The nearest centroids of a block of rows: (n, n_probe) numbers."""
+    """The numbers of the nearest centroids of a block of rows."""
     import torch
 
-    best = torch.empty((len(rows), 0), device=rows.device)
-    numbers = torch.empty((len(rows), 0), dtype=torch.int64, device=rows.device)
+    best = torch.full((len(rows),), -torch.inf, device=rows.device)
+    numbers = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     for start in range(0, len(centroids), step):
         block = centroids[start : start + step]
         product = memory[: len(rows) * len(block)].view(len(rows), len(block))
         torch.addmm(half_squares[start : start + step], rows, block.T, beta=-1, out=product)
-        values, found = _largest(product, min(n_probe, len(block)))
-        best = torch.cat([best, values], dim=1)
-        numbers = torch.cat([numbers, found + start], dim=1)
-        if start:
-            # Stable, and lower numbers come first: they win among equals.
-            order = best.argsort(dim=1, descending=True, stable=True)[:, :n_probe]
-            best, numbers = best.gather(1, order), numbers.gather(1, order)
+        values, found = product.max(dim=1)
+        # Lower numbers come first: they win among equals.
+        is_nearer = values > best
+        best = torch.where(is_nearer, values, best)
+        numbers = torch.where(is_nearer, found + start, numbers)
     return numbers
-
-
-def _largest(product: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest numbers of each row and where they are, the first among equals first, which `topk` does not promise.
-
-    It overwrites `product`.
-    """
-    import torch
-
-    values, found = [], []
-    for turn in range(count):
-        value, where = product.max(dim=1, keepdim=True)
-        values.append(value)
-        found.append(where)
-        if turn < count - 1:
-            product.scatter_(1, where, -torch.inf)
-    return torch.cat(values, dim=1), torch.cat(found, dim=1)
 
 
 def distances(rows: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,9 +262,7 @@ def _unit(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows / norms.masked_fill(is_zero, 1.0), is_zero.flatten()
 
 
-def kmeans_partition(
-    frame: Any, centroids: Centroids, columns: Columns, n_probe: int = 1, options: SearchOptions | None = None
-) -> Any:
+def kmeans_partition(frame: Any, centroids: Centroids, columns: Columns, options: SearchOptions | None = None) -> Any:
     """Assign the rows of a partition to their nearest centroids.
 
     Parameters
@@ -301,16 +272,13 @@ def kmeans_partition(
     columns : Columns
         The column of embeddings, and that of clusters to make. The column of ids is for messages, and need not be
         there.
-    n_probe : int, default 1
-        Clusters that each row stands in.
     options : SearchOptions, optional
         The width of the embeddings, and the device.
 
     Returns
     -------
     DataFrame
-        Of the same backend: see `SemDedupAccessor.kmeans`. First all rows in their own clusters, then the assignments
-        to the second nearest, and so on, each in the frame's order and with its index.
+        Of the same backend, in the frame's order and with its index: see `SemDedupAccessor.kmeans`.
 
     Raises
     ------
@@ -326,7 +294,7 @@ def kmeans_partition(
     if is_cudf(frame):
         share_memory_pool()
     if len(frame) == 0:
-        return kmeans_meta(frame, columns, n_probe)
+        return kmeans_meta(frame, columns)
     column = frame[columns.embedding]
     frame_device = device_of(frame)
     # As much work as searching one cluster of so many rows.
@@ -350,28 +318,19 @@ def kmeans_partition(
         rows = normalise(rows, in_place=not shares_memory(rows, column))
         # Without a copy, unless they came from another process in memory that must not be written to.
         values = torch.from_numpy(np.require(centroids.values, requirements="W")).to(device)
-        labels, l2, cosine = _assign_and_measure(rows, values, centroids.distinct, n_probe)
-    parts = [
-        _clustered(
-            frame,
-            to_embeddings(array_like(rows, frame), frame),
-            [array_like(array.contiguous(), frame) for array in (labels[:, probe], l2, cosine)],
-            array_like(labels[:, 0].contiguous(), frame) if n_probe > 1 else None,
-            columns,
-        )
-        for probe in range(n_probe)
-    ]
-    return parts[0] if n_probe == 1 else concat(parts)
+        labels, l2, cosine = _assign_and_measure(rows, values, centroids.distinct)
+    embeddings = to_embeddings(array_like(rows, frame), frame)
+    return _clustered(frame, embeddings, [array_like(array, frame) for array in (labels, l2, cosine)], columns)
 
 
-def kmeans_meta(meta: Any, columns: Columns, n_probe: int = 1) -> Any:
+def kmeans_meta(meta: Any, columns: Columns) -> Any:
     """Build the empty frame that has exactly the dtypes of `kmeans_partition`'s.
 
     Parameters
     ----------
     meta : pandas.DataFrame or cudf.DataFrame
         A frame with the dtypes of the partitions.
-    columns, n_probe
+    columns : Columns
         As in `kmeans_partition`.
 
     Returns
@@ -382,31 +341,29 @@ def kmeans_meta(meta: Any, columns: Columns, n_probe: int = 1) -> Any:
     empty = meta.iloc[:0]
     number, distance = np.empty(0, np.int32), np.empty(0, np.float32)
     embeddings = to_embeddings(np.empty((0, 1), np.float32), empty)
-    return _clustered(empty, embeddings, [number, distance, distance], number if n_probe > 1 else None, columns)
+    return _clustered(empty, embeddings, [number, distance, distance], columns)
 
 
 def _assign_and_measure(
-    rows: torch.Tensor, centroids: torch.Tensor, distinct: np.ndarray, n_probe: int
+    rows: torch.Tensor, centroids: torch.Tensor, distinct: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers of the nearest of the distinct centroids, and the distances to the very nearest."""
+    """The numbers of the rows' nearest centroids, of equal ones the first, and the distances to them."""
     import torch
 
     if len(distinct) == len(centroids):
-        labels = assign(rows, centroids, n_probe=n_probe)
+        labels = assign(rows, centroids)
     else:
         numbers = torch.from_numpy(distinct)
-        labels = assign(rows, centroids[numbers.to(centroids.device)], n_probe=n_probe)
+        labels = assign(rows, centroids[numbers.to(centroids.device)])
         labels = numbers.to(labels.device, torch.int32)[labels.long()]
-    return labels, *distances(rows, centroids, labels[:, 0])
+    return labels, *distances(rows, centroids, labels)
 
 
-def _clustered(frame: Any, embeddings: Any, values: list[Any], own: Any, columns: Columns) -> Any:
+def _clustered(frame: Any, embeddings: Any, values: list[Any], columns: Columns) -> Any:
     """Return the frame with its new columns, which replace those of the same names."""
     names = [columns.cluster, DISTANCE_COLUMNS["l2"], DISTANCE_COLUMNS["cosine"]]
-    result = frame[[name for name in frame.columns if name not in {*names, columns.own_cluster}]].copy(deep=False)
+    result = frame[[name for name in frame.columns if name not in names]].copy(deep=False)
     result[columns.embedding] = embeddings
     for name, column in zip(names, values, strict=True):
         result[name] = column
-    if own is not None:
-        result[columns.own_cluster] = own
     return result

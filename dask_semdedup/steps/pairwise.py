@@ -25,10 +25,9 @@ from dask_semdedup.frames.backend import (
     to_list,
     to_numpy,
 )
-from dask_semdedup.frames.columns import Columns, SearchOptions, has_secondary
+from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import to_tensor
 from dask_semdedup.steps.ranking import RankingStrategy
-from dask_semdedup.steps.secondary import RANK_COLUMN, are_secondary, mark_secondary, secondary_last
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +43,7 @@ def pairwise_partition(
     Parameters
     ----------
     frame : pandas.DataFrame or cudf.DataFrame
-        Whole clusters, in any order. With a column `Columns.own_cluster`, some rows are secondary assignments.
+        Whole clusters, in any order.
     columns : Columns
         Its columns of ids, embeddings and clusters.
     ranking : RankingStrategy
@@ -57,7 +56,6 @@ def pairwise_partition(
     DataFrame
         Of the same backend: ``id``, ``max_id`` (both of the ids' dtype), ``cosine_sim_score`` (float32) and the
         clusters, which ascend; the rows of each stand in rank order. The first of each has score 0 and its own id.
-        With secondary assignments, it is what `best_of_assignments` puts together.
 
     Raises
     ------
@@ -79,18 +77,11 @@ def pairwise_partition(
     if len(frame) == 0:
         return pairwise_meta(frame, columns)
     ids, clusters = frame[columns.id], frame[columns.cluster]
-    with_secondary = has_secondary(frame, columns)
     frame_device = device_of(frame)
     with reading_stream(frame_device):
         check_clusters(clusters, ids)
         order = ranking.order(frame, cluster_field=columns.cluster, id_field=columns.id)
         segments = segments_of(_codes(clusters, order))
-        own, stops = clusters, None
-        if with_secondary:
-            own = frame[columns.own_cluster]
-            is_secondary = are_secondary(clusters, own)[to_numpy(order)]
-            position, stops = secondary_last(is_secondary, segments)
-            order = order[array_like(tensor_like(position), frame)]
         device = choose_device(options.device, frame_device, segments)
         with cores_for(device, segments):
             rows = to_tensor(
@@ -102,17 +93,11 @@ def pairwise_partition(
                 order=order,
                 device=device if frame_device == "cuda" else "cpu",
             )
-            scores, index = search_segments(rows, segments, stops, replace(options, device=device))
-        if with_secondary:
-            scores, rank = mark_secondary(scores, index, is_secondary[position])
+            scores, index = search_segments(rows, segments, None, replace(options, device=device))
         nearest = order[array_like(index, frame)]
-        found = take(ids, order), take(ids, nearest), array_like(scores, frame)
-        own = take(own, order)
+        found = take(ids, order), take(ids, nearest), array_like(scores, frame), take(clusters, order)
         with default_stream(frame_device):
-            result = score_frame(*found, own.rename(columns.cluster))
-            if with_secondary:
-                result[RANK_COLUMN] = array_like(rank, frame)
-            return published(result)
+            return published(score_frame(*found))
 
 
 def pairwise_meta(meta: Any, columns: Columns) -> Any:
@@ -130,10 +115,8 @@ def pairwise_meta(meta: Any, columns: Columns) -> Any:
     DataFrame
         Without rows.
     """
-    empty, with_secondary = meta.iloc[:0], has_secondary(meta, columns)
-    own = empty[columns.own_cluster if with_secondary else columns.cluster].rename(columns.cluster)
-    result = score_frame(empty[columns.id], empty[columns.id], np.empty(0, np.float32), own)
-    return result.assign(**{RANK_COLUMN: np.empty(0, np.int64)}) if with_secondary else result
+    empty = meta.iloc[:0]
+    return score_frame(empty[columns.id], empty[columns.id], np.empty(0, np.float32), empty[columns.cluster])
 
 
 def score_frame(ids: Any, nearest: Any, scores: Any, clusters: Any) -> Any:

@@ -166,12 +166,9 @@ def test_every_row_but_the_first_of_each_cluster_may_be_a_duplicate(
 # --- Scores up to an eps ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_probe", [1, 2])
-def test_scores_are_kept_up_to_an_eps(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], n_probe: int
-) -> None:
+def test_scores_are_kept_up_to_an_eps(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     """What is kept, dropped and reported is what it is with the scores of all rows."""
-    options = ["--eps", 0.05, "--n-probe", n_probe]
+    options = ["--eps", 0.05]
     result = invoke(source, *options)
     assert result.exit_code == 0, result.stderr
     some, page, rest = read_run(tmp_path)
@@ -506,7 +503,7 @@ def test_null_ids_are_seen_before_any_work(
     rows.loc[5, "id"] = None
     rows.to_parquet(source)
     monkeypatch.setattr(SemDedupAccessor, "embed", lambda *_, **__: pytest.fail("embedded"))
-    assert_one_line(invoke(source, "--embed", "--text-field", "text", "--n-probe", 2).stderr, "'id': 1 row has a null")
+    assert_one_line(invoke(source, "--embed", "--text-field", "text").stderr, "'id': 1 row has a null")
 
 
 def test_other_ids_are_looked_at_too(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:

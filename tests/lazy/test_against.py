@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import uuid
+from pathlib import Path
+
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dask_semdedup  # noqa: F401  (registers the accessor)
+import dask_semdedup
 from dask_semdedup import ClusterError, EmbeddingError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.columns import Columns
-from dask_semdedup.steps.against import against_meta, against_partition, best_of_probes
+from dask_semdedup.steps.against import against_meta, against_partition
 from tests.data import arrow_lists
 from tests.strategies import seeds
 
@@ -91,32 +95,19 @@ def test_frames_of_any_partitions(ours: int, theirs: int) -> None:
     assert sorted(few.compute()["id"]) == sorted(found["id"][found["cosine_sim_score"] >= 0.7])
 
 
-@pytest.mark.parametrize("n_probe", [1, 2, 3])
-def test_both_are_assigned_to_the_same_centroids(n_probe: int) -> None:
+def test_both_are_assigned_to_the_same_centroids() -> None:
     rng = np.random.default_rng(1)
     frame, reference = (side(rng, n, 1).drop(columns="centroid") for n in (50, 120))
     centroids = rng.standard_normal((3, 6)).astype(np.float32)
     lazy = [dd.from_pandas(part, npartitions=2) for part in (frame, reference)]
-    scores = lazy[0].semdedup.against(lazy[1], eps=None, centroids=centroids, n_probe=n_probe).compute()
-    distance = [((unit(part)[:, None] - centroids) ** 2).sum(axis=2) for part in (frame, reference)]
-    probes = distance[0].argsort(axis=1)[:, :n_probe]
-    is_met = (probes[:, :, None] == distance[1].argmin(axis=1)).any(axis=1)
+    scores = lazy[0].semdedup.against(lazy[1], eps=None, centroids=centroids).compute()
+    own, theirs = (((unit(part)[:, None] - centroids) ** 2).sum(axis=2).argmin(axis=1) for part in (frame, reference))
+    is_met = own[:, None] == theirs
     similarity = np.where(is_met, unit(frame) @ unit(reference).T, -np.inf).max(axis=1)
     truth = pd.Series(similarity, frame["id"])[is_met.any(axis=1)].sort_index()
     assert scores["id"].is_unique
     np.testing.assert_allclose(scores.set_index("id")["cosine_sim_score"].sort_index(), truth, atol=2e-6)
-    own = pd.Series(distance[0].argmin(axis=1), frame["id"])
-    np.testing.assert_array_equal(scores["centroid"], own[scores["id"]])
-
-
-def test_ids_that_repeat_are_an_error_with_probes() -> None:
-    rng = np.random.default_rng(8)
-    frame, reference = (side(rng, n, 1).drop(columns="centroid") for n in (20, 40))
-    frame = frame.iloc[[0, *range(19)]].assign(id=[5, 5, *range(6, 24)])  # the first row twice, in one cluster
-    lazy = [dd.from_pandas(part, npartitions=1) for part in (frame, reference)]
-    centroids = rng.standard_normal((3, 6)).astype(np.float32)
-    with pytest.raises(ClusterError, match=r"an id that another row of the same cluster has \(ids 5\)"):
-        lazy[0].semdedup.against(lazy[1], eps=None, centroids=centroids, n_probe=2).compute()
+    np.testing.assert_array_equal(scores["centroid"], pd.Series(own, frame["id"])[scores["id"]])
 
 
 def test_fitted_to_the_reference() -> None:
@@ -127,24 +118,6 @@ def test_fitted_to_the_reference() -> None:
     found = lazy[0].semdedup.against(lazy[1], eps=0, n_clusters=4).compute()
     assert sorted(found["id"]) == sorted(frame["id"])
     assert (found["cosine_sim_score"] == 1).all()
-
-
-def test_the_default_clusters_may_be_fewer_than_the_probes() -> None:
-    rng = np.random.default_rng(7)
-    lazy = [dd.from_pandas(side(rng, n, 1).drop(columns="centroid"), npartitions=2) for n in (20, 40)]
-    one, two = (lazy[0].semdedup.against(lazy[1], eps=None, n_probe=p).compute() for p in (1, 2))
-    pd.testing.assert_frame_equal(one, two)
-
-
-def test_secondary_assignments_of_the_reference_are_not_found() -> None:
-    """The row's one like stands in another cluster, and this is only a secondary one."""
-    rows = np.array([[0.6, 0.8], [1.0, 0.0]])
-    reference = pd.DataFrame({"id": [0, 1], "embeddings": arrow_lists(rows, pa.float32())})
-    reference = pd.concat([reference.assign(centroid=[0, 0]), reference.assign(centroid=[1, 1])])
-    reference["home_centroid"] = [1, 0, 1, 0]
-    frame = reference.iloc[:1].drop(columns="home_centroid")
-    lazy = [dd.from_pandas(part, npartitions=1, sort=False) for part in (frame, reference)]
-    assert lazy[0].semdedup.against(lazy[1], eps=None).compute()["max_id"].tolist() == [1]
 
 
 @pytest.mark.parametrize("npartitions", [1, 3])
@@ -181,11 +154,9 @@ def fail(_: pd.DataFrame) -> pd.DataFrame:
     [
         ({}, {"eps": 3}, InvalidArgumentError, "eps must be a number from 0 to 2"),
         ({}, {"device": "tpu"}, InvalidArgumentError, "device must be one of"),
-        ({}, {"n_probe": 2}, InvalidArgumentError, "n_probe would mean nothing"),
         ({}, {"max_iter": 2}, InvalidArgumentError, "max_iter would mean nothing"),
-        ({}, {"n_probe": 0}, InvalidArgumentError, "n_probe must be"),
         ({}, {"centroids": np.eye(6), "n_clusters": 2}, InvalidArgumentError, "n_clusters is 2, but there are 6"),
-        ({}, {"centroids": np.eye(6), "n_prob": 2}, TypeError, "n_prob"),
+        ({}, {"centroids": np.eye(6), "n_inits": 2}, TypeError, "n_inits"),
         ({"drop": "centroid"}, {}, ClusterError, "Only one of the two frames has a cluster column 'centroid'"),
         ({"drop": "embeddings"}, {}, MissingColumnsError, "embeddings"),
         ({"drop": "id"}, {}, MissingColumnsError, "'id'"),
@@ -220,10 +191,23 @@ def test_the_reference_is_a_frame_of_dask() -> None:
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
 def test_among_equals_the_smallest_id_is_found(order: list[int]) -> None:
-    scores = pd.DataFrame(
-        {"id": 1, "max_id": [8, 7, 9], "cosine_sim_score": np.float32([0.5, 0.5, 0.4]), "centroid": 0}
-    )
-    assert best_of_probes(scores.iloc[order], Columns())["max_id"].tolist() == [7]
+    rows = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    reference = pd.DataFrame({"id": [8, 7, 6], "embeddings": arrow_lists(rows, pa.float32()), "centroid": 0})
+    frame = reference.iloc[:1].assign(id=1)
+    assert against_partition(frame, reference.iloc[order], Columns(), "id")["max_id"].tolist() == [7]
+
+
+def test_ids_may_be_uuids(tmp_path: Path) -> None:
+    ids = pa.array([uuid.UUID(int=number).bytes for number in (3, 2, 1, 0)], pa.uuid())
+    lists = pa.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"id": ids, "embeddings": lists}), tmp_path / "a.parquet")
+    table = dask_semdedup.read_table(tmp_path / "a.parquet")
+    kept = table.semdedup.deduplicate(centroids=np.eye(2), eps=0.01).compute()
+    assert {id_.int for id_ in kept["id"]} in ({3, 2, 0}, {2, 1, 0})
+    found = table.semdedup.against(table, centroids=np.eye(2), eps=None)
+    result = found.compute()
+    assert result.dtypes.to_dict() == found.dtypes.to_dict()
+    assert {row.id.int: row.max_id.int for row in result.itertuples()} == {3: 1, 2: 2, 1: 1, 0: 0}
 
 
 def test_keywords_of_no_method_are_named() -> None:

@@ -23,15 +23,12 @@ def raw() -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("npartitions", [1, 4])
-@pytest.mark.parametrize("n_probe", [1, 2])
 @pytest.mark.parametrize("n_clusters", [None, 2])
 @pytest.mark.filterwarnings("ignore:k-means is fitted to")
-def test_of_each_pair_the_preferred_row_is_kept(
-    raw: pd.DataFrame, npartitions: int, n_probe: int, n_clusters: int | None
-) -> None:
+def test_of_each_pair_the_preferred_row_is_kept(raw: pd.DataFrame, npartitions: int, n_clusters: int | None) -> None:
     best = RankingStrategy(["quality"], ascending=False)
     ddf = dd.from_pandas(raw, npartitions=npartitions)
-    kept = ddf.semdedup.deduplicate(0.01, n_clusters, n_probe=n_probe, ranking_strategy=best)
+    kept = ddf.semdedup.deduplicate(0.01, n_clusters, ranking_strategy=best)
     pd.testing.assert_frame_equal(kept.compute(), raw.iloc[30:])
 
 

@@ -116,7 +116,7 @@ def no_scores() -> None:
 
 
 def test_the_whole_way(client: Client) -> None:
-    """Secondary assignments, removal and a comparison with other data, all through a shuffle between processes."""
+    """Clusters, removal and a comparison with other data, all through a shuffle between processes."""
     rng = np.random.default_rng(5)
     rows = rng.standard_normal((60, 8)).astype(np.float32)
     rows[40:] = rows[:20]
@@ -124,7 +124,7 @@ def test_the_whole_way(client: Client) -> None:
         {"id": range(60), "embeddings": arrow_lists(rows, pa.float32()), "text": [*map(str, range(60))]}
     )
     ddf = dd.from_pandas(frame, npartitions=4)
-    kept = ddf.semdedup.deduplicate(eps=0.001, centroids=rows[:3], n_probe=2).compute()
+    kept = ddf.semdedup.deduplicate(eps=0.001, centroids=rows[:3]).compute()
     assert len(kept) == 40
     assert len(set(kept["id"] % 40)) == 40
     assert list(kept.columns) == list(frame.columns)
@@ -133,14 +133,14 @@ def test_the_whole_way(client: Client) -> None:
 
 
 def test_raw_rows_to_cluster_files(client: Client, tmp_path: Path) -> None:
-    """The fit, the secondary assignments, the shuffle and the files are those of threads."""
+    """The fit, the assignment, the shuffle and the files are those of threads."""
     frame = make_frame(5).drop(columns=["centroid", "cosine_dist_to_cent"])
     ddf = dd.from_pandas(frame, npartitions=5, sort=False)
-    files = ddf.semdedup.kmeans(3, n_probe=2).semdedup.to_clusters(tmp_path / "clusters")
+    files = ddf.semdedup.kmeans(3).semdedup.to_clusters(tmp_path / "clusters")
     assert [len(names) for names in files.values()] == [1, 1, 1]
     with dask.config.set(scheduler="threads"):
-        keys = ["id", "centroid", "home_centroid"]
-        expected = ddf.semdedup.kmeans(3, n_probe=2)[keys].compute().sort_values(keys, ignore_index=True)
+        keys = ["id", "centroid", "l2_dist_to_cent"]
+        expected = ddf.semdedup.kmeans(3)[keys].compute().sort_values(keys, ignore_index=True)
     written = read_clusters(tmp_path / "clusters")[keys].compute().sort_values(keys, ignore_index=True)
     pd.testing.assert_frame_equal(written, expected, check_dtype=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]

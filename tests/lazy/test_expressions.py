@@ -24,7 +24,7 @@ from dask_semdedup.lazy import expressions
 from dask_semdedup.lazy.expressions import PairwiseScores, ScoresOfFiles
 from dask_semdedup.steps.pairwise import pairwise_partition
 from dask_semdedup.steps.ranking import make_strategy
-from tests.data import LAYOUTS, arrow_lists, assert_best, by_cluster, with_secondary, write_layout
+from tests.data import LAYOUTS, arrow_lists, by_cluster, write_layout
 from tests.strategies import STR, rows_and_segments
 
 RANKINGS = [
@@ -118,13 +118,6 @@ class TestSameScores:
         scores = read_clusters(write_layout(tmp_path, by_cluster(frame))).semdedup.pairwise().compute()
         whole = pairwise_partition(frame, Columns(), make_strategy("hard"))
         pd.testing.assert_frame_equal(scores, whole, rtol=0, atol=1e-7)
-
-    def test_secondary_assignments(self, tmp_path: Path, run: int) -> None:
-        rng = np.random.default_rng(0)
-        frame = with_secondary(rng, rng.standard_normal((60, 6)).astype(np.float32), 5, 2)
-        frame["home_centroid"] = frame["home_centroid"].astype("int64")
-        scores = read_clusters(write_layout(tmp_path, by_cluster(frame))).semdedup.pairwise().compute()
-        assert_best(scores, frame.astype({"centroid": "int64"}))
 
     def test_files_without_rows(self, tmp_path: Path, small_runs: None) -> None:
         frame = make_frame(arrow_lists(np.eye(4), pa.float32()), [0, 0, 0, 1])

@@ -75,29 +75,23 @@ def test_every_row_is_in_its_nearest_cluster(data: tuple[np.ndarray, np.ndarray]
     assert_assigned(kmeans_partition(frame, Centroids(centroids), columns=Columns()), rows, centroids)
 
 
-@given(rows_and_centroids(), st.integers(1, 7), st.integers(1, 7), st.integers(1, 5))
-def test_blocks_and_probes(
-    data: tuple[np.ndarray, np.ndarray], row_step: int, centroid_step: int, n_probe: int
-) -> None:
-    """The nearest centroids in order, whatever the blocks."""
+@given(rows_and_centroids(), st.integers(1, 7), st.integers(1, 7))
+def test_blocks_of_any_size(data: tuple[np.ndarray, np.ndarray], row_step: int, centroid_step: int) -> None:
     rows, centroids = unit64(data[0]).astype(np.float32), data[1]
-    n_probe = min(n_probe, len(centroids))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kmeans.BLOCKS, "cpu", (row_step, centroid_step))
-        labels = assign(torch.from_numpy(rows), torch.from_numpy(centroids), n_probe=n_probe).numpy()
-    assert labels.shape == (len(rows), n_probe)
-    assert all(len(set(row)) == n_probe for row in labels.tolist())
+        labels = assign(torch.from_numpy(rows), torch.from_numpy(centroids)).numpy()
+    assert labels.shape == (len(rows),)
     squares = distances64(rows, centroids) ** 2
-    found = np.take_along_axis(squares, labels.astype(np.int64), axis=1)
-    np.testing.assert_allclose(found, np.sort(squares, axis=1)[:, :n_probe], rtol=0, atol=4e-6)
+    np.testing.assert_allclose(squares[np.arange(len(rows)), labels], squares.min(axis=1), rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 100])
 def test_ties_go_to_the_lowest_number(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setitem(kmeans.BLOCKS, "cpu", (2, step))
     corners = torch.eye(6)[[3, 0, 1, 4, 2]]
-    rows = torch.eye(6)[[5, 2]]
-    assert assign(rows, corners, n_probe=3).tolist() == [[0, 1, 2], [4, 0, 1]]
+    rows = torch.tensor([[0, 0, 0, 0, 0, 1], [0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0]]).float()
+    assert assign(rows, corners).tolist() == [0, 4, 1, 2]
 
 
 def test_of_equal_centroids_the_first_has_all_rows() -> None:
@@ -106,10 +100,10 @@ def test_of_equal_centroids_the_first_has_all_rows() -> None:
     few = rng.standard_normal((20, 37)).astype(np.float32)
     numbers = rng.integers(20, size=3000)
     frame = pd.DataFrame({"embeddings": arrow_lists(rows)})
-    result = kmeans_partition(frame, Centroids(few[numbers]), n_probe=2, columns=Columns())
+    result = kmeans_partition(frame, Centroids(few[numbers]), columns=Columns())
     first = {number: int(np.flatnonzero(numbers == number)[0]) for number in set(numbers)}
     assert set(result["centroid"]) <= set(first.values())
-    assert_assigned(result[:500], rows, few[numbers])
+    assert_assigned(result, rows, few[numbers])
 
 
 def test_zero_and_minus_zero_are_one_centroid() -> None:
@@ -135,7 +129,7 @@ centroids = Centroids(rng.standard_normal((50_000, 384), dtype="f4"))
 centroids.__dict__["distinct"] = np.arange(50_000)  # To find them takes memory, but not of the task.
 kmeans_partition(frame[:10], Centroids(centroids.values[:10]), Columns())  # What a first call loads is not the work's.
 before = resident("VmRSS")
-result = kmeans_partition(frame, centroids, n_probe=2, columns=Columns())
+result = kmeans_partition(frame, centroids, Columns())
 extra = resident("VmHWM") - before
 allowed = 2000 * 384 * 4 + 128e6
 assert extra < allowed, (extra, allowed)
@@ -222,7 +216,7 @@ def test_a_fit_finds_the_corners(monkeypatch: pytest.MonkeyPatch, init: str, mos
     rows, labels = blobs(800)
     centroids = fit_centroids(rows, 4, KMeansOptions(init=init, n_init=5))
     assert centroids.dtype == np.float32
-    found = assign(torch.from_numpy(rows), torch.from_numpy(centroids)).flatten().numpy()
+    found = assign(torch.from_numpy(rows), torch.from_numpy(centroids)).numpy()
     assert len(set(zip(labels, found, strict=True))) == 4
 
 
@@ -264,14 +258,6 @@ def test_default_n_clusters_parts_no_rows_that_can_be_searched_at_once() -> None
     assert numbers == sorted(numbers)
     assert all(k == 1 or n / k >= 50_000 for n, k in zip(rows, numbers, strict=True))
     assert default_n_clusters(99_999) == 1
-
-
-@pytest.mark.filterwarnings("ignore:k-means is fitted to 9 rows")
-def test_the_default_clusters_may_be_fewer_than_the_probes() -> None:
-    frame = dd.from_pandas(pd.DataFrame({"id": range(9), "embeddings": arrow_lists(np.eye(9))}), 2)
-    clustered = frame.semdedup.kmeans(n_probe=3)
-    assert clustered["centroid"].compute().tolist() == [0] * 9
-    assert "home_centroid" not in clustered.columns
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
@@ -422,32 +408,15 @@ def test_every_embedding_column_will_do(raw: pd.DataFrame, layout: str) -> None:
 def test_empty_partitions(raw: pd.DataFrame) -> None:
     ddf = in_partitions(raw, 5)
     ddf = ddf[ddf["id"] < 1100]
-    clustered = ddf.semdedup.kmeans(2, n_probe=2)
+    clustered = ddf.semdedup.kmeans(2)
     parts = dask.compute(*clustered.to_delayed())
     assert 0 in map(len, parts)
     assert all(part.dtypes.to_dict() == clustered.dtypes.to_dict() for part in parts)
-    assert sum(map(len, parts)) == 200
-
-
-def test_secondary_assignments(raw: pd.DataFrame) -> None:
-    centroids = fit_centroids(rows_of(raw), 5)
-    clustered = in_partitions(raw).semdedup.kmeans(centroids=centroids, n_probe=3)
-    result = clustered.compute()
-    assert result.dtypes.to_dict() == clustered.dtypes.to_dict()
-    assert list(result)[-1] == "home_centroid"
-    assert len(result) == 3 * len(raw)
-    members = result[result["centroid"] == result["home_centroid"]]
-    plain = in_partitions(raw).semdedup.kmeans(centroids=centroids).compute()
-    pd.testing.assert_frame_equal(members.drop(columns="home_centroid"), plain)
-    order = distances64(rows_of(raw), centroids).argsort(axis=1)
-    for row, id_ in enumerate(raw["id"][:50]):
-        places = result[result["id"] == id_]
-        assert places["centroid"].tolist() == order[row, :3].tolist()
-        assert places.drop(columns=["centroid", "embeddings"]).drop_duplicates().shape[0] == 1
+    assert sum(map(len, parts)) == 100
 
 
 def test_columns_that_were_there_are_replaced(raw: pd.DataFrame) -> None:
-    old = raw.assign(centroid="old", cosine_dist_to_cent=7, home_centroid=1, kept=1)
+    old = raw.assign(centroid="old", cosine_dist_to_cent=7, kept=1)
     centroids = np.eye(6)
     ddf = in_partitions(old)
     result = ddf.semdedup.kmeans(centroids=centroids)
@@ -458,12 +427,12 @@ def test_columns_that_were_there_are_replaced(raw: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize(
     "columns",
-    [["id", "centroid"], ["centroid"], ["id", "embeddings"], ["embeddings"], ["text"], ["home_centroid", "text"]],
+    [["id", "centroid"], ["centroid"], ["id", "embeddings"], ["embeddings"], ["text"]],
     ids=",".join,
 )
 def test_only_needed_columns_are_read(tmp_path: Path, columns: list[str]) -> None:
     ddf = write_raw(tmp_path / "raw", blobs(90)[0], files=3)
-    clustered = ddf.semdedup.kmeans(2, n_probe=2)
+    clustered = ddf.semdedup.kmeans(2)
     pd.testing.assert_frame_equal(clustered[columns].compute(), clustered.compute()[columns])
     read = {
         name
@@ -471,7 +440,7 @@ def test_only_needed_columns_are_read(tmp_path: Path, columns: list[str]) -> Non
         if "read" in expr._name and expr.ndim == 2
         for name in expr.columns
     }
-    assert read == {"id", "embeddings", *columns} - {"centroid", "home_centroid"}
+    assert read == {"id", "embeddings", *columns} - {"centroid"}
 
 
 def test_one_column_is_a_series(raw: pd.DataFrame) -> None:
@@ -556,13 +525,10 @@ def test_first_centroids_are_no_init(raw: pd.DataFrame) -> None:
         ({"tol": -1}, "tol must be"),
         ({"random_state": -1}, "random_state must be"),
         ({"device": "tpu"}, "device must be"),
-        ({"n_clusters": 2, "n_probe": 3}, "n_probe is 3, but there are only 2 distinct"),
-        ({"n_probe": 0}, "n_probe must be"),
         ({"centroids": np.eye(6), "n_clusters": 5}, "n_clusters is 5, but there are 6 centroids"),
         ({"centroids": [1.0, 2.0]}, "centroids must be a matrix"),
         ({"centroids": np.empty((0, 6))}, "centroids must be a matrix"),
         ({"centroids": [[1.0, np.nan]]}, "NaN or infinite"),
-        ({"centroids": np.ones((3, 6)), "n_probe": 2}, "only 1 distinct"),
         ({"cluster_field": "embeddings"}, "cluster_field may not be 'embeddings'"),
         ({"cluster_field": "id"}, "cluster_field may not be 'id'"),
         ({"cluster_field": "l2_dist_to_cent"}, "cluster_field may not be"),

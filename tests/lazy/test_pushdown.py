@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dask_semdedup import InvalidArgumentError, MissingColumnsError, RankingStrategy, read_clusters
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.steps.duplicates import find_duplicates, threshold
-from tests.data import arrow_lists, by_cluster, make_frame, with_secondary, write_layout
+from tests.data import arrow_lists, by_cluster, make_frame, write_layout
 from tests.strategies import id_columns, rows_and_segments, seeds
 
 Frames = list[dd.DataFrame]
@@ -92,16 +92,6 @@ def test_of_files_of_any_plan(tmp_path: Path, partition_size: Any) -> None:
     ddf = read_clusters(write_layout(tmp_path, by_cluster(make_frame(4))), partition_size=partition_size)
     all_scores = ddf.semdedup.pairwise().compute()
     for eps in (0, 0.05, 0.3, 1):
-        found = ddf.semdedup.pairwise(eps=eps).compute()
-        pd.testing.assert_frame_equal(found, find_duplicates(all_scores, eps), check_exact=True)
-
-
-def test_with_secondary_assignments() -> None:
-    rng = np.random.default_rng(0)
-    rows = np.repeat(rng.standard_normal((20, 6)), 3, axis=0) + 0.1 * rng.standard_normal((60, 6))
-    ddf = dd.from_pandas(with_secondary(rng, rows.astype(np.float32), 5, 2), npartitions=3)
-    all_scores = ddf.semdedup.pairwise().compute()
-    for eps in (0.001, 0.05, 1):
         found = ddf.semdedup.pairwise(eps=eps).compute()
         pd.testing.assert_frame_equal(found, find_duplicates(all_scores, eps), check_exact=True)
 

@@ -20,8 +20,9 @@ Dask DataFrame has no public way to write an expression. What each name is for, 
 `FromPandas`, `BackendData`
     What ``dd.from_pandas`` makes: columns of objects stay objects in one frame. The public way is a setting of the
     whole process, which other threads would see.
-`Task`, `TaskRef`, `AnyExpr`
-    Graphs made by hand: `ReadClusters` reads only the chosen partitions, and in `CheckedIds` all wait for one check.
+`Task`, `TaskRef`, `TaskList`, `DataNode`, `AnyExpr`
+    Graphs made by hand: `ReadClusters` reads only the chosen partitions, in `CheckedIds` all wait for one check, and
+    `CompleteScores` compares blocks of partitions with each other.
 
 The tests of ``lazy/`` run against the oldest and the newest Dask that are claimed: ``make test-dask``.
 """
@@ -31,7 +32,8 @@ from __future__ import annotations
 from typing import Any
 
 from dask._expr import Expr as AnyExpr
-from dask._task_spec import Task, TaskRef
+from dask._task_spec import DataNode, Task, TaskRef
+from dask._task_spec import List as TaskList
 from dask.dataframe.dask_expr._expr import (
     GE,
     GT,
@@ -65,6 +67,7 @@ __all__ = [
     "Binop",
     "Blockwise",
     "BlockwiseIO",
+    "DataNode",
     "DelayedOperand",
     "Expr",
     "Filter",
@@ -81,6 +84,7 @@ __all__ = [
     "Projection",
     "RearrangeByColumn",
     "Task",
+    "TaskList",
     "TaskRef",
     "Unaryop",
     "claims_of",

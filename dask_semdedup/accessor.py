@@ -16,9 +16,10 @@ from dask_semdedup.lazy.deduplicate import keep_one_of_each
 from dask_semdedup.lazy.duplicates import EPS_GRID, eps_curve
 from dask_semdedup.lazy.embed import embed_texts
 from dask_semdedup.lazy.groups import find_groups
+from dask_semdedup.lazy.join import is_by_mean
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.removal import remove_duplicates
-from dask_semdedup.lazy.scores import score_against, score_pairwise
+from dask_semdedup.lazy.scores import score_against, score_completely, score_pairwise
 from dask_semdedup.lazy.writing import write_clusters_of, write_parts_of
 from dask_semdedup.steps.duplicates import find_duplicates
 from dask_semdedup.steps.embed import DEFAULT_MODEL
@@ -330,7 +331,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         ranking_strategy: RankingStrategy | None = None,
         id_field: str = "id",
         embedding_field: str = "embeddings",
-        cluster_field: str = "centroid",
+        cluster_field: str | None = "centroid",
+        duplicate_of: str = "any",
         embedding_dim: int | None = None,
         pairwise_batch_size: int | None = None,
         random_seed: int = 42,
@@ -424,9 +426,14 @@ n_init, oversampling_factor, max_samples_per_batch, device
            id  max_id  cosine_sim_score  centroid
         2  12      11               0.8         0
         """
-        columns = Columns(id_field, embedding_field, cluster_field)
-        options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device)
+        options = SearchOptions(
+            compute_dtype, pairwise_batch_size, embedding_dim, device, duplicate_of=duplicate_of
+        )
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
+        if cluster_field is None:
+            columns, by_mean = Columns(id_field, embedding_field), is_by_mean(ranking, ranking_strategy)
+            return score_completely(self._ddf, columns, ranking, options, by_mean=by_mean, eps=eps)
+        columns = Columns(id_field, embedding_field, cluster_field)
         return score_pairwise(self._ddf, columns, ranking, options, eps=eps, verbose=verbose)
 
     def duplicates(self, eps: float | Sequence[float] = 0.01) -> dd.DataFrame:

@@ -27,6 +27,7 @@ SCORE_COLUMNS = ("id", "max_id", SCORE_COLUMN)
 DISTANCE_COLUMNS = {"cosine": "cosine_dist_to_cent", "l2": "l2_dist_to_cent"}
 # As in `dask_semdedup.search`, which needs torch: that takes seconds to import.
 COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+DUPLICATE_OF = ("any", "kept")
 # What columns hold, by the attribute of `Columns`.
 HELD = {"id": "ids", "embedding": "embeddings", "cluster": "clusters"}
 
@@ -119,6 +120,9 @@ class SearchOptions:
         The length that every embedding must have.
     device : {"auto", "cpu", "cuda"}
         Where the work is done. "auto" is where the frame is, or a GPU where there is one and enough work for it.
+    duplicate_of : {"any", "kept"}
+        Whether rows are compared with all rows that are preferred over them, or only with those that are kept
+        themselves: with `at_least`, those that are not that similar to a kept row.
 
     Raises
     ------
@@ -131,10 +135,12 @@ class SearchOptions:
     embedding_dim: int | None = None
     device: str = "auto"
     at_least: float | None = None
+    duplicate_of: str = "any"
 
     def __post_init__(self) -> None:
         check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         check_choice("device", self.device, DEVICES)
+        check_choice("duplicate_of", self.duplicate_of, DUPLICATE_OF)
         check_positive("embedding_dim", self.embedding_dim)
         check_positive("pairwise_batch_size", self.batch_size)
 

@@ -10,16 +10,17 @@ import pandas as pd
 from dask.dataframe.api import new_collection
 
 from dask_semdedup.errors import ClusterError, InvalidArgumentError
-from dask_semdedup.frames.columns import Columns, SearchOptions, unique_columns
+from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
 from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
+from dask_semdedup.lazy.join import compare_all
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.sources import check_sources
-from dask_semdedup.steps.duplicates import check_eps, find_duplicates
+from dask_semdedup.steps.duplicates import check_eps, find_duplicates, threshold
 from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["check_rows", "count_rows", "score_against", "score_pairwise"]
+__all__ = ["check_rows", "count_rows", "score_against", "score_completely", "score_pairwise"]
 
 
 def score_pairwise(
@@ -32,8 +33,9 @@ def score_pairwise(
     verbose: bool = False,
 ) -> dd.DataFrame:
     """Score every row within its cluster: see `SemDedupAccessor.pairwise`."""
-    if eps is not None:
-        check_eps(eps)
+    bounded = up_to(eps, options)
+    # The optimiser sees to the other rule: what several eps need is searched for once.
+    options = bounded if options.duplicate_of == "kept" else options
     _check_clustered(ddf, columns, options)
     ranking.check_columns(ddf.columns)
     needed = {columns.id, columns.embedding, columns.cluster, *ranking.required_columns}
@@ -41,6 +43,45 @@ def score_pairwise(
     frame = align(ddf[[name for name in ddf.columns if name in needed]], columns.cluster)
     scores = new_collection(PairwiseScores(frame, columns, ranking, options, verbose=bool(verbose)))
     return scores if eps is None else find_duplicates(scores, eps)
+
+
+def score_completely(
+    ddf: dd.DataFrame,
+    columns: Columns,
+    ranking: RankingStrategy,
+    options: SearchOptions,
+    *,
+    by_mean: bool,
+    eps: float | None = None,
+) -> dd.DataFrame:
+    """Score rows among all of the frame: see `SemDedupAccessor.pairwise`."""
+    options = up_to(eps, options)
+    check_rows(ddf, columns, options)
+    made = set(DISTANCE_COLUMNS.values()) if by_mean else set()
+    ranking.check_columns([*ddf.columns, *made])
+    needed = {columns.id, columns.embedding, *ranking.required_columns} - made
+    check_sources(ddf, sorted(needed), ranking)
+    scores = compare_all(ddf[[name for name in ddf.columns if name in needed]], columns, ranking, options, by_mean=by_mean)
+    return scores if eps is None else find_duplicates(scores, eps)
+
+
+def up_to(eps: float | None, options: SearchOptions) -> SearchOptions:
+    """Return options of a search for duplicates at eps; for all scores if there is none, or one that all reach.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If eps is no cosine distance, or rows that are kept are asked for without an eps below 1.
+    """
+    if eps is not None:
+        check_eps(eps)
+    if options.duplicate_of == "kept" and not (eps is not None and eps < 1):
+        raise InvalidArgumentError(
+            f"duplicate_of='kept' needs an eps below 1, not {eps}: which rows are kept depends on it, and rows that are "
+            "not similar at all cannot stand for each other.",
+            parameters=["duplicate_of", "eps"],
+        )
+    return options if eps is None or eps >= 1 else replace(options, at_least=float(threshold(eps)))
 
 
 def score_against(

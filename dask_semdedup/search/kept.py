@@ -8,17 +8,18 @@ is left goes round again.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 
 from dask_semdedup.search import nearest_earlier
+from dask_semdedup.search.crowded import Search
 
 __all__ = ["nearest_kept"]
 
 
 def nearest_kept(
-    rows: torch.Tensor, segments: torch.Tensor, *, at_least: float, **options: Any
+    rows: torch.Tensor, segments: torch.Tensor, *, at_least: float, search: Search = nearest_earlier
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the most similar kept, earlier row of the same segment for every row that is dropped.
 
@@ -28,8 +29,8 @@ def nearest_kept(
         As of `dask_semdedup.search.nearest_earlier`.
     at_least : float
         A cosine similarity in (0, 1]: rows that are so similar to a kept, earlier row are dropped.
-    **options
-        Further arguments of `nearest_earlier`, but for `stops`.
+    search : callable
+        The search to use: `nearest_earlier`, with options of its own.
 
     Returns
     -------
@@ -47,32 +48,32 @@ def nearest_kept(
     >>> nearest_kept(rows, torch.tensor([0, 3]), at_least=0.9)
     (tensor([0.0000, 0.9397, 0.0000]), tensor([0, 0, 2]))
     """
-    options["at_least"] = at_least
+    find = partial(search, at_least=at_least)
     segments = segments.to("cpu", torch.int64)
-    scores, index = nearest_earlier(rows, segments, **options)
+    scores, index = find(rows, segments)
     every = torch.arange(len(rows), device=rows.device)
     is_kept = index == every
     # The nearest of all rows is the nearest kept one, if it is kept.
     unanswered = undecided = (~is_kept & ~is_kept[index]).nonzero().flatten()
     kept = is_kept.nonzero().flatten()
     while len(undecided):
-        _, where = _among(rows, segments, undecided, kept, options)
+        _, where = _among(rows, segments, undecided, kept, find)
         undecided = undecided[where == undecided]
         if len(undecided):
             part = torch.searchsorted(undecided, segments.to(rows.device))
-            _, where = nearest_earlier(rows[undecided], part, **options)
+            _, where = find(rows[undecided], part)
             kept = undecided[where == torch.arange(len(undecided), device=rows.device)]
             is_kept[kept] = True
             undecided = undecided[~is_kept[undecided]]
     scores[is_kept], index[is_kept] = 0.0, every[is_kept]
     queries = unanswered[~is_kept[unanswered]]
     if len(queries):
-        scores[queries], index[queries] = _among(rows, segments, queries, is_kept.nonzero().flatten(), options)
+        scores[queries], index[queries] = _among(rows, segments, queries, is_kept.nonzero().flatten(), find)
     return scores, index
 
 
 def _among(
-    rows: torch.Tensor, segments: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor, options: dict[str, Any]
+    rows: torch.Tensor, segments: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor, find: Search
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scores and the positions of the nearest earlier candidates of queries; the query itself for none."""
     offsets = segments.to(rows.device)
@@ -86,7 +87,7 @@ def _among(
     stops = starts[segment]
     before = torch.searchsorted(candidates, queries)
     stops[len(candidates) :] += before - of_candidates[segment[len(candidates) :]]
-    scores, where = nearest_earlier(rows[both[order]], starts, stops=stops[order], **options)
+    scores, where = find(rows[both[order]], starts, stops=stops[order])
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=rows.device)
     found = place[len(candidates) :]

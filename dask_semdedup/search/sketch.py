@@ -190,8 +190,8 @@ def _fitted(
     group_rows = min(MAX_GROUP, max(128, 1 << math.isqrt(int(4 * met)).bit_length()))
     groups = max(1, GROUPED // group_rows)
     spread, grouped = _sample(segments.numpy(), groups, group_rows)
-    sample = _unit(rows[torch.from_numpy(np.concatenate([spread, grouped])).to(rows.device)])
-    axes, defect = fit_axes(sample[: len(spread)], sizes[-1] - 1)
+    sample = unit_rows(rows[torch.from_numpy(np.concatenate([spread, grouped])).to(rows.device)])
+    axes, defect = fit_axes(sample[: len(spread)], sizes[-1] - 1, tf32=rows.is_cuda)
     shares = _shares((sample[len(spread) :] @ axes).view(groups, group_rows, -1), sizes, at_least)
     off, *values = torch.cat([defect[None], *shares]).tolist()
     left, crowded, involved = (values[start : start + len(sizes)] for start in range(0, len(values), len(sizes)))
@@ -203,23 +203,23 @@ def _fitted(
     ]
     best = min(range(len(sizes)), key=taken.__getitem__)
     # The host has waited for these axes: searches of other threads, on other streams, take them as they are.
-    found = sketcher(axes[:, : sizes[best] - 1], off, at_least)
+    found = sketcher(axes[:, : sizes[best] - 1], off, at_least, tf32=rows.is_cuda)
     # Products are compared where they are positive. Rounding to int8 loses the most: a half of each number's unit.
     if not taken[best] < GAIN * exact or not found.floor > 1.5 * sizes[best] ** 0.5 / SCALE:
         return None
     return replace(found, crowded=crowded[best])
 
 
-def sketcher(axes: torch.Tensor, defect: float, at_least: float) -> Sketcher:
+def sketcher(axes: torch.Tensor, defect: float, at_least: float, *, tf32: bool = True) -> Sketcher:
     """Return the sketcher for axes ``B`` with ``|B'B - 1| <= defect`` in the spectral norm.
 
     Let ``G = B'B`` and ``Q = B G^(-1/2)``, which is orthonormal. A row's coordinates in ``Q`` differ from ``B'u`` by at
     most ``|G^(1/2) - 1| <= defect``. The computed ones differ from these by what products of float32 lose, and by what
-    rounding the row to TF32 loses, as a GPU does. The sum, ``off``, enters the product of two rows twice, and so it
+    rounding the row to TF32 loses where a GPU does. The sum, ``off``, enters the product of two rows twice, and so it
     does the square of what is left of a row.
     """
     width, count = axes.shape
-    accumulation = count**0.5 * certify.accumulation_bound(width) + TF32
+    accumulation = count**0.5 * certify.accumulation_bound(width) + (TF32 if tf32 else 0.0)
     off = defect + (1 + defect) * accumulation + 2 * certify.UNIT_TOLERANCE
     both = 2 * off * (1 + off) + certify.accumulation_bound(count)
     return Sketcher(axes, tail=both + 4 * certify.UNIT_TOLERANCE, floor=at_least - REACH - both)
@@ -247,13 +247,13 @@ def _sample(segments: np.ndarray, groups: int, group_rows: int) -> tuple[np.ndar
     return np.setdiff1d(np.arange(SAMPLE) * n // SAMPLE, grouped), grouped
 
 
-def _unit(rows: torch.Tensor) -> torch.Tensor:
+def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return rows of unit length; zero rows stay as they are."""
     rows = rows / rows.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
     return torch.nn.functional.normalize(rows, dim=1)
 
 
-def fit_axes(sample: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_axes(sample: torch.Tensor, count: int, *, tf32: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the leading principal axes of unit rows, roughly, by subspace iteration.
 
     Parameters
@@ -262,11 +262,13 @@ def fit_axes(sample: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
         (s, d) float32.
     count : int
         Number of axes, less than d.
+    tf32 : bool
+        Whether rows will be rotated in TF32: the axes are then rounded to it.
 
     Returns
     -------
     axes : torch.Tensor
-        (d, count) float32, exact in TF32.
+        (d, count) float32.
     defect : torch.Tensor
         () float64: the Frobenius norm of ``axes' axes - 1``.
     """
@@ -281,7 +283,8 @@ def fit_axes(sample: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     exact = axes.double()
     factor, _ = torch.linalg.cholesky_ex((exact.T @ exact).cpu())
     inverse = torch.linalg.solve_triangular(factor.mT, torch.eye(count, dtype=torch.float64), upper=True)
-    axes = _to_tf32((exact @ inverse.to(axes.device)).float())
+    axes = (exact @ inverse.to(axes.device)).float()
+    axes = _to_tf32(axes) if tf32 else axes
     exact = axes.double()
     moments = exact.T @ exact
     moments.diagonal().sub_(1)

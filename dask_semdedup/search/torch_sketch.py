@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -78,23 +79,44 @@ def sketches(unit: certify.UnitRows, sketcher: Sketcher, dtype: torch.dtype) -> 
     for start in range(0, n, ROWS):
         chunk = slice(start, start + ROWS)
         exact = sketcher.sketches(unit.rows[chunk] * unit.inverse_norm[chunk, None])
-        if dtype == torch.int8:
-            # The length of what is left may exceed 1 by what is added to it.
-            rounded = (exact * SCALE).round_().clamp_(-SCALE, SCALE)
-            rows[chunk] = rounded
-            lost = rounded.div_(SCALE).sub_(exact)
-        else:
-            rows[chunk] = exact
-            lost = rows[chunk].float() - exact
-        torch.linalg.vector_norm(lost, dim=1, out=residual[chunk])
-    residual.mul_(1 + 2.0**-16)
-    bound = certify.half_bound(residual, residual.max(), sketcher.size) * (1 + 2 * sketcher.tail)
-    least = sketcher.floor - bound
-    # A zero row is similar to none. Rounding products to bfloat16 keeps their order, so `least` is rounded alike.
+        rows[chunk], residual[chunk] = rounded(exact, dtype)
+    return with_least(rows, residual, unit.is_zero, sketcher)
+
+
+def rounded(exact: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sketches in another dtype, and a bound on the length of what each has lost."""
     if dtype == torch.int8:
-        least = (least * SCALE**2).floor().int().masked_fill_(unit.is_zero, torch.iinfo(torch.int32).max)
+        # The length of what is left may exceed 1 by what is added to it.
+        values = (exact * SCALE).round_().clamp_(-SCALE, SCALE)
+        lost = (values / SCALE).sub_(exact)
     else:
-        least = least.masked_fill_(unit.is_zero, 2.0).to(dtype)
+        values = exact
+        lost = exact.to(dtype).float() - exact
+    return values.to(dtype), torch.linalg.vector_norm(lost, dim=1).mul_(1 + 2.0**-16)
+
+
+def with_least(rows: torch.Tensor, residual: torch.Tensor, is_zero: torch.Tensor, sketcher: Sketcher) -> Sketches:
+    """Return rounded sketches with their least products.
+
+    Parameters
+    ----------
+    rows : torch.Tensor
+        (n, h) int8, bfloat16 or float32.
+    residual : torch.Tensor
+        (n,) float32 bounds on the length of what the rounding lost.
+    is_zero : torch.Tensor
+        (n,) bool: a zero row is similar to none.
+    sketcher : Sketcher
+        What is asked for.
+    """
+    largest = residual.max() if len(residual) else 0.0
+    bound = certify.half_bound(residual, largest, sketcher.size) * (1 + 2 * sketcher.tail)
+    least = sketcher.floor - bound
+    # Rounding products to bfloat16 keeps their order, so `least` is rounded alike.
+    if rows.dtype == torch.int8:
+        least = (least * SCALE**2).floor().int().masked_fill_(is_zero, torch.iinfo(torch.int32).max)
+    else:
+        least = least.masked_fill_(is_zero, 2.0).to(rows.dtype)
     return Sketches(rows, least)
 
 
@@ -112,30 +134,40 @@ def nearest_reaching(
     torch.arange(len(rows), out=index)
     unit = certify.measure(rows)
     product = sketches(unit, sketcher, sketch_dtype())
-    strip_size = torch_engine.strip_size(None, segments, rows)
     queries = (~unit.is_zero).nonzero().flatten()
     pairs = Pairs(unit, scores, index)
-    panels = Panels(product, strip_size)
     crowded = [queries[:0]]
-    for strip in strips(queries, segments, strip_size, stops):
-        most = torch_engine.most_hits(strip)
-        hits = torch.zeros(len(strip.queries), dtype=torch.int64)
-        found = []
-        for panel in panels.of(strip):
-            maxima = panel.positive_maxima()
-            column, candidate, _ = reaching(panel.scores, maxima, product.least[strip.queries], most, hits)
-            found.append((column, candidate + panel.first))
-        if found:
-            column, candidate = map(torch.cat, zip(*found, strict=True))
-            keep = hits[column] <= most
-            pairs.add(strip.queries[column[keep]], candidate[keep])
-        crowded.append(strip.queries[hits > most])
+    for query, candidate, many in hits(product, queries, segments, stops):
+        pairs.add(query, candidate)
+        crowded.append(many)
     pairs.flush()
     scores.clamp_(-1.0, 1.0)
-    return torch.cat(crowded), partial(_candidates_of, product, segments)
+    return torch.cat(crowded), partial(candidates_of, product, segments)
 
 
-def _candidates_of(product: Sketches, segments: torch.Tensor, crowded: torch.Tensor) -> torch.Tensor:
+def hits(
+    product: Sketches, queries: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield, strip by strip, the pairs of queries and candidates that reach the least products, and crowded queries.
+
+    The pairs of queries with more hits than `torch_engine.most_hits` are left out.
+    """
+    strip_size = torch_engine.strip_size(None, segments, product.rows)
+    panels = Panels(product, strip_size)
+    for strip in strips(queries, segments, strip_size, stops):
+        most = torch_engine.most_hits(strip)
+        count = torch.zeros(len(strip.queries), dtype=torch.int64)
+        found = [(count[:0], count[:0])]
+        for panel in panels.of(strip):
+            maxima = panel.positive_maxima()
+            column, candidate, _ = reaching(panel.scores, maxima, product.least[strip.queries], most, count)
+            found.append((column, candidate + panel.first))
+        column, candidate = map(torch.cat, zip(*found, strict=True))
+        keep = count[column] <= most
+        yield strip.queries[column[keep]], candidate[keep], strip.queries[count > most]
+
+
+def candidates_of(product: Sketches, segments: torch.Tensor, crowded: torch.Tensor) -> torch.Tensor:
     """Return the rows that reach their least product with any crowded row of their segment."""
     cuts = torch.searchsorted(crowded, segments).tolist()
     found = [crowded[:0]]

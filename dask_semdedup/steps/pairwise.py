@@ -25,14 +25,14 @@ from dask_semdedup.frames.backend import (
     to_list,
     to_numpy,
 )
-from dask_semdedup.frames.columns import Columns, SearchOptions
+from dask_semdedup.frames.columns import SCORE_COLUMN, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import to_tensor
 from dask_semdedup.steps.ranking import RankingStrategy
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_clusters", "pairwise_meta", "pairwise_partition", "score_frame", "search_segments", "segments_of"]
+__all__ = ["check_clusters", "pairwise_meta", "pairwise_partition", "score_frame", "search_frame", "search_segments", "segments_of"]
 
 
 def pairwise_partition(
@@ -82,18 +82,7 @@ def pairwise_partition(
         check_clusters(clusters, ids)
         order = ranking.order(frame, cluster_field=columns.cluster, id_field=columns.id)
         segments = segments_of(_codes(clusters, order))
-        device = choose_device(options.device, frame_device, segments)
-        with cores_for(device, segments):
-            rows = to_tensor(
-                frame[columns.embedding],
-                name=columns.embedding,
-                ids=ids,
-                clusters=clusters,
-                embedding_dim=options.embedding_dim,
-                order=order,
-                device=device if frame_device == "cuda" else "cpu",
-            )
-            scores, index = search_segments(rows, segments, None, replace(options, device=device))
+        scores, index = search_frame(frame, order, segments, columns, options, clusters)
         nearest = order[array_like(index, frame)]
         found = take(ids, order), take(ids, nearest), array_like(scores, frame), take(clusters, order)
         with default_stream(frame_device):
@@ -119,18 +108,22 @@ def pairwise_meta(meta: Any, columns: Columns) -> Any:
     return score_frame(empty[columns.id], empty[columns.id], np.empty(0, np.float32), empty[columns.cluster])
 
 
-def score_frame(ids: Any, nearest: Any, scores: Any, clusters: Any) -> Any:
+def score_frame(ids: Any, nearest: Any, scores: Any, clusters: Any = None) -> Any:
     """Put a frame of scores together.
 
     Parameters
     ----------
-    ids, nearest, clusters : Series
-        Of the rows, of the rows nearest to them, and the rows' clusters; their indexes do not matter.
+    ids, nearest : Series
+        Of the rows, and of the rows nearest to them; their indexes do not matter.
     scores : array
         Of NumPy or CuPy.
+    clusters : Series, optional
+        The rows' clusters.
     """
-    ids, nearest, own = (column.reset_index(drop=True) for column in (ids, nearest, clusters))
-    columns = {"id": ids, "max_id": nearest, "cosine_sim_score": column_like(scores, ids), clusters.name: own}
+    ids, nearest = (column.reset_index(drop=True) for column in (ids, nearest))
+    columns = {"id": ids, "max_id": nearest, SCORE_COLUMN: column_like(scores, ids)}
+    if clusters is not None:
+        columns[clusters.name] = clusters.reset_index(drop=True)
     return frame_like(columns, ids)
 
 
@@ -166,24 +159,60 @@ def segments_of(codes: Any) -> np.ndarray:
     return np.concatenate([[0], to_numpy(starts), [len(codes)]])
 
 
+def search_frame(
+    frame: Any, order: Any, segments: np.ndarray, columns: Columns, options: SearchOptions, clusters: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Search the rows of a frame in an order, on the device of `options`.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        With the columns of ids and embeddings.
+    order : (n,) int64 array or None
+        Rows of the frame, in rank order within each segment; None if they stand in it.
+    segments : (k + 1,) int64 array
+        Offsets of the segments in that order.
+    columns : Columns
+    options : SearchOptions
+    clusters : Series, optional
+        The rows' clusters, for messages.
+    """
+    frame_device = device_of(frame)
+    device = choose_device(options.device, frame_device, segments)
+    with cores_for(device, segments):
+        rows = to_tensor(
+            frame[columns.embedding],
+            name=columns.embedding,
+            ids=frame[columns.id],
+            clusters=clusters,
+            embedding_dim=options.embedding_dim,
+            order=order,
+            device=device if frame_device == "cuda" else "cpu",
+        )
+        return search_segments(rows, segments, None, replace(options, device=device))
+
+
 def search_segments(
     rows: torch.Tensor, segments: np.ndarray, stops: np.ndarray | None, options: SearchOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Search where rows are, or send them to a GPU as its memory permits; the device is chosen by now."""
     from dask_semdedup.search import nearest_earlier
+    from dask_semdedup.search.kept import nearest_kept
     from dask_semdedup.search.streaming import nearest_earlier_from_host
 
     is_there = rows.device.type == options.device
-    find = nearest_earlier if is_there else partial(nearest_earlier_from_host, device=options.device)
-    ends = None if stops is None else tensor_like(stops)
+    find = partial(
+        nearest_earlier if is_there else partial(nearest_earlier_from_host, device=options.device),
+        compute_dtype=options.compute_dtype,
+        batch_size=options.batch_size,
+    )
     work = rows.shape[1] * pairs_of(segments) if is_there else None
     with gpu_turn(options.device, work), search_stream(rows.device.type):
-        scores, index = find(
-            rows,
-            tensor_like(segments),
-            stops=ends,
-            at_least=options.at_least,
-            compute_dtype=options.compute_dtype,
-            batch_size=options.batch_size,
-        )
+        if options.duplicate_of == "kept":
+            assert options.at_least is not None
+            assert stops is None
+            scores, index = nearest_kept(rows, tensor_like(segments), at_least=options.at_least, search=find)
+        else:
+            ends = None if stops is None else tensor_like(stops)
+            scores, index = find(rows, tensor_like(segments), stops=ends, at_least=options.at_least)
     return owned(scores), owned(index)

@@ -96,7 +96,7 @@ def fitted(
     rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, at_least: float, costs: Costs
 ) -> Sketcher | None:
     """A sketcher of the smallest size, fitted to all rows, in place of `choose`; None for nothing but zero rows."""
-    axes, defect = fit_axes(sketch._unit(rows), sketch.SIZES[0] - 1)
+    axes, defect = fit_axes(sketch.unit_rows(rows), sketch.SIZES[0] - 1)
     found = sketcher(axes, float(defect), at_least)
     return found if found.floor > 0 else None
 
@@ -261,7 +261,7 @@ def test_least_products_are_positive(defect: float, is_chosen: bool) -> None:
     axes = torch.eye(128)[:, :63].contiguous()
     with (
         patch.object(sketch, "_known", {}),
-        patch.object(sketch, "fit_axes", lambda *_: (axes, torch.tensor(defect, dtype=torch.float64))),
+        patch.object(sketch, "fit_axes", lambda *_, **__: (axes, torch.tensor(defect, dtype=torch.float64))),
         patch.object(sketch, "_shares", lambda *_: (none, none, none)),
     ):
         found = choose(rows, torch.tensor([0, 5000]), None, sketch.LEAST, ENGINE)

@@ -1,0 +1,130 @@
+"""Cells: regions of the sketches, and which of them a pair of near rows can stand in.
+
+A sketch belongs to the cell of its nearest centroid. Between two centroids ``c_a`` and ``c_b`` stands the plane of what
+is equally far from both. Two sketches on different sides of it are at least as far apart as their distances to the
+plane add up to. So if they are no farther apart than `Cells.reach`, one of the two is within half of that of the plane.
+Every row *visits* the cells behind the planes that it is so near to. Each near pair then meets in a cell: as two of its
+members, or as a member and a visitor.
+
+References
+----------
+Connor, Cardillo, Vadicamo, Rabitti, "Hilbert exclusion: Improved metric search through finite isometric embeddings",
+ACM Transactions on Information Systems 35(3), 2017.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dask_semdedup.search import certify
+from dask_semdedup.search.sketch import Sketcher
+
+__all__ = ["Cells", "Visits", "fit_cells", "reach_of"]
+
+ITERATIONS = 4
+"""Steps of Lloyd's algorithm: cells need not be the best."""
+
+ELEMENTS = 1 << 22
+"""Distances between sketches and centroids at once."""
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The cells that sketches belong to and visit.
+
+    Attributes
+    ----------
+    cell : numpy.ndarray
+        (n,) int64.
+    visitor, visited : numpy.ndarray
+        (v,) int64 sketches, ascending, and the cells that they visit.
+    """
+
+    cell: np.ndarray
+    visitor: np.ndarray
+    visited: np.ndarray
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Centroids of cells, and how near to the planes between them a sketch visits.
+
+    Attributes
+    ----------
+    centroids : torch.Tensor
+        (k, h) float32.
+    reach : float
+        Sketches of rows that are as similar as is asked for are at most so far apart.
+    """
+
+    centroids: torch.Tensor
+    reach: float
+
+    def __len__(self) -> int:
+        return len(self.centroids)
+
+    def visits(self, sketches: torch.Tensor) -> Visits:
+        """Return the cells that (n, h) float32 sketches belong to and visit."""
+        k, size = self.centroids.shape
+        if k == 1:
+            none = np.empty(0, np.int64)
+            return Visits(np.zeros(len(sketches), np.int64), none, none)
+        half_norms = self.centroids.square().sum(dim=1) / 2
+        # Half the squared distance to c_b less that to c_a is the distance to the plane times |c_a - c_b|.
+        distances = torch.cdist(self.centroids.double(), self.centroids.double())
+        limit = (distances * (self.reach / 2) + 5 * certify.accumulation_bound(size)).float()
+        limit.fill_diagonal_(-torch.inf)
+        cell = torch.empty(len(sketches), dtype=torch.int64)
+        found = [np.empty((2, 0), np.int64)]
+        for chunk in certify.chunks(len(sketches), k, ELEMENTS):
+            half_squares = torch.addmm(half_norms, sketches[chunk], self.centroids.T, alpha=-1)
+            least, nearest = half_squares.min(dim=1)
+            cell[chunk] = nearest
+            is_near = half_squares.sub_(least[:, None]) <= limit[nearest]
+            flat = np.flatnonzero(is_near.numpy())
+            found.append(np.stack([flat // k + chunk.start, flat % k]))
+        visitor, visited = np.concatenate(found, axis=1)
+        return Visits(cell.numpy(), visitor, visited)
+
+
+def reach_of(sketcher: Sketcher) -> float:
+    """Return how far apart sketches of rows can be that are as similar as is asked for.
+
+    Their product is at least `Sketcher.floor`. Their squared lengths exceed 1 by `Sketcher.tail` and rounding.
+    """
+    return float(np.sqrt(2 * (1 + 2 * sketcher.tail - sketcher.floor)) * (1 + 2.0**-20))
+
+
+def fit_cells(sketches: torch.Tensor, k: int, reach: float) -> Cells:
+    """Return at most k cells, fitted to a sample.
+
+    Parameters
+    ----------
+    sketches : torch.Tensor
+        (s, h) float32: a sample in random order.
+    k : int
+        Number of cells.
+    reach : float
+        What `reach_of` returned. Of centroids that are nearer to each other than half of it, one is left: the members
+        of one of them would visit the other.
+    """
+    centroids = sketches[:k].clone()
+    for _ in range(ITERATIONS):
+        half_norms = centroids.square().sum(dim=1) / 2
+        nearest = torch.cat(
+            [
+                torch.addmm(half_norms, sketches[chunk], centroids.T, alpha=-1).argmin(dim=1)
+                for chunk in certify.chunks(len(sketches), len(centroids), ELEMENTS)
+            ]
+        )
+        count = torch.bincount(nearest, minlength=len(centroids))
+        total = torch.zeros_like(centroids).index_add_(0, nearest, sketches)
+        centroids = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], centroids)
+    is_close = (torch.cdist(centroids, centroids) < reach / 2).tril_(-1).numpy()
+    kept = np.zeros(len(centroids), bool)
+    for row, close in enumerate(is_close):
+        kept[row] = not (close & kept).any()
+    return Cells(centroids[torch.from_numpy(kept)], reach)

@@ -1,0 +1,324 @@
+"""Rows compared wherever they stand: sketches of partitions, the rows that may have a near one, and their scores.
+
+The sketches of all rows are compared with each other, and leave the *involved* rows, in pairs. These are read again,
+in full, and grouped into components: sets of rows that pairs connect. Each row's nearest rows are in its component, so
+that components are searched as clusters are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from dask.dataframe.dispatch import concat
+
+from dask_semdedup.device.devices import check_device
+from dask_semdedup.device.queues import cores_for
+from dask_semdedup.frames.backend import array_like, column_like, is_cudf, take, tensor_like, to_numpy
+from dask_semdedup.frames.columns import DISTANCE_COLUMNS, SCORE_COLUMNS, Columns, SearchOptions
+from dask_semdedup.frames.embeddings import to_tensor
+from dask_semdedup.steps.pairwise import score_frame, search_frame, segments_of
+from dask_semdedup.steps.ranking import RankingStrategy
+
+if TYPE_CHECKING:
+    import torch
+
+    from dask_semdedup.search.index import Index
+    from dask_semdedup.search.near import Links, Part
+
+__all__ = [
+    "Involved",
+    "Sketched",
+    "copies_of",
+    "find_near_pairs",
+    "join_meta",
+    "mean_of",
+    "pairs_of_bin",
+    "places_of",
+    "relevant_rows",
+    "score_rows",
+    "sketch_partition",
+    "take_involved",
+    "total_of",
+]
+
+# Coordinates of unit rows are multiples of its inverse in the sum of all: integers, whose order does not matter.
+FIXED_POINT = 2.0**32
+
+# Distances to the mean are rounded to multiples of this, so that no machine's order of summation decides between them.
+STEP = 2.0**-40
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """What is known of a partition once it has been read.
+
+    Attributes
+    ----------
+    part : Part
+        Sketches of the rows.
+    total : numpy.ndarray or None
+        (d,) int64: the sum of the unit rows, in fixed point.
+    count : int
+        Number of rows.
+    """
+
+    part: Part
+    total: np.ndarray | None
+    count: int
+
+
+def sketch_partition(
+    frame: Any, number: int, columns: Columns, options: SearchOptions, index: Index, *, with_total: bool
+) -> Sketched:
+    """Return the sketches of a partition's rows, and with them the sum of these if rows are ranked by their mean."""
+    from dask_semdedup.search.near import sketch_part
+
+    with cores_for("cpu", np.array([0, len(frame)])):
+        rows = _to_tensor(frame, columns, options)
+        return Sketched(sketch_part(number, rows, index), _total(rows) if with_total else None, len(rows))
+
+
+def copies_of(sketched: Sketched) -> np.ndarray:
+    """Return the copies of a partition, for `relevant_rows`."""
+    return sketched.part.copies
+
+
+def total_of(sketched: Sketched) -> tuple[np.ndarray, int]:
+    """Return the sum of a partition's unit rows and their number, for `mean_of`."""
+    assert sketched.total is not None
+    return sketched.total, sketched.count
+
+
+def mean_of(totals: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
+    """Return the float64 mean of all unit rows, which depends on no order."""
+    return _mean(sum(total for total, _ in totals), sum(count for _, count in totals))
+
+
+def find_near_pairs(
+    sketched: Sequence[Sketched], others: Sequence[Sketched] | None, cells: slice, index: Index
+) -> Links:
+    """Return the pairs of rows of some partitions that meet in some cells and may be similar enough."""
+    from dask_semdedup.search.near import near_pairs
+
+    parts = [one.part for one in sketched]
+    with cores_for("cpu", np.array([0, 1])):
+        return near_pairs(parts, None if others is None else [one.part for one in others], cells, index.sketcher)
+
+
+@dataclass(frozen=True)
+class Involved:
+    """Rows that may have a near one, shared out over bins of whole components.
+
+    Attributes
+    ----------
+    places : list of list of numpy.ndarray
+        For each partition and each bin, the ascending int64 places of the partition's rows.
+    pairs, bundles : list of numpy.ndarray
+        For each bin, (p, 2) int64 rows, counted in the order of partitions and places.
+    """
+
+    places: list[list[np.ndarray]]
+    pairs: list[np.ndarray]
+    bundles: list[np.ndarray]
+
+
+def relevant_rows(links: Sequence[Links], copies: Sequence[np.ndarray], n_bins: int) -> Involved:
+    """Return the rows that are in a pair, by partition.
+
+    Parameters
+    ----------
+    links : sequence of Links
+        From all comparisons.
+    copies : sequence of numpy.ndarray
+        For each partition, (c, 2) int64 places of copies and of what they are copies of.
+    n_bins : int
+        Number of bins.
+    """
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *(found.pairs for found in links)])
+    of_copies = [(np.int64(number) << 32) | places for number, places in enumerate(copies)]
+    bundles = np.concatenate([np.empty((0, 2), np.int64), *(found.bundles for found in links), *of_copies])
+    keys, position = np.unique(np.concatenate([pairs, bundles]), return_inverse=True)
+    position = position.reshape(-1, 2)
+    label = components(len(keys), position)
+    sizes = np.bincount(label)
+    bin_of_label = (np.cumsum(sizes) - sizes) * n_bins // max(1, len(keys))
+    in_bin = bin_of_label[label] if len(keys) else label
+    within = np.empty(len(keys), np.int64)
+    for number in range(n_bins):
+        members = in_bin == number
+        within[members] = np.arange(members.sum())
+    partition, place = keys >> 32, keys & 0xFFFFFFFF
+    cuts = np.searchsorted(partition, np.arange(len(copies) + 1))
+    places = [
+        [place[first:last][in_bin[first:last] == number] for number in range(n_bins)]
+        for first, last in zip(cuts, cuts[1:], strict=False)
+    ]
+    of_pairs, of_bundles = within[position[: len(pairs)]], within[position[len(pairs) :]]
+    bins = in_bin[position[:, 0]]
+    return Involved(
+        places,
+        [of_pairs[bins[: len(pairs)] == number] for number in range(n_bins)],
+        [of_bundles[bins[len(pairs) :] == number] for number in range(n_bins)],
+    )
+
+
+def places_of(involved: Involved, partition: int) -> list[np.ndarray]:
+    """Return the places of a partition's involved rows, by bin."""
+    return involved.places[partition]
+
+
+def pairs_of_bin(involved: Involved, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs of a bin, and the bundles."""
+    return involved.pairs[number], involved.bundles[number]
+
+
+def components(n: int, pairs: np.ndarray) -> np.ndarray:
+    """Return the (n,) number of the component that each row is in: rows that pairs connect are in one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def take_involved(frame: Any, places: Sequence[np.ndarray]) -> list[Any]:
+    """Return the involved rows of a partition, a frame for each bin."""
+    return [frame.iloc[_like(which, frame)] for which in places]
+
+
+def score_rows(
+    frames: Sequence[Any],
+    links: tuple[np.ndarray, np.ndarray] | None,
+    columns: Columns,
+    ranking: RankingStrategy,
+    options: SearchOptions,
+    mean: np.ndarray | None,
+    *,
+    by_mean: bool,
+) -> Any:
+    """Find for every row its most similar row among those that are preferred over it.
+
+    Parameters
+    ----------
+    frames : sequence of DataFrame
+        The rows, which are taken together.
+    links : tuple of (p, 2) int64 arrays, optional
+        Pairs of rows that may be as similar as `options.at_least`, and bundles of rows that are compared whatever they
+        are. By default every row is compared with every other.
+    columns : Columns
+        The columns of ids and embeddings.
+    ranking : RankingStrategy
+        Which rows are preferred.
+    options : SearchOptions
+        How to search.
+    mean : (d,) float64 array, optional
+        Of all unit rows. By default that of these.
+    by_mean : bool
+        Whether rows are ranked by their distances to the mean.
+
+    Returns
+    -------
+    DataFrame
+        ``id``, ``max_id`` and ``cosine_sim_score``, in rank order. Rows that no pair connects with another are left
+        out.
+    """
+    check_device(options.device)
+    frame = concat(list(frames)) if len(frames) > 1 else frames[0]
+    if len(frame) == 0:
+        return join_meta(frame, columns)
+    if by_mean or links is not None:
+        rows = _to_tensor(frame, columns, options)
+    if by_mean:
+        frame = _with_distances(frame, rows, mean)
+    order = to_numpy(ranking.order(frame, cluster_field=None, id_field=columns.id))
+    label = np.zeros(len(frame), np.int64)
+    if links is not None:
+        pairs, bundles = links
+        label = components(len(frame), np.concatenate([_similar(rows, pairs, options.at_least), bundles]))
+        del rows
+        order = order[np.bincount(label)[label[order]] > 1]
+        if not len(order):
+            return join_meta(frame, columns)
+    by_label = np.argsort(label[order], kind="stable")
+    which, segments = _like(order[by_label], frame), segments_of(label[order[by_label]])
+    if len(order) < len(frame):
+        frame, which = frame.iloc[which], None
+    scores, index = search_frame(frame, which, segments, columns, options)
+    ids = frame[columns.id] if which is None else take(frame[columns.id], which)
+    in_rank_order = tensor_like(np.argsort(by_label, kind="stable")).to(index.device)
+    own, nearest = (array_like(positions, frame) for positions in (in_rank_order, index[in_rank_order]))
+    return score_frame(take(ids, own), take(ids, nearest), array_like(scores[in_rank_order], frame))
+
+
+def join_meta(meta: Any, columns: Columns) -> Any:
+    """Build the empty frame that has exactly the dtypes of `score_rows`."""
+    ids = meta.iloc[:0][columns.id]
+    return score_frame(ids, ids, np.empty(0, np.float32))
+
+
+def _like(array: np.ndarray, frame: Any) -> Any:
+    return array_like(tensor_like(array), frame)
+
+
+def _to_tensor(frame: Any, columns: Columns, options: SearchOptions) -> torch.Tensor:
+    return to_tensor(
+        frame[columns.embedding],
+        name=columns.embedding,
+        ids=frame[columns.id],
+        embedding_dim=options.embedding_dim,
+        device="cpu",
+    )
+
+
+def _similar(rows: torch.Tensor, pairs: np.ndarray, at_least: float | None) -> np.ndarray:
+    """Return the pairs that are as similar as is asked for."""
+    from dask_semdedup.search import certify
+
+    query, candidate = tensor_like(pairs).unbind(dim=1)
+    cosine = certify.snap(certify.cosines64(certify.measure(rows).rows, query, candidate)).float()
+    return pairs[(cosine >= at_least).numpy()]
+
+
+def _unit64(rows: torch.Tensor) -> Any:
+    """Yield slices of rows, and these as unit rows in float64; zero rows stay zero."""
+    import torch
+
+    from dask_semdedup.search import certify
+
+    rows = certify.measure(rows).rows
+    for chunk in certify.chunks(len(rows), 8 * rows.shape[1]):
+        exact = rows[chunk].double()
+        norm = torch.linalg.vector_norm(exact, dim=1, keepdim=True)
+        yield chunk, exact / torch.where(norm > 0, norm, 1.0)
+
+
+def _total(rows: torch.Tensor) -> np.ndarray:
+    total = np.zeros(rows.shape[1], np.int64)
+    for _, unit in _unit64(rows):
+        total += (unit * FIXED_POINT).round().long().sum(dim=0).numpy()
+    return total
+
+
+def _mean(total: Any, count: int) -> np.ndarray:
+    return total / FIXED_POINT / max(1, count)
+
+
+def _with_distances(frame: Any, rows: torch.Tensor, mean: np.ndarray | None) -> Any:
+    """Return the frame with the distances of its rows to a mean, as k-means has them to centroids."""
+    import torch
+
+    centre = torch.from_numpy(_mean(_total(rows), len(rows)) if mean is None else mean)
+    length = torch.linalg.vector_norm(centre)
+    l2, cosine = torch.empty(2, len(rows), dtype=torch.float64)
+    for chunk, unit in _unit64(rows):
+        l2[chunk] = torch.linalg.vector_norm(unit - centre, dim=1)
+        cosine[chunk] = 1 - (unit * (centre / length if length else centre)).sum(dim=1)
+    rounded = {"l2": l2, "cosine": cosine}
+    values = {
+        name: column_like(array_like((rounded[metric] / STEP).round() * STEP, frame), frame[frame.columns[0]])
+        for metric, name in DISTANCE_COLUMNS.items()
+    }
+    return frame.reset_index(drop=True).assign(**values)

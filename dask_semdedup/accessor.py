@@ -12,14 +12,14 @@ from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_keywords
 from dask_semdedup.frames.columns import Columns, SearchOptions
-from dask_semdedup.lazy.deduplicate import keep_one_of_each
+from dask_semdedup.lazy.deduplicate import keep_one_of_each, keep_one_of_each_in_clusters
 from dask_semdedup.lazy.duplicates import EPS_GRID, eps_curve
 from dask_semdedup.lazy.embed import embed_texts
 from dask_semdedup.lazy.groups import find_groups
 from dask_semdedup.lazy.join import is_by_mean
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.removal import remove_duplicates
-from dask_semdedup.lazy.scores import score_against, score_completely, score_pairwise
+from dask_semdedup.lazy.scores import is_complete, score_against, score_completely, score_pairwise
 from dask_semdedup.lazy.writing import write_clusters_of, write_parts_of
 from dask_semdedup.steps.duplicates import find_duplicates
 from dask_semdedup.steps.embed import DEFAULT_MODEL
@@ -426,9 +426,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
            id  max_id  cosine_sim_score  centroid
         2  12      11               0.8         0
         """
-        options = SearchOptions(
-            compute_dtype, pairwise_batch_size, embedding_dim, device, duplicate_of=duplicate_of
-        )
+        options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device, duplicate_of=duplicate_of)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
         if cluster_field is None:
             columns, by_mean = Columns(id_field, embedding_field), is_by_mean(ranking, ranking_strategy)
@@ -708,7 +706,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         id_field: str = "id",
         reference_id_field: str | None = None,
         embedding_field: str = "embeddings",
-        cluster_field: str = "centroid",
+        cluster_field: str | None = None,
         n_clusters: int | None = None,
         centroids: Any = None,
         embedding_dim: int | None = None,
@@ -770,11 +768,21 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1  b       3          0.999902         0
         """
         check_keywords("against", kmeans_options, self.fit_centroids, self.against)
-        columns = Columns(id_field, embedding_field, cluster_field)
+        completely = is_complete(cluster_field, n_clusters, centroids, kmeans_options)
+        columns = Columns(id_field, embedding_field, cluster_field or "centroid")
         options = SearchOptions(compute_dtype, embedding_dim=embedding_dim, device=device)
         reference_id = id_field if reference_id_field is None else reference_id_field
         return score_against(
-            self._ddf, reference, columns, reference_id, eps, n_clusters, centroids, kmeans_options, options
+            self._ddf,
+            reference,
+            columns,
+            reference_id,
+            eps,
+            n_clusters,
+            centroids,
+            kmeans_options,
+            options,
+            completely=completely,
         )
 
     def deduplicate(
@@ -784,7 +792,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         *,
         id_field: str = "id",
         embedding_field: str = "embeddings",
-        cluster_field: str = "centroid",
+        cluster_field: str | None = None,
+        duplicate_of: str = "kept",
         which_to_keep: str = "hard",
         sim_metric: str = "cosine",
         ranking_strategy: RankingStrategy | None = None,
@@ -844,8 +853,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1   2    y
         """
         check_keywords("deduplicate", kmeans_options, self.fit_centroids, self.deduplicate)
-        columns = Columns(id_field, embedding_field, cluster_field)
-        fit = KMeansOptions(**kmeans_options)
-        options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device)
+        options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device, duplicate_of=duplicate_of)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
-        return keep_one_of_each(self._ddf, columns, eps, ranking, n_clusters, centroids, fit, options)
+        if is_complete(cluster_field, n_clusters, centroids, kmeans_options):
+            columns, by_mean = Columns(id_field, embedding_field), is_by_mean(ranking, ranking_strategy)
+            return keep_one_of_each(self._ddf, columns, eps, ranking, options, by_mean=by_mean)
+        columns, fit = Columns(id_field, embedding_field, cluster_field or "centroid"), KMeansOptions(**kmeans_options)
+        return keep_one_of_each_in_clusters(self._ddf, columns, eps, ranking, n_clusters, centroids, fit, options)

@@ -1,4 +1,4 @@
-"""Deduplication in one call: k-means, scores and removal."""
+"""Deduplication in one call: scores and removal."""
 
 from __future__ import annotations
 
@@ -9,17 +9,35 @@ import dask.dataframe as dd
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.lazy.kmeans import cluster
 from dask_semdedup.lazy.removal import remove_duplicates
-from dask_semdedup.lazy.scores import check_rows, score_pairwise
+from dask_semdedup.lazy.scores import check_rows, score_completely, score_pairwise
 from dask_semdedup.lazy.sources import check_sources
 from dask_semdedup.lazy.writing import writable
 from dask_semdedup.steps.duplicates import check_eps
 from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["keep_one_of_each"]
+__all__ = ["keep_one_of_each", "keep_one_of_each_in_clusters"]
 
 
 def keep_one_of_each(
+    ddf: dd.DataFrame,
+    columns: Columns,
+    eps: float,
+    ranking: RankingStrategy,
+    options: SearchOptions,
+    *,
+    by_mean: bool,
+) -> dd.DataFrame:
+    """Keep the preferred row of each group of near-duplicates of a frame: see `SemDedupAccessor.deduplicate`."""
+    check_eps(eps)
+    # Before a sample is read, which takes longer than to see what is wrong.
+    check_rows(ddf, columns, options)
+    ddf = writable(ddf, columns)
+    scores = score_completely(ddf, columns, ranking, options, by_mean=by_mean, eps=eps)
+    return remove_duplicates(ddf, scores, columns.id, eps=eps)
+
+
+def keep_one_of_each_in_clusters(
     ddf: dd.DataFrame,
     columns: Columns,
     eps: float,
@@ -29,13 +47,15 @@ def keep_one_of_each(
     fit: KMeansOptions,
     options: SearchOptions,
 ) -> dd.DataFrame:
-    """Keep the preferred row of each group of near-duplicates: see `SemDedupAccessor.deduplicate`."""
+    """Keep the preferred row of each group of near-duplicates of a cluster: see `SemDedupAccessor.deduplicate`."""
     check_eps(eps)
-    # Before a fit, which takes longer than to see what is wrong.
     check_rows(ddf, columns, options)
-    ranking.check_columns([*ddf.columns, columns.cluster, *DISTANCE_COLUMNS.values()])
+    are_made = n_clusters is not None or centroids is not None
+    made = [columns.cluster, *DISTANCE_COLUMNS.values()] if are_made else []
+    ranking.check_columns([*ddf.columns, *made])
     check_sources(ddf, [columns.id, columns.embedding, *ranking.required_columns], ranking)
     ddf = writable(ddf, columns)
-    clustered = cluster(ddf, columns, n_clusters, centroids, fit, options)
-    scores = score_pairwise(clustered, columns, ranking, options)
+    clustered = cluster(ddf, columns, n_clusters, centroids, fit, options) if are_made else ddf
+    # The optimiser may lower an eps; that by which rows are kept, it may not.
+    scores = score_pairwise(clustered, columns, ranking, options, eps=eps)
     return remove_duplicates(ddf, scores, columns.id, eps=eps)

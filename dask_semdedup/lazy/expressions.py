@@ -55,6 +55,7 @@ __all__ = [
     "PairwiseScores",
     "ReadClusters",
     "RowsKept",
+    "ScoresAgainst",
     "ScoresOfFiles",
     "ShuffleByCluster",
     "is_against",
@@ -270,7 +271,11 @@ class _AgainstPartitions(Searched, _ByCluster):
         return against_meta(self.frame._meta, self.reference._meta, self.fields, self.reference_id)
 
 
-class AgainstScores(Searched, Expr):
+class ScoresAgainst(OwnExpr):
+    """Scores of the rows of one frame against those of another."""
+
+
+class AgainstScores(Searched, ScoresAgainst, Expr):
     """Scores of the rows of one frame against those of another, partitioned alike by cluster.
 
     Blockwise only once it is lowered: what is blockwise in two frames, Dask takes for no longer aligned with itself,
@@ -296,7 +301,7 @@ class AgainstScores(Searched, Expr):
 
 def is_against(expr: AnyExpr) -> bool:
     """Return whether a frame comes from scores against another one: its ``max_id`` are then rows of that one."""
-    return any(True for _ in expr.find_operations(AgainstScores))
+    return any(True for _ in expr.find_operations(ScoresAgainst))
 
 
 def read_partition(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise, product
 from operator import getitem
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask.dataframe as dd
 import numpy as np
@@ -21,6 +21,7 @@ from dask_semdedup.device.devices import has_cuda
 from dask_semdedup.device.memory import device_bytes
 from dask_semdedup.frames.backend import is_cudf
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
+from dask_semdedup.lazy.expressions import ScoresAgainst
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
 from dask_semdedup.steps.join import (
@@ -32,6 +33,7 @@ from dask_semdedup.steps.join import (
     places_of,
     relevant_rows,
     score_rows,
+    score_rows_against,
     sketch_partition,
     take_involved,
     total_of,
@@ -41,7 +43,7 @@ from dask_semdedup.steps.ranking import RankingStrategy
 if TYPE_CHECKING:
     from dask_semdedup.search.index import Index
 
-__all__ = ["CompleteScores", "Plan", "compare_all", "is_by_mean", "make_plan"]
+__all__ = ["Plan", "compare_all", "compare_all_with", "is_by_mean", "make_plan"]
 
 SEED = 42
 """Of the sample."""
@@ -74,6 +76,9 @@ class Plan:
         What is fitted to a sample: sketches and cells. None if all rows are searched in one task.
     blocks : tuple of tuple of int
         Partitions whose sketches are taken together.
+    others : int
+        Number of the last blocks, which are of another frame: these are compared with the first ones, and none with
+        those of its own frame. By default there are none.
     shares : tuple of slice
         Ranges of cells that are looked at together.
     bins : int
@@ -86,13 +91,15 @@ class Plan:
     blocks: tuple[tuple[int, ...], ...] = ()
     shares: tuple[slice, ...] = ()
     bins: int = 1
+    others: int = 0
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         if self.index is None:
             return "plan", self.rows, self.width
         found, cells = self.index.sketcher, self.index.cells
         arrays = found.axes.numpy(), cells.centroids.numpy()
-        return "plan", *map(tokenize, arrays), found.tail, found.floor, cells.reach, self.blocks, self.shares, self.bins
+        settings = found.tail, found.floor, cells.reach, self.blocks, self.shares, self.bins, self.others
+        return "plan", *map(tokenize, arrays), *settings
 
     @property
     def sketch_bytes(self) -> int:
@@ -111,7 +118,9 @@ class Plan:
 
     def comparisons(self) -> Iterator[tuple[int, int, slice]]:
         """Yield the blocks and cells of each comparison: every pair of blocks once."""
-        for first, second in combinations_with_replacement(range(len(self.blocks)), 2):
+        own = range(len(self.blocks) - self.others)
+        other = range(len(own), len(self.blocks))
+        for first, second in product(own, other) if self.others else combinations_with_replacement(own, 2):
             for share in self.shares:
                 yield first, second, share
 
@@ -136,38 +145,49 @@ def row_bytes(index: Index) -> float:
     return 2 * index.sketcher.size + 12 + 4 * index.visits
 
 
-def make_plan(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> Plan:
-    """Look at a sample of a frame now, and plan how its rows are compared with all others."""
+def make_plan(
+    ddf: dd.DataFrame, columns: Columns, options: SearchOptions, reference: dd.DataFrame | None = None
+) -> Plan:
+    """Look at a sample of a frame now, and plan how its rows are compared with all others, or with a reference's."""
     from dask_semdedup.search.index import fit_index, sample_rows
 
-    lengths = partition_lengths(ddf, columns)
-    rows = sum(lengths)
-    sample = sample_embeddings(ddf, draw(lengths, sample_rows(rows), SEED), columns, options.embedding_dim)
-    width = sample.shape[1]
-    index = None
-    if options.at_least is not None and options.compute_dtype == "auto" and not _fits_gpu(ddf, rows * width, options):
+    if options.at_least is None or options.compute_dtype != "auto":
+        return Plan(0, 0, None)
+    frames = [ddf] if reference is None else [ddf, reference]
+    lengths = [partition_lengths(frame, columns) for frame in frames]
+    rows = [sum(counts) for counts in lengths]
+    # A reference is the larger of the two, as a rule.
+    size = sample_rows(rows[-1])
+    sample = sample_embeddings(frames[-1], draw(lengths[-1], size, SEED), columns, options.embedding_dim)
+    width, index = sample.shape[1], None
+    if not _fits_gpu(ddf, sum(rows) * width, options):
         import torch
 
         order = np.random.default_rng(SEED).permutation(len(sample))
-        index = fit_index(torch.from_numpy(sample[order]), rows, options.at_least)
+        index = fit_index(
+            torch.from_numpy(sample[order]), rows[-1], options.at_least, None if reference is None else rows[0]
+        )
     if index is None:
-        return Plan(rows, width, None)
+        return Plan(sum(rows), width, None)
     most = BLOCK_BYTES / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS
-    return Plan(rows, width, index, _blocks(lengths, most), _shares(index.loads), -(-4 * rows * width // BIN_BYTES))
+    blocks = [_blocks(counts, most, first) for counts, first in zip(lengths, (0, len(lengths[0])), strict=False)]
+    bins = -(-4 * sum(rows) * width // BIN_BYTES)
+    others = 0 if reference is None else len(blocks[-1])
+    return Plan(sum(rows), width, index, sum(blocks, ()), _shares(index.loads), bins, others)
 
 
 def _fits_gpu(ddf: dd.DataFrame, n_values: int, options: SearchOptions) -> bool:
-    """Return whether a GPU will search, whose memory holds all rows: it compares a million before they are read twice."""
+    """Return whether a GPU will search that holds all rows: it compares a million in less time than reading takes."""
     if options.device == "cpu" or not (is_cudf(ddf._meta) or has_cuda()):
         return False
     return 4 * n_values * GPU_COPIES <= (device_bytes() or 0)
 
 
-def _blocks(lengths: Sequence[int], most: float) -> tuple[tuple[int, ...], ...]:
-    """Return runs of partitions of at most so many rows, or of one partition."""
+def _blocks(lengths: Sequence[int], most: float, first: int) -> tuple[tuple[int, ...], ...]:
+    """Return runs of partitions, numbered from `first`, of at most so many rows, or of one partition."""
     blocks: list[list[int]] = []
     rows = 0
-    for number, length in enumerate(lengths):
+    for number, length in enumerate(lengths, first):
         if not blocks or rows + length > most:
             blocks.append([])
             rows = 0
@@ -181,47 +201,47 @@ def _shares(loads: np.ndarray) -> tuple[slice, ...]:
     ends = np.cumsum(loads)
     wanted = np.arange(1, min(SHARES, len(loads))) / SHARES * ends[-1]
     cuts = np.unique([0, *np.searchsorted(ends, wanted), len(loads)])
-    return tuple(slice(int(first), int(last)) for first, last in zip(cuts, cuts[1:], strict=False))
+    return tuple(slice(int(first), int(last)) for first, last in pairwise(cuts))
 
 
-class CompleteScores(Searched, Expr):
-    """Scores of rows that are compared with all others of their frame.
+class _Compared(Searched, Expr):
+    """Scores of rows that are compared with all others.
 
     With an index, rows that are in no pair are left out: what is above must ask for duplicates only.
     """
 
-    _parameters = ["frame", "fields", "ranking", "options", "plan", "by_mean"]  # noqa: RUF012
+    _prefix = ""
 
     @functools.cached_property
     def _name(self) -> str:
-        return f"complete-scores-{self.deterministic_token}"
-
-    @functools.cached_property
-    def _meta(self) -> Any:
-        return join_meta(self.frame._meta, self.fields)
+        return f"{self._prefix}-{self.deterministic_token}"
 
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (self.plan.bins + 1)
 
-    def _layer(self) -> dict[Key, Any]:
-        partitions = [TaskRef((self.frame._name, number)) for number in range(self.frame.npartitions)]
-        last = (self.fields, self.ranking, self.options)
-        if self.plan.index is None:
-            key = (self._name, 0)
-            return {key: Task(key, score_rows, TaskList(*partitions), None, *last, None, by_mean=self.by_mean)}
-        graph: dict[Key, Any] = {}
+    def _add(
+        self, graph: dict[Key, Any], stage: str, number: int, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> TaskRef:
+        """Add a task to the graph, and return what refers to its result."""
+        key = (f"{stage}-{self._name}" if stage else self._name, number)
+        graph[key] = Task(key, function, *args, **kwargs)
+        return TaskRef(key)
 
-        def add(stage: str, number: int, function: Any, *args: Any, **kwargs: Any) -> TaskRef:
-            key = (f"{stage}-{self._name}" if stage else self._name, number)
-            graph[key] = Task(key, function, *args, **kwargs)
-            return TaskRef(key)
-
-        index_key = f"index-{self._name}"
-        graph[index_key] = DataNode(index_key, self.plan.index)
-        index = TaskRef(index_key)
+    def _involved(
+        self, graph: dict[Key, Any], frames: Sequence[Expr], columns: Sequence[Columns], **options: Any
+    ) -> _Rows:
+        """Add the tasks that find the involved rows of one frame, or of two that are compared with each other."""
+        add = functools.partial(self._add, graph)
+        index = TaskRef(f"index-{self._name}")
+        graph[index.key] = DataNode(index.key, self.plan.index)
+        sources = [
+            (TaskRef((frame._name, p)), names)
+            for frame, names in zip(frames, columns, strict=True)
+            for p in range(frame.npartitions)
+        ]
         sketched = [
-            add("sketch", p, sketch_partition, ref, p, self.fields, self.options, index, with_total=self.by_mean)
-            for p, ref in enumerate(partitions)
+            add("sketch", p, sketch_partition, ref, p, names, self.options, index, **options)
+            for p, (ref, names) in enumerate(sources)
         ]
         blocks = [TaskList(*(sketched[number] for number in block)) for block in self.plan.blocks]
         links = [
@@ -230,29 +250,88 @@ class CompleteScores(Searched, Expr):
         ]
         copies = [add("copies", p, copies_of, ref) for p, ref in enumerate(sketched)]
         involved = add("involved", 0, relevant_rows, TaskList(*links), TaskList(*copies), self.plan.bins)
-        totals = [add("total", p, total_of, ref) for p, ref in enumerate(sketched)] if self.by_mean else []
-        mean = add("mean", 0, mean_of, TaskList(*totals)) if self.by_mean else None
-        taken = []
-        for p, ref in enumerate(self._read_again(partitions, graph)):
-            places = add("places", p, places_of, involved, p)
-            taken.append(add("take", p, take_involved, ref, places))
-        for b in range(self.plan.bins):
-            rows = [add(f"rows-{b}", p, getitem, ref, b) for p, ref in enumerate(taken)]
-            of_bin = add("pairs", b, pairs_of_bin, involved, b)
-            add("", b, score_rows, TaskList(*rows), of_bin, *last, mean, by_mean=self.by_mean)
-        return graph
+        places = [add("places", p, places_of, involved, p) for p in range(len(sources))]
+        again = [ref for frame in frames for ref in self._read_again(graph, frame)]
+        taken = [add("take", p, take_involved, *both) for p, both in enumerate(zip(again, places, strict=True))]
+        rows = [[add(f"rows-{b}", p, getitem, ref, b) for p, ref in enumerate(taken)] for b in range(self.plan.bins)]
+        pairs = [add("pairs", b, pairs_of_bin, involved, b) for b in range(self.plan.bins)]
+        return _Rows(sketched, rows, pairs)
 
-    def _read_again(self, partitions: Sequence[TaskRef], graph: dict[Key, Any]) -> Iterator[TaskRef]:
+    def _read_again(self, graph: dict[Key, Any], frame: Expr) -> Iterator[TaskRef]:
         """Yield the partitions anew, where one task makes them: so no partition waits in memory for all others."""
-        made = self.frame.__dask_graph__()
-        for number, ref in enumerate(partitions):
-            node = made[ref.key]
+        made = frame.__dask_graph__()
+        for number in range(frame.npartitions):
+            node = made[(frame._name, number)]
             if node.dependencies or isinstance(node, DataNode):
-                yield ref
+                yield TaskRef((frame._name, number))
             else:
-                key = (f"again-{self._name}", number)
+                key = (f"again-{self._name}-{frame._name}", number)
                 graph[key] = node.substitute({}, key=key)
                 yield TaskRef(key)
+
+
+class _Rows(NamedTuple):
+    """Results of tasks: sketches by partition, involved rows by bin and partition, and their pairs by bin."""
+
+    sketched: list[TaskRef]
+    rows: list[list[TaskRef]]
+    pairs: list[TaskRef]
+
+
+class CompleteScores(_Compared):
+    """Scores of rows that are compared with all others of their frame."""
+
+    _parameters = ["frame", "fields", "ranking", "options", "plan", "by_mean"]  # noqa: RUF012
+    _prefix = "complete-scores"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return join_meta(self.frame._meta, self.fields)
+
+    def _layer(self) -> dict[Key, Any]:
+        graph: dict[Key, Any] = {}
+        add = functools.partial(self._add, graph)
+        last = (self.fields, self.ranking, self.options)
+        if self.plan.index is None:
+            add("", 0, score_rows, _partitions(self.frame), None, *last, None, by_mean=self.by_mean)
+            return graph
+        found = self._involved(graph, [self.frame], [self.fields], with_total=self.by_mean)
+        mean = None
+        if self.by_mean:
+            totals = [add("total", p, total_of, ref) for p, ref in enumerate(found.sketched)]
+            mean = add("mean", 0, mean_of, TaskList(*totals))
+        for b, (rows, pairs) in enumerate(zip(found.rows, found.pairs, strict=True)):
+            add("", b, score_rows, TaskList(*rows), pairs, *last, mean, by_mean=self.by_mean)
+        return graph
+
+
+class CompleteAgainst(ScoresAgainst, _Compared):
+    """Scores of rows that are compared with all of another frame."""
+
+    _parameters = ["frame", "reference", "fields", "reference_id", "options", "plan"]  # noqa: RUF012
+    _prefix = "complete-against"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return join_meta(self.frame._meta, self.fields, self.reference._meta[self.reference_id])
+
+    def _layer(self) -> dict[Key, Any]:
+        graph: dict[Key, Any] = {}
+        add = functools.partial(self._add, graph)
+        last = (self.fields, self.reference_id, self.options)
+        if self.plan.index is None:
+            add("", 0, score_rows_against, _partitions(self.frame), _partitions(self.reference), None, *last)
+            return graph
+        of_both = [self.fields, replace(self.fields, id=self.reference_id)]
+        found = self._involved(graph, [self.frame, self.reference], of_both, with_total=False)
+        n = self.frame.npartitions
+        for b, (rows, pairs) in enumerate(zip(found.rows, found.pairs, strict=True)):
+            add("", b, score_rows_against, TaskList(*rows[:n]), TaskList(*rows[n:]), pairs, *last)
+        return graph
+
+
+def _partitions(frame: Expr) -> TaskList:
+    return TaskList(*(TaskRef((frame._name, number)) for number in range(frame.npartitions)))
 
 
 def is_by_mean(ranking: RankingStrategy, strategy: RankingStrategy | None) -> bool:
@@ -274,8 +353,19 @@ def compare_all(
     by_mean : bool
         Whether rows are ranked by their distance to the mean of all, in columns that are made.
     """
-    plan = Plan(0, 0, None)
-    if options.at_least is not None:
-        plan = make_plan(ddf, columns, options)
-        options = replace(options, embedding_dim=plan.width)
-    return new_collection(CompleteScores(ddf, columns, ranking, options, plan, by_mean))
+    plan = make_plan(ddf, columns, options)
+    return new_collection(CompleteScores(ddf, columns, ranking, _of_width(plan, options), plan, by_mean))
+
+
+def compare_all_with(
+    ddf: dd.DataFrame, reference: dd.DataFrame, columns: Columns, reference_id_field: str, options: SearchOptions
+) -> dd.DataFrame:
+    """Return scores of rows among all of another frame: see `compare_all`, and `steps.against.against_partition`."""
+    plan = make_plan(ddf, columns, options, reference)
+    options = _of_width(plan, options)
+    return new_collection(CompleteAgainst(ddf, reference, columns, reference_id_field, options, plan))
+
+
+def _of_width(plan: Plan, options: SearchOptions) -> SearchOptions:
+    """Return options by which all rows must be as wide as those of the sample."""
+    return replace(options, embedding_dim=plan.width) if plan.width else options

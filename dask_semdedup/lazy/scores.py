@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +14,14 @@ from dask_semdedup.errors import ClusterError, InvalidArgumentError
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
 from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
-from dask_semdedup.lazy.join import compare_all
+from dask_semdedup.lazy.join import compare_all, compare_all_with
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.sources import check_sources
 from dask_semdedup.steps.duplicates import check_eps, find_duplicates, threshold
 from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["check_rows", "count_rows", "score_against", "score_completely", "score_pairwise"]
+__all__ = ["check_rows", "count_rows", "is_complete", "score_against", "score_completely", "score_pairwise"]
 
 
 def score_pairwise(
@@ -61,7 +62,9 @@ def score_completely(
     ranking.check_columns([*ddf.columns, *made])
     needed = {columns.id, columns.embedding, *ranking.required_columns} - made
     check_sources(ddf, sorted(needed), ranking)
-    scores = compare_all(ddf[[name for name in ddf.columns if name in needed]], columns, ranking, options, by_mean=by_mean)
+    scores = compare_all(
+        ddf[[name for name in ddf.columns if name in needed]], columns, ranking, options, by_mean=by_mean
+    )
     return scores if eps is None else find_duplicates(scores, eps)
 
 
@@ -77,8 +80,8 @@ def up_to(eps: float | None, options: SearchOptions) -> SearchOptions:
         check_eps(eps)
     if options.duplicate_of == "kept" and not (eps is not None and eps < 1):
         raise InvalidArgumentError(
-            f"duplicate_of='kept' needs an eps below 1, not {eps}: which rows are kept depends on it, and rows that are "
-            "not similar at all cannot stand for each other.",
+            f"duplicate_of='kept' needs an eps below 1, not {eps}: which rows are kept depends on it, and rows that "
+            "are not similar at all cannot stand for each other.",
             parameters=["duplicate_of", "eps"],
         )
     return options if eps is None or eps >= 1 else replace(options, at_least=float(threshold(eps)))
@@ -94,10 +97,11 @@ def score_against(
     centroids: Any,
     fit: dict[str, Any],
     options: SearchOptions,
+    *,
+    completely: bool,
 ) -> dd.DataFrame:
-    """Score every row against the reference rows of its cluster: see `SemDedupAccessor.against`."""
-    if eps is not None:
-        check_eps(eps)
+    """Score every row against the reference rows, all or those of its cluster: see `SemDedupAccessor.against`."""
+    bounded = up_to(eps, options)
     if not isinstance(reference, dd.DataFrame):
         raise InvalidArgumentError(
             f"reference must be a Dask DataFrame, not a {type(reference).__name__}: for one of pandas, "
@@ -109,7 +113,12 @@ def score_against(
     check_rows(ddf, columns, options)
     check_rows(reference, of_reference, options)
     queries, candidates = ddf, reference
-    if _are_clustered(ddf, reference, columns, n_clusters is None and centroids is None, fit):
+    if completely:
+        narrow = ddf[[columns.id, columns.embedding]], reference[[reference_id_field, columns.embedding]]
+        scores = compare_all_with(*narrow, columns, reference_id_field, bounded)
+        return scores if eps is None else find_duplicates(scores, eps)
+    if n_clusters is None and centroids is None:
+        _check_one_has_no_clusters(ddf, reference, columns)
         _check_clustered(queries, columns, options)
         _check_clustered(candidates, of_reference, options)
     else:
@@ -125,6 +134,25 @@ def score_against(
     )
     scores = new_collection(AgainstScores(*aligned, columns, reference_id_field, options))
     return scores if eps is None else find_duplicates(scores, eps)
+
+
+def is_complete(cluster_field: str | None, n_clusters: int | None, centroids: Any, fit: Iterable[str]) -> bool:
+    """Return whether rows are compared with all others, as neither clusters nor what makes them is given.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there are options of a fit that nothing would use.
+    """
+    if n_clusters is not None or centroids is not None:
+        return False
+    if unused := list(fit):
+        raise InvalidArgumentError(
+            f"Rows are not clustered, so that {', '.join(unused)} would mean nothing. Pass n_clusters too to compare "
+            "them within clusters of k-means, which misses duplicates.",
+            parameters=unused,
+        )
+    return cluster_field is None
 
 
 def count_rows(ddf: dd.DataFrame, columns: Columns) -> pd.Series:
@@ -148,24 +176,13 @@ def _check_clustered(ddf: dd.DataFrame, columns: Columns, options: SearchOptions
     columns.check_dtypes(ddf._meta, "cluster")
 
 
-def _are_clustered(
-    ddf: dd.DataFrame, reference: dd.DataFrame, columns: Columns, as_they_are: bool, fit: dict[str, Any]
-) -> bool:
-    """Return whether the clusters of both frames are used as they are, and not made by k-means."""
+def _check_one_has_no_clusters(ddf: dd.DataFrame, reference: dd.DataFrame, columns: Columns) -> None:
+    """Raise if one of two frames has clusters, and the other has none."""
     have_clusters = [columns.cluster in frame.columns for frame in (ddf, reference)]
-    if not as_they_are or not any(have_clusters):
-        return False
-    if not all(have_clusters):
+    if any(have_clusters) and not all(have_clusters):
         raise ClusterError(
             f"Only one of the two frames has a cluster column {columns.cluster!r}. Pass the centroids of its clusters "
-            "as `centroids`, or n_clusters to cluster both anew.",
-            parameters=["cluster_field", "centroids", "n_clusters"],
+            "as `centroids`, or leave cluster_field out to compare all rows.",
+            parameters=["cluster_field", "centroids"],
             columns=[columns.cluster],
         )
-    if fit:
-        raise InvalidArgumentError(
-            f"Both frames have clusters, which k-means would replace: {', '.join(fit)} would mean nothing. Pass the "
-            "centroids too, or cluster with these arguments.",
-            parameters=list(fit),
-        )
-    return True

@@ -1,4 +1,4 @@
-"""The index of a search for near rows among many: axes of sketches and cells, fitted to a sample, and what they save."""
+"""The index of a search for near rows among many: axes and cells, fitted to a sample, and what they save."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dask_semdedup.search.torch_sketch import COSTS
 __all__ = ["Index", "fit_index", "n_cells", "sample_rows"]
 
 LEAST_ROWS = 16_384
-"""Fewer rows are compared at once: to look at a sample would take as long."""
+"""Pairs of fewer rows are compared at once: to look at a sample would take as long."""
 
 MIN_SAMPLE, ROWS_PER_CELL, MAX_CELLS = 8192, 16, 4096
 """Rows of a sample, and cells."""
@@ -71,7 +71,7 @@ def sample_rows(n: int) -> int:
     return min(n, max(MIN_SAMPLE, ROWS_PER_CELL * n_cells(n)))
 
 
-def fit_index(sample: torch.Tensor, n: int, at_least: float) -> Index | None:
+def fit_index(sample: torch.Tensor, n: int, at_least: float, others: int | None = None) -> Index | None:
     """Fit the index with which n rows are compared in the least time, or return None if it takes less without any.
 
     Parameters
@@ -82,10 +82,15 @@ def fit_index(sample: torch.Tensor, n: int, at_least: float) -> Index | None:
         Number of all rows.
     at_least : float
         The similarity that is asked for.
+    others : int, optional
+        Rows of another frame that all rows are compared with. By default they are compared with each other.
     """
     width = sample.shape[1]
+    if others is not None and not others:
+        return None
+    work = _Work(n, others)
     sizes = [size for size in SIZES if size <= width // 2]
-    if n < LEAST_ROWS or not sizes or at_least < LEAST:
+    if not sizes or at_least < LEAST or work.pairs < LEAST_ROWS**2 / 2:
         return None
     with ieee_products:
         rows = unit_rows(sample)
@@ -99,12 +104,11 @@ def fit_index(sample: torch.Tensor, n: int, at_least: float) -> Index | None:
             # Least products must be positive, whatever dtype the sketches are rounded to.
             if not found.floor > 1.5 * size**0.5 / SCALE:
                 break
-            choice, is_enough = _with_size(rows, judges, found, n)
+            choice, is_enough = _with_size(rows, judges, found, work)
             best = min(best, choice, key=lambda choice: choice.time)
             if is_enough:
                 break
-    single = n * (n - 1) / 2
-    together = single * min(COSTS.exact_pair + width * COSTS.exact_value, COSTS.pair + SIZES[1] * COSTS.pair_value)
+    together = work.pairs * min(COSTS.exact_pair + width * COSTS.exact_value, COSTS.pair + SIZES[1] * COSTS.pair_value)
     return best.index if best.time + FIXED < together else None
 
 
@@ -114,24 +118,43 @@ class _Choice:
     index: Index | None
 
 
-def _with_size(rows: torch.Tensor, judges: torch.Tensor, found: Sketcher, n: int) -> tuple[_Choice, bool]:
+@dataclass(frozen=True)
+class _Work:
+    """Numbers of rows that are compared with each other, or with others."""
+
+    n: int
+    others: int | None
+
+    @property
+    def rows(self) -> int:
+        return self.n + (self.others or 0)
+
+    @property
+    def pairs(self) -> float:
+        return self.n * (self.n - 1) / 2 if self.others is None else self.n * self.others
+
+    def loads(self, members: np.ndarray, visitors: np.ndarray) -> np.ndarray:
+        """Return the pairs that are multiplied in each cell, given the shares of rows that are there and visit it."""
+        if self.others is None:
+            return self.n**2 * members * (members / 2 + visitors)
+        return self.n * self.others * members * (members + 2 * visitors)
+
+
+def _with_size(rows: torch.Tensor, judges: torch.Tensor, found: Sketcher, work: _Work) -> tuple[_Choice, bool]:
     """Return what takes least with sketches of one size, and whether longer ones would not take less."""
     sketches, judged = found.sketches(rows), found.sketches(judges)
-    all_pairs = n * (n - 1) / 2
     product = COSTS.pair + found.size * COSTS.pair_value
     reached = (judged @ judged.T >= found.floor - _rounding(found.size)).sum() - len(judged)
-    left = float(reached + 1) / (len(judged) * (len(judged) - 1)) * all_pairs
+    left = float(reached + 1) / (len(judged) * (len(judged) - 1)) * work.pairs
     verify = left * (COSTS.hit + rows.shape[1] * COSTS.hit_value)
     reach = reach_of(found)
     choices = []
-    for k in (1, n_cells(n)):
+    for k in (1, n_cells(work.n)):
         cells = fit_cells(sketches[len(judges) :], k, reach)
         visits = cells.visits(judged)
-        scale = n / len(judged)
-        members = np.bincount(visits.cell, minlength=len(cells)) * scale
-        visitors = np.bincount(visits.visited, minlength=len(cells)) * scale
-        loads = members * (members / 2 + visitors)
-        time = (loads.sum() + n * (len(cells) if k > 1 else 0)) * product + verify
+        shares = (np.bincount(where, minlength=len(cells)) / len(judged) for where in (visits.cell, visits.visited))
+        loads = work.loads(*shares)
+        time = (loads.sum() + work.rows * (len(cells) if k > 1 else 0)) * product + verify
         choices.append(_Choice(time, Index(found, cells, loads, len(visits.visited) / len(judged), left)))
     best = min(choices, key=lambda choice: choice.time)
     return best, verify <= ENOUGH * best.time

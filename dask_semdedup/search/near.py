@@ -16,9 +16,13 @@ from dask_semdedup.search import certify, ieee_products
 from dask_semdedup.search.crowded import first_copies
 from dask_semdedup.search.index import Index
 from dask_semdedup.search.sketch import Sketcher
+from dask_semdedup.search.torch_engine import STRIP, strip_size
 from dask_semdedup.search.torch_sketch import ROWS, candidates_of, hits, rounded, sketch_dtype, with_least
 
 __all__ = ["Links", "Part", "near_pairs", "sketch_part"]
+
+PRODUCTS = 1 << 20
+"""Products that are computed at once where there are few candidates."""
 
 CHUNK = 1 << 16
 """Sketches that are gathered at once, unless one cell has more members and visitors."""
@@ -146,7 +150,8 @@ def _meetings(parts: Sequence[Part], others: Sequence[Part] | None, cells: slice
         members = [_members(part, run) for part in parts]
         visitors = [_visitors(part, run) for part in parts]
         if others is None:
-            yield _Meeting.of(members, visitors, among_candidates=True)
+            yield _Meeting.of(members)
+            yield _Meeting.of(members, visitors)
         else:
             guests = [found for part in others for found in (_members(part, run), _visitors(part, run))]
             yield _Meeting.of(members, guests)
@@ -155,7 +160,9 @@ def _meetings(parts: Sequence[Part], others: Sequence[Part] | None, cells: slice
 
 def _runs(parts: Sequence[Part], cells: slice) -> Iterator[slice]:
     """Yield ranges of cells with about `CHUNK` members and visitors."""
-    sizes = sum(np.diff(offsets[cells.start : cells.stop + 1]) for part in parts for offsets in (part.members, part.visits))
+    sizes = sum(
+        np.diff(offsets[cells.start : cells.stop + 1]) for part in parts for offsets in (part.members, part.visits)
+    )
     ends = np.cumsum(sizes)
     first = 0
     while first < len(ends):
@@ -199,36 +206,37 @@ class _Meeting:
     keys : numpy.ndarray
         (m,) int64.
     segments, stops : torch.Tensor
-        As of `dask_semdedup.search.nearest_earlier`.
+        As of `dask_semdedup.search.nearest_earlier`; there are no stops where candidates meet each other.
     """
 
     sketches: torch.Tensor
     residual: torch.Tensor
     keys: np.ndarray
     segments: torch.Tensor
-    stops: torch.Tensor
+    stops: torch.Tensor | None
 
     @classmethod
-    def of(cls, candidates: Sequence[_Rows], queries: Sequence[_Rows], *, among_candidates: bool = False) -> _Meeting:
-        """Return a meeting of candidates and queries, and of the candidates among themselves if asked for."""
+    def of(cls, candidates: Sequence[_Rows], queries: Sequence[_Rows] = ()) -> _Meeting:
+        """Return a meeting of candidates and queries; of the candidates among themselves if there are no queries."""
         rows = [*candidates, *queries]
         is_query = np.repeat([False, True], [sum(len(r.which) for r in side) for side in (candidates, queries)])
         cell = np.concatenate([r.cell for r in rows])
         order = np.lexsort([is_query, cell])
         cell, is_query = cell[order], is_query[order]
         starts = np.flatnonzero(np.diff(cell, prepend=-1))
-        segments = np.append(starts, len(cell))
-        lengths = np.diff(segments)
-        n_candidates = np.add.reduceat(~is_query, starts, dtype=np.int64) if len(starts) else lengths
-        own = np.arange(len(cell)) if among_candidates else np.repeat(starts, lengths)
-        stops = np.where(is_query, np.repeat(starts + n_candidates, lengths), own)
+        segments, stops = np.append(starts, len(cell)), None
+        if queries:
+            lengths = np.diff(segments)
+            n_candidates = np.add.reduceat(~is_query, starts, dtype=np.int64) if len(starts) else lengths
+            first, end = np.repeat(starts, lengths), np.repeat(starts + n_candidates, lengths)
+            stops = torch.from_numpy(np.where(is_query, end, first))
         gathered = torch.from_numpy(order)
         return cls(
             torch.cat([torch.from_numpy(r.part.sketches[r.which]) for r in rows])[gathered],
             torch.cat([torch.from_numpy(r.part.residual[r.which]) for r in rows])[gathered],
             np.concatenate([r.keys() for r in rows])[order],
             torch.from_numpy(segments),
-            torch.from_numpy(stops),
+            stops,
         )
 
     def pairs(self, sketcher: Sketcher) -> tuple[np.ndarray, np.ndarray]:
@@ -237,9 +245,14 @@ class _Meeting:
         is_zero = torch.zeros(len(sketches), dtype=torch.bool)
         product = with_least(sketches, self.residual + lost, is_zero, sketcher)
         starts = self.segments[:-1].repeat_interleave(self.segments.diff())
-        queries = (self.stops > starts).nonzero().flatten()
+        ends = torch.arange(len(sketches)) if self.stops is None else self.stops
+        queries = (ends > starts).nonzero().flatten()
         found, crowded = [np.empty((0, 2), np.int64)], [queries[:0]]
-        for query, candidate, many in hits(product, queries, self.segments, self.stops):
+        # Few members meet many visitors: a strip of these has about `PRODUCTS` all the same.
+        n_candidates = int((ends - starts).max()) if len(queries) else 1
+        wanted = STRIP["cpu"] if self.stops is None else max(STRIP["cpu"], PRODUCTS // n_candidates)
+        size = strip_size(wanted, self.segments, sketches)
+        for query, candidate, many in hits(product, queries, self.segments, self.stops, size):
             found.append(self.keys[torch.stack([query, candidate], dim=1).numpy()])
             crowded.append(many)
         pairs, queries = np.concatenate(found), torch.cat(crowded)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -278,8 +279,12 @@ class Panels:
         blocks = workspace_bytes(product.rows) // (product.dtype.itemsize * columns * BLOCK)
         self.size = BLOCK * max(1, blocks)
         self.buffer = torch.empty(self.size * strip_size, dtype=product.dtype, device=device)
-        position = torch.arange(strip_size + BLOCK, device=device)
-        self.diagonal = self._earlier(position, position[:strip_size])  # The mask of strips that are runs.
+
+    @cached_property
+    def diagonal(self) -> torch.Tensor:
+        """The mask of strips that are runs."""
+        position = torch.arange(self.strip_size + BLOCK, device=self.buffer.device)
+        return self._earlier(position, position[: self.strip_size])
 
     def of(self, strip: Strip) -> Iterator[Panel]:
         """Yield the panels of `strip`; each is overwritten by the next one."""

@@ -137,7 +137,9 @@ def nearest_reaching(
     queries = (~unit.is_zero).nonzero().flatten()
     pairs = Pairs(unit, scores, index)
     crowded = [queries[:0]]
-    for query, candidate, many in hits(product, queries, segments, stops):
+    for query, candidate, many in hits(
+        product, queries, segments, stops, torch_engine.strip_size(None, segments, rows)
+    ):
         pairs.add(query, candidate)
         crowded.append(many)
     pairs.flush()
@@ -146,13 +148,12 @@ def nearest_reaching(
 
 
 def hits(
-    product: Sketches, queries: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None
+    product: Sketches, queries: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, strip_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield, strip by strip, the pairs of queries and candidates that reach the least products, and crowded queries.
 
     The pairs of queries with more hits than `torch_engine.most_hits` are left out.
     """
-    strip_size = torch_engine.strip_size(None, segments, product.rows)
     panels = Panels(product, strip_size)
     for strip in strips(queries, segments, strip_size, stops):
         most = torch_engine.most_hits(strip)

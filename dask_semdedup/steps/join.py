@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from dask.dataframe.dispatch import concat
 
 from dask_semdedup.device.devices import check_device
 from dask_semdedup.device.queues import cores_for
-from dask_semdedup.frames.backend import array_like, column_like, is_cudf, take, tensor_like, to_numpy
-from dask_semdedup.frames.columns import DISTANCE_COLUMNS, SCORE_COLUMNS, Columns, SearchOptions
+from dask_semdedup.frames.backend import array_like, column_like, take, tensor_like, to_numpy
+from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import to_tensor
+from dask_semdedup.steps.against import against_partition
 from dask_semdedup.steps.pairwise import score_frame, search_frame, segments_of
 from dask_semdedup.steps.ranking import RankingStrategy
 
@@ -39,6 +41,7 @@ __all__ = [
     "places_of",
     "relevant_rows",
     "score_rows",
+    "score_rows_against",
     "sketch_partition",
     "take_involved",
     "total_of",
@@ -49,6 +52,10 @@ FIXED_POINT = 2.0**32
 
 # Distances to the mean are rounded to multiples of this, so that no machine's order of summation decides between them.
 STEP = 2.0**-40
+
+
+# The column of components, where they are searched as clusters are.
+COMPONENT = "_semdedup_component"
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,7 @@ def relevant_rows(links: Sequence[Links], copies: Sequence[np.ndarray], n_bins: 
     partition, place = keys >> 32, keys & 0xFFFFFFFF
     cuts = np.searchsorted(partition, np.arange(len(copies) + 1))
     places = [
-        [place[first:last][in_bin[first:last] == number] for number in range(n_bins)]
-        for first, last in zip(cuts, cuts[1:], strict=False)
+        [place[first:last][in_bin[first:last] == number] for number in range(n_bins)] for first, last in pairwise(cuts)
     ]
     of_pairs, of_bundles = within[position[: len(pairs)]], within[position[len(pairs) :]]
     bins = in_bin[position[:, 0]]
@@ -237,7 +243,7 @@ def score_rows(
     label = np.zeros(len(frame), np.int64)
     if links is not None:
         pairs, bundles = links
-        label = components(len(frame), np.concatenate([_similar(rows, pairs, options.at_least), bundles]))
+        label = components(len(frame), np.concatenate([_similar(rows, pairs, options), bundles]))
         del rows
         order = order[np.bincount(label)[label[order]] > 1]
         if not len(order):
@@ -253,10 +259,56 @@ def score_rows(
     return score_frame(take(ids, own), take(ids, nearest), array_like(scores[in_rank_order], frame))
 
 
-def join_meta(meta: Any, columns: Columns) -> Any:
-    """Build the empty frame that has exactly the dtypes of `score_rows`."""
+def score_rows_against(
+    frames: Sequence[Any],
+    references: Sequence[Any],
+    links: tuple[np.ndarray, np.ndarray] | None,
+    columns: Columns,
+    reference_id_field: str,
+    options: SearchOptions,
+) -> Any:
+    """Find for every row its most similar reference row.
+
+    Parameters
+    ----------
+    frames, references : sequence of DataFrame
+        The rows, and the reference rows, each taken together.
+    links
+        As of `score_rows`: rows are counted first, and reference rows after them.
+    columns, reference_id_field, options
+        As of `steps.against.against_partition`.
+
+    Returns
+    -------
+    DataFrame
+        ``id``, ``max_id`` and ``cosine_sim_score``, by ascending id.
+    """
+    check_device(options.device)
+    sides = [concat(list(side)) if len(side) > 1 else side[0] for side in (frames, references)]
+    n = len(sides[0])
+    label = np.zeros(n + len(sides[1]), np.int64)
+    if links is not None and len(label):
+        import torch
+
+        pairs, bundles = links
+        names = columns, replace(columns, id=reference_id_field)
+        rows = torch.cat([_to_tensor(side, of_side, options) for side, of_side in zip(sides, names, strict=True)])
+        label = components(len(label), np.concatenate([_similar(rows, pairs, options), bundles]))
+        del rows
+    columns = replace(columns, cluster=COMPONENT)
+    numbered = [
+        side.reset_index(drop=True).assign(**{COMPONENT: _like(numbers, side)})
+        for side, numbers in zip(sides, (label[:n], label[n:]), strict=True)
+    ]
+    scores = against_partition(numbered[0], numbered[1], columns, reference_id_field, options).drop(columns=COMPONENT)
+    order = RankingStrategy(["id"]).order(scores, cluster_field=None, id_field="id")
+    return scores.iloc[order].reset_index(drop=True)
+
+
+def join_meta(meta: Any, columns: Columns, nearest: Any = None) -> Any:
+    """Build the empty frame that has exactly the dtypes of `score_rows`, or of `score_rows_against` given their ids."""
     ids = meta.iloc[:0][columns.id]
-    return score_frame(ids, ids, np.empty(0, np.float32))
+    return score_frame(ids, ids if nearest is None else nearest.iloc[:0], np.empty(0, np.float32))
 
 
 def _like(array: np.ndarray, frame: Any) -> Any:
@@ -273,13 +325,14 @@ def _to_tensor(frame: Any, columns: Columns, options: SearchOptions) -> torch.Te
     )
 
 
-def _similar(rows: torch.Tensor, pairs: np.ndarray, at_least: float | None) -> np.ndarray:
+def _similar(rows: torch.Tensor, pairs: np.ndarray, options: SearchOptions) -> np.ndarray:
     """Return the pairs that are as similar as is asked for."""
     from dask_semdedup.search import certify
 
     query, candidate = tensor_like(pairs).unbind(dim=1)
     cosine = certify.snap(certify.cosines64(certify.measure(rows).rows, query, candidate)).float()
-    return pairs[(cosine >= at_least).numpy()]
+    assert options.at_least is not None
+    return pairs[(cosine >= options.at_least).numpy()]
 
 
 def _unit64(rows: torch.Tensor) -> Any:

@@ -32,7 +32,15 @@ from dask_semdedup.steps.ranking import RankingStrategy
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_clusters", "pairwise_meta", "pairwise_partition", "score_frame", "search_frame", "search_segments", "segments_of"]
+__all__ = [
+    "check_clusters",
+    "pairwise_meta",
+    "pairwise_partition",
+    "score_frame",
+    "search_frame",
+    "search_segments",
+    "segments_of",
+]
 
 
 def pairwise_partition(

@@ -6,6 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 
+# Scores are multiples of this.
+TIE = 2.0**-40
+
 # Similarities closer than this are equal to float64.
 EQUAL = 1e-12
 
@@ -70,3 +73,22 @@ def assert_nearest_earlier(
             assert loss <= EQUAL, f"row {row}: neighbour {chosen} is {loss} less similar than {expected}"
             is_copy = np.array_equal(rows[chosen], rows[expected])
             assert not is_copy or chosen == expected, f"row {row}: neighbour {chosen} is a copy of row {expected}"
+
+
+def kept(rows: np.ndarray, segments: np.ndarray, at_least: float) -> tuple[np.ndarray, np.ndarray]:
+    """One row after the other: a row is dropped if a kept, earlier one of its segment is so similar.
+
+    Kept rows have score 0 and themselves.
+    """
+    similarity = np.round(cosines(rows) / TIE) * TIE
+    scores, index = np.zeros(len(rows), np.float32), np.arange(len(rows))
+    for start, stop in pairwise(segments):
+        stay: list[int] = []
+        for row in range(start, stop):
+            near = [other for other in stay if np.float32(similarity[row, other]) >= np.float32(at_least)]
+            if near:
+                index[row] = max(near, key=lambda other, row=row: (similarity[row, other], -other))
+                scores[row] = similarity[row, index[row]]
+            else:
+                stay.append(row)
+    return scores, index

@@ -65,7 +65,12 @@ def score_completely(
     scores = compare_all(
         ddf[[name for name in ddf.columns if name in needed]], columns, ranking, options, by_mean=by_mean
     )
-    return scores if eps is None else find_duplicates(scores, eps)
+    return scores if eps is None else _duplicates_alone(scores, eps)
+
+
+def _duplicates_alone(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
+    """Return the duplicates with an index of their own: which other rows there are depends on how they were found."""
+    return find_duplicates(scores, eps).reset_index(drop=True)
 
 
 def up_to(eps: float | None, options: SearchOptions) -> SearchOptions:
@@ -116,7 +121,7 @@ def score_against(
     if completely:
         narrow = ddf[[columns.id, columns.embedding]], reference[[reference_id_field, columns.embedding]]
         scores = compare_all_with(*narrow, columns, reference_id_field, bounded)
-        return scores if eps is None else find_duplicates(scores, eps)
+        return scores if eps is None else _duplicates_alone(scores, eps)
     if n_clusters is None and centroids is None:
         _check_one_has_no_clusters(ddf, reference, columns)
         _check_clustered(queries, columns, options)

@@ -95,6 +95,8 @@ def fit_index(sample: torch.Tensor, n: int, at_least: float, others: int | None 
     with ieee_products:
         rows = unit_rows(sample)
         rows = rows[rows.any(dim=1)]
+        if len(rows) < 2 * SIZES[0]:
+            return None
         judges = rows[: min(JUDGES, len(rows) // 2)]
         axes, defect = fit_axes(rows[len(judges) :][:MIN_SAMPLE], sizes[-1] - 1, tf32=False)
         without = _Choice(math.inf, None)

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
-from dask_semdedup.search import certify, nearest_earlier
+from dask_semdedup.search import nearest_earlier
 from dask_semdedup.search.kept import nearest_kept
 from tests import oracle
 from tests.strategies import rows_and_segments
-
-
-def in_rank_order(rows: np.ndarray, segments: np.ndarray, at_least: float) -> tuple[np.ndarray, np.ndarray]:
-    """One row after the other: a row is dropped if a kept, earlier one of its segment is so similar."""
-    cosines = np.round(oracle.cosines(rows) / certify.TIE) * certify.TIE
-    scores, index = np.zeros(len(rows), np.float32), np.arange(len(rows))
-    for start, stop in pairwise(segments):
-        kept: list[int] = []
-        for row in range(start, stop):
-            near = [other for other in kept if np.float32(cosines[row, other]) >= np.float32(at_least)]
-            if near:
-                index[row] = max(near, key=lambda other, row=row: (cosines[row, other], -other))
-                scores[row] = cosines[row, index[row]]
-            else:
-                kept.append(row)
-    return scores, index
 
 
 @settings(max_examples=150)
@@ -37,7 +19,7 @@ def in_rank_order(rows: np.ndarray, segments: np.ndarray, at_least: float) -> tu
 def test_as_in_rank_order(data: tuple[np.ndarray, np.ndarray], at_least: float) -> None:
     rows, segments = data
     scores, index = nearest_kept(torch.from_numpy(rows), torch.from_numpy(segments), at_least=at_least)
-    expected_scores, expected_index = in_rank_order(rows, segments, at_least)
+    expected_scores, expected_index = oracle.kept(rows, segments, at_least)
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-7, rtol=0)
 

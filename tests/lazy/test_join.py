@@ -1,0 +1,409 @@
+"""Rows compared with all others of a frame: what brute force in float64 finds, in whatever partitions they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import dask
+import dask.dataframe as dd
+import hypothesis.strategies as st
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError, RankingStrategy, read_table
+from dask_semdedup.lazy import join
+from dask_semdedup.search import nearest_earlier
+from dask_semdedup.steps.duplicates import threshold
+from dask_semdedup.steps.join import mean_of
+from tests import oracle
+from tests.data import arrow_lists, objects
+from tests.search.test_near import index_of
+from tests.strategies import KINDS, id_columns, seeds
+
+ROWS = 120
+
+
+@contextmanager
+def indexed(k: int, **settings: int) -> Iterator[None]:
+    """Frames are compared by sketches and so many cells, however few rows they have; by no sketches, if none."""
+
+    def fit(sample: torch.Tensor, n: int, at_least: float, others: int | None = None) -> Any:
+        return index_of(sample.numpy(), at_least, k) if k else None
+
+    with ExitStack() as patches:
+        patches.enter_context(patch("dask_semdedup.search.index.fit_index", fit))
+        for name, value in settings.items():
+            patches.enter_context(patch.object(join, name, value))
+        yield
+
+
+def frame_of(rows: np.ndarray, **columns: Any) -> pd.DataFrame:
+    return pd.DataFrame({"id": np.arange(len(rows)), **columns, "embeddings": arrow_lists(rows.astype(np.float32))})
+
+
+def in_parts(frame: pd.DataFrame, cuts: list[int]) -> dd.DataFrame:
+    """The frame in partitions that end at these places, of which some may be empty."""
+    bounds = [0, *sorted(cuts), len(frame)]
+    parts = [frame.iloc[start:stop] for start, stop in pairwise(bounds)]
+    return dd.from_delayed([dask.delayed(part) for part in parts], meta=frame.iloc[:0], verify_meta=False)
+
+
+def expected(frame: pd.DataFrame, order: np.ndarray, eps: float, duplicate_of: str) -> pd.DataFrame:
+    """The duplicates among rows in this order, by brute force."""
+    ranked = frame.iloc[order]
+    rows, segments = np.array(ranked["embeddings"].tolist(), np.float32), np.array([0, len(frame)])
+    if duplicate_of == "kept":
+        scores, index = oracle.kept(rows, segments, float(threshold(eps)))
+    else:
+        scores, index = oracle.nearest_earlier(rows, segments)
+    is_duplicate = (scores.astype(np.float32) >= threshold(eps)) & (index != np.arange(len(frame)))
+    ids = ranked["id"].to_numpy()
+    return pd.DataFrame({"id": ids, "max_id": ids[index], "cosine_sim_score": scores})[is_duplicate]
+
+
+def assert_scores(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
+    assert list(found.columns) == ["id", "max_id", "cosine_sim_score"]
+    assert found["id"].tolist() == wanted["id"].tolist()
+    np.testing.assert_allclose(found["cosine_sim_score"], wanted["cosine_sim_score"], atol=2e-6, rtol=0)
+    assert found["max_id"].tolist() == wanted["max_id"].tolist()
+
+
+# --- What brute force finds ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate_of", ["any", "kept"])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(rng=seeds(), kind=st.sampled_from(KINDS), n=st.integers(1, ROWS), k=st.integers(0, 12), data=st.data())
+def test_as_brute_force_finds(
+    duplicate_of: str, rng: np.random.Generator, kind: Any, n: int, k: int, data: st.DataObject
+) -> None:
+    rows = kind(rng, n, 64).astype(np.float32).clip(-1e18, 1e18)
+    ids, dtype = data.draw(id_columns(n))
+    frame = frame_of(rows, rank=rng.integers(4, size=n))
+    frame["id"] = pd.Series(ids, dtype=dtype)
+    eps = data.draw(st.sampled_from([1e-3, 0.05, 0.2, 0.5]))
+    # Scores that float64 and the search round to different sides of the threshold are no matter here.
+    similarity = oracle.cosines(rows)
+    if (abs(similarity - float(threshold(eps))) < 1e-7).any():
+        return
+    ddf = in_parts(frame, data.draw(st.lists(st.integers(0, n), max_size=5)))
+    ranking = RankingStrategy(["rank"], ascending=data.draw(st.booleans()))
+    order = ranking.order(frame, cluster_field=None, id_field="id")
+    options = {"eps": eps, "cluster_field": None, "duplicate_of": duplicate_of, "ranking_strategy": ranking}
+    with indexed(k, BLOCK_BYTES=data.draw(st.sampled_from([1, 10_000, 1 << 30]))):
+        lazy = ddf.semdedup.pairwise(**options)
+    found = lazy.compute(scheduler="sync")
+    wanted = expected(frame, order, eps, duplicate_of)
+    assert found["id"].tolist() == wanted["id"].tolist()
+    np.testing.assert_allclose(found["cosine_sim_score"], wanted["cosine_sim_score"], atol=2e-6, rtol=0)
+    assert found.dtypes.equals(lazy._meta.dtypes)
+    position = pd.Series(np.arange(n), index=frame["id"].astype(str))
+    own, chosen, best = (position[column.astype(str)] for column in (found["id"], found["max_id"], wanted["max_id"]))
+    both = np.fmax(similarity, similarity.T)
+    # Float64 may not tell two rows apart; of copies the first is named.
+    assert (abs(both[own, chosen] - both[own, best]) <= oracle.EQUAL).all()
+    assert not [1 for a, b in zip(chosen, best, strict=True) if a != b and np.array_equal(rows[a], rows[b])]
+
+
+def clustered(n: int = 3000, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((40, 96))
+    rows = centres[rng.integers(40, size=n)] + 0.7 * rng.standard_normal((n, 96))
+    near = rng.integers(n // 2, size=n // 4)
+    rows[-len(near) :] = rows[near] + rng.uniform(0, 0.3, (len(near), 1)) * rng.standard_normal((len(near), 96))
+    return frame_of(rows[rng.permutation(n)], quality=rng.integers(10, size=n))
+
+
+@pytest.mark.parametrize("which_to_keep", ["hard", "easy", "random"])
+@pytest.mark.parametrize("duplicate_of", ["any", "kept"])
+def test_the_same_bits_in_any_partitions_cells_and_blocks(which_to_keep: str, duplicate_of: str) -> None:
+    frame = clustered()
+    options = {"which_to_keep": which_to_keep, "duplicate_of": duplicate_of, "cluster_field": None, "eps": 0.05}
+    alone = in_parts(frame, []).semdedup.pairwise(**options).compute()
+    assert len(alone) > 100
+    shuffled = frame.sample(frac=1, random_state=0)
+    for cuts in ([], [1000], [10, 10, 2000, 2500], list(range(0, 3000, 300))):
+        for k, block_bytes in ((1, 1 << 30), (25, 1 << 30), (25, 100_000)):
+            with indexed(k, BLOCK_BYTES=block_bytes, BLOCK_ROWS=700, BIN_BYTES=1 << 30):
+                found = in_parts(shuffled, cuts).semdedup.pairwise(**options)
+            pd.testing.assert_frame_equal(found.compute().reset_index(drop=True), alone.reset_index(drop=True))
+
+
+def test_a_result_of_several_partitions_holds_the_same_rows() -> None:
+    frame = clustered()
+    alone = in_parts(frame, []).semdedup.pairwise(eps=0.1, cluster_field=None, which_to_keep="random").compute()
+    with indexed(25, BIN_BYTES=frame["embeddings"].size * 96 * 4 // 3):
+        found = in_parts(frame, [700, 1900]).semdedup.pairwise(eps=0.1, cluster_field=None, which_to_keep="random")
+    assert found.npartitions > 2
+    assert min(map(len, dask.compute(*found.to_delayed()))) > 10
+    by_id = [scores.sort_values("id").reset_index(drop=True) for scores in (found.compute(), alone)]
+    pd.testing.assert_frame_equal(*by_id)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_hard_and_easy_go_by_the_distance_to_the_mean(metric: str) -> None:
+    frame = clustered()
+    unit = np.array(frame["embeddings"].tolist(), np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    mean = unit.mean(axis=0)
+    distance = np.linalg.norm(unit - mean, axis=1) if metric == "l2" else 1 - unit @ mean / np.linalg.norm(mean)
+    for which_to_keep, order in (("hard", np.argsort(-distance)), ("easy", np.argsort(distance))):
+        with indexed(20):
+            found = in_parts(frame, [500, 2000]).semdedup.pairwise(
+                eps=0.05, cluster_field=None, which_to_keep=which_to_keep, sim_metric=metric, duplicate_of="kept"
+            )
+        assert_scores(found.compute(), expected(frame, order, 0.05, "kept"))
+
+
+def test_the_mean_depends_on_no_order() -> None:
+    rng = np.random.default_rng(0)
+    totals = [(rng.integers(-(2**40), 2**40, 64), int(rng.integers(1, 100))) for _ in range(20)]
+    first = mean_of(totals)
+    for _ in range(5):
+        rng.shuffle(totals)
+        np.testing.assert_array_equal(mean_of(totals), first)
+
+
+def test_a_column_of_distances_is_not_what_hard_goes_by() -> None:
+    """Distances to centroids say nothing among all rows; who names them as a strategy means them."""
+    frame = clustered(400)
+    frame["cosine_dist_to_cent"] = np.arange(400.0)
+    ddf = in_parts(frame, [200])
+    plain = in_parts(frame.drop(columns="cosine_dist_to_cent"), [200])
+    options = {"eps": 0.05, "cluster_field": None, "duplicate_of": "kept"}
+    pd.testing.assert_frame_equal(
+        ddf.semdedup.pairwise(**options).compute(), plain.semdedup.pairwise(**options).compute()
+    )
+    by_column = ddf.semdedup.pairwise(ranking_strategy=RankingStrategy(["cosine_dist_to_cent"]), **options).compute()
+    assert_scores(by_column, expected(frame, np.arange(400), 0.05, "kept"))
+
+
+def test_scores_of_all_rows_are_those_of_one_cluster() -> None:
+    frame = clustered(500).assign(centroid=7)
+    ddf = in_parts(frame, [100, 300])
+    options = {"ranking_strategy": RankingStrategy(["quality"])}
+    alone = ddf.semdedup.pairwise(**options).drop(columns="centroid").compute()
+    completely = ddf.semdedup.pairwise(cluster_field=None, **options)
+    pd.testing.assert_frame_equal(completely.compute(), alone)
+    # Who filters them takes the search at that similarity.
+    (search,) = completely.semdedup.duplicates(0.1).optimize(fuse=False).find_operations(join.CompleteScores)
+    assert search.options.at_least == pytest.approx(0.9)
+
+
+# --- Against another frame -------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(rng=seeds(), kind=st.sampled_from(KINDS), n=st.integers(2, ROWS), k=st.integers(0, 12), data=st.data())
+def test_against_as_brute_force_finds(rng: np.random.Generator, kind: Any, n: int, k: int, data: st.DataObject) -> None:
+    rows = kind(rng, n, 64).astype(np.float32).clip(-1e18, 1e18)
+    similarity = oracle.cosines(rows)
+    if (abs(similarity - 0.9) < 1e-7).any():
+        return
+    half = data.draw(st.integers(1, n - 1))
+    queries, corpus = frame_of(rows[half:]), frame_of(rows[:half]).rename(columns={"id": "key"})
+    ours = in_parts(queries, data.draw(st.lists(st.integers(0, n - half), max_size=3)))
+    theirs = in_parts(corpus, data.draw(st.lists(st.integers(0, half), max_size=3)))
+    with indexed(k, BLOCK_BYTES=data.draw(st.sampled_from([1, 1 << 30]))):
+        lazy = ours.semdedup.against(theirs, eps=0.1, reference_id_field="key")
+    found = lazy.compute(scheduler="sync")
+    best = similarity[half:, :half].max(axis=1)
+    wanted = np.flatnonzero(best >= 0.9)
+    assert found["id"].tolist() == wanted.tolist()
+    np.testing.assert_allclose(found["cosine_sim_score"], best[wanted], atol=2e-6, rtol=0)
+    chosen = similarity[half + wanted, found["max_id"].to_numpy(np.int64)]
+    assert (best[wanted] - chosen <= oracle.EQUAL).all()
+    assert found.dtypes.equals(lazy._meta.dtypes)
+
+
+def test_groups_of_scores_against_another_frame_are_refused() -> None:
+    frame = clustered(100)
+    ddf = in_parts(frame, [])
+    with pytest.raises(InvalidArgumentError, match="against"):
+        ddf.semdedup.against(ddf, eps=0.1).semdedup.groups(0.1)
+
+
+# --- Lazily, and from files ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, pd.DataFrame]:
+    frame = clustered()
+    for number, part in enumerate(np.array_split(np.arange(len(frame)), 5)):
+        frame.iloc[part].to_parquet(tmp_path / f"{number}.parquet", index=False)
+    return tmp_path, frame
+
+
+def test_files_are_read_twice_and_columns_only_as_needed(files: tuple[Path, pd.DataFrame]) -> None:
+    path, _ = files
+    with indexed(20):
+        lazy = read_table(path).semdedup.pairwise(eps=0.05, cluster_field=None, which_to_keep="random")
+    graph = lazy.optimize().__dask_graph__()
+    reads = [key for key, task in graph.items() if "read" in str(key) and not task.dependencies]
+    again = [key for key in reads if "again" in str(key)]
+    assert len(reads) == 2 * len(again) == 2 * read_table(path).npartitions
+    seen: list[list[str]] = []
+
+    def spy(self: Any, partition: Any, columns: Any) -> Any:
+        seen.append(sorted(columns))
+        return self.reader.read(partition, columns)
+
+    with patch("dask_semdedup.lazy.tables.ReadPart.__call__", spy):
+        lazy.compute(scheduler="sync")
+    assert seen
+    assert all(columns == ["embeddings", "id"] for columns in seen)
+
+
+def test_what_is_persisted_is_not_computed_again(files: tuple[Path, pd.DataFrame]) -> None:
+    path, _ = files
+    ddf = read_table(path).persist()
+    with indexed(20):
+        lazy = ddf.semdedup.pairwise(eps=0.05, cluster_field=None, which_to_keep="random")
+    assert not [key for key in lazy.optimize().__dask_graph__() if "again" in str(key)]
+
+
+def test_nothing_but_a_sample_is_read_at_once(files: tuple[Path, pd.DataFrame]) -> None:
+    path, _ = files
+    ddf = read_table(path)
+    with patch("dask_semdedup.lazy.join.sample_embeddings", wraps=join.sample_embeddings) as sampled:
+        ddf.semdedup.pairwise(eps=0.05, cluster_field=None)
+        assert sampled.call_count == 1
+        ddf.semdedup.pairwise(cluster_field=None)
+        assert sampled.call_count == 1
+
+
+def test_deduplicate_keeps_what_the_rule_keeps(files: tuple[Path, pd.DataFrame]) -> None:
+    path, frame = files
+    ranking = RankingStrategy(["quality"])
+    order = ranking.order(frame, cluster_field=None, id_field="id")
+    for duplicate_of in ("kept", "any"):
+        dropped = set(expected(frame, order, 0.1, duplicate_of)["id"])
+        with indexed(20):
+            kept = read_table(path).semdedup.deduplicate(
+                eps=0.1, ranking_strategy=ranking, **({} if duplicate_of == "kept" else {"duplicate_of": "any"})
+            )
+        found = kept.compute()
+        assert found["id"].tolist() == [name for name in frame["id"] if name not in dropped]
+        assert list(found.columns) == ["id", "quality", "embeddings"]
+
+
+def test_every_dropped_row_has_a_kept_near_one() -> None:
+    frame = clustered()
+    with indexed(20):
+        scores = in_parts(frame, [1000]).semdedup.pairwise(eps=0.2, cluster_field=None, duplicate_of="kept").compute()
+        loose = in_parts(frame, [1000]).semdedup.pairwise(eps=0.2, cluster_field=None).compute()
+    assert not set(scores["max_id"]) & set(scores["id"])
+    assert set(scores["id"]) < set(loose["id"])
+    groups = dd.from_pandas(scores, npartitions=2).semdedup.groups(eps=0.2).compute()
+    assert groups["kept_id"].tolist() == scores["max_id"].tolist()
+
+
+def test_within_clusters_kept_rows_are_those_of_each_cluster() -> None:
+    frame = clustered(600)
+    frame["centroid"] = frame["id"] % 3
+    ranking = RankingStrategy(["quality"])
+    found = in_parts(frame, [250]).semdedup.pairwise(eps=0.2, ranking_strategy=ranking, duplicate_of="kept").compute()
+    for cluster, part in frame.groupby("centroid"):
+        part = part.reset_index(drop=True)
+        order = ranking.order(part, cluster_field=None, id_field="id")
+        wanted = expected(part, order, 0.2, "kept")
+        assert_scores(found[found["centroid"] == cluster].drop(columns="centroid"), wanted)
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "sync", "processes"])
+def test_on_every_scheduler(files: tuple[Path, pd.DataFrame], scheduler: str) -> None:
+    path, frame = files
+    with indexed(20):
+        lazy = read_table(path).semdedup.pairwise(eps=0.05, cluster_field=None, duplicate_of="kept")
+    found = lazy.compute(scheduler=scheduler)
+    alone = in_parts(frame, []).semdedup.pairwise(eps=0.05, cluster_field=None, duplicate_of="kept").compute()
+    pd.testing.assert_frame_equal(found, alone)
+
+
+def test_dense_groups_and_copies_are_no_trouble() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((4000, 64)).astype(np.float32)
+    rows[:1500] = rows[0]
+    rows[1500:2500] = rows[1500] + 1e-3 * rng.standard_normal((1000, 64))
+    frame = frame_of(rows[rng.permutation(4000)])
+    ranking = RankingStrategy(["id"])
+    for duplicate_of in ("any", "kept"):
+        options = {"eps": 0.05, "cluster_field": None, "ranking_strategy": ranking, "duplicate_of": duplicate_of}
+        with indexed(30):
+            found = in_parts(frame, [1000, 2200]).semdedup.pairwise(**options).compute()
+        unit = torch.from_numpy(np.array(frame["embeddings"].tolist(), np.float32))
+        if duplicate_of == "any":
+            scores, index = nearest_earlier(unit, torch.tensor([0, 4000]))
+            is_duplicate = (scores >= float(threshold(0.05))).numpy()
+            assert found["id"].tolist() == np.flatnonzero(is_duplicate).tolist()
+            assert found["max_id"].tolist() == index.numpy()[is_duplicate].tolist()
+        else:
+            assert len(found) == 2498
+            assert found["max_id"].nunique() == 2
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_kept_needs_an_eps_below_one() -> None:
+    ddf = in_parts(clustered(100), [])
+    for eps in (None, 1, 2):
+        with pytest.raises(InvalidArgumentError, match="duplicate_of='kept' needs an eps below 1") as error:
+            ddf.semdedup.pairwise(eps=eps, cluster_field=None, duplicate_of="kept")
+        assert error.value.parameters == ("duplicate_of", "eps")
+    with pytest.raises(InvalidArgumentError, match="duplicate_of must be one of 'any', 'kept', not 'all'"):
+        ddf.semdedup.deduplicate(eps=0.1, duplicate_of="all")
+
+
+def test_options_of_a_fit_without_clusters_are_refused() -> None:
+    ddf = in_parts(clustered(100), [])
+    for method in (ddf.semdedup.deduplicate, lambda **options: ddf.semdedup.against(ddf, **options)):
+        with pytest.raises(InvalidArgumentError, match="max_iter would mean nothing"):
+            method(max_iter=3)
+
+
+def test_missing_columns_are_named_before_anything_is_read() -> None:
+    ddf = in_parts(clustered(100), [])
+    with pytest.raises(MissingColumnsError, match="vectors"):
+        ddf.semdedup.deduplicate(embedding_field="vectors")
+    with pytest.raises(MissingColumnsError, match="score"):
+        ddf.semdedup.pairwise(eps=0.1, cluster_field=None, ranking_strategy=RankingStrategy(["score"]))
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_bad_rows_are_named(k: int) -> None:
+    frame = clustered(200)
+    rows = frame["embeddings"].tolist()
+    rows[150] = [float("nan"), *rows[150][1:]]
+    frame["embeddings"] = arrow_lists(np.array(rows, np.float32))
+    ddf = in_parts(frame, [100])
+    with pytest.raises(EmbeddingError, match=r"1 row .*150"), indexed(k):
+        ddf.semdedup.pairwise(eps=0.1, cluster_field=None).compute(scheduler="sync")
+
+
+def test_partitions_of_another_width_are_named() -> None:
+    wide, narrow = clustered(200), frame_of(np.random.default_rng(0).standard_normal((100, 64)))
+    parts = [dask.delayed(wide), dask.delayed(narrow.assign(id=narrow["id"] + 1000, quality=0)[wide.columns])]
+    ddf = dd.from_delayed(parts, meta=wide.iloc[:0], verify_meta=False)
+    with pytest.raises(EmbeddingError, match=r"(64|96)"), indexed(5):
+        ddf.semdedup.pairwise(eps=0.1, cluster_field=None).compute(scheduler="sync")
+
+
+def test_embeddings_may_be_objects_and_frames_may_be_empty() -> None:
+    frame = clustered(300)
+    alone = in_parts(frame, []).semdedup.pairwise(eps=0.1, cluster_field=None).compute()
+    with dask.config.set({"dataframe.convert-string": False}), indexed(5):
+        as_objects = frame.assign(embeddings=objects(list(np.array(frame["embeddings"].tolist(), np.float32))))
+        found = in_parts(as_objects, [100, 100]).semdedup.pairwise(eps=0.1, cluster_field=None).compute()
+    pd.testing.assert_frame_equal(found, alone)
+    nothing = in_parts(frame.iloc[:0], [0]).semdedup.pairwise(eps=0.1, cluster_field=None)
+    assert len(nothing.compute()) == 0
+    assert nothing.compute().dtypes.equals(alone.dtypes)

@@ -60,6 +60,9 @@ BLOCK_ROWS = 1 << 17
 BIN_BYTES = 8 << 30
 """Bytes of all rows, of which few are involved, for each partition of the result."""
 
+COPIES = 2
+"""Times that rows which one task searches are in memory: as read, and in rank order."""
+
 GPU_COPIES = 3
 """Times that rows on a GPU are in its memory: as read, in rank order, and what searches take."""
 
@@ -71,16 +74,18 @@ class Plan:
     Attributes
     ----------
     rows, width : int
-        Rows of the frame, and numbers in each.
+        Rows of the frame, or of both, and numbers in each; no width where no row had to be looked at.
     index : Index or None
         What is fitted to a sample: sketches and cells. None if all rows are searched in one task.
     blocks : tuple of tuple of int
         Partitions whose sketches are taken together.
-    others : int
-        Number of the last blocks, which are of another frame: these are compared with the first ones, and none with
-        those of its own frame. By default there are none.
+    others, other_rows : int
+        Number of the last blocks, which are of another frame, and of their rows: these are compared with the first
+        ones, and none with those of its own frame. By default there are none.
     shares : tuple of slice
         Ranges of cells that are looked at together.
+    block_rows : tuple of int
+        Rows of each block.
     bins : int
         Partitions of the result.
     """
@@ -90,8 +95,10 @@ class Plan:
     index: Index | None
     blocks: tuple[tuple[int, ...], ...] = ()
     shares: tuple[slice, ...] = ()
+    block_rows: tuple[int, ...] = ()
     bins: int = 1
     others: int = 0
+    other_rows: int = 0
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         if self.index is None:
@@ -109,12 +116,17 @@ class Plan:
     @property
     def pairs(self) -> float:
         """Pairs of rows, or of their sketches, that will be multiplied."""
-        return self.rows * (self.rows - 1) / 2 if self.index is None else self.index.pairs
+        return self.all_pairs if self.index is None else self.index.pairs
+
+    @property
+    def all_pairs(self) -> float:
+        """Pairs of rows that there are: of one frame, or of two."""
+        return (self.rows - self.other_rows) * ((self.rows - 1) / 2 if not self.other_rows else self.other_rows)
 
     @property
     def skipped(self) -> float:
         """Share of all pairs that no task looks at."""
-        return max(0.0, 1 - self.pairs / max(1.0, self.rows * (self.rows - 1) / 2))
+        return max(0.0, 1 - self.pairs / max(1.0, self.all_pairs))
 
     def comparisons(self) -> Iterator[tuple[int, int, slice]]:
         """Yield the blocks and cells of each comparison: every pair of blocks once."""
@@ -124,20 +136,39 @@ class Plan:
             for share in self.shares:
                 yield first, second, share
 
-    def __str__(self) -> str:
-        lines = [("rows", f"{self.rows:,} x {self.width}")]
+    @property
+    def tasks(self) -> int:
+        """Number of comparisons, each of which is a task."""
+        return 1 if self.index is None else sum(1 for _ in self.comparisons())
+
+    @property
+    def worker_bytes(self) -> int:
+        """Bytes that a worker needs at once, besides partitions: sketches, or all rows where one task searches them."""
         if self.index is None:
-            lines += [("search", "all rows in one task, without an index")]
+            return COPIES * 4 * self.rows * self.width
+        return int(min(self.sketch_bytes, 2 * max(self.block_rows) * row_bytes(self.index)))
+
+    @property
+    def seconds(self) -> float | None:
+        """About how long two cores will take, apart from reading; None where that is not known."""
+        return None if self.index is None else self.index.seconds
+
+    def __repr__(self) -> str:
+        lines = [("rows", f"{self.rows:,} x {self.width or '?'}")]
+        if self.index is None:
+            lines += [("search", "all rows in one task"), ("pairs", f"{self.pairs:,.0f}")]
         else:
             lines += [
-                ("sketches", f"{self.index.sketcher.size} numbers a row, {format_bytes(self.sketch_bytes)} in all"),
-                ("cells", f"{len(self.index.cells):,}"),
+                ("sketches", f"{self.index.sketcher.size} numbers a row, {format_bytes(self.sketch_bytes)}"),
+                ("cells", f"{len(self.index.cells):,}, of which a row visits {self.index.visits:.1f}"),
                 ("pairs skipped", f"{self.skipped:.2%}"),
                 ("pairs of sketches", f"{self.pairs:,.0f}"),
                 ("pairs to verify", f"{self.index.left:,.0f}"),
-                ("comparisons", f"{sum(1 for _ in self.comparisons()):,} tasks"),
+                ("comparisons", f"{self.tasks:,} tasks"),
+                ("time on two cores", f"{self.index.seconds:,.0f} s, and to read the rows twice"),
             ]
-        return "\n".join(f"{name:<18} {value}" for name, value in lines)
+        lines.append(("memory of a worker", f"{format_bytes(self.worker_bytes)}, and its partitions"))
+        return "\n".join(f"{name:<19} {value}" for name, value in lines)
 
 
 def row_bytes(index: Index) -> float:
@@ -149,13 +180,16 @@ def make_plan(
     ddf: dd.DataFrame, columns: Columns, options: SearchOptions, reference: dd.DataFrame | None = None
 ) -> Plan:
     """Look at a sample of a frame now, and plan how its rows are compared with all others, or with a reference's."""
-    from dask_semdedup.search.index import fit_index, sample_rows
+    from dask_semdedup.search.index import fit_index, is_worth_a_look, sample_rows
 
     if options.at_least is None or options.compute_dtype != "auto":
         return Plan(0, 0, None)
     frames = [ddf] if reference is None else [ddf, reference]
     lengths = [partition_lengths(frame, columns) for frame in frames]
     rows = [sum(counts) for counts in lengths]
+    others = None if reference is None else rows[0]
+    if not is_worth_a_look(rows[-1], others):
+        return Plan(sum(rows), 0, None, other_rows=sum(rows[1:]))
     # A reference is the larger of the two, as a rule.
     size = sample_rows(rows[-1])
     sample = sample_embeddings(frames[-1], draw(lengths[-1], size, SEED), columns, options.embedding_dim)
@@ -164,16 +198,24 @@ def make_plan(
         import torch
 
         order = np.random.default_rng(SEED).permutation(len(sample))
-        index = fit_index(
-            torch.from_numpy(sample[order]), rows[-1], options.at_least, None if reference is None else rows[0]
-        )
+        index = fit_index(torch.from_numpy(sample[order]), rows[-1], options.at_least, others)
     if index is None:
-        return Plan(sum(rows), width, None)
+        return Plan(sum(rows), width, None, other_rows=sum(rows[1:]))
     most = BLOCK_BYTES / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS
-    blocks = [_blocks(counts, most, first) for counts, first in zip(lengths, (0, len(lengths[0])), strict=False)]
-    bins = -(-4 * sum(rows) * width // BIN_BYTES)
-    others = 0 if reference is None else len(blocks[-1])
-    return Plan(sum(rows), width, index, sum(blocks, ()), _shares(index.loads), bins, others)
+    firsts = (0, len(lengths[0]))
+    blocks = [_blocks(counts, most, first) for counts, first in zip(lengths, firsts, strict=False)]
+    counts = [count for of_frame in lengths for count in of_frame]
+    return Plan(
+        sum(rows),
+        width,
+        index,
+        sum(blocks, ()),
+        _shares(index.loads),
+        tuple(sum(counts[number] for number in block) for block in sum(blocks, ())),
+        -(-4 * sum(rows) * width // BIN_BYTES),
+        0 if reference is None else len(blocks[-1]),
+        sum(rows[1:]),
+    )
 
 
 def _fits_gpu(ddf: dd.DataFrame, n_values: int, options: SearchOptions) -> bool:

@@ -14,14 +14,22 @@ from dask_semdedup.errors import ClusterError, InvalidArgumentError
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
 from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
-from dask_semdedup.lazy.join import compare_all, compare_all_with
+from dask_semdedup.lazy.join import Plan, compare_all, compare_all_with, make_plan
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.sources import check_sources
 from dask_semdedup.steps.duplicates import check_eps, find_duplicates, threshold
 from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["check_rows", "count_rows", "is_complete", "score_against", "score_completely", "score_pairwise"]
+__all__ = [
+    "check_rows",
+    "count_rows",
+    "is_complete",
+    "plan_completely",
+    "score_against",
+    "score_completely",
+    "score_pairwise",
+]
 
 
 def score_pairwise(
@@ -66,6 +74,13 @@ def score_completely(
         ddf[[name for name in ddf.columns if name in needed]], columns, ranking, options, by_mean=by_mean
     )
     return scores if eps is None else _duplicates_alone(scores, eps)
+
+
+def plan_completely(ddf: dd.DataFrame, columns: Columns, options: SearchOptions, eps: float) -> Plan:
+    """Plan how rows are compared with all others of a frame: see `SemDedupAccessor.plan`."""
+    options = up_to(eps, options)
+    check_rows(ddf, columns, options)
+    return make_plan(ddf[[columns.id, columns.embedding]], columns, options)
 
 
 def _duplicates_alone(scores: dd.DataFrame, eps: float) -> dd.DataFrame:

@@ -13,13 +13,16 @@ from dask_semdedup.search.cells import Cells, fit_cells, reach_of
 from dask_semdedup.search.sketch import LEAST, SCALE, SIZES, Sketcher, fit_axes, sketcher, unit_rows
 from dask_semdedup.search.torch_sketch import COSTS
 
-__all__ = ["Index", "fit_index", "n_cells", "sample_rows"]
+__all__ = ["Index", "fit_index", "is_worth_a_look", "n_cells", "sample_rows"]
 
 LEAST_ROWS = 16_384
 """Pairs of fewer rows are compared at once: to look at a sample would take as long."""
 
-MIN_SAMPLE, ROWS_PER_CELL, MAX_CELLS = 8192, 16, 4096
+MIN_SAMPLE, ROWS_PER_CELL, MAX_CELLS = 16_384, 48, 4096
 """Rows of a sample, and cells."""
+
+AXES_SAMPLE = 8192
+"""Rows of the sample that the axes are fitted to."""
 
 JUDGES = 4096
 """Rows of the sample that tell what an index leaves."""
@@ -47,6 +50,8 @@ class Index:
         Cells that a row visits, on average.
     left : float
         Pairs that will be left to verify.
+    seconds : float
+        About how long two cores will take, apart from reading.
     """
 
     sketcher: Sketcher
@@ -54,11 +59,17 @@ class Index:
     loads: np.ndarray
     visits: float
     left: float
+    seconds: float
 
     @property
     def pairs(self) -> float:
         """Pairs of sketches that will be multiplied."""
         return float(self.loads.sum())
+
+
+def is_worth_a_look(n: int, others: int | None = None) -> bool:
+    """Return whether so many rows are compared with each other, or with others, that an index may pay."""
+    return _Work(n, others).pairs >= LEAST_ROWS**2 / 2
 
 
 def n_cells(n: int) -> int:
@@ -86,11 +97,9 @@ def fit_index(sample: torch.Tensor, n: int, at_least: float, others: int | None 
         Rows of another frame that all rows are compared with. By default they are compared with each other.
     """
     width = sample.shape[1]
-    if others is not None and not others:
-        return None
     work = _Work(n, others)
     sizes = [size for size in SIZES if size <= width // 2]
-    if not sizes or at_least < LEAST or work.pairs < LEAST_ROWS**2 / 2:
+    if not sizes or at_least < LEAST or not is_worth_a_look(n, others):
         return None
     with ieee_products:
         rows = unit_rows(sample)
@@ -98,7 +107,7 @@ def fit_index(sample: torch.Tensor, n: int, at_least: float, others: int | None 
         if len(rows) < 2 * SIZES[0]:
             return None
         judges = rows[: min(JUDGES, len(rows) // 2)]
-        axes, defect = fit_axes(rows[len(judges) :][:MIN_SAMPLE], sizes[-1] - 1, tf32=False)
+        axes, defect = fit_axes(rows[len(judges) :][:AXES_SAMPLE], sizes[-1] - 1, tf32=False)
         without = _Choice(math.inf, None)
         best = without
         for size in sizes:
@@ -156,8 +165,9 @@ def _with_size(rows: torch.Tensor, judges: torch.Tensor, found: Sketcher, work: 
         visits = cells.visits(judged)
         shares = (np.bincount(where, minlength=len(cells)) / len(judged) for where in (visits.cell, visits.visited))
         loads = work.loads(*shares)
-        time = (loads.sum() + work.rows * (len(cells) if k > 1 else 0)) * product + verify
-        choices.append(_Choice(time, Index(found, cells, loads, len(visits.visited) / len(judged), left)))
+        rotated = work.rows * rows.shape[1] * COSTS.value
+        time = (loads.sum() + work.rows * (len(cells) if k > 1 else 0)) * product + rotated + verify
+        choices.append(_Choice(time, Index(found, cells, loads, len(visits.visited) / len(judged), left, time / 1e12)))
     best = min(choices, key=lambda choice: choice.time)
     return best, verify <= ENOUGH * best.time
 

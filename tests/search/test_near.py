@@ -42,7 +42,7 @@ def index_of(rows: np.ndarray, at_least: float, k: int, size: int = 32) -> Index
     axes, defect = fit_axes(unit, size - 1, tf32=False)
     found = sketcher(axes, float(defect), at_least, tf32=False)
     cells = fit_cells(found.sketches(unit), k, reach_of(found))
-    return Index(found, cells, np.ones(len(cells)), 0.0, 0.0)
+    return Index(found, cells, np.ones(len(cells)), 0.0, 0.0, 0.0)
 
 
 def parts_of(rows: np.ndarray, cuts: list[int], index: Index, first: int = 0) -> list[Part]:

@@ -415,9 +415,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         -----
         With ``cluster_field=None`` and an `eps`, rows are counted and a sample of them is read when the method is
         called: 16 rows for each of at most 4,096 cells, and 8,192 at least. The computation then reads the data twice.
-        The first reading leaves a *sketch* of every row, 64 to 400 bytes and 4 bytes for each cell that it visits,
-        which stay in memory until all are compared. The second takes only the rows that may have a duplicate. No
-        duplicate is missed, and the answer does not depend on sample, cells or partitions. All rows come together in
+        The first reading leaves a *sketch* of every row, about 80 to 400 bytes and 4 bytes for each cell that it
+        visits, which stays in memory until all are compared. The second takes only the rows that may have a duplicate.
+        No duplicate is missed, and the answer does not depend on sample, cells or partitions. All rows come together in
         one task instead if they are fewer than about 16,000, if sketches would not save time, if they fit a GPU, if
         there is no `eps` or one of 1 or more, or if `compute_dtype` is not "auto". What it costs is under "Comparing
         everything with everything" in the documentation.

@@ -499,8 +499,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         -----
         Scores of all rows say for each row how near any preferred row is: the rule is that of
         ``pairwise(duplicate_of="any")``. Scores by the rule "kept" hold for the eps that they were searched at. At a
-        smaller eps they select fewer rows than a search at that eps: each is still near a kept row, but rows near each
-        other may both be kept.
+        smaller eps they select other rows than a search at that eps: each is still near a kept row, but two rows that
+        are near each other may both be kept.
 
         Examples
         --------

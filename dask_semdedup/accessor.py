@@ -33,9 +33,9 @@ __all__ = ["SemDedupAccessor"]
 class SemDedupAccessor:
     """Semantic deduplication, as ``ddf.semdedup``.
 
-    Methods return lazy Dask DataFrames, except `fit_centroids`, which reads a sample, as `kmeans` does to begin with,
-    and `to_clusters`, which writes. It is there on all Dask DataFrames, of pandas and of cuDF, once `dask_semdedup` is
-    imported.
+    Methods return lazy Dask DataFrames, except `fit_centroids`, which fits to a sample, and `to_clusters` and
+    `to_parquet`, which write. `kmeans`, and `pairwise`, `deduplicate` and `against` without clusters, read a sample at
+    once. The accessor is there on all Dask DataFrames, of pandas and of cuDF, once `dask_semdedup` is imported.
     """
 
     def __init__(self, ddf: dd.DataFrame) -> None:
@@ -340,30 +340,37 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         verbose: bool = False,
     ) -> dd.DataFrame:
-        """Score every row by its largest similarity to a row of its cluster that is preferred over it.
+        """Score every row by its largest similarity to a row that is preferred over it.
 
-        Only the columns that are needed are read, or shuffled. Frames that are not known to be aligned by cluster are
-        shuffled; those of `read_clusters` are not.
+        Rows are compared within their clusters, or with all rows of the frame if `cluster_field` is None. Only the
+        columns that are needed are read, or shuffled. Frames that are not known to be aligned by cluster are shuffled;
+        those of `read_clusters` are not, and no frame is that is compared as a whole.
 
         Parameters
         ----------
         eps : float, optional
-            Cosine distance, from 0 to 2, within which a row is a duplicate: only duplicates are returned, the rows of
-            ``pairwise().semdedup.duplicates(eps)``. By default all rows.
+            Cosine distance, from 0 to 2, within which a row is a duplicate: only duplicates are returned. With
+            ``duplicate_of="any"`` they are the rows of ``pairwise().semdedup.duplicates(eps)``. By default all rows.
         which_to_keep : {"hard", "easy", "random"}, default "hard"
-            The rows that are preferred: those far from their centroid, those near to it, or any.
+            The rows that are preferred: those far from their centroid, those near to it, or any. Without clusters the
+            mean of all normalised rows is the centroid.
         sim_metric : {"cosine", "l2"}, default "cosine"
-            Whether the distance to the centroid is in the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``. The
-            score is the cosine similarity in both cases.
+            The distance to the centroid. It is in the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``; without
+            clusters it is computed. The score is the cosine similarity in both cases.
         ranking_strategy : RankingStrategy, optional
             Replaces `which_to_keep` and `sim_metric`.
         id_field : str, default "id"
-            Column of ids: integers or strings. They should be unique within a cluster: the order among rows of equal
-            ids and equal values to rank by is that of the input.
+            Column of ids: integers or strings. They should be unique among the rows that are compared: the order among
+            rows of equal ids and equal values to rank by is that of the input.
         embedding_field : str, default "embeddings"
             Column of embeddings: lists of floats, all of one length. They need not be normalised.
-        cluster_field : str, default "centroid"
-            Column of clusters.
+        cluster_field : str or None, default "centroid"
+            Column of clusters, within which rows are compared. None compares every row with all rows of the frame.
+        duplicate_of : {"any", "kept"}, default "any"
+            The preferred rows that a row can be a duplicate of. "any" allows each of them, also one that is itself a
+            duplicate. "kept" allows those that are no duplicates themselves: in rank order, a row is a duplicate if and
+            only if a kept, preferred row is at least ``1 - eps`` similar, and its ``max_id`` is the nearest kept one.
+            "kept" needs an `eps` below 1.
         embedding_dim : int, optional
             Length of the embeddings, to be checked. By default that of most rows of each partition.
         pairwise_batch_size : int, optional
@@ -376,30 +383,45 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device : {"auto", "cpu", "cuda"}, default "auto"
             Where the search runs, whatever holds the frame.
         verbose : bool, default False
-            Log the rows and the time of each partition to the logger ``dask_semdedup``, at level INFO.
+            Log the rows and the time of each partition of clusters to the logger ``dask_semdedup``, at level INFO.
 
         Returns
         -------
         dask.dataframe.DataFrame
             Columns ``id`` and ``max_id``, of the ids' own dtype, ``cosine_sim_score`` (float32 in [-1, 1]), and the
-            cluster column. A row for each row of the frame, or for each duplicate at `eps`: clusters ascend within a
-            partition, and rows stand in rank order within their cluster. The first row of a cluster has score 0 and its
-            own id.
+            cluster column if there are clusters. A row for each row of the frame, or for each duplicate at `eps`.
+            Clusters ascend within a partition, and rows stand in rank order within their cluster, or within the
+            partition. The first row of a cluster, or of all rows, has score 0 and its own id.
 
         Raises
         ------
         MissingColumnsError
             If there is no column of ids, of embeddings, or to rank by.
         ClusterError
-            If there is no cluster column; when computed, if rows have a null cluster.
+            If `cluster_field` is no column of the frame; when computed, if rows have a null cluster.
         EmbeddingError
-            If the embedding column cannot hold embeddings; when computed, if rows are null, not finite, or of
-            different lengths.
+            If the embedding column cannot hold embeddings, or rows of the sample are null, not finite or of different
+            lengths; when computed, if others are.
         InvalidArgumentError
-            If an argument is not one of those allowed, or the columns of ids or clusters hold lists.
+            If an argument is not one of those allowed, `duplicate_of` is "kept" and `eps` is not below 1, or the
+            columns of ids or clusters hold lists.
+
+        See Also
+        --------
+        deduplicate : The rows that are kept, in one call.
+        against : Rows compared with those of another frame.
 
         Notes
         -----
+        With ``cluster_field=None`` and an `eps`, rows are counted and a sample of them is read when the method is
+        called: 16 rows for each of at most 4,096 cells, and 8,192 at least. The computation then reads the data twice.
+        The first reading leaves a *sketch* of every row, about 80 to 400 bytes and 4 bytes for each cell that it
+        visits, which stays in memory until all are compared. The second takes only the rows that may have a duplicate.
+        No duplicate is missed, and the answer does not depend on sample, cells or partitions. All rows come together in
+        one task instead if they are fewer than about 16,000, if sketches would not save time, if they fit a GPU, if
+        there is no `eps` or one of 1 or more, or if `compute_dtype` is not "auto". What it costs is under "Comparing
+        everything with everything" in the documentation.
+
         A search for duplicates at one eps excludes most pairs by fewer multiplications than scores of all rows take,
         and gives the same rows, scores and neighbours, bit for bit. Dask's optimiser turns scores that are only
         filtered into such a search: by ``duplicates(eps)``, ``groups(eps)``, ``eps_curve()``, ``remove(scores,
@@ -407,7 +429,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         what the largest eps needs. Scores that are also used in another way are searched for in full: those that are
         written, persisted or merged, or get flags for several eps.
 
-        Figures and pairs from which to choose an eps need scores of all rows: write them once.
+        Figures and pairs from which to choose an eps need scores of all rows: write them once. Scores of
+        ``duplicate_of="kept"`` hold for their own `eps`: another one keeps other rows, and needs another search.
 
         Examples
         --------
@@ -425,6 +448,22 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> ddf.semdedup.pairwise(eps=0.2).compute()
            id  max_id  cosine_sim_score  centroid
         2  12      11               0.8         0
+
+        Three directions, 20 degrees apart: "b" is near "a", "c" is near "b", and "c" is not near "a". By the rule "any"
+        both are duplicates. By the rule "kept" only "b" is: nothing that is kept is near "c".
+
+        >>> angles = np.deg2rad([0, 20, 40])
+        >>> rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).tolist()
+        >>> embeddings = pd.array(rows, dtype=pd.ArrowDtype(pa.list_(pa.float32())))
+        >>> chain = dd.from_pandas(pd.DataFrame({"id": ["a", "b", "c"], "embeddings": embeddings}), npartitions=2)
+        >>> all_rows = {"eps": 0.1, "cluster_field": None, "ranking_strategy": RankingStrategy(["id"])}
+        >>> chain.semdedup.pairwise(**all_rows).compute()
+          id max_id  cosine_sim_score
+        1  b      a          0.939693
+        2  c      b          0.939693
+        >>> chain.semdedup.pairwise(**all_rows, duplicate_of="kept").compute()
+          id max_id  cosine_sim_score
+        1  b      a          0.939693
         """
         options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device, duplicate_of=duplicate_of)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
@@ -505,6 +544,13 @@ n_init, oversampling_factor, max_samples_per_batch, device
         InvalidArgumentError
             If `eps` is not a number from 0 to 2, or a sequence of such that is empty or repeats one.
 
+        Notes
+        -----
+        Scores of all rows say for each row how near any preferred row is: the rule is that of
+        ``pairwise(duplicate_of="any")``. Scores by the rule "kept" hold for the eps that they were searched at. At a
+        smaller eps they select other rows than a search at that eps: each is still near a kept row, but two rows that
+        are near each other may both be kept.
+
         Examples
         --------
         >>> import pandas as pd
@@ -560,8 +606,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
     def groups(self, eps: float = 0.01) -> dd.DataFrame:
         """Find the document that is kept in the end for each duplicate in a frame of scores.
 
-        The row that makes another one a duplicate, its ``max_id``, may be a duplicate itself. Such chains are followed
-        to the row that is kept.
+        By the rule "any" of `pairwise`, the row that makes another one a duplicate, its ``max_id``, may be a duplicate
+        itself. Such chains are followed to the row that is kept. By the rule "kept" there are no chains: each group is
+        a star, and ``kept_id`` is ``max_id``.
 
         Parameters
         ----------
@@ -588,8 +635,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Notes
         -----
         All duplicates come together in one task, with their two columns of ids and no others: chains may cross
-        clusters where rows were also compared in a second one. Measured on 5 million duplicates with ids of int64, that
-        task takes 250 bytes for each of them; the number of rows that are no duplicates does not matter.
+        partitions. Measured on 5 million duplicates with ids of int64, that task takes 250 bytes for each of them; the
+        number of rows that are no duplicates does not matter. At the end of a chain, the kept row may be less than
+        ``1 - eps`` similar to the duplicate.
 
         Examples
         --------
@@ -765,26 +813,28 @@ n_init, oversampling_factor, max_samples_per_batch, device
     ) -> dd.DataFrame:
         """Find the rows that have a near-duplicate in another frame, such as those of a test set in a training set.
 
-        Each row is compared with the reference rows of its cluster, by the same exact search as `pairwise`, and with
-        no row of its own frame. Rows whose cluster holds no reference row are left out.
+        Each row is compared with all reference rows, and with no row of its own frame. With a `cluster_field`,
+        `n_clusters` or `centroids` it is compared with the reference rows of its cluster only; rows whose cluster holds
+        none are left out.
 
         Parameters
         ----------
         reference : dask.dataframe.DataFrame
             The rows to compare with, whose embeddings are of the same model.
         eps : float, optional
-            Cosine distance within which a row is a near-duplicate; None gives the scores of all rows.
+            Cosine distance within which a row is a near-duplicate, by default 0.01; None gives the scores of all rows.
         id_field : str, default "id"
             Column of ids.
         reference_id_field : str, optional
             The reference's column of ids, which may be of another type. By default `id_field`.
         embedding_field : str, default "embeddings"
             Both frames' column of embeddings.
-        cluster_field : str, default "centroid"
-            Both frames' column of clusters. Where neither has it, k-means is fitted to the reference, and both are
-            assigned to its centroids.
+        cluster_field : str, optional
+            Both frames' column of clusters, which must mean the same in both. By default rows are compared with all
+            reference rows.
         n_clusters, centroids, **kmeans_options
-            Of that: see `kmeans`.
+            Of k-means, fitted to the reference unless centroids are given: both frames are assigned to its clusters.
+            See `kmeans`. `cluster_field` is then the name of the column that is made, by default "centroid".
         embedding_dim, compute_dtype, device
             As in `pairwise`.
 
@@ -792,18 +842,27 @@ n_init, oversampling_factor, max_samples_per_batch, device
         -------
         dask.dataframe.DataFrame
             ``id``, ``max_id`` (the most similar reference row; among equals the one of the smallest id),
-            ``cosine_sim_score`` and the row's cluster. Clusters ascend within a partition, and ids within a cluster.
+            ``cosine_sim_score`` and, if there are clusters, the row's cluster. Clusters ascend within a partition, and
+            ids within a cluster, or within the partition.
 
         Raises
         ------
         MissingColumnsError
             If either frame lacks a column.
         ClusterError
-            If one frame has a cluster column and the other has none.
+            If `cluster_field` is no column of one frame, or of both.
         EmbeddingError
-            If a column cannot hold embeddings; when computed, if rows are null, not finite, or of different lengths.
+            If a column cannot hold embeddings, or rows of the sample are null, not finite or of different lengths; when
+            computed, if others are.
         InvalidArgumentError
-            If an argument is not one of those allowed.
+            If an argument is not one of those allowed, or there are options of k-means without `n_clusters` or
+            `centroids`.
+
+        Notes
+        -----
+        Without clusters, no near-duplicate is missed. A sample of the reference is read when the method is called, and
+        both frames are read twice, as by `pairwise` with ``cluster_field=None``. With ``eps=None`` all rows of both
+        frames come together in one task.
 
         Examples
         --------
@@ -812,9 +871,13 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> test = pd.DataFrame({"id": ["a", "b"], "embeddings": [[0.9, 0.1], [0.59, 0.81]]})
         >>> with dask.config.set({"dataframe.convert-string": False}):
         ...     train, test = (dd.from_pandas(frame, npartitions=1) for frame in (train, test))
-        >>> test.semdedup.against(train, eps=0.001, centroids=[[1.0, 1.0]]).compute()
-          id  max_id  cosine_sim_score  centroid
-        1  b       3          0.999902         0
+        >>> test.semdedup.against(train, eps=0.001).compute()
+          id  max_id  cosine_sim_score
+        1  b       3          0.999902
+        >>> test.semdedup.against(train, eps=None).compute()
+          id  max_id  cosine_sim_score
+        0  a       1          0.993884
+        1  b       3          0.999902
         """
         check_keywords("against", kmeans_options, self.fit_centroids, self.against)
         completely = is_complete(cluster_field, n_clusters, centroids, kmeans_options)
@@ -854,25 +917,34 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         **kmeans_options: Any,
     ) -> dd.DataFrame:
-        """Keep of each group of near-duplicates the preferred row: raw embeddings in, the kept rows out.
+        """Keep one row of each group of near-duplicates: raw embeddings in, the kept rows out.
 
-        It is `kmeans`, `pairwise`, `duplicates` and `remove` in one. K-means is fitted to a sample at once; the rest
-        is lazy, and reads the frame once for the scores, its ids for a check, and all of it for the rows that are kept.
+        Every row is compared with all others, and no duplicate is missed. It is `pairwise` and `remove` in one. With a
+        `cluster_field`, `n_clusters` or `centroids`, rows are compared within clusters only.
 
         Parameters
         ----------
         eps : float, default 0.01
-            Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it.
+            Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it. Below 1
+            unless `duplicate_of` is "any".
         n_clusters : int, optional
-            Clusters within which rows are compared. By default chosen from the number of rows.
+            Clusters of k-means within which rows are compared, which misses duplicates. By default rows are compared
+            with all others.
         id_field : str, default "id"
             Column of ids, which must be unique.
         embedding_field : str, default "embeddings"
             Column of embeddings.
-        cluster_field : str, default "centroid"
-            Name of the column of clusters on the way, which is not in the result: no column that is needed may have it.
+        cluster_field : str, optional
+            Column of clusters within which rows are compared. With `n_clusters` or `centroids` it is the name of the
+            column of clusters on the way, by default "centroid", which is not in the result: no column that is needed
+            may have it.
+        duplicate_of : {"kept", "any"}, default "kept"
+            With "kept", a row is dropped if and only if a kept, preferred row is at least ``1 - eps`` similar. With
+            "any", the rule of the reference system, it is also dropped if the preferred row is itself dropped: nothing
+            that is kept need be near it. See `pairwise`.
         which_to_keep, sim_metric, ranking_strategy, random_seed
-            The rows that are preferred: see `pairwise`.
+            The rows that are preferred: see `pairwise`. A `cluster_field` alone brings no distances: "hard" and "easy"
+            then need those of its clusters in the frame.
         centroids, **kmeans_options
             Of the clustering: see `kmeans`.
         embedding_dim, pairwise_batch_size, compute_dtype, device
@@ -886,20 +958,48 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Raises
         ------
-        MissingColumnsError, EmbeddingError, InvalidArgumentError
+        MissingColumnsError, ClusterError, EmbeddingError, IdError
             As `kmeans`, `pairwise` and `remove` do.
+        InvalidArgumentError
+            As these do; if `duplicate_of` is "kept" and `eps` is not below 1; if there are options of k-means without
+            `n_clusters` or `centroids`.
+
+        See Also
+        --------
+        pairwise : Which row makes each of the others a duplicate.
+        against : Rows that have a near-duplicate in another frame.
+
+        Notes
+        -----
+        A sample is read at once; the rest is lazy. The embeddings are read twice for the scores, as by `pairwise` with
+        ``cluster_field=None``, the ids once for a check, and all columns once for the rows that are kept. A frame that
+        is costly to compute should be persisted or written before.
+
+        With ``which_to_keep="hard"``, the rows far from the mean of all rows are preferred. The sum of the rows is one
+        of integers, so that neither their order nor their partitions change the ranks.
 
         Examples
         --------
+        The third text is nearly the first, which ranks before it:
+
         >>> import dask, pandas as pd
-        >>> frame = pd.DataFrame({"id": [1, 2, 3], "text": ["x", "y", "x!"]})
+        >>> frame = pd.DataFrame({"id": [1, 2, 3], "text": ["a cat", "a dog", "the cat"]})
         >>> frame["embeddings"] = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.01]]
         >>> with dask.config.set({"dataframe.convert-string": False}):
         ...     ddf = dd.from_pandas(frame, npartitions=1)
-        >>> ddf.semdedup.deduplicate(eps=0.01, centroids=[[1.0, 1.0]])[["id", "text"]].compute()
-           id text
-        0   1    x
-        1   2    y
+        >>> ddf.semdedup.deduplicate(eps=0.01)[["id", "text"]].compute()
+           id   text
+        0   1  a cat
+        1   2  a dog
+
+        To keep the longest text instead, rank by its length:
+
+        >>> ddf = ddf.assign(length=ddf["text"].str.len())
+        >>> longest = RankingStrategy.metadata_based(["length"], ascending=False)
+        >>> ddf.semdedup.deduplicate(eps=0.01, ranking_strategy=longest)[["id", "text"]].compute()
+           id     text
+        1   2    a dog
+        2   3  the cat
         """
         check_keywords("deduplicate", kmeans_options, self.fit_centroids, self.deduplicate)
         options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device, duplicate_of=duplicate_of)

@@ -30,7 +30,15 @@ SECTIONS = {
     "Documents": ["data", "text_field", "image_field", "embed", "model"],
     "Columns": ["id_field", "make_ids", "columns", "embedding_field", "cluster_field", "embedding_dim"],
     "Clusters": ["n_clusters"],
-    "What to keep": ["which_to_keep", "sim_metric", "ranking_strategy", "random_seed", "eps", "max_eps"],
+    "What to keep": [
+        "which_to_keep",
+        "sim_metric",
+        "ranking_strategy",
+        "random_seed",
+        "eps",
+        "duplicate_of",
+        "max_eps",
+    ],
     "Search": ["compute_dtype", "device", "pairwise_batch_size"],
     "Where it runs": ["workers", "scheduler", "backend", "partition_size"],
     "Files": ["storage_options", "overwrite", "redo_from"],
@@ -48,6 +56,9 @@ CONTRADICTIONS = [
     ("quiet", "verbose"),
     ("overwrite", "redo_from"),
 ]
+
+# Pairs of parameters of which the first is void without the second, where a command has both.
+DEPENDENCES = [("cluster_field", "n_clusters")]
 
 
 class Application(click.Group):
@@ -169,9 +180,12 @@ def _one_line(error: click.ClickException) -> str:
 
 
 def refuse_contradictions(ctx: click.Context) -> None:
-    """Raise if one of two given options would silently make the other void."""
+    """Raise if a given option would silently be void: by another one, or by the lack of another."""
     flags = _flags(ctx.command)
     given = {name for name in flags if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     for pair in CONTRADICTIONS:
         if given.issuperset(pair):
             raise click.UsageError(f"{flags[pair[0]]} and {flags[pair[1]]} exclude each other.", ctx)
+    for name, needed in DEPENDENCES:
+        if name in given and needed in flags and needed not in given:
+            raise click.UsageError(f"{flags[name]} means nothing without {flags[needed]}.", ctx)

@@ -82,31 +82,6 @@ embedding_options = _together(
         "--embedding-dim", type=click.IntRange(min=1), metavar="N", help="Fail if embeddings have any other width."
     ),
 )
-keep_options = _together(
-    click.option(
-        "--which-to-keep",
-        type=click.Choice(["hard", "easy", "random"]),
-        default="hard",
-        show_default=True,
-        help="Rows to prefer over their duplicates: far from their centroid, near it, or in random order.",
-    ),
-    click.option(
-        "--sim-metric",
-        type=click.Choice(["cosine", "l2"]),
-        default="cosine",
-        show_default=True,
-        help="Distance that 'hard' and 'easy' use: the column cosine_dist_to_cent or l2_dist_to_cent.",
-    ),
-    click.option(
-        "--rank-by",
-        "ranking_strategy",
-        metavar="COLUMN[:asc|:desc]",
-        multiple=True,
-        callback=_parse_rank_by,
-        help="Prefer rows with the smallest value of this column or, with :desc, the largest, instead of "
-        "--which-to-keep. Repeat the option to break ties.",
-    ),
-)
 search_options = _together(
     click.option(
         "--compute-dtype",
@@ -178,6 +153,35 @@ document_options = _together(
         help="Column of images to show in the report: encoded bytes, such as PNG or JPEG, or paths to files.",
     ),
 )
+
+
+def keep_options(centre: str, distances: str) -> Callable[[Function], Function]:
+    """Return the options of what is preferred, which differ between commands in the distances of 'hard' and 'easy'."""
+    return _together(
+        click.option(
+            "--which-to-keep",
+            type=click.Choice(["hard", "easy", "random"]),
+            default="hard",
+            show_default=True,
+            help=f"Rows to prefer over their duplicates: far from {centre}, near it, or in random order.",
+        ),
+        click.option(
+            "--sim-metric",
+            type=click.Choice(["cosine", "l2"]),
+            default="cosine",
+            show_default=True,
+            help=f"Distance that 'hard' and 'easy' use{distances}.",
+        ),
+        click.option(
+            "--rank-by",
+            "ranking_strategy",
+            metavar="COLUMN[:asc|:desc]",
+            multiple=True,
+            callback=_parse_rank_by,
+            help="Prefer rows with the smallest value of this column or, with :desc, the largest, instead of "
+            "--which-to-keep. Repeat the option to break ties.",
+        ),
+    )
 
 
 def seed_option(help_text: str) -> Callable[[Function], Function]:

@@ -54,7 +54,7 @@ Examples:
 @id_option
 @cluster_option
 @embedding_options
-@keep_options
+@keep_options("their centroid", ": the column cosine_dist_to_cent or l2_dist_to_cent")
 @seed_option("Seed of '--which-to-keep random'.")
 @eps_option(
     "Write only duplicates, the rows whose similarity is at least 1 - EPS. The search for them takes less time.  "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import fsspec
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -31,12 +32,14 @@ from dask_semdedup.cli.options import (
 )
 from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, option_of, plan_steps
 from dask_semdedup.errors import DataNotFoundError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.frames.columns import DUPLICATE_OF, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import dimensions_advice
 from dask_semdedup.io.staging import real_path, refuse_overlap
 from dask_semdedup.steps.ranking import DISTANCE_COLUMNS
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
+    import pandas as pd
     from distributed import Client
     from rich.progress import Progress
 
@@ -52,8 +55,12 @@ Examples:
   dask-semdedup run embeddings.parquet out/ --eps 0.02
 
 \b
-  # Another eps, up to --max-eps: clusters and scores are reused
+  # Another eps, up to --max-eps: scores are reused
   dask-semdedup run embeddings.parquet out/ --eps 0.05
+
+\b
+  # As NeMo Curator does: within clusters, and whatever is near any preferred row is dropped
+  dask-semdedup run embeddings.parquet clustered/ --eps 0.02 --n-clusters 1000 --duplicate-of any
 
 \b
   # Texts in: they are embedded first, and shown in the report
@@ -61,9 +68,7 @@ Examples:
 """
 
 
-@click.command(
-    "run", cls=Command, epilog=EXAMPLES, short_help="Deduplicate raw embeddings: cluster, score, remove, report."
-)
+@click.command("run", cls=Command, epilog=EXAMPLES, short_help="Deduplicate raw embeddings: score, remove, report.")
 @click.argument("input_path", metavar="INPUT")
 @click.argument("output_path", metavar="OUTPUT")
 @document_options
@@ -90,19 +95,29 @@ Examples:
     "--n-clusters",
     type=click.IntRange(min=1),
     metavar="K",
-    help="Number of clusters of k-means.  [default: depends on the number of rows]",
+    help="Compare rows only within K clusters of k-means, which misses duplicates that fall into different ones.  "
+    "[default: compare all rows, without clusters]",
 )
-@keep_options
+@keep_options("the mean of all rows or, with --n-clusters, their centroid", "")
 @seed_option("Seed of k-means, and of '--which-to-keep random'.")
-@eps_option("Drop a row if its similarity to a preferred row is at least 1 - EPS.")
+@eps_option("Drop a row if its similarity to a preferred row, as --duplicate-of says, is at least 1 - EPS.")
+@click.option(
+    "--duplicate-of",
+    type=click.Choice(DUPLICATE_OF),
+    default="kept",
+    show_default=True,
+    help="Drop a row for a preferred one that is kept itself, or for any, which may be dropped too. 'kept' searches "
+    "again for each EPS, which must be below 1.",
+)
 @click.option(
     "--max-eps",
     type=click.FloatRange(0, 2),
     metavar="EPS",
-    default=0.2,
+    default=0.1,
     show_default=True,
-    help="Keep scores up to this eps, the largest that --eps can be without another search. The default is where the "
-    "report's slider and curve end; a smaller one takes less time, and 2 keeps the scores of all rows.",
+    help="Keep scores up to this eps: the largest that --eps can be, and the end of the report's slider and curve. The "
+    "default has room to choose EPS at a moderate cost: at 0.2 the comparison of all rows takes several times as long. "
+    "2 keeps the scores of all rows; without clusters, they are found in a single task.",
 )
 @search_options
 @execution_options
@@ -124,11 +139,11 @@ def command(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Deduplicate raw embeddings: cluster them, score them, find the duplicates, remove them, and report.
+    """Deduplicate raw embeddings: compare all rows, find the duplicates, remove them, and report.
 
     INPUT is Parquet or JSON lines with ids and embeddings, or with texts (--embed). In OUTPUT each step has a folder:
-    clusters, scores (of the duplicates at --max-eps), duplicates (the rows to drop), deduplicated (all columns of the
-    rows that are kept) and report.
+    embeddings (with --embed), clusters (with --n-clusters), scores (of all rows that are near a preferred one at
+    --max-eps), duplicates (the rows to drop), deduplicated (all columns of the rows that are kept) and report.
 
     A folder appears when all of it is written, and stores its parameters. The next run reuses it if they are the same.
     If they differ, duplicates, deduplicated and report are made again; embeddings, clusters and scores, which take
@@ -189,6 +204,7 @@ class Run:
     ranking_strategy: RankingStrategy | None
     random_seed: int
     eps: float
+    duplicate_of: str
     max_eps: float
     compute_dtype: str
     device: str
@@ -206,6 +222,15 @@ class Run:
     def keeps_all(self) -> bool:
         """Whether scores of all rows are kept."""
         return self.max_eps == 2
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether rows are compared with all others, without clusters."""
+        return self.n_clusters is None
+
+    @property
+    def _first_step(self) -> str:
+        return "embeddings" if self.embed else "scores" if self.is_complete else "clusters"
 
     def steps(self) -> list[Step]:
         """Return all steps in their order. Raise if INPUT lacks what they need."""
@@ -225,21 +250,27 @@ class Run:
         )
         ranking = self._parameters("which_to_keep", "sim_metric", "random_seed", "compute_dtype", "cluster_field")
         ranking["rank_by"] = None if self.ranking_strategy is None else repr(self.ranking_strategy)
-        shown = self._parameters("eps", "text_field", "image_field")
+        shown = self._parameters("text_field", "image_field")
         kept = self._parameters("id_field") | {"columns": list(self.columns)}
         ranking["max_eps"] = self.max_eps
+        scoring, deciding = columns | ranking, self._parameters("eps", "duplicate_of")
         parts = files_of_run(PART_FILE)
         scores = files_of_run(re.compile(f"{PART_FILE.pattern}|{re.escape(COMPARED)}"))
         clusters = files_of_run(re.compile(f"[^/=]+=[^/]*/{PART_FILE.pattern}"))
         first = [Step("embeddings", source | embedding, self._embed, parts, costly=True)] if self.embed else []
         before = tuple(step.name for step in first)
+        if self.is_complete:
+            scoring |= source | self._parameters("embedding_dim") | {"rank_by": self._rank_by()}
+        else:
+            first.append(Step("clusters", source | clustering, self._cluster, clusters, before, costly=True))
+            before = ("clusters",)
         return [
             *first,
-            Step("clusters", source | clustering, self._cluster, clusters, before, costly=True),
-            Step("scores", columns | ranking, self._score, scores, ("clusters",), costly=True),
-            Step("duplicates", {"eps": self.eps}, self._find_duplicates, parts, ("scores",)),
+            Step("scores", scoring, self._score, scores, before, costly=True),
+            # All else that duplicates depend on, the scores do too.
+            Step("duplicates", deciding, self._find_duplicates, parts, ("scores",)),
             Step("deduplicated", source | kept, self._deduplicate, parts, ("duplicates",)),
-            Step("report", source | shown, self._report, REPORT, ("scores",)),
+            Step("report", source | deciding | shown, self._report, REPORT, ("scores", "duplicates")),
         ]
 
     def _parameters(self, *names: str) -> dict[str, Any]:
@@ -247,13 +278,21 @@ class Run:
 
     def _check_input(self) -> None:
         """Raise for missing columns and contradictory options before any work."""
+        from dask_semdedup.lazy.scores import up_to
         from dask_semdedup.lazy.sources import check_sources
 
+        up_to(self.eps, SearchOptions(duplicate_of=self.duplicate_of))
         if self.eps > self.max_eps:
             raise InvalidArgumentError(
                 f"eps is {self.eps:g}, and scores are kept up to {self.max_eps:g}: what is a duplicate beyond that "
                 "would not be known. Choose a smaller eps, or keep scores up to a larger one.",
                 parameters=["eps", "max_eps"],
+            )
+        if self.is_complete and self.backend == "cudf":
+            raise InvalidArgumentError(
+                "Without clusters, partitions are pandas: leave the backend out. The search runs on a GPU if there is "
+                "one, whatever the backend.",
+                parameters=["backend"],
             )
         ddf = self._read_input()
         columns = list(ddf.columns)
@@ -274,8 +313,16 @@ class Run:
 
     def _ranked_by(self) -> list[str]:
         """Return the columns of INPUT by which rows are ranked."""
-        made = [*DISTANCE_COLUMNS.values(), self.id_field]
+        made = [self.id_field, *([] if self.is_complete else DISTANCE_COLUMNS.values())]
         return [name for name in getattr(self.ranking_strategy, "required_columns", []) if name not in made]
+
+    def _rank_by(self) -> str | None:
+        """Return the ranking as it is given in options."""
+        strategy = self.ranking_strategy
+        if strategy is None:
+            return None
+        orders = np.where(strategy.ascending, "asc", "desc")
+        return ", ".join(f"{name}:{order}" for name, order in zip(strategy.metadata_cols, orders, strict=True))
 
     def _kept(self) -> list[str] | None:
         """Return the columns of the rows that are kept; None stands for all."""
@@ -329,6 +376,56 @@ class Run:
             self._folder("scores"), cluster_field=self.cluster_field, storage_options=self.storage_options
         )
 
+    def _read_embedded(self) -> dd.DataFrame:
+        """Return all rows, with the columns that are needed to compare them."""
+        # The other columns are read from INPUT, when rows are kept or shown.
+        needed = list(dict.fromkeys([self.id_field, self.embedding_field, *self._ranked_by()]))
+        return self._read_table(self._folder("embeddings"), needed) if self.embed else self._read_input(needed)
+
+    def _read_rows(self) -> dd.DataFrame:
+        """Return the rows that are compared: all with each other, or those of each cluster."""
+        import dask_semdedup
+
+        if self.is_complete:
+            return self._read_embedded()
+        return dask_semdedup.read_clusters(
+            self._folder("clusters"),
+            cluster_field=self.cluster_field,
+            backend=self.backend,
+            storage_options=self.storage_options or None,
+            partition_size=self.partition_size,
+        )
+
+    def _compare(self, rows: dd.DataFrame, eps: float | None, duplicate_of: str = "any") -> dd.DataFrame:
+        """Return the scores of rows, lazily: of duplicates at eps, or of all."""
+        # Without clusters, a sample is looked at now.
+        with show_tasks(self.progress, "Sampling", client=self.client) if self.is_complete else nullcontext():
+            return rows.semdedup.pairwise(
+                eps=eps,
+                which_to_keep=self.which_to_keep,
+                sim_metric=self.sim_metric,
+                ranking_strategy=self.ranking_strategy,
+                id_field=self.id_field,
+                embedding_field=self.embedding_field,
+                cluster_field=None if self.is_complete else self.cluster_field,
+                duplicate_of=duplicate_of,
+                embedding_dim=self.embedding_dim,
+                pairwise_batch_size=self.pairwise_batch_size,
+                random_seed=self.random_seed,
+                compute_dtype=self.compute_dtype,
+                device=self.device,
+                verbose=self.verbose,
+            )
+
+    def _count(self, rows: dd.DataFrame) -> pd.Series | int:
+        """Count the rows, now: those of each cluster, or all."""
+        from dask_semdedup.lazy.sampling import partition_lengths
+        from dask_semdedup.lazy.scores import count_rows
+
+        if self.is_complete:
+            return int(sum(partition_lengths(rows, Columns(self.id_field, self.embedding_field))))
+        return count_rows(rows, Columns(cluster=self.cluster_field))
+
     def _write(self, frame: dd.DataFrame, folder: str, title: str) -> int:
         return write_frame(frame, folder, self.storage_options, client=self.client, progress=self.progress, title=title)
 
@@ -347,11 +444,8 @@ class Run:
         from dask_semdedup.io.layout import cluster_files
 
         self._check_ids()
-        # The other columns are read from INPUT, when rows are kept or shown.
-        needed = list(dict.fromkeys([self.id_field, self.embedding_field, *self._ranked_by()]))
-        embedded = self._read_table(self._folder("embeddings"), needed) if self.embed else self._read_input(needed)
         with show_tasks(self.progress, "Clustering", client=self.client):
-            clustered = embedded.semdedup.kmeans(
+            clustered = self._read_embedded().semdedup.kmeans(
                 self.n_clusters,
                 embedding_field=self.embedding_field,
                 cluster_field=self.cluster_field,
@@ -367,45 +461,25 @@ class Run:
         return {"clusters": len(files)}
 
     def _score(self, folder: str) -> dict[str, int]:
-        import dask_semdedup
-        from dask_semdedup.frames.columns import Columns
         from dask_semdedup.io.scores import Compared, write_compared
-        from dask_semdedup.lazy.scores import count_rows
 
         self._check_ids()  # The clusters may have been made with another column of ids.
-        embeddings = dask_semdedup.read_clusters(
-            self._folder("clusters"),
-            cluster_field=self.cluster_field,
-            backend=self.backend,
-            storage_options=self.storage_options or None,
-            partition_size=self.partition_size,
-        )
-        scores = embeddings.semdedup.pairwise(
-            eps=None if self.keeps_all else self.max_eps,
-            which_to_keep=self.which_to_keep,
-            sim_metric=self.sim_metric,
-            ranking_strategy=self.ranking_strategy,
-            id_field=self.id_field,
-            embedding_field=self.embedding_field,
-            cluster_field=self.cluster_field,
-            embedding_dim=self.embedding_dim,
-            pairwise_batch_size=self.pairwise_batch_size,
-            random_seed=self.random_seed,
-            compute_dtype=self.compute_dtype,
-            device=self.device,
-            verbose=self.verbose,
-        )
-        kept = self._write(scores, folder, "Comparing")
+        rows = self._read_rows()
+        kept = self._write(self._compare(rows, None if self.keeps_all else self.max_eps), folder, "Comparing")
         if self.keeps_all:
             return {"rows": kept, "kept": kept}
-        rows = count_rows(embeddings, Columns(cluster=self.cluster_field))
-        write_compared(Compared(self.max_eps, rows), folder, self.storage_options)
-        return {"rows": int(rows.sum()), "kept": kept}
+        compared = Compared(self.max_eps, self._count(rows))
+        write_compared(compared, folder, self.storage_options)
+        return {"rows": compared.total, "kept": kept}
 
     def _find_duplicates(self, folder: str) -> dict[str, int]:
         from dask_semdedup.steps.duplicates import without_first_rows
 
-        duplicates = self._read_scores().semdedup.duplicates(self.eps)
+        if self.duplicate_of == "any":
+            duplicates = self._read_scores().semdedup.duplicates(self.eps)
+        else:
+            # Which rows are kept depends on eps: no scores can tell.
+            duplicates = self._compare(self._read_rows(), self.eps, "kept")
         # If eps is 1 or more, they include the first rows of clusters, which are kept.
         duplicates = duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
         return {"duplicates": self._write(duplicates, folder, "Finding duplicates")}
@@ -420,7 +494,7 @@ class Run:
         if rows + dropped != scored:
             raise InvalidArgumentError(
                 f"{self.input_path} has {rows + dropped:,} rows, of which {dropped:,} are duplicates, but {scored:,} "
-                "were scored. Pass '--from clusters' to run all steps again on what INPUT holds now."
+                f"were scored. Pass '--from {self._first_step}' to run all steps again on what INPUT holds now."
             )
         return {"rows": rows}
 
@@ -449,6 +523,7 @@ class Run:
                 source=self._folder("scores"),
                 storage_options=self.storage_options,
                 compared=compared,
+                dropped=self.counts["duplicates"]["duplicates"] if self.duplicate_of == "kept" else None,
             )
         return {"duplicates": int(summary.duplicates(self.eps))}
 
@@ -457,7 +532,7 @@ def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> T
     """Return a table of each step's result and time."""
     counts = {name: outcome.manifest.counts for name, outcome in outcomes.items()}
     rows, dropped, kept = counts["scores"]["rows"], counts["duplicates"]["duplicates"], counts["deduplicated"]["rows"]
-    clusters = counts["clusters"]["clusters"]
+    clusters = counts.get("clusters", {"clusters": 0})["clusters"]
     results = {
         "embeddings": f"{rows:,} rows",
         "clusters": "1 cluster" if clusters == 1 else f"{clusters:,} clusters",

@@ -127,7 +127,7 @@ def plan_steps(
         if manifest is None or step.name in redone:
             reasons[step.name] = "new" if manifest is None else "asked for"
             continue
-        changes = _changes(manifest.parameters, step.parameters) or _losses(fs, f"{root}/{step.name}", manifest)
+        changes = _changes(manifest, step) or _losses(fs, f"{root}/{step.name}", manifest)
         reasons[step.name] = _reason(step, manifest, manifests, made, changes)
     for step in steps:
         if reasons[step.name]:
@@ -184,15 +184,26 @@ def _reason(
     return changes or NO_REASON
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the options that differ, with both values."""
+def _changes(manifest: Manifest, step: Step) -> str:
+    """Return what differs: the steps whose files are read, and the options, with both values."""
+    before, now = manifest.parameters, step.parameters
     changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
-    return ", ".join(
+    texts = []
+    if set(manifest.needs) != set(step.needs):
+        texts.append(f"it was made from {_sources(manifest.needs)}, and would be from {_sources(step.needs)}")
+        # Options of the one source mean nothing to the other.
+        changed = [name for name in changed if name in before and name in now]
+    texts += [
         "the files of INPUT have changed"
         if name == "files"
         else f"{option_of(name)} {before.get(name)} → {now.get(name)}"
         for name in changed
-    )
+    ]
+    return ", ".join(texts)
+
+
+def _sources(needs: Collection[str]) -> str:
+    return " and ".join(f"{name}/" for name in needs) or "INPUT"
 
 
 def option_of(name: str) -> str:

@@ -65,18 +65,29 @@ class Compared:
     ----------
     eps : float
         The eps up to which scores were kept.
-    rows : pandas.Series of int64
-        The number of rows of each cluster.
+    rows : pandas.Series of int64, or int
+        The number of rows of each cluster; without clusters, of all rows.
     """
 
     eps: float
-    rows: pd.Series
+    rows: pd.Series | int
+
+    @property
+    def clusters(self) -> pd.Series | None:
+        """The number of rows of each cluster; None if rows were compared without clusters."""
+        return None if isinstance(self.rows, int) else self.rows
+
+    @property
+    def total(self) -> int:
+        """The number of all rows."""
+        return self.rows if isinstance(self.rows, int) else int(self.rows.sum())
 
 
 def write_compared(compared: Compared, folder: str, storage_options: Mapping[str, Any] | None = None) -> None:
     """Write what was compared into a folder of scores."""
     fs, path = fsspec.url_to_fs(folder, **(storage_options or {}))
-    columns = {"cluster": compared.rows.index, "rows": compared.rows.to_numpy()}
+    rows = compared.clusters
+    columns = {"rows": [compared.total]} if rows is None else {"cluster": rows.index, "rows": rows.to_numpy()}
     table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
     with fs.open(f"{path}/{COMPARED}", "wb") as file:
         pq.write_table(table.replace_schema_metadata({"eps": repr(compared.eps)}), file)
@@ -91,9 +102,12 @@ def read_compared(folder: str, storage_options: Mapping[str, Any] | None = None)
     try:
         with fs.open(name, "rb") as file:
             table = pq.read_table(file)
-        rows = table.column("rows").to_pandas().set_axis(table.column("cluster").to_pandas())
-        return Compared(float(table.schema.metadata[b"eps"]), rows)
-    except (pa.ArrowInvalid, KeyError, TypeError) as error:
+        eps, rows = float(table.schema.metadata[b"eps"]), table.column("rows")
+        if "cluster" in table.column_names:
+            return Compared(eps, rows.to_pandas().set_axis(table.column("cluster").to_pandas()))
+        (count,) = rows.to_pylist()
+        return Compared(eps, int(count))
+    except (ValueError, KeyError, TypeError) as error:  # Arrow's are of the first kind.
         raise DataReadError(
             f"{name} does not say which rows were compared ({error}). Make the scores again."
         ) from error

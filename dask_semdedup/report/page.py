@@ -12,7 +12,7 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +53,8 @@ REPORT_FILES = {PAGE, *(f"{name}.png" for name in PICTURES), MANIFEST}
 # The tag by which a page of this package is told from others.
 GENERATOR = b'<meta name="generator" content="dask-semdedup '
 
-# Where the curve and the slider end, unless eps is large or scores were not kept so far. At the smallest, 1 - eps is 1
-# in float32, as at 0, where no curve could be drawn.
+# Where the curve and the slider end, if there are scores of all rows and eps is not large; others end where scores do.
+# At the smallest, 1 - eps is 1 in float32, as at 0, where no curve could be drawn.
 LARGEST_EPS, SMALLEST_EPS = 0.2, 1e-8
 
 # Pairs on either side of the threshold; other values of eps that the slider may reach and that have pairs, and pairs
@@ -158,6 +158,7 @@ def write_report(
     source: str = "",
     storage_options: Mapping[str, Any] | None = None,
     compared: Compared | None = None,
+    dropped: int | None = None,
 ) -> ScoreSummary:
     """Write a page on scores, ``index.html``, and its figures as PNG files.
 
@@ -180,6 +181,10 @@ def write_report(
     compared : Compared, optional
         The rows that were compared, if the scores are not those of all rows: shares are of these, and the page ends
         at the eps up to which scores were kept.
+    dropped : int, optional
+        The number of rows that are dropped at `eps` under the rule of ``duplicate_of="kept"``, if that is the rule: the
+        page then tells them from all rows that are near a preferred one, which it calls near-duplicates. By default
+        all of these are dropped.
 
     Returns
     -------
@@ -195,19 +200,12 @@ def write_report(
         of the scores.
     """
     check_eps(eps)
-    largest_eps = max(LARGEST_EPS, min(1.0, 1.5 * eps))
-    if compared is not None:
-        if eps > compared.eps:
-            raise InvalidArgumentError(
-                f"eps is {eps:g}, and scores were kept up to {compared.eps:g} only: choose an eps up to that, or make "
-                "the scores again up to a larger one.",
-                parameters=["eps"],
-            )
-        largest_eps = max(min(largest_eps, compared.eps), SMALLEST_EPS)
+    largest_eps = _end_of_curve(eps, compared)
     summarizing = score_summary(scores, eps, largest_eps, cluster_field)
     summary, pairs = reduce_partitions(scores, summarizing, _pairs_to_show(eps, largest_eps))
     if compared is not None:
-        summary = summary.among(compared.rows, compared.eps)
+        summary = summary.among(compared)
+    summary = replace(summary, dropped=dropped)
     cards = _cards(pairs, documents)
     figures = _draw(summary, eps)
     page = _render(summary, eps, cards, figures, source=source, images=bool(documents and documents.image_field))
@@ -217,6 +215,19 @@ def write_report(
         fs.pipe_file(f"{root}/{name}.png", picture.png)
     fs.pipe_file(f"{root}/{PAGE}", page.encode())
     return summary
+
+
+def _end_of_curve(eps: float, compared: Compared | None) -> float:
+    """Return the largest eps of the page, or raise if eps is larger than what was compared."""
+    if compared is None:
+        return max(LARGEST_EPS, min(1.0, 1.5 * eps))
+    if eps > compared.eps:
+        raise InvalidArgumentError(
+            f"eps is {eps:g}, and scores were kept up to {compared.eps:g} only: choose an eps up to that, or make the "
+            "scores again up to a larger one.",
+            parameters=["eps"],
+        )
+    return max(min(1.0, compared.eps), SMALLEST_EPS)
 
 
 def _pairs_to_show(eps: float, largest_eps: float) -> Reduction[pd.DataFrame]:
@@ -346,8 +357,8 @@ def _render(
     from dask_semdedup import __version__
 
     border = float(threshold(eps))
-    dropped = [card for card in cards if card.score >= border]
-    kept = cards[len(dropped) :]
+    above = [card for card in cards if card.score >= border]
+    below = cards[len(above) :]
     script = load_asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     rows = [value for value in summary.grid if value in EPS_GRID or value == eps]
@@ -366,10 +377,12 @@ def _render(
             clusters=_listed(summary),
             cluster_count=None if summary.clusters is None else len(summary.clusters),
             figures=figures,
-            before=dropped[:-SHOWN],
-            dropped=dropped[-SHOWN:],
-            kept=kept[:SHOWN],
-            after=kept[SHOWN:],
+            dropped=summary.dropped,
+            noun=f"{summary.noun}s",
+            before=above[:-SHOWN],
+            above=above[-SHOWN:],
+            below=below[:SHOWN],
+            after=below[SHOWN:],
             most_similar=cards[:SHOWN],
             images=images,
             data=_script_data(summary, eps, figures),

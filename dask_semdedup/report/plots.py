@@ -90,7 +90,7 @@ def score_histogram(
         _title(axes, f"Scores of {summary.compared:,} compared rows")
         return figure
     duplicates = int(summary.duplicates(eps))
-    noun = "duplicate" if duplicates == 1 else "duplicates"
+    noun = summary.noun if duplicates == 1 else f"{summary.noun}s"
     among = f"{summary.compared:,} compared rows" if summary.kept_eps is None else f"{summary.rows:,} rows"
     _title(axes, f"{duplicates:,} {noun} among {among}")
     _mark_threshold(axes, threshold, f"1 − eps = {1 - eps:.6g}")
@@ -137,7 +137,9 @@ def duplicates_curve(
     """
     summary = summarize(scores, eps, largest_eps=largest_eps)
     rows = max(summary.rows, 1)
-    figure, axes = _axes(figure, "eps: how far below 1 a duplicate's similarity may be", "Rows dropped")
+    are_dropped = summary.dropped is None
+    label = "Rows dropped" if are_dropped else f"{summary.noun.capitalize()}s"
+    figure, axes = _axes(figure, f"eps: how far below 1 a {summary.noun}'s similarity may be", label)
     grid = summary.grid
     dropped = summary.duplicates(grid)
     axes.fill_between(grid, dropped / rows, color=BLUE, alpha=0.12, linewidth=0)
@@ -145,11 +147,13 @@ def duplicates_curve(
     axes.set_xlim(0, grid[-1])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _title(axes, f"What each eps drops of {summary.rows:,} rows")
+    whole = f"{summary.rows:,} rows"
+    _title(axes, f"What each eps drops of {whole}" if are_dropped else f"{label} of {whole} at each eps")
     if eps is not None:
         count = int(summary.duplicates(eps))
         axes.plot([eps], [count / rows], "o", color=VERMILION, markersize=9, clip_on=False, zorder=3)
-        _title(axes, f"eps = {eps:g} drops {count:,} of {summary.rows:,} rows ({count / rows:.1%})")
+        of_all = f"{count:,} of {whole} ({count / rows:.1%})"
+        _title(axes, f"eps = {eps:g} drops {of_all}" if are_dropped else f"{label} at eps = {eps:g}: {of_all}")
     return figure
 
 
@@ -202,7 +206,7 @@ def cluster_sizes(
     figure, axes = _axes(figure, "Clusters, from the largest to the smallest", "Rows")
     shown = np.unique(np.linspace(0, max(len(counts) - 1, 0), MAX_STEPS).astype(int))[: len(counts)]
     edges = np.append(shown, len(counts))
-    for name, colour, label in [("rows", BLUE, "all rows"), ("duplicates", VERMILION, "duplicates")]:
+    for name, colour, label in [("rows", BLUE, "all rows"), ("duplicates", VERMILION, f"{summary.noun}s")]:
         axes.stairs(counts[name].to_numpy()[shown], edges, fill=True, color=colour, label=label)
     axes.set_xlim(0, max(len(counts), 1))
     axes.set_ylim(bottom=0)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from dask_semdedup.frames.columns import SCORE_COLUMN, SCORE_COLUMNS
+from dask_semdedup.io.scores import Compared
 from dask_semdedup.steps.duplicates import check_eps, check_score_columns, is_duplicate, threshold
 
 __all__ = ["Reduction", "ScoreSummary", "reduce_partitions", "score_summary", "summarize"]
@@ -48,6 +49,8 @@ class ScoreSummary:
         ``rows`` and ``duplicates`` of each cluster, if the scores have a cluster column.
     kept_eps : float or None
         The eps up to which scores were kept, if they are not those of all rows; then `compared` counts those kept.
+    dropped : int or None
+        Number of rows that are dropped at `eps`, each for a row that is kept, if these are not all duplicates.
     """
 
     rows: int
@@ -58,6 +61,7 @@ class ScoreSummary:
     at_least: np.ndarray
     clusters: pd.DataFrame | None
     kept_eps: float | None = None
+    dropped: int | None = None
 
     @property
     def grid(self) -> np.ndarray:
@@ -100,13 +104,20 @@ class ScoreSummary:
         at_least[0], at_least[-1] = self.compared, 0
         return edges, -np.diff(at_least)
 
-    def among(self, rows: pd.Series, kept_eps: float) -> ScoreSummary:
-        """Summary of the same scores, once it is known of how many rows of each cluster they were kept."""
-        clusters = self.clusters
-        if clusters is not None:
+    @property
+    def noun(self) -> str:
+        """What the rows are called that reach a threshold: "near-duplicate" where not all of them are dropped."""
+        return "duplicate" if self.dropped is None else "near-duplicate"
+
+    def among(self, compared: Compared) -> ScoreSummary:
+        """Summary of the same scores, once it is known of how many rows they were kept."""
+        clusters, rows = self.clusters, compared.clusters
+        if clusters is not None and rows is not None:
             duplicates = clusters["duplicates"].reindex(rows.index, fill_value=0)
             clusters = pd.DataFrame({"rows": rows, "duplicates": duplicates})
-        return replace(self, rows=int(rows.sum()), clusters=clusters, kept_eps=kept_eps)
+        else:
+            clusters = None
+        return replace(self, rows=compared.total, clusters=clusters, kept_eps=compared.eps)
 
     def merge(self, other: ScoreSummary) -> ScoreSummary:
         """Summary of both frames; both were counted at the same thresholds."""

@@ -23,13 +23,15 @@ from dask_semdedup import cli
 from dask_semdedup.accessor import SemDedupAccessor
 from dask_semdedup.cli.steps import MANIFEST
 from dask_semdedup.io.scores import COMPARED
-from dask_semdedup.report.page import LARGEST_EPS
 from dask_semdedup.steps.duplicates import find_duplicates
 from tests.data import assert_one_line
 
 ROWS, COPIES = 200, 20
-STEPS = ["clusters", "deduplicated", "duplicates", "report", "scores"]
-OPTIONS = ["--n-clusters", 4, "--eps", 0.001]
+STEPS = ["deduplicated", "duplicates", "report", "scores"]
+STEPS_WITH_CLUSTERS = ["clusters", *STEPS]
+OPTIONS = ["--eps", 0.001]
+CLUSTERS = ["--n-clusters", 4]
+EITHER_WAY = pytest.mark.parametrize("way", [[], CLUSTERS], ids=["complete", "clusters"])
 
 
 def table(ids: str = "doc-{}") -> pa.Table:
@@ -54,15 +56,23 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a raw file and of what a run has made of it."""
-    folder = tmp_path_factory.mktemp("finished")
+def finish(folder: Path, *options: object) -> Path:
+    """Write a raw file to a folder, and what a run makes of it."""
     pq.write_table(table(), folder / "raw.parquet", row_group_size=50)
-    arguments = ["run", folder / "raw.parquet", folder / "out", *OPTIONS]
+    arguments = ["run", folder / "raw.parquet", folder / "out", *OPTIONS, *options]
     result = CliRunner().invoke(cli.main, list(map(str, arguments)))
     assert result.exit_code == 0, result.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def clustered_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(tmp_path_factory.mktemp("clustered"), *CLUSTERS)
 
 
 @pytest.fixture
@@ -70,6 +80,13 @@ def finished(finished_run: Path, tmp_path: Path) -> Path:
     """The raw file of a run whose output is there, for this test to change."""
     shutil.copytree(finished_run / "out", tmp_path / "out")
     return finished_run / "raw.parquet"
+
+
+@pytest.fixture
+def clustered(clustered_run: Path, tmp_path: Path) -> Path:
+    """The same of a run with clusters."""
+    shutil.copytree(clustered_run / "out", tmp_path / "out")
+    return clustered_run / "raw.parquet"
 
 
 @pytest.fixture
@@ -105,10 +122,11 @@ def redone(before: dict[str, str], after: dict[str, str]) -> list[str]:
 # --- From raw to kept ------------------------------------------------------------------------------------------------
 
 
+@EITHER_WAY
 def test_copies_are_dropped_and_the_rest_is_kept_whole(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result]
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], way: list[object]
 ) -> None:
-    result = invoke(source, "--text-field", "text")
+    result = invoke(source, "--text-field", "text", *way)
     assert result.exit_code == 0, result.stderr
     raw, rows = table().to_pandas(), kept(tmp_path)
     assert len(rows) == ROWS - COPIES
@@ -116,17 +134,21 @@ def test_copies_are_dropped_and_the_rest_is_kept_whole(
     assert rows["text"].nunique() == ROWS - COPIES
     dropped = pd.read_parquet(tmp_path / "out" / "duplicates")
     assert sorted([*rows["id"], *dropped["id"]]) == sorted(raw["id"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == STEPS
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == (STEPS_WITH_CLUSTERS if way else STEPS)
     words = result.stdout.split()
-    for expected in ["4", "200", "20", "0.001,", "10.00%", "180"]:
+    for expected in ["4" if way else "scores", "200", "20", "0.001,", "10.00%", "180"]:
         assert expected in words
     assert "text" in (tmp_path / "out" / "report" / "index.html").read_text()
 
 
-def test_scores_are_those_of_the_library(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    assert invoke(source, "--which-to-keep", "easy").exit_code == 0
-    clusters = dask_semdedup.read_clusters(str(tmp_path / "out" / "clusters"))
-    expected = clusters.semdedup.pairwise(eps=0.2, which_to_keep="easy")
+@EITHER_WAY
+def test_scores_are_those_of_the_library(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], way: list[object]
+) -> None:
+    assert invoke(source, "--which-to-keep", "easy", *way).exit_code == 0
+    clusters, cluster_field = tmp_path / "out" / "clusters", "centroid" if way else None
+    rows = dask_semdedup.read_clusters(str(clusters)) if way else dask_semdedup.read_table(source)
+    expected = rows.semdedup.pairwise(eps=0.1, which_to_keep="easy", cluster_field=cluster_field)
     scores = pd.read_parquet(tmp_path / "out" / "scores")
     pd.testing.assert_frame_equal(
         scores.sort_values("id", ignore_index=True),
@@ -136,8 +158,11 @@ def test_scores_are_those_of_the_library(source: Path, tmp_path: Path, invoke: C
     )
 
 
-def test_rank_by_decides_which_copies_stay(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    assert invoke(source, "--rank-by", "quality:desc").exit_code == 0
+@EITHER_WAY
+def test_rank_by_decides_which_copies_stay(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], way: list[object]
+) -> None:
+    assert invoke(source, "--rank-by", "quality:desc", *way).exit_code == 0
     assert kept(tmp_path)["quality"].min() == COPIES
 
 
@@ -156,19 +181,120 @@ def test_json_lines_are_read_as_parquet_is(
     assert kept(tmp_path)["id"].dtype == (np.int64 if numbers else kept(tmp_path)["text"].dtype)
 
 
+# --- Complete, and by either rule -------------------------------------------------------------------------------------
+
+
+def chains(folder: Path) -> pd.DataFrame:
+    """Rows in chains of such as are near their neighbours only, in three files; the ids do not follow the rows."""
+    rng = np.random.default_rng(3)
+    starts, steps = rng.normal(size=(2, 40, 16))
+    rows = np.concatenate([starts + 0.25 * number * steps for number in range(6)]).astype(np.float32)
+    ids = [f"doc-{number}" for number in rng.permutation(len(rows))]
+    whole = pa.table({"id": ids, "embeddings": pa.array(list(rows)), "quality": rng.permutation(len(rows))})
+    folder.mkdir()
+    for number, start in enumerate(range(0, len(rows), 100)):
+        pq.write_table(whole.slice(start, 100), folder / f"{number}.parquet", row_group_size=30)
+    return whole.to_pandas()
+
+
+def brute_force(rows: pd.DataFrame, order: np.ndarray, eps: float, rule: str) -> pd.DataFrame:
+    """The duplicates of rows in rank order, one row after the other, in float64."""
+    ranked, found, kept = rows.iloc[order], [], []
+    unit = np.stack(ranked["embeddings"]).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    for number in range(len(unit)):
+        others = kept if rule == "kept" else list(range(number))
+        similar = unit[others] @ unit[number]
+        if similar.max(initial=-1) >= 1 - eps:
+            found.append((number, others[similar.argmax()], similar.max()))
+        else:
+            kept.append(number)
+    own, nearest, scores = map(list, zip(*found, strict=True))
+    ids = ranked["id"].to_numpy()
+    return pd.DataFrame({"id": ids[own], "max_id": ids[nearest], "cosine_sim_score": np.float32(scores)})
+
+
+def by_distance(rows: pd.DataFrame) -> np.ndarray:
+    """The order of 'hard': the farthest from the mean of all unit rows first."""
+    unit = np.stack(rows["embeddings"]).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    mean = unit.mean(axis=0)
+    return np.argsort(unit @ (mean / np.linalg.norm(mean)), kind="stable")
+
+
+@pytest.mark.parametrize("rule", ["any", "kept"])
+@pytest.mark.parametrize("ranking", [[], ["--rank-by", "quality:desc"]])
+def test_a_complete_run_is_brute_force(
+    tmp_path: Path, invoke: Callable[..., Result], rule: str, ranking: list[object]
+) -> None:
+    rows = chains(tmp_path / "raw")
+    order = np.argsort(-rows["quality"].to_numpy()) if ranking else by_distance(rows)
+    result = invoke(tmp_path / "raw", "--eps", 0.05, "--duplicate-of", rule, *ranking)
+    assert result.exit_code == 0, result.stderr
+    expected, other = (brute_force(rows, order, 0.05, name) for name in (rule, {"any": "kept", "kept": "any"}[rule]))
+    assert len(expected) != len(other)
+    scores, page, (duplicates, left) = read_run(tmp_path)
+    pd.testing.assert_frame_equal(duplicates, expected, check_dtype=False, rtol=0, atol=2e-6)
+    assert left["id"].tolist() == rows["id"][~rows["id"].isin(expected["id"])].tolist()
+    all_scores = brute_force(rows, order, 0.1, "any")
+    pd.testing.assert_frame_equal(scores, all_scores, check_dtype=False, rtol=0, atol=2e-6)
+    assert title_of(page).startswith(f"{len(expected)} {'duplicates' if rule == 'any' else 'dropped'} at eps")
+
+
+def test_of_clusters_too_each_row_is_dropped_for_one_that_is_kept(
+    tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    chains(tmp_path / "raw")
+    result = invoke(tmp_path / "raw", "--eps", 0.05, "--n-clusters", 2)
+    assert result.exit_code == 0, result.stderr
+    _, _, (duplicates, left) = read_run(tmp_path)
+    clusters = dask_semdedup.read_clusters(str(tmp_path / "out" / "clusters"))
+    expected = clusters.semdedup.pairwise(eps=0.05, duplicate_of="kept").compute()
+    pd.testing.assert_frame_equal(
+        duplicates.sort_values("id", ignore_index=True),
+        expected.sort_values("id", ignore_index=True),
+        check_dtype=False,
+        rtol=1e-6,
+    )
+    assert set(duplicates["max_id"]) <= set(left["id"])
+
+
+def test_the_report_says_what_is_dropped_and_what_is_near(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    rows = chains(tmp_path / "raw")
+    assert invoke(tmp_path / "raw", "--eps", 0.05).exit_code == 0
+    _, page, (duplicates, left) = read_run(tmp_path)
+    near = len(brute_force(rows, by_distance(rows), 0.05, "any"))
+    text = " ".join(re.sub("<[^>]*>", " ", page).split())
+    assert f"{len(duplicates)} of {len(rows)} documents are dropped at eps = 0.05" in text
+    assert f"Dropped at eps = 0.05 {len(duplicates)} " in text
+    assert f"Kept at eps = 0.05 {len(left)} " in text
+    assert f"Near-duplicates at eps = 0.05 {near} " in text
+    assert json_of(page)["duplicates"][json_of(page)["start"]] == near
+    assert "Cluster" not in text
+    assert not (tmp_path / "out" / "report" / "clusters.png").exists()
+
+
 def test_every_row_but_the_first_of_each_cluster_may_be_a_duplicate(
     source: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
-    assert invoke(source, "--eps", 2, "--max-eps", 2).exit_code == 0
+    options = ["--eps", 2, "--max-eps", 2, "--duplicate-of", "any"]
+    assert invoke(source, *options, *CLUSTERS).exit_code == 0
     assert len(kept(tmp_path)) == 4
+    shutil.rmtree(tmp_path / "out")
+    assert invoke(source, *options).exit_code == 0
+    assert len(kept(tmp_path)) == 1
 
 
 # --- Scores up to an eps ----------------------------------------------------------------------------------------------
 
 
-def test_scores_are_kept_up_to_an_eps(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+@EITHER_WAY
+@pytest.mark.parametrize("rule", ["any", "kept"])
+def test_scores_are_kept_up_to_an_eps(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], way: list[object], rule: str
+) -> None:
     """What is kept, dropped and reported is what it is with the scores of all rows."""
-    options = ["--eps", 0.05]
+    options = ["--eps", 0.05, "--max-eps", 0.2, "--duplicate-of", rule, *way]
     result = invoke(source, *options)
     assert result.exit_code == 0, result.stderr
     some, page, rest = read_run(tmp_path)
@@ -194,20 +320,27 @@ def read_run(tmp_path: Path) -> tuple[pd.DataFrame, str, list[pd.DataFrame]]:
     return tables[0], (out / "report" / "index.html").read_text(), tables[1:]
 
 
+def title_of(page: str) -> str:
+    return re.findall("<title>(.*?)</title>", page)[0]
+
+
 def json_of(page: str) -> dict[str, Any]:
     return json.loads(re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)[0])
 
 
 def test_scores_are_kept_as_far_as_the_report_goes(finished: Path, tmp_path: Path) -> None:
     (default,) = (option.default for option in cli.run.command.params if option.name == "max_eps")
-    assert default == LARGEST_EPS
+    assert default == 0.1
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert json_of(page)["eps"][-1] == default
 
 
-def test_the_report_ends_where_scores_do(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    assert invoke(source, "--max-eps", 0.07).exit_code == 0
-    assert json_of((tmp_path / "out" / "report" / "index.html").read_text())["eps"][-1] == 0.07
+@pytest.mark.parametrize("max_eps", [0.07, 0.3])
+def test_the_report_ends_where_scores_do(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], max_eps: float
+) -> None:
+    assert invoke(source, "--max-eps", max_eps).exit_code == 0
+    assert json_of((tmp_path / "out" / "report" / "index.html").read_text())["eps"][-1] == max_eps
 
 
 def test_exact_copies_alone_can_be_asked_for(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
@@ -216,22 +349,26 @@ def test_exact_copies_alone_can_be_asked_for(source: Path, tmp_path: Path, invok
     assert len(kept(tmp_path)) + len(pd.read_parquet(tmp_path / "out" / "scores")) == ROWS
 
 
-def test_no_duplicates_at_all(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+@pytest.mark.parametrize("options", [["--n-clusters", 1], []])
+@pytest.mark.parametrize(("rule", "word"), [("any", "duplicates"), ("kept", "dropped")])
+def test_no_duplicates_at_all(
+    tmp_path: Path, invoke: Callable[..., Result], options: list[object], rule: str, word: str
+) -> None:
     rows = table().slice(0, 8).set_column(2, "embeddings", pa.array(list(np.eye(8, dtype=np.float32))))
     pq.write_table(rows, tmp_path / "raw.parquet")
-    result = invoke(tmp_path / "raw.parquet", "--n-clusters", 1)
+    result = invoke(tmp_path / "raw.parquet", "--duplicate-of", rule, *options)
     assert result.exit_code == 0, result.stderr
     assert len(kept(tmp_path)) == 8
     page = (tmp_path / "out" / "report" / "index.html").read_text()
-    assert "of 8 documents are duplicates" in page
-    assert "No row has a duplicate at eps = 0.2" in page
+    assert f"of 8 documents are {word}" in page
+    assert "No row has a duplicate at eps = 0.1" in page
 
 
 def test_eps_is_within_the_scores_that_are_kept(
     finished: Path, source: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     before = tokens(tmp_path)
-    assert_one_line(invoke(finished, "--eps", 0.3).stderr, "0.3", "0.2", "(--eps, --max-eps)")
+    assert_one_line(invoke(finished, "--eps", 0.3).stderr, "0.3", "0.1", "(--eps, --max-eps)")
     assert tokens(tmp_path) == before
 
 
@@ -242,15 +379,17 @@ def test_scores_whose_number_of_rows_is_lost_are_not_reported(
     assert_one_line(invoke(finished, "--eps", 0.01).stderr, COMPARED, "--from scores")
 
 
-def test_run_uses_processes(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    result = invoke(source, "--workers", 1, "--quiet")
+@EITHER_WAY
+def test_run_uses_processes(source: Path, tmp_path: Path, invoke: Callable[..., Result], way: list[object]) -> None:
+    result = invoke(source, "--workers", 1, "--quiet", *way)
     assert result.exit_code == 0, result.stderr
     assert result.output == ""
     assert len(kept(tmp_path)) == ROWS - COPIES
 
 
+@EITHER_WAY
 def test_texts_are_embedded_first(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, way: list[object]
 ) -> None:
     asked = {}
 
@@ -270,12 +409,12 @@ def test_texts_are_embedded_first(
     pq.write_table(raw.drop_columns("embeddings"), source)
     assert_one_line(invoke(source).stderr, "embeddings", "--embed")
     assert_one_line(invoke(source, "--embed").stderr, "--text-field")
-    result = invoke(source, "--embed", "--text-field", "text", "--model", "a/model")
+    result = invoke(source, "--embed", "--text-field", "text", "--model", "a/model", *way)
     assert result.exit_code == 0, result.stderr
     assert asked == {"text_field": "text", "model": "a/model", "device": "auto"}
     assert list(kept(tmp_path).columns) == ["id", "text", "quality"]
     assert len(kept(tmp_path)) == ROWS - COPIES
-    assert "embeddings" in tokens(tmp_path)
+    assert sorted(tokens(tmp_path)) == sorted(["embeddings", *(STEPS_WITH_CLUSTERS if way else STEPS)])
 
 
 # --- Steps that are reused --------------------------------------------------------------------------------------------
@@ -289,15 +428,17 @@ def test_the_same_run_makes_nothing(finished: Path, tmp_path: Path, invoke: Call
     assert tokens(tmp_path) == before
 
 
+@pytest.mark.parametrize(("run", "reused"), [("finished", 1), ("clustered", 2)])
 def test_another_eps_uses_clusters_and_scores_again(
-    finished: Path, tmp_path: Path, invoke: Callable[..., Result]
+    request: pytest.FixtureRequest, tmp_path: Path, invoke: Callable[..., Result], run: str, reused: int
 ) -> None:
+    raw = request.getfixturevalue(run)
     before = tokens(tmp_path)
-    result = invoke(finished, "--eps", "0.2")
+    result = invoke(raw, "--eps", "0.1", *(CLUSTERS if run == "clustered" else []))
     assert result.exit_code == 0, result.stderr
     assert redone(before, tokens(tmp_path)) == ["deduplicated", "duplicates", "report"]
-    assert result.stdout.count("reused") == 2
-    assert "eps 0.001 → 0.2" in result.stdout
+    assert result.stdout.count("reused") == reused
+    assert "eps 0.001 → 0.1" in result.stdout
     assert len(kept(tmp_path)) < ROWS - COPIES
 
 
@@ -305,24 +446,79 @@ def test_another_eps_uses_clusters_and_scores_again(
     ("options", "step", "words"),
     [
         (["--n-clusters", 5], "clusters", ["--n-clusters 4 → 5", "--from clusters"]),
-        (["--max-eps", 0.3], "scores", ["--max-eps 0.2 → 0.3", "--from scores"]),
+        (["--max-eps", 0.3], "scores", ["--max-eps 0.1 → 0.3", "--from scores"]),
         (["--which-to-keep", "easy"], "scores", ["--which-to-keep hard → easy", "--from scores"]),
         # Clusters hold no other columns than those that rows are ranked by.
         (["--rank-by", "quality"], "clusters", ["--rank-by None → quality", "--from clusters"]),
     ],
 )
 def test_costly_steps_are_redone_on_request_only(
-    finished: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object], step: str, words: list[str]
+    clustered: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object], step: str, words: list[str]
+) -> None:
+    before = tokens(tmp_path)
+    options = [*CLUSTERS, *options]
+    result = invoke(clustered, *options)
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, f"{step}/", *words)
+    assert tokens(tmp_path) == before
+    result = invoke(clustered, *options, "--from", step)
+    assert result.exit_code == 0, result.stderr
+    assert redone(before, tokens(tmp_path)) == (STEPS_WITH_CLUSTERS if step == "clusters" else STEPS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-eps", 0.3], "--max-eps 0.1 → 0.3"),
+        (["--which-to-keep", "easy"], "--which-to-keep hard → easy"),
+        (["--rank-by", "quality:desc", "--rank-by", "id"], "--rank-by None → quality:desc, id:asc"),
+        (["--embedding-dim", 8], "--embedding-dim None → 8"),
+    ],
+)
+def test_scores_of_all_rows_are_redone_on_request_only(
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object], words: str
 ) -> None:
     before = tokens(tmp_path)
     result = invoke(finished, *options)
     assert result.exit_code == 2
-    assert_one_line(result.stderr, f"{step}/", *words)
+    assert_one_line(result.stderr, "scores/", words, "--from scores")
     assert tokens(tmp_path) == before
-    result = invoke(finished, *options, "--from", step)
+    result = invoke(finished, *options, "--from", "scores")
     assert result.exit_code == 0, result.stderr
-    following = [name for name in STEPS if name != "clusters" or step == "clusters"]
-    assert redone(before, tokens(tmp_path)) == following
+    assert redone(before, tokens(tmp_path)) == STEPS
+
+
+@pytest.mark.parametrize(("run", "others"), [("finished", CLUSTERS), ("clustered", [])])
+def test_scores_with_and_without_clusters_are_not_mixed(
+    request: pytest.FixtureRequest, tmp_path: Path, invoke: Callable[..., Result], run: str, others: list[object]
+) -> None:
+    raw = request.getfixturevalue(run)
+    before, sources = tokens(tmp_path), ["INPUT", "clusters/"] if others else ["clusters/", "INPUT"]
+    result = invoke(raw, *others)
+    assert result.exit_code == 2
+    changes = "scores/ cannot be reused: it was made from {}, and would be from {}. Pass '--from scores'"
+    assert_one_line(result.stderr, changes.format(*sources))
+    assert tokens(tmp_path) == before
+    result = invoke(raw, *others, "--from", "scores")
+    assert result.exit_code == 0, result.stderr
+    assert redone(before, tokens(tmp_path)) == (STEPS_WITH_CLUSTERS if others else STEPS)
+    assert ("centroid" in pd.read_parquet(tmp_path / "out" / "scores").columns) == bool(others)
+    assert invoke(raw, *others).stdout.count("reused") == (5 if others else 4)
+
+
+@pytest.mark.parametrize("run", ["finished", "clustered"])
+def test_the_other_rule_changes_duplicates_and_what_follows(
+    request: pytest.FixtureRequest, tmp_path: Path, invoke: Callable[..., Result], run: str
+) -> None:
+    raw, way = request.getfixturevalue(run), CLUSTERS if run == "clustered" else []
+    before = tokens(tmp_path)
+    for rule, other in (("any", "kept"), ("kept", "any")):
+        result = invoke(raw, "--duplicate-of", rule, *way)
+        assert result.exit_code == 0, result.stderr
+        after = tokens(tmp_path)
+        assert redone(before, after) == ["deduplicated", "duplicates", "report"]
+        assert f"--duplicate-of {other} → {rule}" in " ".join(result.stdout.split())
+        before = after
 
 
 def test_overwrite_makes_all_anew(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
@@ -331,11 +527,14 @@ def test_overwrite_makes_all_anew(finished: Path, tmp_path: Path, invoke: Callab
     assert redone(before, tokens(tmp_path)) == STEPS
 
 
-def test_changed_input_is_noticed(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    invoke(source)
+@pytest.mark.parametrize(("step", "way"), [("scores", []), ("clusters", CLUSTERS)])
+def test_changed_input_is_noticed(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], step: str, way: list[object]
+) -> None:
+    invoke(source, *way)
     pq.write_table(table("other-{}"), source)
-    assert_one_line(invoke(source).stderr, "INPUT have changed", "--from clusters")
-    assert invoke(source, "--from", "clusters").exit_code == 0
+    assert_one_line(invoke(source, *way).stderr, "INPUT have changed", f"--from {step}")
+    assert invoke(source, *way, "--from", step).exit_code == 0
     assert kept(tmp_path)["id"].str.startswith("other").all()
 
 
@@ -348,14 +547,14 @@ def test_a_failed_step_leaves_those_before_it(
     with monkeypatch.context() as patch:
         patch.setattr(SemDedupAccessor, "remove", fail)
         assert_one_line(invoke(source).stderr, "the disk is full")
-    assert sorted(tokens(tmp_path)) == ["clusters", "duplicates", "scores"]
+    assert sorted(tokens(tmp_path)) == ["duplicates", "scores"]
     result = invoke(source)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.count("reused") == 3
+    assert result.stdout.count("reused") == 2
 
 
 def test_what_follows_a_step_made_anew_is_made_anew_later(
-    finished: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    clustered: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tokens(tmp_path)
 
@@ -364,10 +563,10 @@ def test_what_follows_a_step_made_anew_is_made_anew_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(SemDedupAccessor, "pairwise", fail)
-        assert_one_line(invoke(finished, "--from", "clusters").stderr, "the disk is full")
+        assert_one_line(invoke(clustered, *CLUSTERS, "--from", "clusters").stderr, "the disk is full")
     assert redone(before, tokens(tmp_path)) == ["clusters"]
-    assert invoke(finished).exit_code == 0
-    assert redone(before, tokens(tmp_path)) == STEPS
+    assert invoke(clustered, *CLUSTERS).exit_code == 0
+    assert redone(before, tokens(tmp_path)) == STEPS_WITH_CLUSTERS
 
 
 def test_input_is_known_by_any_name(
@@ -379,18 +578,20 @@ def test_input_is_known_by_any_name(
         assert result.stdout.count("reused") == len(STEPS), result.output
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("step", ["scores", "duplicates"])
 def test_steps_that_lost_files_are_not_used_again(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], step: str
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], step: str, way: list[object]
 ) -> None:
-    invoke(source, "--partition-size", "1kB")
+    options = ["--partition-size", "1kB", *way]
+    invoke(source, *options)
     before, rows = tokens(tmp_path), len(kept(tmp_path))
     next((tmp_path / "out" / step).glob("part.*")).unlink()
-    result = invoke(source, "--partition-size", "1kB")
+    result = invoke(source, *options)
     if step == "scores":
         assert_one_line(result.stderr, "scores/", "were written", "--from scores")
         assert tokens(tmp_path) == before
-        result = invoke(source, "--from", "scores")
+        result = invoke(source, *way, "--from", "scores")
     assert result.exit_code == 0, result.stderr
     assert len(kept(tmp_path)) == rows
     assert step in redone(before, tokens(tmp_path))
@@ -401,7 +602,7 @@ def test_an_interrupted_move_to_an_object_store_is_made_again(
 ) -> None:
     def run() -> Result:
         return CliRunner().invoke(
-            cli.main, ["run", str(source), "memory://out", *map(str, OPTIONS), "--partition-size", "1kB"]
+            cli.main, ["run", str(source), "memory://out", *map(str, OPTIONS + CLUSTERS), "--partition-size", "1kB"]
         )
 
     def interrupt(fs: MemoryFileSystem, one: str, other: str) -> None:
@@ -429,7 +630,7 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
     mine.parent.mkdir(parents=True)
     mine.write_text("the only copy")
     for option in ([], ["--overwrite"]):
-        assert_one_line(invoke(source, *option).stderr, "scores", "was not made by 'run'")
+        assert_one_line(invoke(source, *CLUSTERS, *option).stderr, "scores", "was not made by 'run'")
     assert mine.read_text() == "the only copy"
     assert not (tmp_path / "out" / "clusters").exists()
 
@@ -442,8 +643,15 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--text-field", "body"], ["body"]),
         (["--embed", "--text-field", "text"], ["embeddings", "already"]),
         (["--n-clusters", 1000], ["n_clusters is 1000", "(--n-clusters)"]),
-        (["--random-seed", -1], ["random_state must be", "(--random-seed)"]),
-        (["--from", "embeddings"], ["embeddings", "clusters", "(--from)"]),
+        (["--random-seed", -1, *CLUSTERS], ["random_state must be", "(--random-seed)"]),
+        (["--from", "embeddings", *CLUSTERS], ["embeddings", "clusters", "(--from)"]),
+        (["--from", "clusters"], ["no step 'clusters'", "only scores", "(--from)"]),
+        (["--cluster-field", "topic"], ["--cluster-field means nothing without --n-clusters"]),
+        (["--backend", "cudf"], ["partitions are pandas", "(--backend)"]),
+        (["--rank-by", "cosine_dist_to_cent"], ["cosine_dist_to_cent", "Rank by columns of INPUT"]),
+        (["--duplicate-of", "all"], ["--duplicate-of"]),
+        (["--eps", 1, "--max-eps", 2], ["needs an eps below 1", "(--duplicate-of --eps)"]),
+        (["--eps", 1, "--max-eps", 2, *CLUSTERS], ["needs an eps below 1", "(--duplicate-of --eps)"]),
         (["--from", "scores", "--overwrite"], ["--from", "--overwrite"]),
         (["--eps", 3], ["--eps"]),
         (["--max-eps", 3], ["--max-eps"]),
@@ -456,7 +664,7 @@ def test_bad_options_are_one_line_and_leave_nothing(
     result = invoke(source, *options)
     assert result.exit_code == 2
     assert_one_line(result.stderr.replace(",", ""), *words)
-    assert not (tmp_path / "out" / "clusters").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_truncated_input_is_named(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
@@ -465,14 +673,20 @@ def test_truncated_input_is_named(source: Path, tmp_path: Path, invoke: Callable
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("step", "way"), [("pairwise", []), ("kmeans", CLUSTERS)])
 def test_a_failed_first_step_leaves_no_folder(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    tmp_path: Path,
+    invoke: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    way: list[object],
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(SemDedupAccessor, "kmeans", fail)
-    assert_one_line(invoke(source).stderr, "the disk is full")
+    monkeypatch.setattr(SemDedupAccessor, step, fail)
+    assert_one_line(invoke(source, *way).stderr, "the disk is full")
     assert not (tmp_path / "out").exists()
 
 
@@ -481,12 +695,18 @@ def test_input_inside_the_output_is_refused(source: Path, tmp_path: Path) -> Non
     assert_one_line(result.stderr, "overlap")
 
 
+@pytest.mark.parametrize(("step", "way"), [("scores", []), ("scores", ["--max-eps", 2]), ("clusters", CLUSTERS)])
 def test_rows_that_were_not_scored_are_noticed(
-    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    tmp_path: Path,
+    invoke: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    way: list[object],
 ) -> None:
     monkeypatch.setattr(SemDedupAccessor, "remove", lambda accessor, *_: accessor._ddf.partitions[:1])
-    result = invoke(source, "--partition-size", "1kB")
-    assert_one_line(result.stderr, "of which 20 are duplicates, but 200 were scored", "--from clusters")
+    result = invoke(source, "--partition-size", "1kB", *way)
+    assert_one_line(result.stderr, "of which 20 are duplicates, but 200 were scored", f"--from {step}")
     assert not (tmp_path / "out" / "deduplicated").exists()
 
 
@@ -510,8 +730,9 @@ def test_other_ids_are_looked_at_too(source: Path, tmp_path: Path, invoke: Calla
     rows = table().to_pandas().assign(other=range(ROWS))
     rows.loc[5, "id"] = None
     rows.to_parquet(source)
-    assert invoke(source, "--id-field", "other").exit_code == 0
-    assert_one_line(invoke(source, "--from", "clusters").stderr, "'id': 1 row has a null id")
+    assert invoke(source, "--id-field", "other", *CLUSTERS).exit_code == 0
+    assert_one_line(invoke(source, *CLUSTERS, "--from", "clusters").stderr, "'id': 1 row has a null id")
+    assert_one_line(invoke(source, "--from", "scores").stderr, "'id': 1 row has a null id")
 
 
 def test_output_may_be_a_link(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
@@ -547,7 +768,7 @@ def test_a_log_may_be_where_the_run_works(source: Path, tmp_path: Path, invoke: 
     assert invoke(source).exit_code == 0
 
 
-@pytest.mark.parametrize("options", [["--eps", 0.2], ["--overwrite"]])
+@pytest.mark.parametrize("options", [["--eps", 0.1], ["--overwrite"]])
 def test_files_of_others_are_not_lost(
     finished: Path, tmp_path: Path, invoke: Callable[..., Result], options: list[object]
 ) -> None:
@@ -573,10 +794,10 @@ def test_files_of_others_are_not_lost(
 
 @pytest.mark.parametrize("name", ["notes.txt", "centroid=0/mine.parquet", "scores.parquet"])
 def test_files_of_others_among_clusters_are_not_lost(
-    finished: Path, tmp_path: Path, invoke: Callable[..., Result], name: str
+    clustered: Path, tmp_path: Path, invoke: Callable[..., Result], name: str
 ) -> None:
     (tmp_path / "out" / "clusters" / name).write_text("the only copy")
-    assert_one_line(invoke(finished, "--overwrite").stderr, "not of this step", name)
+    assert_one_line(invoke(clustered, *CLUSTERS, "--overwrite").stderr, "not of this step", name)
     assert (tmp_path / "out" / "clusters" / name).exists()
 
 

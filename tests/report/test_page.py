@@ -20,7 +20,9 @@ import pytest
 from PIL import Image
 
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError
+from dask_semdedup.io.scores import Compared
 from dask_semdedup.report.page import Documents, write_report
+from dask_semdedup.steps.duplicates import find_duplicates
 
 ATTACK = "</script><script>alert('document')</script><img src=x onerror=alert(1)>"
 
@@ -118,6 +120,36 @@ def test_any_scores_make_a_page(scores: pd.DataFrame, tmp_path: Path, chosen: sl
     data = script_data(read(tmp_path))
     assert data["rows"] == len(scores.iloc[chosen])
     assert data["eps"][data["start"]] == eps
+
+
+@pytest.mark.parametrize(("kept", "end"), [(0.05, 0.05), (0.5, 0.5), (1.5, 1.0), (0.0, 1e-8)])
+def test_the_page_ends_where_rows_were_compared(scores: pd.DataFrame, tmp_path: Path, kept: float, end: float) -> None:
+    write_report(find_duplicates(scores, kept), tmp_path, min(kept, 0.02), compared=Compared(kept, 80))
+    data = script_data(read(tmp_path))
+    assert data["eps"][-1] == end
+    assert data["rows"] == 80
+
+
+def test_clusters_are_left_out_where_rows_were_compared_without(scores: pd.DataFrame, tmp_path: Path) -> None:
+    summary = write_report(find_duplicates(scores, 0.1), tmp_path, 0.05, compared=Compared(0.1, 100))
+    assert summary.clusters is None
+    assert summary.rows == 100
+    assert not (tmp_path / "clusters.png").exists()
+
+
+def test_rows_that_are_dropped_for_kept_ones_are_told_from_near_ones(scores: pd.DataFrame, tmp_path: Path) -> None:
+    near = int((scores["cosine_sim_score"] >= np.float32(0.95)).sum())
+    summary = write_report(scores, tmp_path, eps=0.05, dropped=5)
+    assert summary.duplicates(0.05) == near
+    page = read(tmp_path)
+    text = " ".join(re.sub("<style.*?</style>|<script.*?</script>|<[^>]*>", " ", page, flags=re.DOTALL).split())
+    assert "<title>5 dropped at eps = 0.05</title>" in page
+    assert "5 of 80 documents are dropped at eps = 0.05" in text
+    assert "Dropped at eps = 0.05 5 6.25% Kept at eps = 0.05 75 93.75%" in text
+    assert f"They are {near} at eps = 0.05, and no others are dropped." in text
+    assert "Clusters with the most near-duplicates" in text
+    assert "semdedup.remove" not in text, "it drops all near-duplicates"
+    assert "run INPUT OUTPUT --eps 0.05" in text
 
 
 def test_numbers_are_ids_too(scores: pd.DataFrame, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import dask.dataframe as dd
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from dask_semdedup.report.plots import VERMILION, cluster_sizes, duplicates_curve, pair_gallery, score_histogram
+from dask_semdedup.report.summary import summarize
 
 
 @pytest.fixture
@@ -65,6 +67,16 @@ def test_curve_gives_the_share_of_all_rows(scores: pd.DataFrame) -> None:
     assert curve.get_ydata()[[0, -1]] == pytest.approx([1 / 8, 3 / 8])
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == pytest.approx((0.02, 3 / 8))
     assert figure.axes[0].get_title(loc="left") == "eps = 0.02 drops 3 of 8 rows (37.5%)"
+
+
+def test_pictures_tell_near_duplicates_from_dropped_rows(scores: pd.DataFrame) -> None:
+    summary = replace(summarize(scores, 0.02), dropped=2)
+    curve, histogram = duplicates_curve(summary, 0.02).axes[0], score_histogram(summary, 0.02).axes[0]
+    assert curve.get_title(loc="left") == "Near-duplicates at eps = 0.02: 3 of 8 rows (37.5%)"
+    assert curve.get_ylabel() == "Near-duplicates"
+    assert histogram.get_title(loc="left") == "3 near-duplicates among 6 compared rows"
+    (legend,) = cluster_sizes(summary, 0.02).axes[0].get_legend().get_texts()[1:]
+    assert legend.get_text() == "near-duplicates"
 
 
 def test_dask_frames_are_drawn_as_pandas_frames_are(scores: pd.DataFrame) -> None:

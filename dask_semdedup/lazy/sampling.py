@@ -17,6 +17,7 @@ from dask_semdedup._dask import Lengths
 from dask_semdedup.errors import EmbeddingError, some
 from dask_semdedup.frames.columns import Columns
 from dask_semdedup.frames.embeddings import to_tensor
+from dask_semdedup.lazy.sources import lengths_in_footers
 
 __all__ = ["draw", "partition_lengths", "sample_embeddings"]
 
@@ -29,6 +30,9 @@ MIN_PARTITIONS = 32
 
 def partition_lengths(ddf: dd.DataFrame, columns: Columns) -> list[int]:
     """Count the rows of each partition: from footers, or by a column other than that of embeddings if there is one."""
+    known = lengths_in_footers(ddf)
+    if known is not None:
+        return known
     others = [name for name in ddf.columns if name != columns.embedding]
     narrow = ddf[others[:1] or [columns.embedding]]
     return list(new_collection(Lengths(narrow.expr)).compute())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import dask.dataframe as dd
 import pyarrow as pa
 
-from dask_semdedup._dask import FromMap
+from dask_semdedup._dask import AnyExpr, FromMap, Lengths, Projection
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import COLUMNS_ADVICE
 from dask_semdedup.io.schemas import refuse
@@ -15,7 +15,7 @@ from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.tables import ReadPart
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["check_sources", "readers_of", "stored_schema"]
+__all__ = ["check_sources", "lengths_in_footers", "readers_of", "stored_schema"]
 
 
 def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
@@ -23,6 +23,17 @@ def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
     yield from (read.source.reader for read in ddf.expr.find_operations(ReadClusters))
     functions = (read.func for read in ddf.expr.find_operations(FromMap))
     yield from (read.reader for read in functions if isinstance(read, ReadPart) and isinstance(read.reader, Reader))
+
+
+def lengths_in_footers(ddf: dd.DataFrame) -> list[int] | None:
+    """Return the rows of each partition, if they are those of Parquet files as `read_table` reads them."""
+    expr: AnyExpr = Lengths(ddf.expr).simplify()
+    # Dask sees through what keeps the rows.
+    while isinstance(expr, (Lengths, Projection)):
+        expr = expr.frame
+    if not isinstance(expr, FromMap) or not isinstance(expr.func, ReadPart) or not isinstance(expr.func.reader, Reader):
+        return None
+    return [sum(fragment.rows for fragment in expr.iterables[0][number]) for number in expr._partitions]
 
 
 def stored_schema(ddf: dd.DataFrame) -> pa.Schema:

@@ -25,7 +25,7 @@ from dask_semdedup.search.sketch import Sketcher
 
 __all__ = ["Cells", "Visits", "fit_cells", "reach_of"]
 
-ITERATIONS = 4
+ITERATIONS = 3
 """Steps of Lloyd's algorithm: cells need not be the best."""
 
 ELEMENTS = 1 << 20

@@ -100,12 +100,13 @@ def first_copies(rows: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     segments : torch.Tensor
         (k + 1,) int64 offsets.
     """
+    # Two numbers at a time, where rows begin at whole words.
+    bits = rows.view(torch.int32) if rows.shape[1] % 2 else rows.view(torch.int64)
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(1 << 62, (rows.shape[1],), generator=generator).to(rows.device) * 2 + 1
+    factors = torch.randint(1 << 62, (bits.shape[1],), generator=generator).to(rows.device) * 2 + 1
     every = torch.arange(len(rows), device=rows.device)
     hashes = torch.searchsorted(segments.to(rows.device), every, right=True) * 0x9E3779B97F4A7C1
-    bits = rows.view(torch.int32)
-    for chunk in _pieces(rows):
+    for chunk in certify.chunks(len(rows), 8 * bits.shape[1], PIECE_BYTES if rows.is_cuda else certify.CHUNK_BYTES):
         # Products and sums of int64 wrap around.
         hashes[chunk] += (bits[chunk] * factors).sum(dim=1)
     _, group = hashes.unique(return_inverse=True)

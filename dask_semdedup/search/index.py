@@ -18,7 +18,7 @@ __all__ = ["Index", "fit_index", "is_worth_a_look", "n_cells", "sample_rows"]
 LEAST_ROWS = 16_384
 """Pairs of fewer rows are compared at once: to look at a sample would take as long."""
 
-MIN_SAMPLE, ROWS_PER_CELL, MAX_CELLS = 16_384, 48, 4096
+MIN_SAMPLE, ROWS_PER_CELL, MAX_CELLS = 16_384, 32, 4096
 """Rows of a sample, and cells."""
 
 AXES_SAMPLE = 8192
@@ -27,11 +27,11 @@ AXES_SAMPLE = 8192
 JUDGES = 4096
 """Rows of the sample that tell what an index leaves."""
 
+SCATTERED = 2
+"""Sketches of cells are gathered, and their products take so many times as long as those of runs of rows."""
+
 FIXED = 5e11
 """Picoseconds that an index takes beyond the products: rows are read twice."""
-
-ENOUGH = 0.1
-"""Longer sketches are not looked at once verification takes at most this share of the time."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def is_worth_a_look(n: int, others: int | None = None) -> bool:
 
 def n_cells(n: int) -> int:
     """Return the number of cells for n rows: to assign n rows takes as long as to multiply what the cells leave."""
-    return max(1, min(MAX_CELLS, 2 * math.isqrt(n)))
+    return max(1, min(MAX_CELLS, 3 * math.isqrt(n)))
 
 
 def sample_rows(n: int) -> int:
@@ -108,25 +108,19 @@ def fit_index(sample: torch.Tensor, n: int, at_least: float, others: int | None 
             return None
         judges = rows[: min(JUDGES, len(rows) // 2)]
         axes, defect = fit_axes(rows[len(judges) :][:AXES_SAMPLE], sizes[-1] - 1, tf32=False)
-        without = _Choice(math.inf, None)
-        best = without
-        for size in sizes:
-            found = sketcher(axes[:, : size - 1].contiguous(), float(defect), at_least, tf32=False)
-            # Least products must be positive, whatever dtype the sketches are rounded to.
-            if not found.floor > 1.5 * size**0.5 / SCALE:
-                break
-            choice, is_enough = _with_size(rows, judges, found, work)
-            best = min(best, choice, key=lambda choice: choice.time)
-            if is_enough:
-                break
+        sketchers = [sketcher(axes[:, : size - 1].contiguous(), float(defect), at_least, tf32=False) for size in sizes]
+        # Least products must be positive, whatever dtype the sketches are rounded to.
+        sketchers = [found for found in sketchers if found.floor > 1.5 * found.size**0.5 / SCALE]
+        if not sketchers:
+            return None
+        trials = [_Trial(rows, judges, found, work) for found in sketchers]
+        # What cells leave hardly depends on the size, so that one size tells.
+        one = trials[min(1, len(trials) - 1)]
+        index = min((one.index(k) for k in (1, n_cells(n))), key=lambda index: index.seconds)
+        best = min(trials, key=lambda trial: trial.seconds(index.pairs, len(index.cells)))
+        index = index if best is one else best.index(len(index.cells))
     together = work.pairs * min(COSTS.exact_pair + width * COSTS.exact_value, COSTS.pair + SIZES[1] * COSTS.pair_value)
-    return best.index if best.time + FIXED < together else None
-
-
-@dataclass(frozen=True)
-class _Choice:
-    time: float
-    index: Index | None
+    return index if index.seconds * 1e12 + FIXED < together else None
 
 
 @dataclass(frozen=True)
@@ -151,25 +145,32 @@ class _Work:
         return self.n * self.others * members * (members + 2 * visitors)
 
 
-def _with_size(rows: torch.Tensor, judges: torch.Tensor, found: Sketcher, work: _Work) -> tuple[_Choice, bool]:
-    """Return what takes least with sketches of one size, and whether longer ones would not take less."""
-    sketches, judged = found.sketches(rows), found.sketches(judges)
-    product = COSTS.pair + found.size * COSTS.pair_value
-    reached = (judged @ judged.T >= found.floor - _rounding(found.size)).sum() - len(judged)
-    left = float(reached + 1) / (len(judged) * (len(judged) - 1)) * work.pairs
-    verify = left * (COSTS.hit + rows.shape[1] * COSTS.hit_value)
-    reach = reach_of(found)
-    choices = []
-    for k in (1, n_cells(work.n)):
-        cells = fit_cells(sketches[len(judges) :], k, reach)
-        visits = cells.visits(judged)
-        shares = (np.bincount(where, minlength=len(cells)) / len(judged) for where in (visits.cell, visits.visited))
-        loads = work.loads(*shares)
-        rotated = work.rows * rows.shape[1] * COSTS.value
-        time = (loads.sum() + work.rows * (len(cells) if k > 1 else 0)) * product + rotated + verify
-        choices.append(_Choice(time, Index(found, cells, loads, len(visits.visited) / len(judged), left, time / 1e12)))
-    best = min(choices, key=lambda choice: choice.time)
-    return best, verify <= ENOUGH * best.time
+class _Trial:
+    """Sketches of one size, tried on a sample."""
+
+    def __init__(self, rows: torch.Tensor, judges: torch.Tensor, found: Sketcher, work: _Work) -> None:
+        self.sketcher, self.work, self.width = found, work, rows.shape[1]
+        self.sketches, self.judged = found.sketches(rows[len(judges) :]), found.sketches(judges)
+        reached = (self.judged @ self.judged.T >= found.floor - _rounding(found.size)).sum() - len(judges)
+        # As if one more pair were left: what the sample does not show may be there.
+        self.left = float(reached + 1) / (len(judges) * (len(judges) - 1)) * work.pairs
+
+    def index(self, k: int) -> Index:
+        """Return the index with at most k cells."""
+        cells = fit_cells(self.sketches, k, reach_of(self.sketcher))
+        visits = cells.visits(self.judged)
+        n = len(self.judged)
+        shares = (np.bincount(where, minlength=len(cells)) / n for where in (visits.cell, visits.visited))
+        loads = self.work.loads(*shares)
+        seconds = self.seconds(float(loads.sum()), len(cells))
+        return Index(self.sketcher, cells, loads, len(visits.visited) / n, self.left, seconds)
+
+    def seconds(self, pairs: float, k: int) -> float:
+        """Return about how long two cores take to rotate rows, assign them to cells, multiply and verify pairs."""
+        product = COSTS.pair + self.sketcher.size * COSTS.pair_value
+        multiplied = pairs if k == 1 else SCATTERED * pairs + self.work.rows * k
+        rotated = self.work.rows * self.width * COSTS.value
+        return 1e-12 * (multiplied * product + rotated + self.left * (COSTS.hit + self.width * COSTS.hit_value))
 
 
 def _rounding(size: int) -> float:

@@ -54,6 +54,9 @@ FIXED_POINT = 2.0**32
 STEP = 2.0**-40
 
 
+# Offsets of a search that takes one core: other partitions take the others.
+ONE_CORE = np.array([0, 1])
+
 # The column of components, where they are searched as clusters are.
 COMPONENT = "_semdedup_component"
 
@@ -83,7 +86,7 @@ def sketch_partition(
     """Return the sketches of a partition's rows, and with them the sum of these if rows are ranked by their mean."""
     from dask_semdedup.search.near import sketch_part
 
-    with cores_for("cpu", np.array([0, len(frame)])):
+    with cores_for("cpu", ONE_CORE):
         rows = _to_tensor(frame, columns, options)
         return Sketched(sketch_part(number, rows, index), _total(rows) if with_total else None, len(rows))
 
@@ -111,7 +114,7 @@ def find_near_pairs(
     from dask_semdedup.search.near import near_pairs
 
     parts = [one.part for one in sketched]
-    with cores_for("cpu", np.array([0, 1])):
+    with cores_for("cpu", ONE_CORE):
         return near_pairs(parts, None if others is None else [one.part for one in others], cells, index.sketcher)
 
 

@@ -30,6 +30,9 @@ JUDGES = 4096
 SCATTERED = 2
 """Sketches of cells are gathered, and their products take so many times as long as those of runs of rows."""
 
+MAX_LEFT = 2
+"""Pairs a row that sketches may leave, unless the longest ones leave more."""
+
 FIXED = 5e11
 """Picoseconds that an index takes beyond the products: rows are read twice."""
 
@@ -117,7 +120,9 @@ def fit_index(sample: torch.Tensor, n: int, at_least: float, others: int | None 
         # What cells leave hardly depends on the size, so that one size tells.
         one = trials[min(1, len(trials) - 1)]
         index = min((one.index(k) for k in (1, n_cells(n))), key=lambda index: index.seconds)
-        best = min(trials, key=lambda trial: trial.seconds(index.pairs, len(index.cells)))
+        # Of pairs that are left for nothing, many would connect rows that have nothing to do with each other.
+        few = [trial for trial in trials if trial.left <= MAX_LEFT * n] or trials[-1:]
+        best = min(few, key=lambda trial: trial.seconds(index.pairs, len(index.cells)))
         index = index if best is one else best.index(len(index.cells))
     together = work.pairs * min(COSTS.exact_pair + width * COSTS.exact_value, COSTS.pair + SIZES[1] * COSTS.pair_value)
     return index if index.seconds * 1e12 + FIXED < together else None

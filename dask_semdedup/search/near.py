@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,13 +17,15 @@ from dask_semdedup.search import certify, ieee_products
 from dask_semdedup.search.crowded import first_copies
 from dask_semdedup.search.index import Index
 from dask_semdedup.search.sketch import Sketcher
-from dask_semdedup.search.torch_engine import STRIP, strip_size
-from dask_semdedup.search.torch_sketch import ROWS, candidates_of, hits, rounded, sketch_dtype, with_least
+from dask_semdedup.search.torch_sketch import ROWS, Sketches, rounded, sketch_dtype, with_least
 
 __all__ = ["Links", "Part", "near_pairs", "sketch_part"]
 
-PRODUCTS = 1 << 20
-"""Products that are computed at once where there are few candidates."""
+TILE = 512
+"""Candidates, and queries, that are multiplied at once: their products stay in the cache."""
+
+FEW = 64
+"""Pairs of a row in a tile that are listed; rows with more of them are bundled with all that they are near to."""
 
 CHUNK = 1 << 16
 """Sketches that are gathered at once, unless one cell has more members and visitors."""
@@ -145,17 +148,15 @@ def near_pairs(parts: Sequence[Part], others: Sequence[Part] | None, cells: slic
 
 
 def _meetings(parts: Sequence[Part], others: Sequence[Part] | None, cells: slice) -> Iterator[_Meeting]:
-    """Yield the members and visitors of runs of cells: each pair is a candidate and a query once."""
+    """Yield what is compared in runs of cells: each pair is a candidate and a query once."""
     for run in _runs([*parts, *(others or [])], cells):
-        members = [_members(part, run) for part in parts]
-        visitors = [_visitors(part, run) for part in parts]
+        members, visitors = ([of(part, run) for part in parts] for of in (_members, _visitors))
         if others is None:
-            yield _Meeting.of(members)
-            yield _Meeting.of(members, visitors)
+            yield _Meeting(members, [*members, *visitors], among_candidates=True)
         else:
-            guests = [found for part in others for found in (_members(part, run), _visitors(part, run))]
-            yield _Meeting.of(members, guests)
-            yield _Meeting.of([_members(part, run) for part in others], visitors)
+            guests, visiting = ([of(part, run) for part in others] for of in (_members, _visitors))
+            yield _Meeting(members, [*guests, *visiting])
+            yield _Meeting(guests, visitors)
 
 
 def _runs(parts: Sequence[Part], cells: slice) -> Iterator[slice]:
@@ -180,9 +181,6 @@ class _Rows:
     which: np.ndarray
     cell: np.ndarray
 
-    def keys(self) -> np.ndarray:
-        return (np.int64(self.part.number) << 32) | self.part.rows[self.which]
-
 
 def _members(part: Part, cells: slice) -> _Rows:
     offsets = part.members[cells.start : cells.stop + 1]
@@ -196,68 +194,129 @@ def _visitors(part: Part, cells: slice) -> _Rows:
 
 
 @dataclass(frozen=True)
-class _Meeting:
-    """Sketches by cell, in each the candidates before the queries.
+class _Side:
+    """Sketches in the order of their cells.
 
     Attributes
     ----------
     sketches, residual : torch.Tensor
         (m, h) float16 and (m,) float32.
     keys : numpy.ndarray
-        (m,) int64.
-    segments, stops : torch.Tensor
-        As of `dask_semdedup.search.nearest_earlier`; there are no stops where candidates meet each other.
+        (m,) int64 rows.
+    offsets : numpy.ndarray
+        Of the cells.
     """
 
     sketches: torch.Tensor
     residual: torch.Tensor
     keys: np.ndarray
-    segments: torch.Tensor
-    stops: torch.Tensor | None
+    offsets: np.ndarray
 
     @classmethod
-    def of(cls, candidates: Sequence[_Rows], queries: Sequence[_Rows] = ()) -> _Meeting:
-        """Return a meeting of candidates and queries; of the candidates among themselves if there are no queries."""
-        rows = [*candidates, *queries]
-        is_query = np.repeat([False, True], [sum(len(r.which) for r in side) for side in (candidates, queries)])
+    def of(cls, rows: Sequence[_Rows], n_cells: int) -> _Side:
         cell = np.concatenate([r.cell for r in rows])
-        order = np.lexsort([is_query, cell])
-        cell, is_query = cell[order], is_query[order]
-        starts = np.flatnonzero(np.diff(cell, prepend=-1))
-        segments, stops = np.append(starts, len(cell)), None
-        if queries:
-            lengths = np.diff(segments)
-            n_candidates = np.add.reduceat(~is_query, starts, dtype=np.int64) if len(starts) else lengths
-            first, end = np.repeat(starts, lengths), np.repeat(starts + n_candidates, lengths)
-            stops = torch.from_numpy(np.where(is_query, end, first))
+        # Within a cell, rows stay in the order that they are given in.
+        order = np.argsort(cell, kind="stable")
         gathered = torch.from_numpy(order)
         return cls(
             torch.cat([torch.from_numpy(r.part.sketches[r.which]) for r in rows])[gathered],
             torch.cat([torch.from_numpy(r.part.residual[r.which]) for r in rows])[gathered],
-            np.concatenate([r.keys() for r in rows])[order],
-            torch.from_numpy(segments),
-            stops,
+            np.concatenate([(np.int64(r.part.number) << 32) | r.part.rows[r.which] for r in rows])[order],
+            np.searchsorted(cell[order], np.arange(n_cells + 1)),
         )
 
+
+class _Meeting:
+    """Candidates and queries of a run of cells, and the tiles of their products.
+
+    Parameters
+    ----------
+    candidates, queries : sequence of _Rows
+    among_candidates : bool
+        Whether the first queries of each cell are its candidates, which meet only those before them.
+    """
+
+    def __init__(
+        self, candidates: Sequence[_Rows], queries: Sequence[_Rows], *, among_candidates: bool = False
+    ) -> None:
+        n_cells = 1 + max((int(r.cell.max()) for r in (*candidates, *queries) if len(r.cell)), default=-1)
+        self.candidates, self.queries = (_Side.of(rows, n_cells) for rows in (candidates, queries))
+        self.among_candidates = among_candidates
+
     def pairs(self, sketcher: Sketcher) -> tuple[np.ndarray, np.ndarray]:
-        """Return the keys of pairs that reach the least product, and of rows that are bundled with a first one."""
-        sketches, lost = rounded(self.sketches.float(), sketch_dtype())
-        is_zero = torch.zeros(len(sketches), dtype=torch.bool)
-        product = with_least(sketches, self.residual + lost, is_zero, sketcher)
-        starts = self.segments[:-1].repeat_interleave(self.segments.diff())
-        ends = torch.arange(len(sketches)) if self.stops is None else self.stops
-        queries = (ends > starts).nonzero().flatten()
-        found, crowded = [np.empty((0, 2), np.int64)], [queries[:0]]
-        # Few members meet many visitors: a strip of these has about `PRODUCTS` all the same.
-        n_candidates = int((ends - starts).max()) if len(queries) else 1
-        wanted = STRIP["cpu"] if self.stops is None else max(STRIP["cpu"], PRODUCTS // n_candidates)
-        size = strip_size(wanted, self.segments, sketches)
-        for query, candidate, many in hits(product, queries, self.segments, self.stops, size):
-            found.append(self.keys[torch.stack([query, candidate], dim=1).numpy()])
-            crowded.append(many)
-        pairs, queries = np.concatenate(found), torch.cat(crowded)
-        bundled = torch.cat([queries, candidates_of(product, self.segments, queries)]).unique().numpy()
-        segment = np.searchsorted(self.segments.numpy(), bundled, side="right")
-        leader = bundled[np.searchsorted(segment, segment)]
-        # A row that visits its own copy's cell may meet itself.
-        return pairs[pairs[:, 0] != pairs[:, 1]], np.stack([self.keys[bundled], self.keys[leader]], axis=1)
+        """Return the pairs that reach the least product, and rows that are bundled with a first one, as keys."""
+        sides = self.candidates, self.queries
+        sketches, lost = rounded(torch.cat([side.sketches for side in sides]).float(), sketch_dtype())
+        residual = torch.cat([side.residual for side in sides]) + lost
+        product = with_least(sketches, residual, torch.zeros(len(residual), dtype=torch.bool), sketcher)
+        tiles = _Tiles(product, len(self.candidates.keys))
+        pairs, bundles = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)]
+        for candidates, queries, diagonal in self._tiles():
+            query, candidate, bundled = tiles.hits(candidates, queries)
+            if diagonal is not None:
+                is_earlier = candidate < query - diagonal
+                query, candidate = query[is_earlier], candidate[is_earlier]
+            pairs.append(np.stack([self.queries.keys[query], self.candidates.keys[candidate]], axis=1))
+            for rows, side in zip(bundled, sides, strict=True):
+                leader = np.full(len(rows), bundled[0][0] if len(bundled[0]) else 0)
+                bundles.append(np.stack([side.keys[rows], self.candidates.keys[leader]], axis=1))
+        return np.concatenate(pairs), np.concatenate(bundles)
+
+    def _tiles(self) -> Iterator[tuple[slice, slice, int | None]]:
+        """Yield candidates and queries; where they may be the same rows, also how much later they are as queries."""
+        cuts = zip(pairwise(self.candidates.offsets.tolist()), pairwise(self.queries.offsets.tolist()), strict=True)
+        for (first, last), (start, stop) in cuts:
+            for candidate in range(first, last, TILE):
+                candidates = slice(candidate, min(candidate + TILE, last))
+                # Rows of the tile meet each other, and all later ones.
+                own = start + candidate - first if self.among_candidates else start
+                n_candidates = candidates.stop - candidates.start
+                if self.among_candidates:
+                    yield candidates, slice(own, own + n_candidates), start - first
+                    own += n_candidates
+                for query in range(own, stop, TILE):
+                    yield candidates, slice(query, min(query + TILE, stop)), None
+
+
+class _Tiles:
+    """Products of candidates and queries in one buffer.
+
+    Least products are positive. The bits of floating-point numbers compare like integers wherever one of the two is.
+    """
+
+    def __init__(self, product: Sketches, n_candidates: int) -> None:
+        self.product, self.n_candidates = product, n_candidates
+        self.buffer = torch.empty(TILE * TILE, dtype=product.dtype)
+        self.integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[product.dtype.itemsize]
+        self.least = product.least.view(self.integers).numpy()
+        self.mask = np.zeros(TILE * TILE + 8, bool)
+
+    def hits(self, candidates: slice, queries: slice) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """Return the queries and candidates of pairs that reach the least product, and bundled candidates and queries.
+
+        Queries with more than `FEW` hits in the tile are bundled with all that they hit; their pairs are left out.
+        """
+        later = slice(queries.start + self.n_candidates, queries.stop + self.n_candidates)
+        shape = candidates.stop - candidates.start, queries.stop - queries.start
+        size = shape[0] * shape[1]
+        out = self.buffer[:size].view(shape)
+        self.product.multiply(candidates, later, out)
+        mask = self.mask[:size].reshape(shape)
+        np.greater_equal(out.view(self.integers).numpy(), self.least[later], out=mask)
+        self.mask[size : size + 8] = False
+        # Hits are rare: eight at a time are looked at.
+        words = np.flatnonzero(self.mask[: -(-size // 8) * 8].view(np.uint64))
+        none = np.empty(0, np.int64)
+        bundled = none, none
+        if len(words) > FEW:
+            is_crowded = mask.sum(axis=0) > FEW
+            if is_crowded.any():
+                bundled = (
+                    candidates.start + np.flatnonzero(mask[:, is_crowded].any(axis=1)),
+                    queries.start + np.flatnonzero(is_crowded),
+                )
+                mask[:, is_crowded] = False
+                words = np.flatnonzero(self.mask[: -(-size // 8) * 8].view(np.uint64))
+        word, byte = self.mask[: -(-size // 8) * 8].reshape(-1, 8)[words].nonzero()
+        candidate, query = np.divmod(words[word] * 8 + byte, shape[1])
+        return queries.start + query, candidates.start + candidate, bundled

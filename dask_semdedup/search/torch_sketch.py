@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -134,41 +133,30 @@ def nearest_reaching(
     torch.arange(len(rows), out=index)
     unit = certify.measure(rows)
     product = sketches(unit, sketcher, sketch_dtype())
+    strip_size = torch_engine.strip_size(None, segments, rows)
     queries = (~unit.is_zero).nonzero().flatten()
     pairs = Pairs(unit, scores, index)
-    crowded = [queries[:0]]
-    for query, candidate, many in hits(
-        product, queries, segments, stops, torch_engine.strip_size(None, segments, rows)
-    ):
-        pairs.add(query, candidate)
-        crowded.append(many)
-    pairs.flush()
-    scores.clamp_(-1.0, 1.0)
-    return torch.cat(crowded), partial(candidates_of, product, segments)
-
-
-def hits(
-    product: Sketches, queries: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, strip_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield, strip by strip, the pairs of queries and candidates that reach the least products, and crowded queries.
-
-    The pairs of queries with more hits than `torch_engine.most_hits` are left out.
-    """
     panels = Panels(product, strip_size)
+    crowded = [queries[:0]]
     for strip in strips(queries, segments, strip_size, stops):
         most = torch_engine.most_hits(strip)
-        count = torch.zeros(len(strip.queries), dtype=torch.int64)
-        found = [(count[:0], count[:0])]
+        hits = torch.zeros(len(strip.queries), dtype=torch.int64)
+        found = []
         for panel in panels.of(strip):
             maxima = panel.positive_maxima()
-            column, candidate, _ = reaching(panel.scores, maxima, product.least[strip.queries], most, count)
+            column, candidate, _ = reaching(panel.scores, maxima, product.least[strip.queries], most, hits)
             found.append((column, candidate + panel.first))
-        column, candidate = map(torch.cat, zip(*found, strict=True))
-        keep = count[column] <= most
-        yield strip.queries[column[keep]], candidate[keep], strip.queries[count > most]
+        if found:
+            column, candidate = map(torch.cat, zip(*found, strict=True))
+            keep = hits[column] <= most
+            pairs.add(strip.queries[column[keep]], candidate[keep])
+        crowded.append(strip.queries[hits > most])
+    pairs.flush()
+    scores.clamp_(-1.0, 1.0)
+    return torch.cat(crowded), partial(_candidates_of, product, segments)
 
 
-def candidates_of(product: Sketches, segments: torch.Tensor, crowded: torch.Tensor) -> torch.Tensor:
+def _candidates_of(product: Sketches, segments: torch.Tensor, crowded: torch.Tensor) -> torch.Tensor:
     """Return the rows that reach their least product with any crowded row of their segment."""
     cuts = torch.searchsorted(crowded, segments).tolist()
     found = [crowded[:0]]

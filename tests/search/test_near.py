@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dask_semdedup.search import near, sketch, torch_engine
+from dask_semdedup.search import near, sketch
 from dask_semdedup.search.cells import Cells, fit_cells, reach_of
 from dask_semdedup.search.index import Index, fit_index, n_cells, sample_rows
 from dask_semdedup.search.near import Links, Part, near_pairs, sketch_part
@@ -89,8 +89,8 @@ def test_every_near_pair_is_connected(
     parts = parts_of(rows, cuts, index)
     with (
         patch.object(near, "sketch_dtype", lambda: dtype),
-        patch.object(torch_engine, "MAX_HITS", data.draw(st.sampled_from([2, 32]))),
-        patch.object(torch_engine, "DENSE", 1 << 30),
+        patch.object(near, "FEW", data.draw(st.sampled_from([2, 32]))),
+        patch.object(near, "TILE", data.draw(st.sampled_from([8, 64, 512]))),
         patch.object(near, "CHUNK", data.draw(st.sampled_from([1, 50, 1 << 16]))),
     ):
         links = near_pairs(parts, None, slice(0, len(index.cells)), index.sketcher)

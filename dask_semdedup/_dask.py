@@ -20,7 +20,7 @@ Dask DataFrame has no public way to write an expression. What each name is for, 
 `FromPandas`, `BackendData`
     What ``dd.from_pandas`` makes: columns of objects stay objects in one frame. The public way is a setting of the
     whole process, which other threads would see.
-`Task`, `TaskRef`, `TaskList`, `DataNode`, `AnyExpr`
+`Task`, `TaskRef`, `TaskList`, `DataNode`, `GraphNode`, `AnyExpr`
     Graphs made by hand: `ReadClusters` reads only the chosen partitions, in `CheckedIds` all wait for one check, and
     `CompleteScores` compares blocks of partitions with each other.
 
@@ -32,7 +32,7 @@ from __future__ import annotations
 from typing import Any
 
 from dask._expr import Expr as AnyExpr
-from dask._task_spec import DataNode, Task, TaskRef
+from dask._task_spec import DataNode, GraphNode, Task, TaskRef
 from dask._task_spec import List as TaskList
 from dask.dataframe.dask_expr._expr import (
     GE,
@@ -73,6 +73,7 @@ __all__ = [
     "Filter",
     "FromMap",
     "FromPandas",
+    "GraphNode",
     "Index",
     "Isin",
     "Len",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, pairwise, product
@@ -16,7 +17,7 @@ from dask.tokenize import tokenize
 from dask.typing import Key
 from dask.utils import format_bytes
 
-from dask_semdedup._dask import DataNode, Expr, Task, TaskList, TaskRef
+from dask_semdedup._dask import DataNode, Expr, GraphNode, Task, TaskList, TaskRef
 from dask_semdedup.device.devices import has_cuda
 from dask_semdedup.device.memory import device_bytes
 from dask_semdedup.frames.backend import is_cudf
@@ -277,13 +278,21 @@ class _Compared(Searched, Expr):
         index = TaskRef(f"index-{self._name}")
         graph[index.key] = DataNode(index.key, self.plan.index)
         sources = [
-            (TaskRef((frame._name, p)), names)
-            for frame, names in zip(frames, columns, strict=True)
-            for p in range(frame.npartitions)
+            (frame, p, names) for frame, names in zip(frames, columns, strict=True) for p in range(frame.npartitions)
         ]
+        chains = [chain for frame in frames for chain in _chains(frame)]
+
+        def read(stage: str, number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> TaskRef:
+            """Add a task on a partition, which makes that itself if it can: so none waits for the tasks of others."""
+            frame, p, _ = sources[number]
+            ref = add(stage, number, function, TaskRef((frame._name, p)), *args, **kwargs)
+            if chains[number]:
+                graph[ref.key] = Task.fuse(*chains[number], graph[ref.key], key=ref.key)
+            return ref
+
         sketched = [
-            add("sketch", p, sketch_partition, ref, p, names, self.options, index, **options)
-            for p, (ref, names) in enumerate(sources)
+            read("sketch", p, sketch_partition, p, names, self.options, index, **options)
+            for p, (_, _, names) in enumerate(sources)
         ]
         blocks = [TaskList(*(sketched[number] for number in block)) for block in self.plan.blocks]
         links = [
@@ -293,23 +302,10 @@ class _Compared(Searched, Expr):
         copies = [add("copies", p, copies_of, ref) for p, ref in enumerate(sketched)]
         involved = add("involved", 0, relevant_rows, TaskList(*links), TaskList(*copies), self.plan.bins)
         places = [add("places", p, places_of, involved, p) for p in range(len(sources))]
-        again = [ref for frame in frames for ref in self._read_again(graph, frame)]
-        taken = [add("take", p, take_involved, *both) for p, both in enumerate(zip(again, places, strict=True))]
+        taken = [read("take", p, take_involved, ref) for p, ref in enumerate(places)]
         rows = [[add(f"rows-{b}", p, getitem, ref, b) for p, ref in enumerate(taken)] for b in range(self.plan.bins)]
         pairs = [add("pairs", b, pairs_of_bin, involved, b) for b in range(self.plan.bins)]
         return _Rows(sketched, rows, pairs)
-
-    def _read_again(self, graph: dict[Key, Any], frame: Expr) -> Iterator[TaskRef]:
-        """Yield the partitions anew, where one task makes them: so no partition waits in memory for all others."""
-        made = frame.__dask_graph__()
-        for number in range(frame.npartitions):
-            node = made[(frame._name, number)]
-            if node.dependencies or isinstance(node, DataNode):
-                yield TaskRef((frame._name, number))
-            else:
-                key = (f"again-{self._name}-{frame._name}", number)
-                graph[key] = node.substitute({}, key=key)
-                yield TaskRef(key)
 
 
 class _Rows(NamedTuple):
@@ -370,6 +366,28 @@ class CompleteAgainst(ScoresAgainst, _Compared):
         for b, (rows, pairs) in enumerate(zip(found.rows, found.pairs, strict=True)):
             add("", b, score_rows_against, TaskList(*rows[:n]), TaskList(*rows[n:]), pairs, *last)
         return graph
+
+
+def _chains(frame: Expr) -> list[list[Any]]:
+    """Return for each partition the tasks that make it from nothing; none if it is there already, or made with others.
+
+    Partitions are read twice by these, and need not be held in between.
+    """
+    graph = frame.__dask_graph__()
+    chains = []
+    for number in range(frame.npartitions):
+        chain: dict[Key, Any] = {}
+        stack: list[Key] = [(frame._name, number)]
+        while stack:
+            key = stack.pop()
+            if key not in chain:
+                chain[key] = node = graph[key]
+                # What is persisted stands there as it is.
+                stack.extend(node.dependencies if isinstance(node, GraphNode) else ())
+        chains.append(chain)
+    uses = Counter(key for chain in chains for key in chain)
+    are_own = [all(uses[key] == 1 and isinstance(node, Task) for key, node in chain.items()) for chain in chains]
+    return [list(chain.values()) if is_own else [] for chain, is_own in zip(chains, are_own, strict=True)]
 
 
 def _partitions(frame: Expr) -> TaskList:

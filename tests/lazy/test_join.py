@@ -247,10 +247,6 @@ def test_files_are_read_twice_and_columns_only_as_needed(files: tuple[Path, pd.D
     path, _ = files
     with indexed(20):
         lazy = read_table(path).semdedup.pairwise(eps=0.05, cluster_field=None, which_to_keep="random")
-    graph = lazy.optimize().__dask_graph__()
-    reads = [key for key, task in graph.items() if "read" in str(key) and not task.dependencies]
-    again = [key for key in reads if "again" in str(key)]
-    assert len(reads) == 2 * len(again) == 2 * read_table(path).npartitions
     seen: list[list[str]] = []
 
     def spy(self: Any, partition: Any, columns: Any) -> Any:
@@ -259,8 +255,7 @@ def test_files_are_read_twice_and_columns_only_as_needed(files: tuple[Path, pd.D
 
     with patch("dask_semdedup.lazy.tables.ReadPart.__call__", spy):
         lazy.compute(scheduler="sync")
-    assert seen
-    assert all(columns == ["embeddings", "id"] for columns in seen)
+    assert seen == [["embeddings", "id"]] * (2 * read_table(path).npartitions)
 
 
 def test_what_is_persisted_is_not_computed_again(files: tuple[Path, pd.DataFrame]) -> None:
@@ -268,7 +263,9 @@ def test_what_is_persisted_is_not_computed_again(files: tuple[Path, pd.DataFrame
     ddf = read_table(path).persist()
     with indexed(20):
         lazy = ddf.semdedup.pairwise(eps=0.05, cluster_field=None, which_to_keep="random")
-    assert not [key for key in lazy.optimize().__dask_graph__() if "again" in str(key)]
+    with patch("dask_semdedup.lazy.tables.ReadPart.__call__") as read:
+        assert len(lazy.compute()) > 0
+    assert not read.called
 
 
 def test_nothing_but_a_sample_is_read_at_once(files: tuple[Path, pd.DataFrame]) -> None:

@@ -104,9 +104,9 @@ class Plan:
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         if self.index is None:
             return "plan", self.rows, self.width
-        found, cells = self.index.sketcher, self.index.cells
-        arrays = found.axes.numpy(), cells.centroids.numpy()
-        settings = found.tail, found.floor, cells.reach, self.blocks, self.shares, self.bins, self.others
+        found, longer, cells = self.index.sketcher, self.index.longer, self.index.cells
+        arrays = longer.axes.numpy(), cells.centroids.numpy()
+        settings = found.tail, found.floor, longer.floor, cells.reach, self.blocks, self.shares, self.bins, self.others
         return "plan", *map(tokenize, arrays), *settings
 
     @property
@@ -159,8 +159,12 @@ class Plan:
         if self.index is None:
             lines += [("search", "all rows in one task"), ("pairs", f"{self.pairs:,.0f}")]
         else:
+            sizes = f"{self.index.sketcher.size} and {self.index.longer.size}"
             lines += [
-                ("sketches", f"{self.index.sketcher.size} numbers a row, {format_bytes(self.sketch_bytes)}"),
+                (
+                    "sketches",
+                    f"{sizes} numbers a row, {format_bytes(self.sketch_bytes)}",
+                ),
                 ("cells", f"{len(self.index.cells):,}, of which a row visits {self.index.visits:.1f}"),
                 ("pairs skipped", f"{self.skipped:.2%}"),
                 ("pairs of sketches", f"{self.pairs:,.0f}"),
@@ -174,7 +178,7 @@ class Plan:
 
 def row_bytes(index: Index) -> float:
     """Return the bytes that the sketch of a row takes, with its visits to cells."""
-    return 2 * index.sketcher.size + 12 + 4 * index.visits
+    return 2 * index.longer.size + 22 + 4 * index.visits
 
 
 def make_plan(

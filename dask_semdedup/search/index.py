@@ -27,11 +27,11 @@ AXES_SAMPLE = 8192
 JUDGES = 4096
 """Rows of the sample that tell what an index leaves."""
 
-SCATTERED = 2
-"""Sketches of cells are gathered, and their products take so many times as long as those of runs of rows."""
+LONGER = 128
+"""Numbers in the longer sketches: 270 bytes a row."""
 
-MAX_LEFT = 2
-"""Pairs a row that sketches may leave, unless the longest ones leave more."""
+CHECK = 4e5
+"""Picoseconds that it takes to look at the longer sketches of a pair."""
 
 FIXED = 5e11
 """Picoseconds that an index takes beyond the products: rows are read twice."""
@@ -43,8 +43,9 @@ class Index:
 
     Attributes
     ----------
-    sketcher : Sketcher
-        What is asked for, and the axes of the sketches.
+    sketcher, longer : Sketcher
+        What is asked for, and the axes of the sketches: of those that are multiplied, and of longer ones, which pairs
+        that these leave must pass as well.
     cells : Cells
         Cells of the sketches; a single one skips nothing.
     loads : numpy.ndarray
@@ -58,6 +59,7 @@ class Index:
     """
 
     sketcher: Sketcher
+    longer: Sketcher
     cells: Cells
     loads: np.ndarray
     visits: float
@@ -116,13 +118,12 @@ def fit_index(sample: torch.Tensor, n: int, at_least: float, others: int | None 
         sketchers = [found for found in sketchers if found.floor > 1.5 * found.size**0.5 / SCALE]
         if not sketchers:
             return None
-        trials = [_Trial(rows, judges, found, work) for found in sketchers]
+        longer = next((found for found in sketchers if found.size >= LONGER), sketchers[-1])
+        trials = [_Trial(rows, judges, found, longer, work) for found in sketchers if found.size <= longer.size]
         # What cells leave hardly depends on the size, so that one size tells.
         one = trials[min(1, len(trials) - 1)]
         index = min((one.index(k) for k in (1, n_cells(n))), key=lambda index: index.seconds)
-        # Of pairs that are left for nothing, many would connect rows that have nothing to do with each other.
-        few = [trial for trial in trials if trial.left <= MAX_LEFT * n] or trials[-1:]
-        best = min(few, key=lambda trial: trial.seconds(index.pairs, len(index.cells)))
+        best = min(trials, key=lambda trial: trial.seconds(index.pairs, len(index.cells)))
         index = index if best is one else best.index(len(index.cells))
     together = work.pairs * min(COSTS.exact_pair + width * COSTS.exact_value, COSTS.pair + SIZES[1] * COSTS.pair_value)
     return index if index.seconds * 1e12 + FIXED < together else None
@@ -153,12 +154,15 @@ class _Work:
 class _Trial:
     """Sketches of one size, tried on a sample."""
 
-    def __init__(self, rows: torch.Tensor, judges: torch.Tensor, found: Sketcher, work: _Work) -> None:
-        self.sketcher, self.work, self.width = found, work, rows.shape[1]
+    def __init__(
+        self, rows: torch.Tensor, judges: torch.Tensor, found: Sketcher, longer: Sketcher, work: _Work
+    ) -> None:
+        self.sketcher, self.longer, self.work, self.width = found, longer, work, rows.shape[1]
         self.sketches, self.judged = found.sketches(rows[len(judges) :]), found.sketches(judges)
-        reached = (self.judged @ self.judged.T >= found.floor - _rounding(found.size)).sum() - len(judges)
-        # As if one more pair were left: what the sample does not show may be there.
-        self.left = float(reached + 1) / (len(judges) * (len(judges) - 1)) * work.pairs
+        self.reached, self.left = (
+            _left(sketches, by) * work.pairs
+            for sketches, by in ((self.judged, found), (longer.sketches(judges), longer))
+        )
 
     def index(self, k: int) -> Index:
         """Return the index with at most k cells."""
@@ -168,14 +172,21 @@ class _Trial:
         shares = (np.bincount(where, minlength=len(cells)) / n for where in (visits.cell, visits.visited))
         loads = self.work.loads(*shares)
         seconds = self.seconds(float(loads.sum()), len(cells))
-        return Index(self.sketcher, cells, loads, len(visits.visited) / n, self.left, seconds)
+        return Index(self.sketcher, self.longer, cells, loads, len(visits.visited) / n, self.left, seconds)
 
     def seconds(self, pairs: float, k: int) -> float:
         """Return about how long two cores take to rotate rows, assign them to cells, multiply and verify pairs."""
         product = COSTS.pair + self.sketcher.size * COSTS.pair_value
-        multiplied = pairs if k == 1 else SCATTERED * pairs + self.work.rows * k
+        multiplied = pairs if k == 1 else pairs + self.work.rows * k
         rotated = self.work.rows * self.width * COSTS.value
-        return 1e-12 * (multiplied * product + rotated + self.left * (COSTS.hit + self.width * COSTS.hit_value))
+        verified = self.reached * CHECK + self.left * (COSTS.hit + self.width * COSTS.hit_value)
+        return 1e-12 * (multiplied * product + rotated + verified)
+
+
+def _left(judged: torch.Tensor, found: Sketcher) -> float:
+    """Return the share of all pairs that sketches leave; as if one more of the sample were, which it may not show."""
+    reached = (judged @ judged.T >= found.floor - _rounding(found.size)).sum() - len(judged)
+    return float(reached + 1) / (len(judged) * (len(judged) - 1))
 
 
 def _rounding(size: int) -> float:

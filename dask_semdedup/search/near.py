@@ -16,16 +16,18 @@ import torch
 from dask_semdedup.search import certify, ieee_products
 from dask_semdedup.search.crowded import first_copies
 from dask_semdedup.search.index import Index
-from dask_semdedup.search.sketch import Sketcher
 from dask_semdedup.search.torch_sketch import ROWS, Sketches, rounded, sketch_dtype, with_least
 
-__all__ = ["Links", "Part", "near_pairs", "sketch_part"]
+__all__ = ["Links", "Part", "components", "near_pairs", "sketch_part"]
 
 TILE = 512
 """Candidates, and queries, that are multiplied at once: their products stay in the cache."""
 
-FEW = 64
-"""Pairs of a row in a tile that are listed; rows with more of them are bundled with all that they are near to."""
+BATCH = 1 << 14
+"""Pairs whose longer sketches are looked at together."""
+
+MANY = 8
+"""Pairs of a row in a batch that are listed, on average. Of more, it is kept which rows they connect."""
 
 CHUNK = 1 << 16
 """Sketches that are gathered at once, unless one cell has more members and visitors."""
@@ -39,10 +41,12 @@ class Part:
     ----------
     number : int
         The number of the part.
-    sketches : numpy.ndarray
-        (m, h) float16.
+    coordinates : numpy.ndarray
+        (m, h - 1) float16 coordinates of the longer sketches: the first of them are those of the shorter ones.
+    left : numpy.ndarray
+        (m, 2) float32 last numbers of the shorter and of the longer sketches: the lengths of what is left.
     residual : numpy.ndarray
-        (m,) float32 bounds on the length of what float16 lost.
+        (m, 2) float32 bounds on the lengths of what float16 lost of either.
     rows : numpy.ndarray
         (m,) int64 places in the part.
     members : numpy.ndarray
@@ -56,7 +60,8 @@ class Part:
     """
 
     number: int
-    sketches: np.ndarray
+    coordinates: np.ndarray
+    left: np.ndarray
     residual: np.ndarray
     rows: np.ndarray
     members: np.ndarray
@@ -97,22 +102,29 @@ def sketch_part(number: int, rows: torch.Tensor, index: Index) -> Part:
     is_copy = first != np.arange(len(rows))
     places = np.flatnonzero(~is_copy & ~unit.is_zero.numpy())
     copies = np.flatnonzero(is_copy & ~unit.is_zero.numpy())
-    exact = torch.empty(len(places), index.sketcher.size)
+    sizes = index.sketcher.size, index.longer.size
+    exact = [torch.empty(len(places), size) for size in sizes]
     with ieee_products:
         for chunk in certify.chunks(len(places), 1, ROWS):
             which = torch.from_numpy(places[chunk])
-            exact[chunk] = index.sketcher.sketches(unit.rows[which] * unit.inverse_norm[which, None])
-        visits = index.cells.visits(exact)
+            unit_rows = unit.rows[which] * unit.inverse_norm[which, None]
+            for sketches, made_by in zip(exact, (index.sketcher, index.longer), strict=True):
+                sketches[chunk] = made_by.sketches(unit_rows)
+        visits = index.cells.visits(exact[0])
     order = np.argsort(visits.cell, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     by_visited = np.argsort(visits.visited, kind="stable")
     cells = np.arange(len(index.cells) + 1)
-    sketches, residual = rounded(exact[torch.from_numpy(order)], torch.float16)
+    # The coordinates that both have were computed apart, and may differ in their last bits.
+    coordinates = exact[1][torch.from_numpy(order), :-1].half()
+    ordered = [sketches[torch.from_numpy(order)] for sketches in exact]
+    lost = [coordinates[:, : size - 1].float() - each[:, :-1] for size, each in zip(sizes, ordered, strict=True)]
     return Part(
         number,
-        sketches.numpy(),
-        residual.numpy(),
+        coordinates.numpy(),
+        torch.stack([each[:, -1] for each in ordered], dim=1).numpy(),
+        torch.stack([torch.linalg.vector_norm(each, dim=1) * (1 + 2.0**-16) for each in lost], dim=1).numpy(),
         places[order],
         np.searchsorted(visits.cell[order], cells),
         place[visits.visitor[by_visited]].astype(np.int32),
@@ -121,7 +133,7 @@ def sketch_part(number: int, rows: torch.Tensor, index: Index) -> Part:
     )
 
 
-def near_pairs(parts: Sequence[Part], others: Sequence[Part] | None, cells: slice, sketcher: Sketcher) -> Links:
+def near_pairs(parts: Sequence[Part], others: Sequence[Part] | None, cells: slice, index: Index) -> Links:
     """Return the pairs of rows of some parts that meet in some cells, and may be similar enough.
 
     Parameters
@@ -131,7 +143,7 @@ def near_pairs(parts: Sequence[Part], others: Sequence[Part] | None, cells: slic
         Parts whose rows are paired with those of `parts`. By default the rows of `parts` are paired with each other.
     cells : slice
         A range of cells: each pair is found in the cell that both are members of, or that one of them visits.
-    sketcher : Sketcher
+    index : Index
         That of the sketches.
 
     Returns
@@ -142,7 +154,7 @@ def near_pairs(parts: Sequence[Part], others: Sequence[Part] | None, cells: slic
     pairs, bundles = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)]
     with ieee_products:
         for meeting in _meetings(parts, others, cells):
-            for found, into in zip(meeting.pairs(sketcher), (pairs, bundles), strict=True):
+            for found, into in zip(meeting.pairs(index), (pairs, bundles), strict=True):
                 into.append(found)
     return Links(np.concatenate(pairs), np.concatenate(bundles))
 
@@ -193,37 +205,52 @@ def _visitors(part: Part, cells: slice) -> _Rows:
     return _Rows(part, which, np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)))
 
 
-@dataclass(frozen=True)
 class _Side:
     """Sketches in the order of their cells.
 
-    Attributes
+    Parameters
     ----------
-    sketches, residual : torch.Tensor
-        (m, h) float16 and (m,) float32.
-    keys : numpy.ndarray
-        (m,) int64 rows.
-    offsets : numpy.ndarray
-        Of the cells.
+    rows : sequence of _Rows
+    n_cells : int
     """
 
-    sketches: torch.Tensor
-    residual: torch.Tensor
-    keys: np.ndarray
-    offsets: np.ndarray
-
-    @classmethod
-    def of(cls, rows: Sequence[_Rows], n_cells: int) -> _Side:
+    def __init__(self, rows: Sequence[_Rows], n_cells: int) -> None:
+        self.parts = [r.part for r in rows]
         cell = np.concatenate([r.cell for r in rows])
         # Within a cell, rows stay in the order that they are given in.
         order = np.argsort(cell, kind="stable")
-        gathered = torch.from_numpy(order)
-        return cls(
-            torch.cat([torch.from_numpy(r.part.sketches[r.which]) for r in rows])[gathered],
-            torch.cat([torch.from_numpy(r.part.residual[r.which]) for r in rows])[gathered],
-            np.concatenate([(np.int64(r.part.number) << 32) | r.part.rows[r.which] for r in rows])[order],
-            np.searchsorted(cell[order], np.arange(n_cells + 1)),
-        )
+        self.offsets = np.searchsorted(cell[order], np.arange(n_cells + 1))
+        self.of_part = np.repeat(np.arange(len(rows)), [len(r.which) for r in rows])[order]
+        self.which = np.concatenate([r.which for r in rows])[order]
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def keys(self, rows: np.ndarray) -> np.ndarray:
+        """Return some of the rows as `Links` names them."""
+        keys = np.empty(len(rows), np.int64)
+        for mine, part, which in self._by_part(rows):
+            keys[mine] = (np.int64(part.number) << 32) | part.rows[which]
+        return keys
+
+    def sketches(self, rows: np.ndarray, size: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the shorter or longer sketches of some rows in float32, and what float16 lost of them."""
+        found, residual = np.empty((len(rows), size), np.float32), np.empty(len(rows), np.float32)
+        for mine, part, which in self._by_part(rows):
+            found[mine, :-1] = part.coordinates[which, : size - 1]
+            found[mine, -1] = part.left[which, kind]
+            residual[mine] = part.residual[which, kind]
+        return torch.from_numpy(found), torch.from_numpy(residual)
+
+    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Part, np.ndarray]]:
+        of_part, which = self.of_part[rows], self.which[rows]
+        order = np.argsort(of_part, kind="stable")
+        for number, (first, last) in enumerate(
+            pairwise(np.searchsorted(of_part[order], np.arange(len(self.parts) + 1)))
+        ):
+            if first < last:
+                mine = order[first:last]
+                yield mine, self.parts[number], which[mine]
 
 
 class _Meeting:
@@ -240,27 +267,60 @@ class _Meeting:
         self, candidates: Sequence[_Rows], queries: Sequence[_Rows], *, among_candidates: bool = False
     ) -> None:
         n_cells = 1 + max((int(r.cell.max()) for r in (*candidates, *queries) if len(r.cell)), default=-1)
-        self.candidates, self.queries = (_Side.of(rows, n_cells) for rows in (candidates, queries))
+        self.candidates, self.queries = (_Side(rows, n_cells) for rows in (candidates, queries))
         self.among_candidates = among_candidates
 
-    def pairs(self, sketcher: Sketcher) -> tuple[np.ndarray, np.ndarray]:
+    def pairs(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
         """Return the pairs that reach the least product, and rows that are bundled with a first one, as keys."""
         sides = self.candidates, self.queries
-        sketches, lost = rounded(torch.cat([side.sketches for side in sides]).float(), sketch_dtype())
-        residual = torch.cat([side.residual for side in sides]) + lost
-        product = with_least(sketches, residual, torch.zeros(len(residual), dtype=torch.bool), sketcher)
-        tiles = _Tiles(product, len(self.candidates.keys))
+        both = [side.sketches(np.arange(len(side)), index.sketcher.size, 0) for side in sides]
+        sketches, lost = rounded(torch.cat([each for each, _ in both]), sketch_dtype())
+        residual = torch.cat([each for _, each in both]) + lost
+        product = with_least(sketches, residual, torch.zeros(len(residual), dtype=torch.bool), index.sketcher)
+        tiles = _Tiles(product, len(self.candidates))
         pairs, bundles = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)]
-        for candidates, queries, diagonal in self._tiles():
-            query, candidate, bundled = tiles.hits(candidates, queries)
+        held: list[np.ndarray] = []
+
+        def check() -> None:
+            """Keep of the pairs that are held what the longer sketches leave; if many, what connects the same rows."""
+            found = self._of_longer(np.concatenate(held), index)
+            keys = np.stack([side.keys(found[:, kind]) for kind, side in enumerate(sides)], axis=1)
+            rows, position = np.unique(keys, return_inverse=True)
+            if len(keys) <= MANY * len(rows):
+                pairs.append(keys)
+            else:
+                _, leader, label = np.unique(
+                    components(len(rows), position.reshape(-1, 2)), return_index=True, return_inverse=True
+                )
+                bundles.append(np.stack([rows, rows[leader[label]]], axis=1))
+            held.clear()
+
+        for of_candidates, of_queries, diagonal in self._tiles():
+            query, candidate, bundled = tiles.hits(of_candidates, of_queries)
             if diagonal is not None:
                 is_earlier = candidate < query - diagonal
                 query, candidate = query[is_earlier], candidate[is_earlier]
-            pairs.append(np.stack([self.queries.keys[query], self.candidates.keys[candidate]], axis=1))
-            for rows, side in zip(bundled, sides, strict=True):
-                leader = np.full(len(rows), bundled[0][0] if len(bundled[0]) else 0)
-                bundles.append(np.stack([side.keys[rows], self.candidates.keys[leader]], axis=1))
+            held.append(np.stack([candidate, query], axis=1))
+            if sum(map(len, held)) >= BATCH:
+                check()
+            if len(bundled[0]):
+                members = np.concatenate([side.keys(rows) for rows, side in zip(bundled, sides, strict=True)])
+                bundles.append(np.stack([members, np.full(len(members), members[0])], axis=1))
+        if held:
+            check()
         return np.concatenate(pairs), np.concatenate(bundles)
+
+    def _of_longer(self, pairs: np.ndarray, index: Index) -> np.ndarray:
+        """Return the pairs of candidates and queries that the longer sketches leave, too."""
+        kept = [pairs[:0]]
+        size = index.longer.size
+        for chunk in certify.chunks(len(pairs), 4 * size):
+            candidate, query = pairs[chunk].T
+            others, other_lost = self.candidates.sketches(candidate, size, 1)
+            own, lost = self.queries.sketches(query, size, 1)
+            least = index.longer.floor - certify.half_bound(lost, other_lost, size) * (1 + 2 * index.longer.tail)
+            kept.append(pairs[chunk][((own * others).sum(dim=1) >= least).numpy()])
+        return np.concatenate(kept)
 
     def _tiles(self) -> Iterator[tuple[slice, slice, int | None]]:
         """Yield candidates and queries; where they may be the same rows, also how much later they are as queries."""
@@ -276,6 +336,15 @@ class _Meeting:
                     own += n_candidates
                 for query in range(own, stop, TILE):
                     yield candidates, slice(query, min(query + TILE, stop)), None
+
+
+def components(n: int, pairs: np.ndarray) -> np.ndarray:
+    """Return the (n,) number of the component that each row is in: rows that (p, 2) pairs connect are in one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
 class _Tiles:
@@ -294,7 +363,7 @@ class _Tiles:
     def hits(self, candidates: slice, queries: slice) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
         """Return the queries and candidates of pairs that reach the least product, and bundled candidates and queries.
 
-        Queries with more than `FEW` hits in the tile are bundled with all that they hit; their pairs are left out.
+        Queries with hits in more than half of a tile are bundled with all that they hit; their pairs are left out.
         """
         later = slice(queries.start + self.n_candidates, queries.stop + self.n_candidates)
         shape = candidates.stop - candidates.start, queries.stop - queries.start
@@ -308,8 +377,8 @@ class _Tiles:
         words = np.flatnonzero(self.mask[: -(-size // 8) * 8].view(np.uint64))
         none = np.empty(0, np.int64)
         bundled = none, none
-        if len(words) > FEW:
-            is_crowded = mask.sum(axis=0) > FEW
+        if len(words) > TILE // 16:
+            is_crowded = mask.sum(axis=0) > TILE // 2
             if is_crowded.any():
                 bundled = (
                     candidates.start + np.flatnonzero(mask[:, is_crowded].any(axis=1)),

@@ -115,7 +115,7 @@ def find_near_pairs(
 
     parts = [one.part for one in sketched]
     with cores_for("cpu", ONE_CORE):
-        return near_pairs(parts, None if others is None else [one.part for one in others], cells, index.sketcher)
+        return near_pairs(parts, None if others is None else [one.part for one in others], cells, index)
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ def relevant_rows(links: Sequence[Links], copies: Sequence[np.ndarray], n_bins: 
     n_bins : int
         Number of bins.
     """
+    from dask_semdedup.search.near import components
+
     pairs = np.concatenate([np.empty((0, 2), np.int64), *(found.pairs for found in links)])
     of_copies = [(np.int64(number) << 32) | places for number, places in enumerate(copies)]
     bundles = np.concatenate([np.empty((0, 2), np.int64), *(found.bundles for found in links), *of_copies])
@@ -182,15 +184,6 @@ def places_of(involved: Involved, partition: int) -> list[np.ndarray]:
 def pairs_of_bin(involved: Involved, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs of a bin, and the bundles."""
     return involved.pairs[number], involved.bundles[number]
-
-
-def components(n: int, pairs: np.ndarray) -> np.ndarray:
-    """Return the (n,) number of the component that each row is in: rows that pairs connect are in one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
 def take_involved(frame: Any, places: Sequence[np.ndarray]) -> list[Any]:
@@ -245,6 +238,8 @@ def score_rows(
     order = to_numpy(ranking.order(frame, cluster_field=None, id_field=columns.id))
     label = np.zeros(len(frame), np.int64)
     if links is not None:
+        from dask_semdedup.search.near import components
+
         pairs, bundles = links
         label = components(len(frame), np.concatenate([_similar(rows, pairs, options), bundles]))
         del rows
@@ -292,6 +287,8 @@ def score_rows_against(
     label = np.zeros(n + len(sides[1]), np.int64)
     if links is not None and len(label):
         import torch
+
+        from dask_semdedup.search.near import components
 
         pairs, bundles = links
         names = columns, replace(columns, id=reference_id_field)

@@ -30,7 +30,7 @@ JUDGES = 4096
 LONGER = 128
 """Numbers in the longer sketches: 270 bytes a row."""
 
-CHECK = 4e5
+CHECK = 2.5e6
 """Picoseconds that it takes to look at the longer sketches of a pair."""
 
 FIXED = 5e11

@@ -235,12 +235,16 @@ class _Side:
 
     def sketches(self, rows: np.ndarray, size: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the shorter or longer sketches of some rows in float32, and what float16 lost of them."""
-        found, residual = np.empty((len(rows), size), np.float32), np.empty(len(rows), np.float32)
+        found, residual = torch.empty(len(rows), size), torch.empty(len(rows))
         for mine, part, which in self._by_part(rows):
-            found[mine, :-1] = part.coordinates[which, : size - 1]
-            found[mine, -1] = part.left[which, kind]
-            residual[mine] = part.residual[which, kind]
-        return torch.from_numpy(found), torch.from_numpy(residual)
+            place = torch.from_numpy(mine)
+            # NumPy converts float16 one by one.
+            sketches = torch.empty(len(which), size)
+            sketches[:, :-1] = torch.from_numpy(part.coordinates[which, : size - 1])
+            sketches[:, -1] = torch.from_numpy(part.left[which, kind])
+            found.index_copy_(0, place, sketches)
+            residual.index_copy_(0, place, torch.from_numpy(part.residual[which, kind]))
+        return found, residual
 
     def _by_part(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Part, np.ndarray]]:
         of_part, which = self.of_part[rows], self.which[rows]

@@ -31,7 +31,7 @@ from dask_semdedup.cli.options import (
     seed_option,
 )
 from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, option_of, plan_steps
-from dask_semdedup.errors import DataNotFoundError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import DataNotFoundError, DataReadError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.columns import DUPLICATE_OF, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import dimensions_advice
 from dask_semdedup.io.staging import real_path, refuse_overlap
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from distributed import Client
     from rich.progress import Progress
 
+    from dask_semdedup.lazy.join import Plan
     from dask_semdedup.steps.ranking import RankingStrategy
 
 STEPS = ["embeddings", "clusters", "scores", "duplicates", "deduplicated", "report"]
@@ -125,6 +126,9 @@ Examples:
     "--from", "redo_from", type=click.Choice(STEPS), metavar="STEP", help="Run this step and all later ones again."
 )
 @click.option("--overwrite", is_flag=True, help="Run all steps again.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say which steps would be made and how rows would be compared, and make nothing."
+)
 @message_options
 @click.pass_context
 def command(
@@ -135,6 +139,7 @@ def command(
     workers: int | None,
     redo_from: str | None,
     overwrite: bool,
+    dry_run: bool,
     quiet: bool,
     verbose: bool,
     **options: Any,
@@ -159,6 +164,11 @@ def command(
         steps = run.steps()
         first = steps[0].name if overwrite else redo_from
         reasons = plan_steps(steps, run.output, redo_from=first, storage_options=storage_options)
+        if dry_run:
+            progress.stop()
+            click.echo("\n".join(f"{name:<19} {why or 'reused'}" for name, why in reasons.items()))
+            click.echo(f"\n{run.plan()}")
+            return
         outcomes: dict[str, Outcome] = {}
         start = time.perf_counter()
         paths = [run.input_path, output_path]
@@ -416,6 +426,23 @@ class Run:
                 device=self.device,
                 verbose=self.verbose,
             )
+
+    def plan(self) -> Plan | str:
+        """Tell how rows would be compared for the scores, or what has to be there before that can be told."""
+        if not self.is_complete:
+            return f"Rows are compared within {self.n_clusters:,} clusters of k-means."
+        try:
+            rows = self._read_embedded()
+        except DataReadError:
+            return "How rows are compared can be told once they are embedded."
+        return rows.semdedup.plan(
+            self.max_eps,
+            id_field=self.id_field,
+            embedding_field=self.embedding_field,
+            embedding_dim=self.embedding_dim,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+        )
 
     def _count(self, rows: dd.DataFrame) -> pd.Series | int:
         """Count the rows, now: those of each cluster, or all."""

@@ -16,6 +16,7 @@ from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
 from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
 from dask_semdedup.lazy.join import Plan, compare_all, compare_all_with, make_plan
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
+from dask_semdedup.lazy.sampling import partition_lengths
 from dask_semdedup.lazy.sources import check_sources
 from dask_semdedup.steps.duplicates import check_eps, find_duplicates, threshold
 from dask_semdedup.steps.fit import KMeansOptions
@@ -80,7 +81,10 @@ def plan_completely(ddf: dd.DataFrame, columns: Columns, options: SearchOptions,
     """Plan how rows are compared with all others of a frame: see `SemDedupAccessor.plan`."""
     options = up_to(eps, options)
     check_rows(ddf, columns, options)
-    return make_plan(ddf[[columns.id, columns.embedding]], columns, options)
+    narrow = ddf[[columns.id, columns.embedding]]
+    plan = make_plan(narrow, columns, options)
+    # Where rows are searched in one task whatever they are, they have not been counted.
+    return plan if plan.rows else replace(plan, rows=sum(partition_lengths(narrow, columns)))
 
 
 def _duplicates_alone(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
@@ -168,7 +172,7 @@ def is_complete(cluster_field: str | None, n_clusters: int | None, centroids: An
         return False
     if unused := list(fit):
         raise InvalidArgumentError(
-            f"Rows are not clustered, so that {', '.join(unused)} would mean nothing. Pass n_clusters too to compare "
+            f"No clusters are fitted, so that {', '.join(unused)} would mean nothing. Pass n_clusters too to compare "
             "them within clusters of k-means, which misses duplicates.",
             parameters=unused,
         )

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError, RankingStrategy, read_table
 from dask_semdedup.lazy import join
 from dask_semdedup.search import nearest_earlier
+from dask_semdedup.search.near import sketch_part
 from dask_semdedup.steps.duplicates import threshold
 from dask_semdedup.steps.join import mean_of
 from tests import oracle
@@ -346,6 +347,26 @@ def test_dense_groups_and_copies_are_no_trouble() -> None:
         else:
             assert len(found) == 2498
             assert found["max_id"].nunique() == 2
+
+
+def test_the_plan_is_near_what_is_done(files: tuple[Path, pd.DataFrame]) -> None:
+    path, frame = files
+    ddf = read_table(path)
+    small = ddf.semdedup.plan(eps=0.05)
+    assert (small.rows, small.index, small.pairs) == (3000, None, 3000 * 2999 / 2)
+    assert "all rows in one task" in repr(small)
+    assert ddf.semdedup.plan(eps=2).rows == 3000
+    with patch("dask_semdedup.search.index.LEAST_ROWS", 0), patch("dask_semdedup.search.index.FIXED", -1e15):
+        plan = ddf.semdedup.plan(eps=0.05)
+    assert plan.index is not None
+    rows = torch.from_numpy(np.array(frame["embeddings"].tolist(), np.float32))
+    part = sketch_part(0, rows, plan.index)
+    members, visitors = np.diff(part.members), np.diff(part.visits)
+    assert plan.pairs == pytest.approx((members * (members / 2 + visitors)).sum(), rel=0.25)
+    assert plan.skipped == pytest.approx(1 - plan.pairs / (3000 * 2999 / 2))
+    assert plan.tasks == len(list(plan.comparisons())) > 1
+    for word in ("3,000 x 96", "pairs skipped", "cells", "memory of a worker"):
+        assert word in repr(plan)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

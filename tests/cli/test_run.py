@@ -874,11 +874,11 @@ def test_a_dry_run_says_what_would_be_done_and_makes_nothing(
     source: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     output = tmp_path / "out"
-    said = invoke(str(source), str(output), "--dry-run").output
+    said = invoke(source, "--dry-run").output
     assert re.search(r"scores +new", said)
     assert re.search(r"rows +[\d,]+ x", said)
     assert not output.exists()
-    clustered = invoke(str(source), str(output), "--dry-run", "--n-clusters", "3").output
+    clustered = invoke(source, "--dry-run", "--n-clusters", "3").output
     assert "within 3 clusters" in clustered
-    assert invoke(str(source), str(output), "--quiet").exit_code == 0
-    assert re.search(r"scores +reused", invoke(str(source), str(output), "--dry-run").output)
+    assert invoke(source, "--quiet").exit_code == 0
+    assert re.search(r"scores +reused", invoke(source, "--dry-run").output)

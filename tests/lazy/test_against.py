@@ -81,7 +81,7 @@ def test_frames_of_any_partitions(ours: int, theirs: int) -> None:
     frame, reference = side(rng, 80, 6, "new-"), side(rng, 200, 6)
     reference["centroid"] = reference["centroid"].astype("int64")
     lazy = dd.from_pandas(frame, npartitions=ours).semdedup.against(
-        dd.from_pandas(reference, npartitions=theirs), eps=None
+        dd.from_pandas(reference, npartitions=theirs), eps=None, cluster_field="centroid"
     )
     scores = lazy.compute()
     assert lazy._meta.dtypes.equals(scores.dtypes)
@@ -90,7 +90,7 @@ def test_frames_of_any_partitions(ours: int, theirs: int) -> None:
     assert found["id"].tolist() == truth["id"].tolist()
     assert found["max_id"].tolist() == truth["max_id"].tolist()
     few = dd.from_pandas(frame, npartitions=ours).semdedup.against(
-        dd.from_pandas(reference, npartitions=theirs), eps=0.3
+        dd.from_pandas(reference, npartitions=theirs), eps=0.3, cluster_field="centroid"
     )
     assert sorted(few.compute()["id"]) == sorted(found["id"][found["cosine_sim_score"] >= 0.7])
 
@@ -126,14 +126,14 @@ def test_rows_without_a_cluster_are_named_whatever_the_other_frame_has(npartitio
     lost = frame.assign(centroid=pd.array([None, *frame["centroid"][1:]], "Int64"))
     lazy = [dd.from_pandas(part, npartitions=npartitions) for part in (lost, frame)]
     with pytest.raises(ClusterError, match="1 row has no cluster"):
-        lazy[0].semdedup.against(lazy[1]).compute()
+        lazy[0].semdedup.against(lazy[1], cluster_field="centroid").compute()
 
 
 @pytest.mark.filterwarnings("error")
 def test_columns_of_the_scores_stay_aligned_with_each_other() -> None:
     rng = np.random.default_rng(6)
     lazy = [dd.from_pandas(side(rng, 100, 7), npartitions=3) for _ in range(2)]
-    scores = lazy[0].semdedup.against(lazy[1], eps=None)
+    scores = lazy[0].semdedup.against(lazy[1], eps=None, cluster_field="centroid")
     whole = scores.compute()
     some = scores[scores["cosine_sim_score"] > 0.5].compute()
     pd.testing.assert_frame_equal(some, whole[whole["cosine_sim_score"] > 0.5])
@@ -142,7 +142,8 @@ def test_columns_of_the_scores_stay_aligned_with_each_other() -> None:
 def test_nothing_is_computed_before_it_is_asked_for() -> None:
     frame = dd.from_pandas(side(np.random.default_rng(3), 10, 2), npartitions=2)
     lazy = frame.map_partitions(fail, meta=frame._meta)
-    assert isinstance(lazy.semdedup.against(lazy), dd.DataFrame)
+    assert isinstance(lazy.semdedup.against(lazy, cluster_field="centroid"), dd.DataFrame)
+    assert isinstance(lazy.semdedup.against(lazy, eps=None), dd.DataFrame)
 
 
 def fail(_: pd.DataFrame) -> pd.DataFrame:
@@ -157,10 +158,15 @@ def fail(_: pd.DataFrame) -> pd.DataFrame:
         ({}, {"max_iter": 2}, InvalidArgumentError, "max_iter would mean nothing"),
         ({}, {"centroids": np.eye(6), "n_clusters": 2}, InvalidArgumentError, "n_clusters is 2, but there are 6"),
         ({}, {"centroids": np.eye(6), "n_inits": 2}, TypeError, "n_inits"),
-        ({"drop": "centroid"}, {}, ClusterError, "Only one of the two frames has a cluster column 'centroid'"),
+        (
+            {"drop": "centroid"},
+            {"cluster_field": "centroid"},
+            ClusterError,
+            "Only one of the two frames has a cluster column 'centroid'",
+        ),
         ({"drop": "embeddings"}, {}, MissingColumnsError, "embeddings"),
         ({"drop": "id"}, {}, MissingColumnsError, "'id'"),
-        ({"clusters": str}, {}, InvalidArgumentError, "clusters must be of one clustering"),
+        ({"clusters": str}, {"cluster_field": "centroid"}, InvalidArgumentError, "clusters must be of one clustering"),
     ],
 )
 def test_bad_arguments(change: dict, options: dict, error: type[Exception], message: str) -> None:
@@ -232,6 +238,6 @@ def test_no_row_is_skipped_because_nothing_is_there_to_compare_it_with(npartitio
         for part in (new, old)
     )
     with pytest.raises(error, match=message):
-        ours.semdedup.against(theirs, eps=None).compute()
+        ours.semdedup.against(theirs, eps=None, cluster_field="centroid").compute()
     with pytest.raises(error, match=message):
-        theirs.semdedup.against(ours, eps=None).compute()
+        theirs.semdedup.against(ours, eps=None, cluster_field="centroid").compute()

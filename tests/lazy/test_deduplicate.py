@@ -35,9 +35,18 @@ def test_of_each_pair_the_preferred_row_is_kept(raw: pd.DataFrame, npartitions: 
 def test_clusters_may_have_another_name(raw: pd.DataFrame) -> None:
     """A column of the default name is the frame's own: it is not compared by, and stays as it is."""
     ddf = dd.from_pandas(raw.assign(centroid=range(60)), npartitions=2)
-    kept = ddf.semdedup.deduplicate(0.01, cluster_field="cluster").compute()
-    assert len(kept) == 30
-    assert (kept["centroid"] == kept["id"]).all()
+    for options in ({}, {"n_clusters": 1, "cluster_field": "cluster"}):
+        kept = ddf.semdedup.deduplicate(0.01, **options).compute()
+        assert len(kept) == 30
+        assert (kept["centroid"] == kept["id"]).all()
+
+
+def test_rows_are_compared_within_the_clusters_of_a_column(raw: pd.DataFrame) -> None:
+    """Every row of the second half is like one of the first: a third of these stand in another cluster."""
+    raw["language"] = ["en"] * 30 + ["de"] * 10 + ["en"] * 20
+    ddf = dd.from_pandas(raw, npartitions=2)
+    kept = ddf.semdedup.deduplicate(0.01, cluster_field="language", ranking_strategy=RankingStrategy(["quality"]))
+    assert kept.compute()["id"].tolist() == list(range(40))
 
 
 def test_rows_of_one_id_are_an_error(raw: pd.DataFrame) -> None:

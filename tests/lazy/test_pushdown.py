@@ -101,10 +101,10 @@ def test_against_another_frame(npartitions: int) -> None:
     frame, reference = make_frame(5), make_frame(6)
     reference["embeddings"] = pd.concat([frame["embeddings"][:40], reference["embeddings"][40:]])
     ours, theirs = (dd.from_pandas(side, npartitions=npartitions) for side in (frame, reference))
-    all_scores = ours.semdedup.against(theirs, eps=None).compute()
-    assert pushed(ours.semdedup.against(theirs, eps=None)) == [None]
+    all_scores = ours.semdedup.against(theirs, eps=None, cluster_field="centroid").compute()
+    assert pushed(ours.semdedup.against(theirs, eps=None, cluster_field="centroid")) == [None]
     for eps in (0, 0.05, 0.3, 0.9, 1):
-        lazy = ours.semdedup.against(theirs, eps=eps)
+        lazy = ours.semdedup.against(theirs, eps=eps, cluster_field="centroid")
         assert pushed(lazy) == [at(eps) if eps < 1 else None]
         pd.testing.assert_frame_equal(lazy.compute(), find_duplicates(all_scores, eps), check_exact=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ from dask_semdedup import IdError, InvalidArgumentError, read_clusters
 from dask_semdedup.frames.backend import is_cudf
 from dask_semdedup.steps.groups import resolve_groups
 from tests.data import arrow_lists
+from tests.lazy.test_join import indexed
 
 pytestmark = pytest.mark.gpu
 
@@ -165,6 +168,35 @@ def test_deduplicate(cudf, frame):
         ddf.semdedup.deduplicate(0.01, centroids=CENTROIDS)[["id", "text"]]
         for ddf in (on_gpu(cudf, frame), on_cpu(frame))
     ]
+    ours = computed(kept[0], ["id"])
+    check_alike(ours, kept[1].compute(), ["id"])
+    assert len(ours) == N // 2
+
+
+@pytest.mark.parametrize("k", [0, 12])
+@pytest.mark.parametrize("which_to_keep", ["hard", "random"])
+@pytest.mark.parametrize("duplicate_of", ["any", "kept"])
+def test_compared_with_all_others(cudf, frame, k, which_to_keep, duplicate_of):
+    """By one search, or by sketches and cells: the bits are the same as on pandas partitions."""
+    rows = np.array(frame["embeddings"].tolist(), np.float32)
+    wide = frame.assign(embeddings=arrow_lists(np.hstack([rows, 0.3 * rows[:, ::-1]] * 2), pa.float32()))
+    options = {"which_to_keep": which_to_keep, "duplicate_of": duplicate_of, "cluster_field": None, "eps": 0.05}
+    with indexed(k), patch("dask_semdedup.lazy.join._fits_gpu", lambda *_: not k):
+        scores = [ddf.semdedup.pairwise(**options) for ddf in (on_gpu(cudf, wide), on_cpu(wide))]
+        near = [
+            make(wide[N // 2 :]).semdedup.against(make(wide[: N // 2]), eps=0.05)
+            for make in (lambda part: on_gpu(cudf, part), on_cpu)
+        ]
+    for ours, theirs in (scores, near):
+        found = ours.compute()
+        assert is_cudf(found)
+        assert ours._meta.dtypes.to_dict() == found.dtypes.to_dict()
+        pd.testing.assert_frame_equal(found.to_pandas(), theirs.compute(), check_dtype=False, check_exact=True)
+    assert len(scores[1].compute()) >= N // 2
+
+
+def test_deduplicate_completely(cudf, frame):
+    kept = [ddf.semdedup.deduplicate(0.01)[["id", "text"]] for ddf in (on_gpu(cudf, frame), on_cpu(frame))]
     ours = computed(kept[0], ["id"])
     check_alike(ours, kept[1].compute(), ["id"])
     assert len(ours) == N // 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +16,11 @@ import pyarrow as pa
 import pytest
 from distributed import Client, LocalCluster, wait
 
-from dask_semdedup import ClusterError, EmbeddingError, IdError, MissingColumnsError, read_clusters
+from dask_semdedup import ClusterError, EmbeddingError, IdError, MissingColumnsError, read_clusters, read_table
 from dask_semdedup.steps.duplicates import find_duplicates
 from dask_semdedup.steps.groups import resolve_groups
 from tests.data import arrow_lists, by_cluster, expected_scores, make_frame, write_layout
+from tests.lazy.test_join import clustered, indexed
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +179,28 @@ def test_clusters_may_be_written_from_within_a_task(tmp_path: Path) -> None:
         Client(cluster) as one,
     ):
         assert one.submit(write).result(timeout=60) == 3
+
+
+def test_rows_compared_with_all_others_while_a_worker_is_killed(client: Client, tmp_path: Path) -> None:
+    """Blocks and sketches that are lost with it are made again, and the answer is that of one process."""
+    frame = clustered()
+    for number, part in enumerate(np.array_split(np.arange(len(frame)), 6)):
+        frame.iloc[part].to_parquet(tmp_path / f"{number}.parquet", index=False)
+    with indexed(25, BLOCK_BYTES=100_000):
+        scores = read_table(tmp_path, partition_size=1).semdedup.pairwise(
+            eps=0.05, cluster_field=None, duplicate_of="kept"
+        )
+    with dask.config.set(scheduler="sync"):
+        expected = dd.from_pandas(frame, npartitions=1).semdedup.pairwise(
+            eps=0.05, cluster_field=None, duplicate_of="kept"
+        )
+        expected = expected.compute()
+    pids = client.run(os.getpid)
+    future = client.compute(scores)
+    victim = next(iter(pids))
+    while not any("sketch-" in str(key) for key in client.has_what()[victim]):
+        assert not future.done()
+        time.sleep(0.01)
+    os.kill(pids[victim], signal.SIGKILL)
+    pd.testing.assert_frame_equal(future.result(timeout=120), expected, check_exact=True)
+    client.wait_for_workers(2, timeout=60)

@@ -477,7 +477,6 @@ n_init, oversampling_factor, max_samples_per_batch, device
         self,
         eps: float = 0.01,
         *,
-        id_field: str = "id",
         embedding_field: str = "embeddings",
         embedding_dim: int | None = None,
         compute_dtype: str = "auto",
@@ -489,7 +488,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         ----------
         eps : float, default 0.01
             Cosine distance, from 0 to 2, within which a row is a duplicate.
-        id_field, embedding_field, embedding_dim, compute_dtype, device
+        embedding_field, embedding_dim, compute_dtype, device
             As in `pairwise`.
 
         Returns
@@ -518,9 +517,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> ddf.semdedup.plan(eps=0.05).pairs
         4950.0
         """
-        columns = Columns(id_field, embedding_field)
         options = SearchOptions(compute_dtype, embedding_dim=embedding_dim, device=device)
-        return plan_completely(self._ddf, columns, options, eps)
+        return plan_completely(self._ddf, Columns(embedding=embedding_field), options, eps)
 
     def duplicates(self, eps: float | Sequence[float] = 0.01) -> dd.DataFrame:
         """Select the duplicates from a frame of scores: the rows with ``cosine_sim_score >= 1 - eps``.

@@ -437,7 +437,6 @@ class Run:
             return "How rows are compared can be told once they are embedded."
         return rows.semdedup.plan(
             self.max_eps,
-            id_field=self.id_field,
             embedding_field=self.embedding_field,
             embedding_dim=self.embedding_dim,
             compute_dtype=self.compute_dtype,

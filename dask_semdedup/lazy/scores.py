@@ -80,11 +80,11 @@ def score_completely(
 def plan_completely(ddf: dd.DataFrame, columns: Columns, options: SearchOptions, eps: float) -> Plan:
     """Plan how rows are compared with all others of a frame: see `SemDedupAccessor.plan`."""
     options = up_to(eps, options)
-    check_rows(ddf, columns, options)
-    narrow = ddf[[columns.id, columns.embedding]]
-    plan = make_plan(narrow, columns, options)
+    columns.require(unique_columns(ddf), "embedding")
+    columns.check_dtypes(ddf._meta, "embedding", embedding_dim=options.embedding_dim)
+    plan = make_plan(ddf, columns, options)
     # Where rows are searched in one task whatever they are, they have not been counted.
-    return plan if plan.rows else replace(plan, rows=sum(partition_lengths(narrow, columns)))
+    return plan if plan.rows else replace(plan, rows=sum(partition_lengths(ddf, columns)))
 
 
 def _duplicates_alone(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
@@ -160,7 +160,7 @@ def score_against(
     return scores if eps is None else find_duplicates(scores, eps)
 
 
-def is_complete(cluster_field: str | None, n_clusters: int | None, centroids: Any, fit: Iterable[str]) -> bool:
+def is_complete(clusters: str | None, n_clusters: int | None, centroids: Any, fit: Iterable[str]) -> bool:
     """Return whether rows are compared with all others, as neither clusters nor what makes them is given.
 
     Raises
@@ -176,7 +176,7 @@ def is_complete(cluster_field: str | None, n_clusters: int | None, centroids: An
             "them within clusters of k-means, which misses duplicates.",
             parameters=unused,
         )
-    return cluster_field is None
+    return clusters is None
 
 
 def count_rows(ddf: dd.DataFrame, columns: Columns) -> pd.Series:

@@ -459,8 +459,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> all_rows = {"eps": 0.1, "cluster_field": None, "ranking_strategy": RankingStrategy(["id"])}
         >>> chain.semdedup.pairwise(**all_rows).compute()
           id max_id  cosine_sim_score
-        1  b      a          0.939693
-        2  c      b          0.939693
+        0  b      a          0.939693
+        1  c      b          0.939693
         >>> chain.semdedup.pairwise(**all_rows, duplicate_of="kept").compute()
           id max_id  cosine_sim_score
         1  b      a          0.939693

@@ -463,7 +463,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1  c      b          0.939693
         >>> chain.semdedup.pairwise(**all_rows, duplicate_of="kept").compute()
           id max_id  cosine_sim_score
-        1  b      a          0.939693
+        0  b      a          0.939693
         """
         options = SearchOptions(compute_dtype, pairwise_batch_size, embedding_dim, device, duplicate_of=duplicate_of)
         ranking = choose_strategy(ranking_strategy, which_to_keep, sim_metric, id_field, random_seed)
@@ -871,11 +871,11 @@ n_init, oversampling_factor, max_samples_per_batch, device
         ...     train, test = (dd.from_pandas(frame, npartitions=1) for frame in (train, test))
         >>> test.semdedup.against(train, eps=0.001).compute()
           id  max_id  cosine_sim_score
-        1  b       3          0.999902
+        0  b       3          0.999902
         >>> test.semdedup.against(train, eps=None).compute()
           id  max_id  cosine_sim_score
         0  a       1          0.993884
-        1  b       3          0.999902
+        0  b       3          0.999902
         """
         check_keywords("against", kmeans_options, self.fit_centroids, self.against)
         completely = is_complete(cluster_field, n_clusters, centroids, kmeans_options)

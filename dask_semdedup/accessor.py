@@ -875,7 +875,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> test.semdedup.against(train, eps=None).compute()
           id  max_id  cosine_sim_score
         0  a       1          0.993884
-        0  b       3          0.999902
+        1  b       3          0.999902
         """
         check_keywords("against", kmeans_options, self.fit_centroids, self.against)
         completely = is_complete(cluster_field, n_clusters, centroids, kmeans_options)

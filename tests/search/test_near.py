@@ -70,7 +70,7 @@ def near_rows(rows: np.ndarray, at_least: float) -> tuple[np.ndarray, np.ndarray
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     rng=seeds(),
     kind=st.sampled_from(KINDS),
@@ -101,7 +101,7 @@ def test_every_near_pair_is_connected(
     assert (label[query] == label[candidate]).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(rng=seeds(), kind=st.sampled_from(KINDS), n=st.integers(4, 150), k=st.integers(1, 20), data=st.data())
 def test_blocks_and_shares_find_what_one_comparison_does(
     rng: np.random.Generator, kind, n: int, k: int, data: st.DataObject

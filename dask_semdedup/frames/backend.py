@@ -24,6 +24,7 @@ __all__ = [
     "frame_like",
     "is_cudf",
     "is_string",
+    "positions_like",
     "published",
     "shares_memory",
     "take",
@@ -89,6 +90,11 @@ def array_like(tensor: torch.Tensor, frame: Any) -> Any:
     import cupy
 
     return cupy.from_dlpack(tensor.to("cuda"))
+
+
+def positions_like(positions: np.ndarray, frame: Any) -> Any:
+    """Return NumPy's positions of rows as an array of a frame's backend."""
+    return array_like(tensor_like(positions), frame)
 
 
 def column_like(array: Any, frame: Any) -> Any:

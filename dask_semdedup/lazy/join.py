@@ -27,12 +27,12 @@ from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
 from dask_semdedup.steps.join import (
     copies_of,
+    find_involved,
     find_near_pairs,
     join_meta,
     mean_of,
     pairs_of_bin,
     places_of,
-    relevant_rows,
     score_rows,
     score_rows_against,
     sketch_partition,
@@ -161,10 +161,7 @@ class Plan:
         else:
             sizes = f"{self.index.sketcher.size} and {self.index.longer.size}"
             lines += [
-                (
-                    "sketches",
-                    f"{sizes} numbers a row, {format_bytes(self.sketch_bytes)}",
-                ),
+                ("sketches", f"{sizes} numbers a row, {format_bytes(self.sketch_bytes)}"),
                 ("cells", f"{len(self.index.cells):,}, of which a row visits {self.index.visits:.1f}"),
                 ("pairs skipped", f"{self.skipped:.2%}"),
                 ("pairs of sketches", f"{self.pairs:,.0f}"),
@@ -172,7 +169,8 @@ class Plan:
                 ("comparisons", f"{self.tasks:,} tasks"),
                 ("time on two cores", f"{self.index.seconds:,.0f} s, and to read the rows twice"),
             ]
-        lines.append(("memory of a worker", f"{format_bytes(self.worker_bytes)}, and its partitions"))
+        if self.width:
+            lines.append(("memory of a worker", f"{format_bytes(self.worker_bytes)}, and its partitions"))
         return "\n".join(f"{name:<19} {value}" for name, value in lines)
 
 
@@ -245,8 +243,8 @@ def _blocks(lengths: Sequence[int], most: float, first: int) -> tuple[tuple[int,
 
 def _shares(loads: np.ndarray) -> tuple[slice, ...]:
     """Return ranges of cells that take about as long as each other."""
-    ends = np.cumsum(loads)
-    wanted = np.arange(1, min(SHARES, len(loads))) / SHARES * ends[-1]
+    ends, shares = np.cumsum(loads), min(SHARES, len(loads))
+    wanted = np.arange(1, shares) / shares * ends[-1]
     cuts = np.unique([0, *np.searchsorted(ends, wanted), len(loads)])
     return tuple(slice(int(first), int(last)) for first, last in pairwise(cuts))
 
@@ -304,7 +302,7 @@ class _Compared(Searched, Expr):
             for t, (i, j, share) in enumerate(self.plan.comparisons())
         ]
         copies = [add("copies", p, copies_of, ref) for p, ref in enumerate(sketched)]
-        involved = add("involved", 0, relevant_rows, TaskList(*links), TaskList(*copies), self.plan.bins)
+        involved = add("involved", 0, find_involved, TaskList(*links), TaskList(*copies), self.plan.bins)
         places = [add("places", p, places_of, involved, p) for p in range(len(sources))]
         taken = [read("take", p, take_involved, ref) for p, ref in enumerate(places)]
         rows = [[add(f"rows-{b}", p, getitem, ref, b) for p, ref in enumerate(taken)] for b in range(self.plan.bins)]

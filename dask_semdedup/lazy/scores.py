@@ -1,4 +1,4 @@
-"""Scores: rows compared within their clusters, and with those of another frame."""
+"""Scores: rows compared with all others or within their clusters, and with those of another frame."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def score_against(
         scores = compare_all_with(*narrow, columns, reference_id_field, bounded)
         return scores if eps is None else _duplicates_alone(scores, eps)
     if n_clusters is None and centroids is None:
-        _check_one_has_no_clusters(ddf, reference, columns)
+        _check_clusters_of_both(ddf, reference, columns)
         _check_clustered(queries, columns, options)
         _check_clustered(candidates, of_reference, options)
     else:
@@ -173,7 +173,7 @@ def is_complete(clusters: str | None, n_clusters: int | None, centroids: Any, fi
     if unused := list(fit):
         raise InvalidArgumentError(
             f"No clusters are fitted, so that {', '.join(unused)} would mean nothing. Pass n_clusters too to compare "
-            "them within clusters of k-means, which misses duplicates.",
+            "rows within clusters of k-means, which misses duplicates.",
             parameters=unused,
         )
     return clusters is None
@@ -200,7 +200,7 @@ def _check_clustered(ddf: dd.DataFrame, columns: Columns, options: SearchOptions
     columns.check_dtypes(ddf._meta, "cluster")
 
 
-def _check_one_has_no_clusters(ddf: dd.DataFrame, reference: dd.DataFrame, columns: Columns) -> None:
+def _check_clusters_of_both(ddf: dd.DataFrame, reference: dd.DataFrame, columns: Columns) -> None:
     """Raise if one of two frames has clusters, and the other has none."""
     have_clusters = [columns.cluster in frame.columns for frame in (ddf, reference)]
     if any(have_clusters) and not all(have_clusters):

@@ -11,7 +11,7 @@ from dask.dataframe.dispatch import concat
 from dask_semdedup.device.devices import check_device, choose_device
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import cores_for
-from dask_semdedup.frames.backend import array_like, device_of, is_cudf, tensor_like, to_numpy
+from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, tensor_like, to_numpy
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import to_tensor
 from dask_semdedup.steps.pairwise import check_clusters, score_frame, search_segments, segments_of
@@ -83,10 +83,10 @@ def against_partition(
     found = np.flatnonzero(is_query[position] & (stops > np.repeat(segments[:-1], np.diff(segments))))
     # Rows that do not reach `SearchOptions.at_least` have their own index, but only reference rows can be named.
     nearest = position[np.minimum(index.cpu().numpy(), stops - 1)[found]]
-    query = orders[1][_like(position[found] - len(reference), frame)]
+    query = orders[1][positions_like(position[found] - len(reference), frame)]
     return score_frame(
         frame[columns.id].iloc[query],
-        reference[reference_id_field].iloc[orders[0][_like(nearest, frame)]],
+        reference[reference_id_field].iloc[orders[0][positions_like(nearest, frame)]],
         array_like(scores[tensor_like(found).to(scores.device)], frame),
         frame[columns.cluster].iloc[query],
     )
@@ -123,7 +123,3 @@ def _joined(parts: list[Any], position: np.ndarray) -> Any:
         joined[tensor_like(places[start : start + len(part)]).to(part.device)] = part
         start += len(part)
     return joined
-
-
-def _like(array: np.ndarray, frame: Any) -> Any:
-    return array_like(tensor_like(array), frame)

@@ -17,7 +17,7 @@ from dask.dataframe.dispatch import concat
 
 from dask_semdedup.device.devices import check_device
 from dask_semdedup.device.queues import cores_for
-from dask_semdedup.frames.backend import array_like, column_like, take, tensor_like, to_numpy
+from dask_semdedup.frames.backend import array_like, column_like, positions_like, take, tensor_like, to_numpy
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import to_tensor
 from dask_semdedup.steps.against import against_partition
@@ -34,12 +34,12 @@ __all__ = [
     "Involved",
     "Sketched",
     "copies_of",
+    "find_involved",
     "find_near_pairs",
     "join_meta",
     "mean_of",
     "pairs_of_bin",
     "places_of",
-    "relevant_rows",
     "score_rows",
     "score_rows_against",
     "sketch_partition",
@@ -49,10 +49,6 @@ __all__ = [
 
 # Coordinates of unit rows are multiples of its inverse in the sum of all: integers, whose order does not matter.
 FIXED_POINT = 2.0**32
-
-# Distances to the mean are rounded to multiples of this, so that no machine's order of summation decides between them.
-STEP = 2.0**-40
-
 
 # Offsets of a search that takes one core: other partitions take the others.
 ONE_CORE = np.array([0, 1])
@@ -92,7 +88,7 @@ def sketch_partition(
 
 
 def copies_of(sketched: Sketched) -> np.ndarray:
-    """Return the copies of a partition, for `relevant_rows`."""
+    """Return the copies of a partition, for `find_involved`."""
     return sketched.part.copies
 
 
@@ -135,7 +131,7 @@ class Involved:
     bundles: list[np.ndarray]
 
 
-def relevant_rows(links: Sequence[Links], copies: Sequence[np.ndarray], n_bins: int) -> Involved:
+def find_involved(links: Sequence[Links], copies: Sequence[np.ndarray], n_bins: int) -> Involved:
     """Return the rows that are in a pair, by partition.
 
     Parameters
@@ -188,7 +184,7 @@ def pairs_of_bin(involved: Involved, number: int) -> tuple[np.ndarray, np.ndarra
 
 def take_involved(frame: Any, places: Sequence[np.ndarray]) -> list[Any]:
     """Return the involved rows of a partition, a frame for each bin."""
-    return [frame.iloc[_like(which, frame)] for which in places]
+    return [frame.iloc[positions_like(which, frame)] for which in places]
 
 
 def score_rows(
@@ -231,8 +227,8 @@ def score_rows(
     frame = concat(list(frames)) if len(frames) > 1 else frames[0]
     if len(frame) == 0:
         return join_meta(frame, columns)
-    if by_mean or links is not None:
-        rows = _to_tensor(frame, columns, options)
+    # The search gathers them in another order.
+    rows: Any = _to_tensor(frame, columns, options) if by_mean or links is not None else None
     if by_mean:
         frame = _with_distances(frame, rows, mean)
     order = to_numpy(ranking.order(frame, cluster_field=None, id_field=columns.id))
@@ -242,12 +238,12 @@ def score_rows(
 
         pairs, bundles = links
         label = components(len(frame), np.concatenate([_similar(rows, pairs, options), bundles]))
-        del rows
         order = order[np.bincount(label)[label[order]] > 1]
         if not len(order):
             return join_meta(frame, columns)
+    del rows
     by_label = np.argsort(label[order], kind="stable")
-    which, segments = _like(order[by_label], frame), segments_of(label[order[by_label]])
+    which, segments = positions_like(order[by_label], frame), segments_of(label[order[by_label]])
     if len(order) < len(frame):
         frame, which = frame.iloc[which], None
     scores, index = search_frame(frame, which, segments, columns, options)
@@ -297,7 +293,7 @@ def score_rows_against(
         del rows
     columns = replace(columns, cluster=COMPONENT)
     numbered = [
-        side.reset_index(drop=True).assign(**{COMPONENT: _like(numbers, side)})
+        side.reset_index(drop=True).assign(**{COMPONENT: positions_like(numbers, side)})
         for side, numbers in zip(sides, (label[:n], label[n:]), strict=True)
     ]
     scores = against_partition(numbered[0], numbered[1], columns, reference_id_field, options).drop(columns=COMPONENT)
@@ -309,10 +305,6 @@ def join_meta(meta: Any, columns: Columns, nearest: Any = None) -> Any:
     """Build the empty frame that has exactly the dtypes of `score_rows`, or of `score_rows_against` given their ids."""
     ids = meta.iloc[:0][columns.id]
     return score_frame(ids, ids if nearest is None else nearest.iloc[:0], np.empty(0, np.float32))
-
-
-def _like(array: np.ndarray, frame: Any) -> Any:
-    return array_like(tensor_like(array), frame)
 
 
 def _to_tensor(frame: Any, columns: Columns, options: SearchOptions) -> torch.Tensor:
@@ -363,15 +355,18 @@ def _with_distances(frame: Any, rows: torch.Tensor, mean: np.ndarray | None) -> 
     """Return the frame with the distances of its rows to a mean, as k-means has them to centroids."""
     import torch
 
+    from dask_semdedup.search import certify
+
     centre = torch.from_numpy(_mean(_total(rows), len(rows)) if mean is None else mean)
     length = torch.linalg.vector_norm(centre)
     l2, cosine = torch.empty(2, len(rows), dtype=torch.float64)
     for chunk, unit in _unit64(rows):
         l2[chunk] = torch.linalg.vector_norm(unit - centre, dim=1)
         cosine[chunk] = 1 - (unit * (centre / length if length else centre)).sum(dim=1)
-    rounded = {"l2": l2, "cosine": cosine}
+    # No machine's order of summation decides between them.
+    snapped = {"l2": certify.snap(l2), "cosine": certify.snap(cosine)}
     values = {
-        name: column_like(array_like((rounded[metric] / STEP).round() * STEP, frame), frame[frame.columns[0]])
+        name: column_like(array_like(snapped[metric], frame), frame[frame.columns[0]])
         for metric, name in DISTANCE_COLUMNS.items()
     }
     return frame.reset_index(drop=True).assign(**values)

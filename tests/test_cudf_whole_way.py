@@ -181,7 +181,7 @@ def test_compared_with_all_others(cudf, frame, k, which_to_keep, duplicate_of):
     rows = np.array(frame["embeddings"].tolist(), np.float32)
     wide = frame.assign(embeddings=arrow_lists(np.hstack([rows, 0.3 * rows[:, ::-1]] * 2), pa.float32()))
     options = {"which_to_keep": which_to_keep, "duplicate_of": duplicate_of, "cluster_field": None, "eps": 0.05}
-    with indexed(k), patch("dask_semdedup.lazy.join._fits_gpu", lambda *_: not k):
+    with indexed(k), patch("dask_semdedup.lazy.join._has_gpu", lambda *_: not k):
         scores = [ddf.semdedup.pairwise(**options) for ddf in (on_gpu(cudf, wide), on_cpu(wide))]
         near = [
             make(wide[N // 2 :]).semdedup.against(make(wide[: N // 2]), eps=0.05)

@@ -79,12 +79,17 @@ def _share() -> bool:
 
 
 def device_bytes() -> int | None:
-    """Return the bytes of memory of the current GPU, or None if RMM sees no GPU."""
+    """Return the bytes of memory of the current GPU, or None if there is none."""
+    import torch
+
     try:
         import rmm
 
+        # It leaves CUDA in torch uninitialized, whose allocator may still be replaced.
         return int(rmm.mr.available_device_memory()[1])
-    except (ImportError, RuntimeError) as error:
+    except ImportError:
+        return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
+    except RuntimeError as error:
         logger.debug("The memory of the GPU is not known: %s", error)
         return None
 

@@ -20,7 +20,7 @@ from dask.utils import format_bytes
 from dask_semdedup._dask import DataNode, Expr, GraphNode, Task, TaskList, TaskRef
 from dask_semdedup.device.devices import has_cuda
 from dask_semdedup.device.memory import device_bytes
-from dask_semdedup.frames.backend import is_cudf
+from dask_semdedup.frames.backend import is_cudf, tensor_like
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.lazy.expressions import ScoresAgainst
 from dask_semdedup.lazy.pushdown import Searched
@@ -30,15 +30,15 @@ from dask_semdedup.steps.join import (
     find_involved,
     find_near_pairs,
     join_meta,
-    mean_of,
     pairs_of_bin,
     places_of,
     score_rows,
     score_rows_against,
     sketch_partition,
     take_involved,
-    total_of,
+    total_of_part,
 )
+from dask_semdedup.steps.mean import mean_of
 from dask_semdedup.steps.ranking import RankingStrategy
 
 if TYPE_CHECKING:
@@ -193,15 +193,20 @@ def make_plan(
     others = None if reference is None else rows[0]
     if not is_worth_a_look(rows[-1], others):
         return Plan(sum(rows), 0, None, other_rows=sum(rows[1:]))
-    # A reference is the larger of the two, as a rule.
-    size = sample_rows(rows[-1])
-    sample = sample_embeddings(frames[-1], draw(lengths[-1], size, SEED), columns, options.embedding_dim)
-    width, index = sample.shape[1], None
-    if not _fits_gpu(ddf, sum(rows) * width, options):
-        import torch
 
-        order = np.random.default_rng(SEED).permutation(len(sample))
-        index = fit_index(torch.from_numpy(sample[order]), rows[-1], options.at_least, others)
+    def sample(size: int) -> np.ndarray:
+        # A reference is the larger of the two, as a rule.
+        return sample_embeddings(frames[-1], draw(lengths[-1], size, SEED), columns, options.embedding_dim)
+
+    if _has_gpu(ddf, options):
+        width = sample(1).shape[1]
+        # A GPU compares a million rows in less time than it takes to read them.
+        if 4 * sum(rows) * width * GPU_COPIES <= (device_bytes() or 0):
+            return Plan(sum(rows), width, None, other_rows=sum(rows[1:]))
+    found = sample(sample_rows(rows[-1]))
+    width = found.shape[1]
+    order = np.random.default_rng(SEED).permutation(len(found))
+    index = fit_index(tensor_like(found[order]), rows[-1], options.at_least, others)
     if index is None:
         return Plan(sum(rows), width, None, other_rows=sum(rows[1:]))
     most = BLOCK_BYTES / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS
@@ -221,11 +226,9 @@ def make_plan(
     )
 
 
-def _fits_gpu(ddf: dd.DataFrame, n_values: int, options: SearchOptions) -> bool:
-    """Return whether a GPU will search that holds all rows: it compares a million in less time than reading takes."""
-    if options.device == "cpu" or not (is_cudf(ddf._meta) or has_cuda()):
-        return False
-    return 4 * n_values * GPU_COPIES <= (device_bytes() or 0)
+def _has_gpu(ddf: dd.DataFrame, options: SearchOptions) -> bool:
+    """Return whether a GPU will search."""
+    return options.device != "cpu" and (is_cudf(ddf._meta) or has_cuda())
 
 
 def _blocks(lengths: Sequence[int], most: float, first: int) -> tuple[tuple[int, ...], ...]:
@@ -338,7 +341,7 @@ class CompleteScores(_Compared):
         found = self._involved(graph, [self.frame], [self.fields], with_total=self.by_mean)
         mean = None
         if self.by_mean:
-            totals = [add("total", p, total_of, ref) for p, ref in enumerate(found.sketched)]
+            totals = [add("total", p, total_of_part, ref) for p, ref in enumerate(found.sketched)]
             mean = add("mean", 0, mean_of, TaskList(*totals))
         for b, (rows, pairs) in enumerate(zip(found.rows, found.pairs, strict=True)):
             add("", b, score_rows, TaskList(*rows), pairs, *last, mean, by_mean=self.by_mean)

@@ -107,6 +107,10 @@ def nearest_earlier(
     return scores, index
 
 
+MAX_UNEXPECTED = 0.125
+"""Share of the rows that may be crowded though the sample does not show it, before larger sketches are tried."""
+
+
 def _by_sketches(
     rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, at_least: float, search: Search
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -124,9 +128,11 @@ def _by_sketches(
             return None
         scores = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-        crowded = engine.nearest_reaching(rows, segments, scores, index, sketcher, stops=stops)
-        if len(crowded[0]) > (sketcher.crowded + 0.125) * len(rows):
-            sketch.reject(sketcher)
+        while sketcher is not None:
+            crowded = engine.nearest_reaching(rows, segments, scores, index, sketcher, stops=stops)
+            if len(crowded[0]) <= (sketcher.crowded + MAX_UNEXPECTED) * len(rows):
+                break
+            sketcher = sketch.choose(rows, segments, stops, at_least, engine.COSTS, rejected=sketcher)
         answer_crowded(rows, segments, stops, *crowded, search, scores, index)
     return scores, index
 

@@ -129,7 +129,13 @@ class Sketcher:
 
 
 def choose(
-    rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, at_least: float, costs: Costs
+    rows: torch.Tensor,
+    segments: torch.Tensor,
+    stops: torch.Tensor | None,
+    at_least: float,
+    costs: Costs,
+    *,
+    rejected: Sketcher | None = None,
 ) -> Sketcher | None:
     """Return the sketcher with which the search takes least, or None if it takes less without.
 
@@ -145,6 +151,8 @@ def choose(
         The similarity that is asked for.
     costs : Costs
         Of the engine.
+    rejected : Sketcher, optional
+        One that left too much: searches of this kind take a larger one from now on, or none for some time.
     """
     n, width = rows.shape
     n_pairs = _pairs(segments, stops)
@@ -154,21 +162,15 @@ def choose(
         return None
     kind = rows.device, width, at_least, n.bit_length(), int(n_pairs / n).bit_length()
     known, searches = _known.get(kind, (None, 0))
-    if known is None and searches == 0:
-        known, searches = _fitted(rows, segments, at_least, n_pairs, exact, costs), RETRY
+    above = 0 if rejected is None else rejected.size
+    if searches == 0 or (known is not None and known.size <= above):
+        known, searches = _fitted(rows, segments, at_least, n_pairs, exact, costs, above), RETRY
     elif known is None:
         searches -= 1
     if len(_known) >= KINDS:
         _known.clear()
     _known[kind] = known, searches
     return known
-
-
-def reject(sketcher: Sketcher) -> None:
-    """Search without sketches for some time, as this sketcher left too much."""
-    for kind, (known, _) in list(_known.items()):
-        if known is sketcher:
-            _known[kind] = None, RETRY
 
 
 RETRY = 32
@@ -181,13 +183,16 @@ _known: dict[tuple[object, ...], tuple[Sketcher | None, int]] = {}
 
 
 def _fitted(
-    rows: torch.Tensor, segments: torch.Tensor, at_least: float, n_pairs: float, exact: float, costs: Costs
+    rows: torch.Tensor, segments: torch.Tensor, at_least: float, n_pairs: float, exact: float, costs: Costs, above: int
 ) -> Sketcher | None:
-    """Fit a basis to a sample, and choose the size of the sketches that costs least there."""
+    """Fit a basis to a sample, and choose the size of the sketches, above another, that costs least there."""
     n, width = rows.shape
-    sizes = [size for size in SIZES if size <= width // 2]
+    sizes = [size for size in SIZES if above < size <= width // 2]
+    if not sizes:
+        return None
     met = n_pairs / n
-    group_rows = min(MAX_GROUP, max(128, 1 << math.isqrt(int(4 * met)).bit_length()))
+    # A pair of the sample stands for at most a sixteenth of a pair a row.
+    group_rows = min(MAX_GROUP, max(128, 1 << math.isqrt(int(16 * met)).bit_length()))
     groups = max(1, GROUPED // group_rows)
     spread, grouped = _sample(segments.numpy(), groups, group_rows)
     sample = unit_rows(rows[torch.from_numpy(np.concatenate([spread, grouped])).to(rows.device)])

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from dask.dataframe.dispatch import concat
 
-from dask_semdedup.device.devices import check_device
+from dask_semdedup.device.devices import check_device, choose_device
+from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import cores_for
-from dask_semdedup.frames.backend import array_like, column_like, positions_like, take, tensor_like, to_numpy
-from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
+from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, take, tensor_like, to_numpy
+from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import to_tensor
 from dask_semdedup.steps.against import against_partition
+from dask_semdedup.steps.mean import mean_of, total_of, with_distances
 from dask_semdedup.steps.pairwise import score_frame, search_frame, segments_of
 from dask_semdedup.steps.ranking import RankingStrategy
 
@@ -37,18 +39,14 @@ __all__ = [
     "find_involved",
     "find_near_pairs",
     "join_meta",
-    "mean_of",
     "pairs_of_bin",
     "places_of",
     "score_rows",
     "score_rows_against",
     "sketch_partition",
     "take_involved",
-    "total_of",
+    "total_of_part",
 ]
-
-# Coordinates of unit rows are multiples of its inverse in the sum of all: integers, whose order does not matter.
-FIXED_POINT = 2.0**32
 
 # Offsets of a search that takes one core: other partitions take the others.
 ONE_CORE = np.array([0, 1])
@@ -83,8 +81,8 @@ def sketch_partition(
     from dask_semdedup.search.near import sketch_part
 
     with cores_for("cpu", ONE_CORE):
-        rows = _to_tensor(frame, columns, options)
-        return Sketched(sketch_part(number, rows, index), _total(rows) if with_total else None, len(rows))
+        rows = _to_tensor(frame, columns, options, device="cpu")
+        return Sketched(sketch_part(number, rows, index), total_of(rows, "cpu") if with_total else None, len(rows))
 
 
 def copies_of(sketched: Sketched) -> np.ndarray:
@@ -92,15 +90,10 @@ def copies_of(sketched: Sketched) -> np.ndarray:
     return sketched.part.copies
 
 
-def total_of(sketched: Sketched) -> tuple[np.ndarray, int]:
+def total_of_part(sketched: Sketched) -> tuple[np.ndarray, int]:
     """Return the sum of a partition's unit rows and their number, for `mean_of`."""
     assert sketched.total is not None
     return sketched.total, sketched.count
-
-
-def mean_of(totals: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
-    """Return the float64 mean of all unit rows, which depends on no order."""
-    return _mean(sum(total for total, _ in totals), sum(count for _, count in totals))
 
 
 def find_near_pairs(
@@ -224,13 +217,18 @@ def score_rows(
         out.
     """
     check_device(options.device)
+    if is_cudf(frames[0]):
+        share_memory_pool()
     frame = concat(list(frames)) if len(frames) > 1 else frames[0]
     if len(frame) == 0:
         return join_meta(frame, columns)
     # The search gathers them in another order.
     rows: Any = _to_tensor(frame, columns, options) if by_mean or links is not None else None
     if by_mean:
-        frame = _with_distances(frame, rows, mean)
+        device = choose_device(options.device, device_of(frame), np.array([0, len(frame)]))
+        if mean is None:
+            mean = mean_of([(total_of(rows, device), len(frame))])
+        frame = with_distances(frame, rows, mean, device)
     order = to_numpy(ranking.order(frame, cluster_field=None, id_field=columns.id))
     label = np.zeros(len(frame), np.int64)
     if links is not None:
@@ -278,6 +276,8 @@ def score_rows_against(
         ``id``, ``max_id`` and ``cosine_sim_score``, by ascending id.
     """
     check_device(options.device)
+    if is_cudf(frames[0]):
+        share_memory_pool()
     sides = [concat(list(side)) if len(side) > 1 else side[0] for side in (frames, references)]
     n = len(sides[0])
     label = np.zeros(n + len(sides[1]), np.int64)
@@ -307,66 +307,16 @@ def join_meta(meta: Any, columns: Columns, nearest: Any = None) -> Any:
     return score_frame(ids, ids if nearest is None else nearest.iloc[:0], np.empty(0, np.float32))
 
 
-def _to_tensor(frame: Any, columns: Columns, options: SearchOptions) -> torch.Tensor:
-    return to_tensor(
-        frame[columns.embedding],
-        name=columns.embedding,
-        ids=frame[columns.id],
-        embedding_dim=options.embedding_dim,
-        device="cpu",
-    )
+def _to_tensor(frame: Any, columns: Columns, options: SearchOptions, **on: str) -> torch.Tensor:
+    named = {"name": columns.embedding, "ids": frame[columns.id]}
+    return to_tensor(frame[columns.embedding], **named, embedding_dim=options.embedding_dim, **on)
 
 
 def _similar(rows: torch.Tensor, pairs: np.ndarray, options: SearchOptions) -> np.ndarray:
     """Return the pairs that are as similar as is asked for."""
     from dask_semdedup.search import certify
 
-    query, candidate = tensor_like(pairs).unbind(dim=1)
+    query, candidate = tensor_like(pairs).to(rows.device).unbind(dim=1)
     cosine = certify.snap(certify.cosines64(certify.measure(rows).rows, query, candidate)).float()
     assert options.at_least is not None
-    return pairs[(cosine >= options.at_least).numpy()]
-
-
-def _unit64(rows: torch.Tensor) -> Any:
-    """Yield slices of rows, and these as unit rows in float64; zero rows stay zero."""
-    import torch
-
-    from dask_semdedup.search import certify
-
-    rows = certify.measure(rows).rows
-    for chunk in certify.chunks(len(rows), 8 * rows.shape[1]):
-        exact = rows[chunk].double()
-        norm = torch.linalg.vector_norm(exact, dim=1, keepdim=True)
-        yield chunk, exact / torch.where(norm > 0, norm, 1.0)
-
-
-def _total(rows: torch.Tensor) -> np.ndarray:
-    total = np.zeros(rows.shape[1], np.int64)
-    for _, unit in _unit64(rows):
-        total += (unit * FIXED_POINT).round().long().sum(dim=0).numpy()
-    return total
-
-
-def _mean(total: Any, count: int) -> np.ndarray:
-    return total / FIXED_POINT / max(1, count)
-
-
-def _with_distances(frame: Any, rows: torch.Tensor, mean: np.ndarray | None) -> Any:
-    """Return the frame with the distances of its rows to a mean, as k-means has them to centroids."""
-    import torch
-
-    from dask_semdedup.search import certify
-
-    centre = torch.from_numpy(_mean(_total(rows), len(rows)) if mean is None else mean)
-    length = torch.linalg.vector_norm(centre)
-    l2, cosine = torch.empty(2, len(rows), dtype=torch.float64)
-    for chunk, unit in _unit64(rows):
-        l2[chunk] = torch.linalg.vector_norm(unit - centre, dim=1)
-        cosine[chunk] = 1 - (unit * (centre / length if length else centre)).sum(dim=1)
-    # No machine's order of summation decides between them.
-    snapped = {"l2": certify.snap(l2), "cosine": certify.snap(cosine)}
-    values = {
-        name: column_like(array_like(snapped[metric], frame), frame[frame.columns[0]])
-        for metric, name in DISTANCE_COLUMNS.items()
-    }
-    return frame.reset_index(drop=True).assign(**values)
+    return pairs[(cosine >= options.at_least).cpu().numpy()]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import hypothesis.strategies as st
@@ -14,7 +15,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dask_semdedup.search import certify, crowded, ieee_products, nearest_earlier, sketch, torch_engine, torch_sketch
+from dask_semdedup.search import (
+    certify,
+    crowded,
+    ieee_products,
+    nearest_earlier,
+    sketch,
+    torch_engine,
+    torch_sketch,
+    without_answers_below,
+)
 from dask_semdedup.search.crowded import first_copies
 from dask_semdedup.search.sketch import SCALE, Costs, Sketcher, choose, fit_axes, sketcher
 from tests.strategies import KINDS, seeds, stops_of
@@ -93,9 +103,16 @@ def test_rounded_sketches_need_the_term_of_what_they_lost(dtype: torch.dtype) ->
 
 
 def fitted(
-    rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, at_least: float, costs: Costs
+    rows: torch.Tensor,
+    segments: torch.Tensor,
+    stops: torch.Tensor | None,
+    at_least: float,
+    costs: Costs,
+    rejected: Sketcher | None = None,
 ) -> Sketcher | None:
     """A sketcher of the smallest size, fitted to all rows, in place of `choose`; None for nothing but zero rows."""
+    if rejected is not None:
+        return None
     axes, defect = fit_axes(sketch.unit_rows(rows), sketch.SIZES[0] - 1)
     found = sketcher(axes, float(defect), at_least)
     return found if found.floor > 0 else None
@@ -174,7 +191,10 @@ def test_a_length_above_1_of_what_is_left_does_not_overflow() -> None:
     # As much as the axes that are fitted lack.
     found = sketcher(axes, 0.004, 0.95)
     assert (1 + found.tail) ** 0.5 * SCALE > SCALE + 0.5, "the data must be hard enough"
-    with always(torch.int8, most_hits=16), patch.object(sketch, "choose", lambda *_: found):
+    with (
+        always(torch.int8, most_hits=16),
+        patch.object(sketch, "choose", lambda *_, rejected=None: None if rejected else found),
+    ):
         scores, index = nearest_earlier(rows, torch.tensor([0, 2]), at_least=0.95)
     assert index.tolist() == [0, 0]
     assert scores[1] > 0.99
@@ -239,10 +259,45 @@ def test_a_sketcher_is_fitted_once_for_searches_of_a_kind() -> None:
     with patch.object(sketch, "_known", {}):
         found = choose(first, segments, None, 0.95, ENGINE)
         assert choose(second, segments, None, 0.95, ENGINE) is found is not None
-        sketch.reject(found)
+
+
+def test_larger_sketches_follow_one_that_left_too_much_and_then_none_for_some_time() -> None:
+    rows, segments = steep(5000, 384, np.random.default_rng(0)), torch.tensor([0, 5000])
+    with patch.object(sketch, "_known", {}):
+        found = choose(rows, segments, None, 0.95, ENGINE)
+        sizes = []
+        while found is not None:
+            sizes.append(found.size)
+            found = choose(rows, segments, None, 0.95, ENGINE, rejected=found)
+        assert sizes == sorted(set(sizes))
+        assert len(sizes) > 1
         for _ in range(sketch.RETRY):
-            assert choose(second, segments, None, 0.95, ENGINE) is None
-        assert choose(second, segments, None, 0.95, ENGINE) is not None
+            assert choose(rows, segments, None, 0.95, ENGINE) is None
+        assert choose(rows, segments, None, 0.95, ENGINE) is not None
+
+
+def test_larger_sketches_are_tried_where_short_ones_leave_too_much() -> None:
+    rows, segments = steep(4000, 384, np.random.default_rng(0)), torch.tensor([0, 4000])
+    expected = nearest_earlier(rows, segments)
+    without_answers_below(0.9, *expected)
+    tried = []
+    reaching = torch_sketch.nearest_reaching
+
+    def crowding(*args: Any, **options: Any) -> Any:
+        crowded, candidates_of = reaching(*args, **options)
+        tried.append(args[4].size)
+        return (torch.arange(4000) if len(tried) == 1 else crowded), candidates_of
+
+    with (
+        patch.object(sketch, "_known", {}),
+        patch.object(torch_sketch, "COSTS", ENGINE),
+        patch.object(torch_sketch, "nearest_reaching", crowding),
+    ):
+        found = nearest_earlier(rows, segments, at_least=0.9)
+    assert len(tried) == 2
+    assert tried[0] < tried[1]
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_only_sketchers_of_some_last_kinds_are_kept() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from unittest.mock import patch
 
+import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from dask_semdedup import IdError, InvalidArgumentError, read_clusters
+from dask_semdedup import EmbeddingError, IdError, InvalidArgumentError, read_clusters, read_table
 from dask_semdedup.frames.backend import is_cudf
 from dask_semdedup.steps.groups import resolve_groups
 from tests.data import arrow_lists
@@ -200,3 +202,37 @@ def test_deduplicate_completely(cudf, frame):
     ours = computed(kept[0], ["id"])
     check_alike(ours, kept[1].compute(), ["id"])
     assert len(ours) == N // 2
+
+
+@pytest.fixture
+def files(frame, tmp_path) -> str:
+    for number in range(3):
+        table = pa.Table.from_pandas(frame.iloc[number::3], preserve_index=False)
+        # Dask-cuDF cannot read what pandas says there about columns of lists.
+        pq.write_table(table.replace_schema_metadata(None), tmp_path / f"{number}.parquet")
+    return str(tmp_path)
+
+
+def test_files_read_into_the_memory_of_the_gpu(cudf, files, frame):
+    ours = read_table(files, backend="cudf", make_ids=True, id_field="row")
+    theirs = read_table(files, backend="pandas", make_ids=True, id_field="row")
+    check_alike(computed(ours[["row", "id", "text"]], ["id"]), theirs[["row", "id", "text"]].compute(), ["id"])
+    with dask.config.set({"dataframe.backend": "cudf"}):
+        kept = read_table(files, partition_size=4096).semdedup.deduplicate(0.01)
+    assert kept.npartitions == 3
+    check_alike(
+        computed(kept[["id", "text"]], ["id"]),
+        read_table(files, backend="pandas").semdedup.deduplicate(0.01)[["id", "text"]].compute(),
+        ["id"],
+    )
+
+
+def test_frames_of_dask_cudf(cudf, files, frame):
+    """It takes columns of lists for strings until they are read."""
+    dask_cudf = pytest.importorskip("dask_cudf")
+    kept = dask_cudf.read_parquet(files).semdedup.deduplicate(0.01)[["id", "text"]].compute()
+    assert is_cudf(kept)
+    theirs = read_table(files, backend="pandas").semdedup.deduplicate(0.01)[["id", "text"]].compute()
+    check_alike(kept.to_pandas().sort_values("id", ignore_index=True), theirs, ["id"])
+    with pytest.raises(EmbeddingError, match=r"'text'.*strings"):
+        dask_cudf.read_parquet(files).semdedup.pairwise(cluster_field=None, eps=0.1, embedding_field="text").compute()

@@ -375,6 +375,7 @@ class Run:
             id_field=self.id_field,
             embedding_field=self.embedding_field,
             make_ids=make_ids,
+            backend="pandas",
             storage_options=self.storage_options,
             partition_size=self.partition_size or "128MiB",
         )
@@ -513,7 +514,7 @@ class Run:
     def _deduplicate(self, folder: str) -> dict[str, int]:
         from dask_semdedup.lazy.tables import read_table
 
-        duplicates = read_table(self._folder("duplicates"), storage_options=self.storage_options)
+        duplicates = read_table(self._folder("duplicates"), backend="pandas", storage_options=self.storage_options)
         kept = self._read_input(self._kept()).semdedup.remove(duplicates, self.id_field)
         rows = self._write(kept, folder, "Removing")
         scored, dropped = self.counts["scores"]["rows"], self.counts["duplicates"]["duplicates"]

@@ -31,6 +31,7 @@ __all__ = [
     "check_embedding_dtype",
     "dimensions_advice",
     "first_width",
+    "gather_rows",
     "list_type",
     "rows_not_finite",
     "to_embeddings",
@@ -70,6 +71,8 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
         fixed size other than `embedding_dim`.
     """
     dtype = meta_column.dtype
+    if is_cudf(meta_column) and len(meta_column) == 0 and dtype == np.dtype(object):
+        return  # Dask-cuDF says this of list columns in Parquet files. The rows will tell.
     if is_string(meta_column):
         raise EmbeddingError(
             f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Name the column of the "
@@ -211,6 +214,33 @@ def to_tensor(
     if len(bad):
         positions = bad if order is None else to_numpy(order)[bad]
         raise report.error(positions, "with NaN or infinite values", "Drop or fix them first.")
+    return rows
+
+
+def gather_rows(parts: list[torch.Tensor], position: np.ndarray) -> torch.Tensor:
+    """Return rows of several matrices as one.
+
+    Parameters
+    ----------
+    parts : list of torch.Tensor
+        (n_i, d) float32. The list is emptied, so that none is held twice.
+    position : numpy.ndarray
+        (m,) int64 rows, each once, counted through all parts.
+    """
+    import torch
+
+    n = sum(map(len, parts))
+    places = np.full(n, -1)
+    places[position] = np.arange(len(position))
+    rows = parts[0].new_empty((len(position), parts[0].shape[1]))
+    start = 0
+    while parts:
+        part = parts.pop(0)
+        place = torch.from_numpy(places[start : start + len(part)]).to(part.device)
+        start += len(part)
+        if len(position) < n:
+            part, place = part[place >= 0], place[place >= 0]
+        rows.index_copy_(0, place, part)
     return rows
 
 

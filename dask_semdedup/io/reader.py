@@ -104,6 +104,8 @@ class Reader:
             for name in self.folders.names:
                 if name in columns:
                     table = table.append_column(name, pa.array([], self.folders.field(name).type))
+            if self.make_ids in columns:
+                table = table.append_column(str(self.make_ids), pa.array([], pa.string()))
             return import_cudf().DataFrame.from_arrow(table)[list(columns)]
         return self.to_pandas(table, (), columns)
 
@@ -147,6 +149,9 @@ class Reader:
             finish()
             for name, column in keys.items():
                 frame[name] = column
+        if self.make_ids in columns:
+            with default_stream("cuda"):
+                frame[self.make_ids] = import_cudf().Series.from_arrow(self._made_ids(fragments))
         return frame[list(columns)]
 
     def _read_cudf_files(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
@@ -184,6 +189,9 @@ class Reader:
         place = self.folders.get_field_index(name)
         return pa.array([fragment.keys[place] for fragment in fragments], self.folders.field(place).type)
 
+    def _made_ids(self, fragments: Sequence[Fragment]) -> pa.ChunkedArray:
+        return pa.chunked_array([made_ids(self.root, fragment) for fragment in fragments], pa.large_string())
+
     def _schema_in_frames(self, columns: Sequence[str]) -> pa.Schema:
         """Return the schema of those columns that come from the files, with the types that they have in frames."""
         types = in_cudf if self.backend == "cudf" else in_frames
@@ -200,8 +208,7 @@ class Reader:
                 keys = self._keys(fragments, name).take(pa.array(np.repeat(np.arange(len(rows)), rows)))
                 series[name] = self._to_series(pa.chunked_array([keys]), name)
         if self.make_ids in columns:
-            ids = pa.chunked_array([made_ids(self.root, fragment) for fragment in fragments], pa.large_string())
-            series[str(self.make_ids)] = self._to_series(ids, str(self.make_ids))
+            series[str(self.make_ids)] = self._to_series(self._made_ids(fragments), str(self.make_ids))
         index = pd.RangeIndex(sum(fragment.rows for fragment in fragments))
         return pd.DataFrame({name: series[name] for name in columns}, index, copy=False)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-import dask
 import dask.dataframe as dd
 import fsspec
 import pyarrow as pa
@@ -20,7 +19,7 @@ from dask.dataframe.api import new_collection
 from dask.tokenize import tokenize
 
 from dask_semdedup._validate import check_bytes, check_names
-from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
+from dask_semdedup.errors import ClusterError, have, some
 from dask_semdedup.io.folder_keys import key_type
 from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, fragments_of
 from dask_semdedup.io.layout import clusters_of_folders
@@ -31,11 +30,9 @@ from dask_semdedup.io.schemas import without
 from dask_semdedup.io.staging import real_path
 from dask_semdedup.lazy.alignment import align, no_cluster_column
 from dask_semdedup.lazy.expressions import ReadClusters
-from dask_semdedup.lazy.planning import CUDF_ELEMENTS, arrange, cut_into_runs, default_size, fitting_size
+from dask_semdedup.lazy.planning import CUDF_ELEMENTS, arrange, check_backend, cut_into_runs, default_size, fitting_size
 
 __all__ = ["read_clusters"]
-
-BACKENDS = ("pandas", "cudf")
 
 
 def read_clusters(
@@ -115,7 +112,7 @@ def read_clusters(
     1   2         0
     2   3         1
     """
-    backend = _check_backend(backend)
+    backend = check_backend(backend)
     check_names("columns", columns)
     size = default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
@@ -125,16 +122,6 @@ def read_clusters(
     reading = wanted if source.aligned else list(dict.fromkeys([*wanted, cluster_field]))
     ddf = new_collection(ReadClusters(source, reading))
     return ddf if source.aligned else align(ddf, cluster_field)[wanted]
-
-
-def _check_backend(backend: str | None) -> str:
-    if backend is None:
-        backend = dask.config.get("dataframe.backend", "pandas")
-    if backend not in BACKENDS:
-        raise InvalidArgumentError(
-            f"backend must be one of {list(BACKENDS)} or None, not {backend!r}.", parameters=["backend"]
-        )
-    return backend
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ from dask_semdedup.device.memory import device_bytes
 from dask_semdedup.frames.backend import is_cudf, tensor_like
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.lazy.expressions import ScoresAgainst
+from dask_semdedup.lazy.planning import CUDF_ELEMENTS
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
+from dask_semdedup.lazy.sources import bytes_in_footers
 from dask_semdedup.steps.join import (
     copies_of,
     find_involved,
@@ -199,9 +201,12 @@ def make_plan(
         return sample_embeddings(frames[-1], draw(lengths[-1], size, SEED), columns, options.embedding_dim)
 
     if _has_gpu(ddf, options):
+        # A GPU compares a million rows in less time than it takes to read them. A number takes a byte at least.
+        stored = [bytes_in_footers(frame) for frame in frames]
+        if None not in stored and _fits_gpu(stored):
+            return Plan(sum(rows), 0, None, other_rows=sum(rows[1:]))
         width = sample(1).shape[1]
-        # A GPU compares a million rows in less time than it takes to read them.
-        if 4 * sum(rows) * width * GPU_COPIES <= (device_bytes() or 0):
+        if _fits_gpu([n * width for n in rows]):
             return Plan(sum(rows), width, None, other_rows=sum(rows[1:]))
     found = sample(sample_rows(rows[-1]))
     width = found.shape[1]
@@ -229,6 +234,12 @@ def make_plan(
 def _has_gpu(ddf: dd.DataFrame, options: SearchOptions) -> bool:
     """Return whether a GPU will search."""
     return options.device != "cpu" and (is_cudf(ddf._meta) or has_cuda())
+
+
+def _fits_gpu(n_values: Sequence[Any]) -> bool:
+    """Return whether a GPU holds so many numbers of each frame; two frames are columns of lists there."""
+    limit = CUDF_ELEMENTS if len(n_values) > 1 else np.inf
+    return max(n_values) <= limit and 4 * sum(n_values) * GPU_COPIES <= (device_bytes() or 0)
 
 
 def _blocks(lengths: Sequence[int], most: float, first: int) -> tuple[tuple[int, ...], ...]:

@@ -10,17 +10,21 @@ from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+import dask
 import numpy as np
 from dask.system import CPU_COUNT
 
 from dask_semdedup.device.devices import visible_gpus
 from dask_semdedup.device.memory import device_bytes
 from dask_semdedup.device.sharing import partitions_per_gpu
+from dask_semdedup.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from distributed import Client
 
 __all__ = ["plan"]
+
+BACKENDS = ("pandas", "cudf")
 
 # A partition that costs more than so many times the median is begun before the others.
 OVERSIZED = 2
@@ -48,6 +52,17 @@ PARTITIONS_A_GPU = 2
 CUDF_ELEMENTS = 2**31 - 1
 
 CUDF_BYTES = 2 * CUDF_ELEMENTS
+
+
+def check_backend(backend: str | None) -> str:
+    """Return the backend of frames, by default that of Dask's configuration; raise if it is neither of the two."""
+    if backend is None:
+        backend = dask.config.get("dataframe.backend", "pandas")
+    if backend not in BACKENDS:
+        raise InvalidArgumentError(
+            f"backend must be one of {list(BACKENDS)} or None, not {backend!r}.", parameters=["backend"]
+        )
+    return backend
 
 
 def default_size(backend: str, client: Client | None = None) -> int:

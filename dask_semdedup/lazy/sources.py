@@ -8,6 +8,7 @@ import dask.dataframe as dd
 import pyarrow as pa
 
 from dask_semdedup._dask import AnyExpr, FromMap, Lengths, Projection
+from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import COLUMNS_ADVICE
 from dask_semdedup.io.schemas import refuse
@@ -15,7 +16,7 @@ from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.tables import ReadPart
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["check_sources", "lengths_in_footers", "readers_of", "stored_schema"]
+__all__ = ["bytes_in_footers", "check_sources", "lengths_in_footers", "readers_of", "stored_schema"]
 
 
 def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
@@ -27,13 +28,25 @@ def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
 
 def lengths_in_footers(ddf: dd.DataFrame) -> list[int] | None:
     """Return the rows of each partition, if they are those of Parquet files as `read_table` reads them."""
+    partitions = _fragments(ddf)
+    return None if partitions is None else [sum(piece.rows for piece in pieces) for pieces in partitions]
+
+
+def bytes_in_footers(ddf: dd.DataFrame) -> int | None:
+    """Return the uncompressed bytes of all columns of those files, of which a frame may have fewer."""
+    partitions = _fragments(ddf)
+    return None if partitions is None else sum(piece.nbytes for pieces in partitions for piece in pieces)
+
+
+def _fragments(ddf: dd.DataFrame) -> list[Sequence[Fragment]] | None:
+    """Return what each partition is read from, if its rows are those of Parquet files as `read_table` reads them."""
     expr: AnyExpr = Lengths(ddf.expr).simplify()
     # Dask sees through what keeps the rows.
     while isinstance(expr, (Lengths, Projection)):
         expr = expr.frame
     if not isinstance(expr, FromMap) or not isinstance(expr.func, ReadPart) or not isinstance(expr.func.reader, Reader):
         return None
-    return [sum(fragment.rows for fragment in expr.iterables[0][number]) for number in expr._partitions]
+    return [expr.iterables[0][number] for number in expr._partitions]
 
 
 def stored_schema(ddf: dd.DataFrame) -> pa.Schema:

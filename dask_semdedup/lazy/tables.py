@@ -28,6 +28,7 @@ from dask_semdedup.io.listing import PARQUET_SUFFIXES, above_pattern, checksum, 
 from dask_semdedup.io.reader import Reader, taken_for_ids
 from dask_semdedup.io.scan import scan_files
 from dask_semdedup.io.scores import clusters_of_files
+from dask_semdedup.lazy.planning import check_backend, default_size, fitting_size
 
 __all__ = ["find_rows", "read_scores", "read_table", "table_token"]
 
@@ -49,10 +50,11 @@ def read_table(
     id_field: str = "id",
     embedding_field: str = "embeddings",
     make_ids: bool = False,
+    backend: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
-    partition_size: str | int = "128MiB",
+    partition_size: str | int | None = None,
 ) -> dd.DataFrame:
-    """Read Parquet or JSON lines as a lazy frame of pandas partitions.
+    """Read Parquet or JSON lines as a lazy frame of pandas or cuDF partitions.
 
     Only Parquet footers are read now, and a sample of JSON lines, from which the types are taken.
 
@@ -71,10 +73,12 @@ def read_table(
         Make ids, as the first column, `id_field`: strings of the file's path below the folder that is read, and the
         row's number in the file, as ``en/part-3.parquet:17``. They stay the same as long as the file does, whatever
         other files there are.
+    backend : {"pandas", "cudf"}, optional
+        What partitions are. By default Dask's configuration ``dataframe.backend``. JSON lines are always pandas.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
-    partition_size : str or int, default "128MiB"
-        About how much memory a partition takes.
+    partition_size : str or int, optional
+        About how much memory a partition takes. By default 128 MiB, and more on a GPU: see `read_clusters`.
 
     Returns
     -------
@@ -114,17 +118,23 @@ def read_table(
        id embeddings
     0   1    [1. 0.]
     """
-    size = check_bytes("partition_size", partition_size)
+    backend = check_backend(backend)
+    size = None if partition_size is None else check_bytes("partition_size", partition_size)
     check_names("columns", columns)
     options = dict(storage_options or {})
     fs, files, are_json = _list_table(path, options)
     roots = _roots(fs, path, options)
     keys, ids = keys_below(roots, files), {"make_ids": id_field if make_ids else None, "root": _common_root(roots)}
     if are_json:
+        size = size or default_size("pandas")
         lines, blocks = read_json(fs, files, columns, keys, id_field, embedding_field, size, **ids)
         return _lazy(lines, blocks, columns or lines.columns, checksum(files))
-    reader, fragments = _scan(fs, files, columns, keys, **ids)
+    reader, fragments = _scan(fs, files, columns, keys, backend=backend, **ids)
     reader = reader.with_arrow_floats()
+    if size is None:
+        size = default_size(backend)
+        if backend == "cudf":
+            size = fitting_size(size, backend, sum(fragment.nbytes for fragment in fragments))
     return _lazy(reader, _group(fragments, size), columns or reader.columns, checksum(files))
 
 
@@ -210,7 +220,8 @@ def find_rows(
         If a column is not there.
     """
     needed = list(dict.fromkeys([id_field, *columns]))
-    table = read_table(path, needed, id_field=id_field, make_ids=make_ids, storage_options=storage_options)
+    options: dict[str, Any] = {"id_field": id_field, "make_ids": make_ids, "storage_options": storage_options}
+    table = read_table(path, needed, backend="pandas", **options)
     wanted = pd.Index(list(dict.fromkeys(ids)))
     found = table.map_partitions(_select_ids, id_field, wanted, meta=table._meta).compute()
     found[id_field] = _as_objects(found[id_field])
@@ -278,7 +289,7 @@ def _scan(
     **options: Any,
 ) -> tuple[Reader, list[Fragment]]:
     """A reader of the files, and their row groups. What is in the files comes before what stands in names."""
-    scan = scan_files(fs, files, columns)
+    scan = scan_files(fs, files, columns, nulls=options.get("backend") != "cudf")
     made = taken_for_ids(options.get("make_ids"), scan.names)
     named = keys.fields if keys else pa.schema([])
     scan.check_columns(columns or [], [*named.names, *made], f"They are wanted of {next(iter(files))}.")

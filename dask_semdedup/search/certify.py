@@ -35,8 +35,8 @@ SAFE_NORMS = (2.0**-40, 2.0**40)
 TIE = 2.0**-40
 """Exact scores are rounded to multiples of this, so that no machine's order of summation decides between them."""
 
-CHUNK_BYTES = 1 << 19
-"""Bytes of rows that are converted or rescored at a time, so that they stay in a core's cache."""
+CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""Bytes of rows that are converted or rescored at a time: they stay in a core's cache, and keep a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,15 @@ def as_float32(rows: torch.Tensor) -> torch.Tensor:
     return rows.float().contiguous()
 
 
-def chunks(n: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:
+def chunks(n: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES["cpu"]) -> list[slice]:
     """Return slices that cover ``range(n)``, each of about `chunk_bytes`."""
     step = max(1, chunk_bytes // max(1, row_bytes))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def pieces(rows: torch.Tensor, row_bytes: int) -> list[slice]:
+    """Return slices of rows, as many bytes of them as suits their device."""
+    return chunks(len(rows), row_bytes, CHUNK_BYTES[rows.device.type])
 
 
 def measure(rows: torch.Tensor) -> UnitRows:
@@ -121,7 +126,7 @@ def measure(rows: torch.Tensor) -> UnitRows:
 def _norms(rows: torch.Tensor) -> torch.Tensor:
     """Return Euclidean norms, by pairwise summation, which is accurate to a few units in the last place."""
     squares = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    for chunk in chunks(len(rows), 4 * rows.shape[1]):
+    for chunk in pieces(rows, 4 * rows.shape[1]):
         torch.sum(rows[chunk].square(), dim=1, out=squares[chunk])
     return squares.sqrt_()
 
@@ -149,7 +154,7 @@ def half_copy(unit: UnitRows, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     rows = unit.rows
     half = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     residual = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    for chunk in chunks(len(rows), 4 * unit.width):
+    for chunk in pieces(rows, 4 * unit.width):
         exact = rows[chunk] if unit.is_unit else rows[chunk] * unit.inverse_norm[chunk, None]
         half[chunk] = exact
         difference = half[chunk].float().sub_(exact)
@@ -291,7 +296,7 @@ def _decide(
 def _dots(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Return float32 dot products of pairs of rows, by pairwise summation."""
     result = torch.empty(len(query), dtype=torch.float32, device=rows.device)
-    for chunk in chunks(len(query), 4 * rows.shape[1]):
+    for chunk in pieces(query, 4 * rows.shape[1]):
         product = rows.index_select(0, query[chunk]).mul_(rows.index_select(0, candidate[chunk]))
         torch.sum(product, dim=1, out=result[chunk])
     return result
@@ -345,7 +350,7 @@ def _silence_first_warning() -> None:
 def cosines64(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Return float64 cosine similarities of pairs of rows; 0 if a row is zero."""
     result = torch.empty(len(query), dtype=torch.float64, device=rows.device)
-    for chunk in chunks(len(query), 16 * rows.shape[1]):
+    for chunk in pieces(query, 16 * rows.shape[1]):
         x = rows.index_select(0, query[chunk]).double()
         y = rows.index_select(0, candidate[chunk]).double()
         norms = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1)

@@ -106,7 +106,7 @@ def first_copies(rows: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     factors = torch.randint(1 << 62, (bits.shape[1],), generator=generator).to(rows.device) * 2 + 1
     every = torch.arange(len(rows), device=rows.device)
     hashes = torch.searchsorted(segments.to(rows.device), every, right=True) * 0x9E3779B97F4A7C1
-    for chunk in certify.chunks(len(rows), 8 * bits.shape[1], PIECE_BYTES if rows.is_cuda else certify.CHUNK_BYTES):
+    for chunk in certify.pieces(rows, 8 * bits.shape[1]):
         # Products and sums of int64 wrap around.
         hashes[chunk] += (bits[chunk] * factors).sum(dim=1)
     _, group = hashes.unique(return_inverse=True)

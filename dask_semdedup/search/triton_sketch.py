@@ -74,7 +74,7 @@ MAX_IN_RUN = 8
 HITS_PER_QUERY = 4
 """Hits that there is room for, a query on average; more queries are crowded if there are more."""
 
-MIN_HITS = 1 << 18
+MIN_HITS = 1 << 20
 """Room for so many more hits."""
 
 FIELDS = 6

@@ -13,7 +13,7 @@ from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import cores_for
 from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, tensor_like, to_numpy
 from dask_semdedup.frames.columns import Columns, SearchOptions
-from dask_semdedup.frames.embeddings import to_tensor
+from dask_semdedup.frames.embeddings import gather_rows, to_tensor
 from dask_semdedup.steps.pairwise import check_clusters, score_frame, search_segments, segments_of
 from dask_semdedup.steps.ranking import RankingStrategy
 
@@ -78,7 +78,7 @@ def against_partition(
             width = parts[0].shape[1] if parts else options.embedding_dim
             rows_on = device if frame_device == "cuda" else "cpu"
             parts.append(_to_tensor(side, columns, ids, embedding_dim=width, order=order, device=rows_on))
-        rows = _joined(parts, position)
+        rows = gather_rows(parts, position)
         scores, index = search_segments(rows, segments, stops, replace(options, device=device))
     found = np.flatnonzero(is_query[position] & (stops > np.repeat(segments[:-1], np.diff(segments))))
     # Rows that do not reach `SearchOptions.at_least` have their own index, but only reference rows can be named.
@@ -110,16 +110,3 @@ def _stops(is_query: np.ndarray, segments: np.ndarray) -> np.ndarray:
     n_candidates = np.add.reduceat(~is_query, segments[:-1], dtype=np.int64)
     starts = np.repeat(segments[:-1], lengths)
     return np.where(is_query, starts + np.repeat(n_candidates, lengths), starts)
-
-
-def _joined(parts: list[Any], position: np.ndarray) -> Any:
-    """The rows of all parts in the order of their positions; the list is emptied, so that none is held twice."""
-    places = np.empty_like(position)
-    places[position] = np.arange(len(position))
-    joined = parts[0].new_empty((len(position), parts[0].shape[1]))
-    start = 0
-    while parts:
-        part = parts.pop(0)
-        joined[tensor_like(places[start : start + len(part)]).to(part.device)] = part
-        start += len(part)
-    return joined

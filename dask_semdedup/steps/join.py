@@ -20,10 +20,10 @@ from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import cores_for
 from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, take, tensor_like, to_numpy
 from dask_semdedup.frames.columns import Columns, SearchOptions
-from dask_semdedup.frames.embeddings import to_tensor
+from dask_semdedup.frames.embeddings import gather_rows, to_tensor
 from dask_semdedup.steps.against import against_partition
 from dask_semdedup.steps.mean import mean_of, total_of, with_distances
-from dask_semdedup.steps.pairwise import score_frame, search_frame, segments_of
+from dask_semdedup.steps.pairwise import score_frame, search_segments, segments_of
 from dask_semdedup.steps.ranking import RankingStrategy
 
 if TYPE_CHECKING:
@@ -219,33 +219,38 @@ def score_rows(
     check_device(options.device)
     if is_cudf(frames[0]):
         share_memory_pool()
-    frame = concat(list(frames)) if len(frames) > 1 else frames[0]
+    # Embeddings stay apart: those of many rows are more than a list column of cuDF can hold.
+    parts = _to_tensors(frames, columns, options)
+    frame = _concat([part.drop(columns=columns.embedding) for part in frames])
     if len(frame) == 0:
         return join_meta(frame, columns)
-    # The search gathers them in another order.
-    rows: Any = _to_tensor(frame, columns, options) if by_mean or links is not None else None
+    frame_device, whole = device_of(frame), np.array([0, len(frame)])
     if by_mean:
-        device = choose_device(options.device, device_of(frame), np.array([0, len(frame)]))
+        device = choose_device(options.device, frame_device, whole)
         if mean is None:
-            mean = mean_of([(total_of(rows, device), len(frame))])
-        frame = with_distances(frame, rows, mean, device)
+            mean = mean_of([(total_of(part, device), len(part)) for part in parts])
+        frame = with_distances(frame, parts, mean, device)
     order = to_numpy(ranking.order(frame, cluster_field=None, id_field=columns.id))
     label = np.zeros(len(frame), np.int64)
     if links is not None:
+        import torch
+
         from dask_semdedup.search.near import components
 
         pairs, bundles = links
-        label = components(len(frame), np.concatenate([_similar(rows, pairs, options), bundles]))
+        parts = [torch.cat(parts)]
+        label = components(len(frame), np.concatenate([_similar(parts[0], pairs, options), bundles]))
         order = order[np.bincount(label)[label[order]] > 1]
         if not len(order):
             return join_meta(frame, columns)
-    del rows
     by_label = np.argsort(label[order], kind="stable")
-    which, segments = positions_like(order[by_label], frame), segments_of(label[order[by_label]])
-    if len(order) < len(frame):
-        frame, which = frame.iloc[which], None
-    scores, index = search_frame(frame, which, segments, columns, options)
-    ids = frame[columns.id] if which is None else take(frame[columns.id], which)
+    position, segments = order[by_label], segments_of(label[order[by_label]])
+    device = choose_device(options.device, frame_device, segments)
+    with cores_for(device, segments):
+        rows = gather_rows(parts, position)
+        rows = rows.to(device) if frame_device == "cuda" else rows
+        scores, index = search_segments(rows, segments, None, replace(options, device=device))
+    ids = take(frame[columns.id], positions_like(position, frame))
     in_rank_order = tensor_like(np.argsort(by_label, kind="stable")).to(index.device)
     own, nearest = (array_like(positions, frame) for positions in (in_rank_order, index[in_rank_order]))
     return score_frame(take(ids, own), take(ids, nearest), array_like(scores[in_rank_order], frame))
@@ -278,7 +283,7 @@ def score_rows_against(
     check_device(options.device)
     if is_cudf(frames[0]):
         share_memory_pool()
-    sides = [concat(list(side)) if len(side) > 1 else side[0] for side in (frames, references)]
+    sides = [_concat(side) for side in (frames, references)]
     n = len(sides[0])
     label = np.zeros(n + len(sides[1]), np.int64)
     if links is not None and len(label):
@@ -305,6 +310,21 @@ def join_meta(meta: Any, columns: Columns, nearest: Any = None) -> Any:
     """Build the empty frame that has exactly the dtypes of `score_rows`, or of `score_rows_against` given their ids."""
     ids = meta.iloc[:0][columns.id]
     return score_frame(ids, ids if nearest is None else nearest.iloc[:0], np.empty(0, np.float32))
+
+
+def _concat(frames: Sequence[Any]) -> Any:
+    return concat(list(frames)) if len(frames) > 1 else frames[0]
+
+
+def _to_tensors(frames: Sequence[Any], columns: Columns, options: SearchOptions) -> list[torch.Tensor]:
+    """Return the embeddings of frames, all as wide as the first ones."""
+    parts: list[torch.Tensor] = []
+    for frame in frames:
+        part = _to_tensor(frame, columns, options)
+        if len(part):
+            parts.append(part)
+            options = replace(options, embedding_dim=part.shape[1])
+    return parts
 
 
 def _to_tensor(frame: Any, columns: Columns, options: SearchOptions, **on: str) -> torch.Tensor:

@@ -22,7 +22,7 @@ FIXED_POINT = 2.0**32
 
 def total_of(rows: torch.Tensor, device: str) -> np.ndarray:
     """Return the (d,) int64 sum of unit rows, in fixed point, computed on a device."""
-    sums = [(unit * FIXED_POINT).round_().long().sum(dim=0) for _, unit in _unit64(rows, device)]
+    sums = [(unit * FIXED_POINT).round_().long().sum(dim=0) for unit in _unit64(rows, device)]
     return sum((part.cpu().numpy() for part in sums), np.zeros(rows.shape[1], np.int64))
 
 
@@ -32,14 +32,14 @@ def mean_of(totals: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
     return np.asarray(total / FIXED_POINT / max(1, count))
 
 
-def with_distances(frame: Any, rows: torch.Tensor, mean: np.ndarray, device: str) -> Any:
+def with_distances(frame: Any, parts: Sequence[torch.Tensor], mean: np.ndarray, device: str) -> Any:
     """Return a frame with the distances of its rows to the mean, as k-means has them to centroids.
 
     Parameters
     ----------
     frame : DataFrame
-    rows : torch.Tensor
-        (n, d) float32 embeddings.
+    parts : sequence of torch.Tensor
+        (n_i, d) float32 embeddings, of all rows together.
     mean : numpy.ndarray
         (d,) float64.
     device : {"cpu", "cuda"}
@@ -52,12 +52,13 @@ def with_distances(frame: Any, rows: torch.Tensor, mean: np.ndarray, device: str
     centre = tensor_like(mean).to(device)
     length = torch.linalg.vector_norm(centre)
     direction = centre / length if length else centre
-    l2, cosine = torch.empty(2, len(rows), dtype=torch.float64, device=device)
-    for chunk, unit in _unit64(rows, device):
-        cosine[chunk] = 1 - unit @ direction
-        l2[chunk] = torch.linalg.vector_norm(unit.sub_(centre), dim=1)
+    found: dict[str, list[torch.Tensor]] = {"l2": [], "cosine": []}
+    for part in parts:
+        for unit in _unit64(part, device):
+            found["cosine"].append(1 - unit @ direction)
+            found["l2"].append(torch.linalg.vector_norm(unit.sub_(centre), dim=1))
     # No machine's order of summation decides between them.
-    snapped = {"l2": snap(l2), "cosine": snap(cosine)}
+    snapped = {metric: snap(torch.cat(distances)) for metric, distances in found.items()}
     values = {
         name: column_like(array_like(snapped[metric], frame), frame[frame.columns[0]])
         for metric, name in DISTANCE_COLUMNS.items()
@@ -65,13 +66,13 @@ def with_distances(frame: Any, rows: torch.Tensor, mean: np.ndarray, device: str
     return frame.reset_index(drop=True).assign(**values)
 
 
-def _unit64(rows: torch.Tensor, device: str) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield slices of rows, and these as unit rows in float64 on a device; zero rows stay zero."""
+def _unit64(rows: torch.Tensor, device: str) -> Iterator[torch.Tensor]:
+    """Yield the unit rows in float64 on a device, some at a time; zero rows stay zero."""
     import torch
 
-    from dask_semdedup.search import certify
+    from dask_semdedup.search.certify import chunks
 
-    for chunk in certify.chunks(len(rows), 8 * rows.shape[1], CHUNK_BYTES[device]):
-        unit = certify.measure(rows[chunk].to(device)).rows.double()
+    for chunk in chunks(len(rows), 8 * rows.shape[1], CHUNK_BYTES[device]):
+        unit = rows[chunk].to(device).double()
         norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
-        yield chunk, unit.div_(torch.where(norm > 0, norm, 1.0))
+        yield unit.div_(torch.where(norm > 0, norm, 1.0))

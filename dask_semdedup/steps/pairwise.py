@@ -37,7 +37,6 @@ __all__ = [
     "pairwise_meta",
     "pairwise_partition",
     "score_frame",
-    "search_frame",
     "search_segments",
     "segments_of",
 ]
@@ -90,7 +89,7 @@ def pairwise_partition(
         check_clusters(clusters, ids)
         order = ranking.order(frame, cluster_field=columns.cluster, id_field=columns.id)
         segments = segments_of(_codes(clusters, order))
-        scores, index = search_frame(frame, order, segments, columns, options, clusters)
+        scores, index = _search_frame(frame, order, segments, columns, options, clusters)
         nearest = order[array_like(index, frame)]
         found = take(ids, order), take(ids, nearest), array_like(scores, frame), take(clusters, order)
         with default_stream(frame_device):
@@ -167,24 +166,10 @@ def segments_of(codes: Any) -> np.ndarray:
     return np.concatenate([[0], to_numpy(starts), [len(codes)]])
 
 
-def search_frame(
-    frame: Any, order: Any, segments: np.ndarray, columns: Columns, options: SearchOptions, clusters: Any = None
+def _search_frame(
+    frame: Any, order: Any, segments: np.ndarray, columns: Columns, options: SearchOptions, clusters: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Search the rows of a frame in an order, on the device of `options`.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        With the columns of ids and embeddings.
-    order : (n,) int64 array or None
-        Rows of the frame, in rank order within each segment; None if they stand in it.
-    segments : (k + 1,) int64 array
-        Offsets of the segments in that order.
-    columns : Columns
-    options : SearchOptions
-    clusters : Series, optional
-        The rows' clusters, for messages.
-    """
+    """Search the rows of a frame in an order, on the device of `options`."""
     frame_device = device_of(frame)
     device = choose_device(options.device, frame_device, segments)
     with cores_for(device, segments):

@@ -118,6 +118,10 @@ class OutputExistsError(OutputError, FileExistsError):
     """A path for output is taken by files that may not be replaced."""
 
 
+class ClusterUnavailableError(SemDedupError, ConnectionError):
+    """A cluster cannot do the work: it has no workers, or others than needed, or its scheduler cannot be reached."""
+
+
 class MissingDependencyError(SemDedupError, ImportError):
     """A library that only some of the work needs is not installed."""
 

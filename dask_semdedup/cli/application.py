@@ -40,7 +40,15 @@ SECTIONS = {
         "max_eps",
     ],
     "Search": ["compute_dtype", "device", "pairwise_batch_size"],
-    "Where it runs": ["workers", "scheduler", "backend", "partition_size"],
+    "Where it runs": [
+        "workers",
+        "scheduler",
+        "tls_ca_file",
+        "tls_cert",
+        "tls_key",
+        "backend",
+        "partition_size",
+    ],
     "Files": ["storage_options", "overwrite", "redo_from"],
     "Messages": ["quiet", "verbose", "traceback"],
 }

@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import click
 import dask
 from dask.callbacks import Callback
 from dask.system import CPU_COUNT
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.cli.options import tls_files
+from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError
 from dask_semdedup.lazy.tasks import results_of
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
-    from distributed import Client
+    from distributed import Client, Security
+
+# Seconds that a client has to take leave of its scheduler.
+CLOSING = 10
 
 
 @contextmanager
-def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | None] = ()) -> Iterator[Client | None]:
+def connect(
+    scheduler: str | None,
+    workers: int | None,
+    paths: Iterable[str | None] = (),
+) -> Iterator[Client | None]:
     """Yield a client of the requested cluster, or None for the threads of this process.
 
-    All workers of a cluster must be able to reach the `paths` that are not None.
+    All workers of a cluster must be able to reach the `paths` that are not None. Certificates and keys are those of
+    the command's options.
     """
     if scheduler is None and workers is None:
         import dask_semdedup.search  # noqa: F401  (loads torch, which takes seconds, before the first task)
@@ -40,11 +60,16 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
             yield None
         return
     _refuse_memory(paths, "--workers" if scheduler is None else "--scheduler")
-    from distributed import Client, LocalCluster
+    from distributed import Client, LocalCluster, Security
+
+    from dask_semdedup.lazy.workers import check_workers
 
     if scheduler is not None:
         _check_address(scheduler)
-        with Client(scheduler) as client:
+        tls = tls_files(click.get_current_context())
+        security = Security(require_encryption=True, **tls) if tls else None
+        with _client(scheduler, security) as client:
+            check_workers(client)
             yield client
         return
     # A worker's failure reaches the user through its future: its own log would only repeat it.
@@ -53,6 +78,29 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
         Client(cluster) as client,
     ):
         yield client
+
+
+@contextmanager
+def _client(address: str, security: Security | None) -> Iterator[Client]:
+    """Yield a client of a scheduler; one that has lost it is closed without waiting for it."""
+    from distributed import Client
+
+    from dask_semdedup.lazy.workers import is_connected, lost
+
+    try:
+        client = Client(address, security=security)
+    except (OSError, ssl.SSLError) as error:
+        raise ClusterUnavailableError(f"Cannot connect to the scheduler at {address}: {error}") from error
+    try:
+        yield client
+    except (CancelledError, OSError) as error:
+        if is_connected(client):
+            raise
+        raise lost(client) from error
+    finally:
+        # It would take leave of a scheduler that is gone.
+        with suppress(TimeoutError):
+            client.close(timeout=CLOSING if is_connected(client) else 0)
 
 
 def _refuse_memory(paths: Iterable[str | None], flag: str) -> None:
@@ -88,6 +136,7 @@ def show_progress(*, enabled: bool) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=console,
         disable=not (enabled and console.is_terminal),
     )

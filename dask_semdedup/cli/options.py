@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 
 DEFAULT_EPS = 0.01
 
+# Files for an encrypted connection, by option: the parameter of `distributed.Security`, and what is in them.
+TLS_OPTIONS = {
+    "--tls-ca-file": ("tls_ca_file", "Certificate of the authority that signed the scheduler's certificate"),
+    "--tls-cert": ("tls_client_cert", "Certificate of this client"),
+    "--tls-key": ("tls_client_key", "Private key of this client"),
+}
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -59,6 +66,16 @@ def _parse_rank_by(_ctx: click.Context, _param: click.Parameter, values: tuple[s
 
 def _remember_traceback(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     ctx.meta["traceback"] = value
+
+
+def _remember_tls(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.meta.setdefault("tls", {})[TLS_OPTIONS[param.opts[0]][0]] = value
+
+
+def tls_files(ctx: click.Context) -> dict[str, str]:
+    """Return the files of certificates and keys that were given, as parameters of `distributed.Security`."""
+    return dict(ctx.meta.get("tls", {}))
 
 
 id_option = click.option("--id-field", metavar="COLUMN", default="id", show_default=True, help="Column of ids.")
@@ -126,6 +143,17 @@ execution_options = _together(
     ),
     click.option(
         "--scheduler", metavar="ADDRESS", help="Run on the Dask cluster at this address, such as tcp://10.0.0.1:8786."
+    ),
+    *(
+        click.option(
+            name,
+            type=click.Path(exists=True, dir_okay=False),
+            metavar="FILE",
+            expose_value=False,
+            callback=_remember_tls,
+            help=f"{what}, in PEM format, for a scheduler at tls://.",
+        )
+        for name, (_, what) in TLS_OPTIONS.items()
     ),
     click.option(
         "--workers",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
@@ -20,6 +19,7 @@ from dask_semdedup.frames.backend import check_plain_dtype, is_cudf, to_list
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.frames.ids import check_same_kind, repeats
 from dask_semdedup.lazy.expressions import CheckedIds, RowsKept, ShuffleByCluster, is_against
+from dask_semdedup.lazy.tasks import compute
 from dask_semdedup.steps.duplicates import check_eps, eps_column, find_duplicates
 from dask_semdedup.steps.removal import HASH_COLUMN, find_ids, hash_column, ids_to_remove, repeated_ids
 
@@ -66,7 +66,7 @@ def check_ids(ids: dd.Series) -> None:
         Naming a few of the ids.
     """
     meta = hash_column(ids._meta)
-    missing, hashes = dask.compute(ids.isna().sum(), ids.dropna().map_partitions(hash_column, meta=meta))
+    missing, hashes = compute(ids.isna().sum(), ids.dropna().map_partitions(hash_column, meta=meta))
     if missing:
         raise IdError(
             f"Column {ids.name!r}: {have(int(missing), 'row')} a null id. Give every row an id, or drop it.",
@@ -76,7 +76,7 @@ def check_ids(ids: dd.Series) -> None:
     values, counts = np.unique(hashes.to_numpy(), return_counts=True)
     if (counts == 1).all():
         return
-    doubtful = ids.map_partitions(_of_hashes, values[counts > 1], meta=ids._meta).compute()
+    (doubtful,) = compute(ids.map_partitions(_of_hashes, values[counts > 1], meta=ids._meta))
     if count := len(repeated := doubtful[repeats(doubtful)].drop_duplicates()):
         stand = "1 id stands" if count == 1 else f"{count:,} ids stand"
         raise IdError(

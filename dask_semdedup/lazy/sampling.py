@@ -18,6 +18,7 @@ from dask_semdedup.errors import EmbeddingError, some
 from dask_semdedup.frames.columns import Columns
 from dask_semdedup.frames.embeddings import to_tensor
 from dask_semdedup.lazy.sources import lengths_in_footers
+from dask_semdedup.lazy.tasks import compute
 
 __all__ = ["draw", "partition_lengths", "sample_embeddings"]
 
@@ -35,7 +36,7 @@ def partition_lengths(ddf: dd.DataFrame, columns: Columns) -> list[int]:
         return known
     others = [name for name in ddf.columns if name != columns.embedding]
     narrow = ddf[others[:1] or [columns.embedding]]
-    return list(new_collection(Lengths(narrow.expr)).compute())
+    return list(compute(new_collection(Lengths(narrow.expr)))[0])
 
 
 def draw(lengths: list[int], size: int, seed: int) -> dict[int, np.ndarray]:
@@ -136,7 +137,7 @@ def sample_embeddings(
         take(part, positions, columns, embedding_dim)
         for part, positions in zip(partitions, picks.values(), strict=True)
     ]
-    return _stack(list(dask.compute(*parts)), columns)
+    return _stack(list(compute(*parts)), columns)
 
 
 def take_embeddings(frame: Any, positions: np.ndarray, columns: Columns, embedding_dim: int | None) -> np.ndarray:

@@ -18,6 +18,7 @@ from dask_semdedup.lazy.join import Plan, compare_all, compare_all_with, make_pl
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.sampling import partition_lengths
 from dask_semdedup.lazy.sources import check_sources
+from dask_semdedup.lazy.tasks import compute
 from dask_semdedup.steps.duplicates import check_eps, find_duplicates, threshold
 from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.ranking import RankingStrategy
@@ -181,7 +182,7 @@ def is_complete(clusters: str | None, n_clusters: int | None, centroids: Any, fi
 
 def count_rows(ddf: dd.DataFrame, columns: Columns) -> pd.Series:
     """Count the rows of each cluster, now."""
-    rows = ddf[columns.cluster].value_counts().compute().astype("int64").sort_index()
+    rows = compute(ddf[columns.cluster].value_counts())[0].astype("int64").sort_index()
     return rows.to_pandas() if hasattr(rows, "to_pandas") else rows
 
 

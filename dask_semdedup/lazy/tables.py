@@ -29,6 +29,7 @@ from dask_semdedup.io.reader import Reader, taken_for_ids
 from dask_semdedup.io.scan import scan_files
 from dask_semdedup.io.scores import clusters_of_files
 from dask_semdedup.lazy.planning import check_backend, default_size, fitting_size
+from dask_semdedup.lazy.tasks import compute
 
 __all__ = ["find_rows", "read_scores", "read_table", "table_token"]
 
@@ -223,7 +224,7 @@ def find_rows(
     options: dict[str, Any] = {"id_field": id_field, "make_ids": make_ids, "storage_options": storage_options}
     table = read_table(path, needed, backend="pandas", **options)
     wanted = pd.Index(list(dict.fromkeys(ids)))
-    found = table.map_partitions(_select_ids, id_field, wanted, meta=table._meta).compute()
+    (found,) = compute(table.map_partitions(_select_ids, id_field, wanted, meta=table._meta))
     found[id_field] = _as_objects(found[id_field])
     return found.drop_duplicates(id_field).set_index(id_field, drop=False)[list(columns)]
 

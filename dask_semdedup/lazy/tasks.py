@@ -1,4 +1,4 @@
-"""Tasks that write files: when all are done, or one has failed, none of them writes any more."""
+"""Results that are needed now, and tasks that write files: when one has failed, none of them writes any more."""
 
 from __future__ import annotations
 
@@ -16,10 +16,37 @@ from dask import threaded
 from dask.base import get_scheduler
 from dask.system import CPU_COUNT
 
+from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.lazy.workers import is_connected, watched
+
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-__all__ = ["compute_to_the_end", "results_of"]
+__all__ = ["compute", "compute_to_the_end", "results_of"]
+
+
+def compute(*collections: Any) -> tuple[Any, ...]:
+    """Return the results of collections, computed where Dask does by default.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If that is an asynchronous client, which cannot be waited for.
+    """
+    _scheduler_of(collections)
+    return dask.compute(*collections)
+
+
+def _scheduler_of(collections: Iterable[Any]) -> Any:
+    """Return Dask's scheduler for collections, which may be a client's; raise if it cannot be waited for."""
+    # It raises for an asynchronous client of this event loop.
+    try:
+        return get_scheduler(collections=collections)
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            "The client is asynchronous, and the rows are needed now. Call this in a thread of its own, as with "
+            "asyncio.to_thread, with a client that is not asynchronous."
+        ) from error
 
 
 def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
@@ -40,7 +67,7 @@ def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
     Exception
         The first of a task, when no other task runs any more: what is written can be removed.
     """
-    get = get_scheduler(collections=[frame])
+    get = _scheduler_of([frame])
     distributed = sys.modules.get("distributed")
     client = getattr(get, "__self__", None)
     if distributed is not None and isinstance(client, distributed.Client):
@@ -85,15 +112,18 @@ def results_of(client: Client, futures: Iterable[Future], advance: Callable[[], 
 
     futures = list(futures)
     try:
-        for future in as_completed(futures):
-            # Raises its error, if it has failed.
-            future.result()
-            advance()
+        with watched(client) as moved:
+            for future in as_completed(futures):
+                # Raises its error, if it has failed.
+                future.result()
+                moved()
+                advance()
         return client.gather(futures)
     except BaseException:
-        # Where the cluster is gone, so are its writers.
-        with suppress(OSError):
-            _stop(client, futures)
+        # A cluster that is gone cannot be waited for.
+        if is_connected(client):
+            with suppress(OSError):
+                _stop(client, futures)
         raise
 
 

@@ -25,7 +25,7 @@ from dask_semdedup.io.write import PARTS, write_part
 from dask_semdedup.lazy.alignment import align
 from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.sources import stored_schema
-from dask_semdedup.lazy.tasks import compute_to_the_end
+from dask_semdedup.lazy.tasks import compute, compute_to_the_end
 
 __all__ = ["parts", "writable", "write_clusters_of", "write_layout", "write_parts_of"]
 
@@ -74,7 +74,7 @@ def writable(ddf: dd.DataFrame, columns: Columns) -> dd.DataFrame:
     if columns.embedding not in objects:
         return ddf
     column = ddf[columns.embedding]
-    rows = (part.head(1).dropna() for part in column.partitions)
+    rows = (compute(part.head(1, compute=False))[0].dropna() for part in column.partitions)
     first = next((found for found in rows if len(found)), None)
     type_ = None if first is None else list_type(first)
     if type_ is None:

@@ -1,0 +1,138 @@
+"""Workers of a distributed cluster: whether they can do the work, and what they wait for."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from dask.utils import format_bytes
+
+from dask_semdedup.errors import ClusterUnavailableError, some
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["check_workers", "is_connected", "lost", "watched"]
+
+# Seconds that a cluster has to get its first worker.
+FIRST_WORKER = 60
+
+# Seconds without a finished task after which the workers are looked at.
+PATIENCE = 60
+
+
+def check_workers(client: Client, timeout: float = FIRST_WORKER) -> None:
+    """Raise unless a cluster has workers, all with this version of the package.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    timeout : float
+        Seconds to wait for the first worker.
+
+    Raises
+    ------
+    ClusterUnavailableError
+        Naming the workers that cannot do the work.
+    """
+    from dask_semdedup import __version__
+
+    address = _address(client)
+    try:
+        client.wait_for_workers(1, timeout=timeout)
+    except TimeoutError as error:
+        raise ClusterUnavailableError(
+            f"The scheduler at {address} has had no workers for {timeout:g} s. Start workers that connect to it: "
+            f"dask worker {address}."
+        ) from error
+    found: Any = client.get_versions(packages=["dask_semdedup"])
+    versions = {worker: known["packages"].get("dask_semdedup") for worker, known in found["workers"].items()}
+    if lacking := [worker for worker, version in versions.items() if version is None]:
+        raise ClusterUnavailableError(
+            f"{_count(lacking, versions)} cannot import dask_semdedup: {some(lacking)}. Install version {__version__} "
+            "where they run, and start them again."
+        )
+    if others := {worker: version for worker, version in versions.items() if version != __version__}:
+        raise ClusterUnavailableError(
+            f"{_count(others, versions)} have another version of dask_semdedup than this process, {__version__}: "
+            f"{some(others.items())}. Install the same version, and start them again."
+        )
+
+
+def is_connected(client: Client) -> bool:
+    """Return whether a client has a connection to its scheduler."""
+    return str(client.status) == "running"
+
+
+def lost(client: Client) -> ClusterUnavailableError:
+    """Return the error for a client whose scheduler is gone."""
+    return ClusterUnavailableError(
+        f"The connection to the scheduler at {_address(client)} is lost: it has stopped, or cannot be reached. "
+        "Start it again, and run the same command again."
+    )
+
+
+@contextmanager
+def watched(client: Client) -> Iterator[Callable[[], None]]:
+    """Warn when nothing has moved for a while and the workers cannot go on; yield what says that something has moved.
+
+    Warns
+    -----
+    UserWarning
+        If there are no workers, or all have paused. Once until something moves.
+    """
+    last, told, over = time.monotonic(), False, threading.Event()
+
+    def moved() -> None:
+        nonlocal last, told
+        last, told = time.monotonic(), False
+
+    def watch() -> None:
+        nonlocal told
+        while not over.wait(min(1.0, PATIENCE / 4)):
+            if told or time.monotonic() - last < PATIENCE:
+                continue
+            # The cluster may be gone by now: whoever waits for it says so.
+            with suppress(OSError):
+                if reason := _why_nothing_moves(client):
+                    told = True
+                    warnings.warn(f"Nothing has finished for {PATIENCE:g} s: {reason}", stacklevel=2)
+
+    thread = threading.Thread(target=watch, name="watch-workers", daemon=True)
+    thread.start()
+    try:
+        yield moved
+    finally:
+        over.set()
+        thread.join()
+
+
+def _why_nothing_moves(client: Client) -> str | None:
+    """Return why no worker goes on, or None if some do."""
+    if not is_connected(client):
+        return None
+    workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+    if not workers:
+        return f"the scheduler at {_address(client)} has no workers. Start some."
+    if any(worker["status"] != "paused" for worker in workers.values()):
+        return None
+    sizes = [
+        f"{format_bytes(worker['metrics']['memory'])} of {format_bytes(worker['memory_limit'])}"
+        for worker in workers.values()
+    ]
+    return (
+        f"all {len(workers)} workers have paused, since their memory is full ({some(sizes, 2)}). Stop, and run again "
+        "with more memory a worker, fewer threads a worker, or smaller partitions."
+    )
+
+
+def _address(client: Client) -> str:
+    return str(client.scheduler.address) if client.scheduler else "an unknown address"
+
+
+def _count(some_of: Any, workers: Any) -> str:
+    return f"{len(some_of)} of {len(workers)} workers"

@@ -1,0 +1,83 @@
+"""Clusters that cannot do the work, or do not go on."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from distributed import Client, LocalCluster
+
+from dask_semdedup import __version__
+from dask_semdedup.errors import ClusterUnavailableError
+from dask_semdedup.lazy import workers
+from dask_semdedup.lazy.workers import check_workers, watched
+
+
+@pytest.fixture
+def idle() -> Iterator[Client]:
+    """A cluster without workers."""
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def test_a_cluster_needs_workers(idle: Client) -> None:
+    with pytest.raises(ClusterUnavailableError, match=r"has had no workers for 0\.1 s"):
+        check_workers(idle, timeout=0.1)
+
+
+def test_workers_need_this_version_of_the_package(idle: Client) -> None:
+    idle.cluster.scale(1)
+    check_workers(idle)
+    for version, words in [(None, "1 of 2 workers cannot import"), ("0.0.1", "1 of 2 workers have another version")]:
+        found = {"tcp://a": {"packages": {"dask_semdedup": __version__}}}
+        found["tcp://b"] = {"packages": {"dask_semdedup": version}}
+        with (
+            patch.object(idle, "get_versions", return_value={"workers": found}),
+            pytest.raises(ClusterUnavailableError, match=words) as error,
+        ):
+            check_workers(idle)
+        assert "tcp://b" in str(error.value)
+        assert "tcp://a" not in str(error.value)
+
+
+def paused(n: int) -> dict[str, Any]:
+    full = {"status": "paused", "metrics": {"memory": 500 << 20}, "memory_limit": 600 << 20}
+    return {"workers": {f"tcp://{number}": full for number in range(n)}}
+
+
+@pytest.mark.parametrize(
+    ("info", "words"), [({"workers": {}}, "has no workers"), (paused(2), "all 2 workers have paused")]
+)
+def test_a_cluster_that_does_not_go_on_is_warned_of_once(idle: Client, info: dict[str, Any], words: str) -> None:
+    with (
+        patch.object(workers, "PATIENCE", 0.1),
+        patch.object(idle, "scheduler_info", return_value=info),
+        warnings.catch_warnings(record=True) as caught,
+        watched(idle) as moved,
+    ):
+        warnings.simplefilter("always")
+        time.sleep(0.5)
+        assert [words in str(warning.message) for warning in caught] == [True]
+        moved()
+        time.sleep(0.5)
+        assert len(caught) == 2
+
+
+def test_long_tasks_are_no_fault(idle: Client) -> None:
+    info = paused(2)
+    info["workers"]["tcp://2"] = {**info["workers"]["tcp://1"], "status": "running"}
+    with (
+        patch.object(workers, "PATIENCE", 0.1),
+        patch.object(idle, "scheduler_info", return_value=info),
+        warnings.catch_warnings(),
+        watched(idle),
+    ):
+        warnings.simplefilter("error")
+        time.sleep(0.3)

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,22 @@ def _fit_with_sklearn(rows: np.ndarray, n_clusters: int, options: KMeansOptions)
     else:
         # The rows are ours: it may shift them to their mean in place.
         model = KMeans(init=init, copy_x=False, **arguments)
-    return model.fit(rows).cluster_centers_
+    model.fit(rows)
+    return _means(rows, model.labels_, model.cluster_centers_)
+
+
+def _means(rows: np.ndarray, labels: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Return the mean of the rows of each centroid, as one more step of Lloyd's algorithm.
+
+    Threads of scikit-learn add rows up in any order, so that its centroids differ in their last bits from run to run.
+    """
+    order = np.argsort(labels, kind="stable")
+    bounds = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
+    means = centroids.astype(np.float64)
+    for number, (start, stop) in enumerate(pairwise(bounds)):
+        if start < stop:
+            means[number] = rows[order[start:stop]].mean(axis=0, dtype=np.float64)
+    return means
 
 
 def _fit_with_cuml(rows: np.ndarray, n_clusters: int, options: KMeansOptions) -> np.ndarray:

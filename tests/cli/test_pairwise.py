@@ -254,7 +254,7 @@ def test_processes_give_the_same_scores_as_threads(
     invoke(clusters, tmp_path / "threads", "--partition-size", "1kB")
     result = invoke(clusters, tmp_path / "processes", "--partition-size", "1kB", "--workers", "2")
     assert result.exit_code == 0, result.stderr
-    pd.testing.assert_frame_equal(read(tmp_path / "processes"), read(tmp_path / "threads"), rtol=1e-6)
+    pd.testing.assert_frame_equal(read(tmp_path / "processes"), read(tmp_path / "threads"))
 
 
 def test_failure_on_a_cluster_is_one_line_and_leaves_nothing(

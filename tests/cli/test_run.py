@@ -380,10 +380,18 @@ def test_scores_whose_number_of_rows_is_lost_are_not_reported(
 
 
 @EITHER_WAY
-def test_run_uses_processes(source: Path, tmp_path: Path, invoke: Callable[..., Result], way: list[object]) -> None:
-    result = invoke(source, "--workers", 1, "--quiet", *way)
-    assert result.exit_code == 0, result.stderr
-    assert result.output == ""
+def test_processes_write_the_bytes_that_threads_write(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], way: list[object]
+) -> None:
+    written = []
+    for where in (["--workers", 2], []):
+        result = invoke(source, "--quiet", "--overwrite", "--partition-size", "4kB", *where, *way)
+        assert result.exit_code == 0, result.stderr
+        assert result.output == ""
+        files = sorted((tmp_path / "out").rglob("*.parquet"))
+        written.append({str(path): path.read_bytes() for path in files})
+    assert len(written[0]) > 3
+    assert written[0] == written[1]
     assert len(kept(tmp_path)) == ROWS - COPIES
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.columns import Columns
@@ -207,6 +208,15 @@ def test_input_is_not_written_to() -> None:
 
 
 # --- Fitting ---------------------------------------------------------------------------------------------------------
+
+
+def test_centroids_do_not_depend_on_the_number_of_threads() -> None:
+    rows = np.random.default_rng(0).standard_normal((5000, 64)).astype(np.float32)
+    found = []
+    for limit in (1, 2):
+        with threadpool_limits(limit):
+            found.append(fit_centroids(rows.copy(), 20))
+    assert found[0].tobytes() == found[1].tobytes()
 
 
 @pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])

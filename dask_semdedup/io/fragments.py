@@ -17,8 +17,12 @@ from dask_semdedup.errors import DataReadError, SemDedupError, some
 from dask_semdedup.io.listing import is_local
 from dask_semdedup.io.schemas import conform
 
-# Rows of a batch where a row group cannot be read as a whole.
-BATCH_ROWS = 2**14
+# Bytes in the file, and rows, of a batch. Arrow takes five times the bytes of lists of numbers while it decodes them,
+# and cannot decode more than 2 GiB of strings within lists at once.
+BATCH_BYTES, BATCH_ROWS = 2**23, 2**16
+
+# Bytes of a column that are read from a file at once.
+BUFFER = 2**20
 
 
 class Fragment(NamedTuple):
@@ -130,7 +134,7 @@ def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Seque
     try:
         with nullcontext(path) if is_local(fs) else fs.open(path) as source:
             check_size(path, fragment.size, os.path.getsize(path) if is_local(fs) else getattr(source, "size", None))
-            with pq.ParquetFile(source, pre_buffer=not is_local(fs)) as file:
+            with pq.ParquetFile(source, buffer_size=BUFFER, pre_buffer=not is_local(fs)) as file:
                 table = _read_row_groups(file, fragment.row_groups, names)
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         if isinstance(error, SemDedupError):
@@ -147,12 +151,19 @@ def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, nam
     if not present:
         rows = sum(file.metadata.row_group(index).num_rows for index in groups)
         return pa.table({"": pa.nulls(rows)})
-    try:
+    chunks = [
+        chunk
+        for group in map(file.metadata.row_group, groups)
+        for chunk in map(group.column, range(group.num_columns))
+        if chunk.path_in_schema.partition(".")[0] in present
+    ]
+    nbytes = sum(chunk.total_uncompressed_size for chunk in chunks)
+    rows = sum(file.metadata.row_group(index).num_rows for index in groups)
+    step = max(1, min(BATCH_ROWS, rows * BATCH_BYTES // max(1, nbytes)))
+    if rows <= step:
         return file.read_row_groups(groups, present, use_threads=False)
-    except pa.ArrowNotImplementedError:
-        # More than 2 GiB of strings within lists or structs come only in batches.
-        batches = file.iter_batches(BATCH_ROWS, groups, present, use_threads=False)
-        return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
+    batches = file.iter_batches(step, groups, present, use_threads=False)
+    return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
 
 
 def check_size(path: str, planned: int, found: int | None) -> None:

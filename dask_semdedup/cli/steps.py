@@ -131,7 +131,7 @@ def plan_steps(
         made = [name for name in step.needs if reasons.get(name)]
         manifest = manifests[step.name]
         if manifest is None or step.name in redone:
-            reasons[step.name] = "new" if manifest is None else ASKED_FOR
+            reasons[step.name] = ASKED_FOR if step.name in redone else "new"
             continue
         changes = _changes(manifest, step) or _losses(fs, f"{root}/{step.name}", manifest)
         reasons[step.name] = _reason(step, manifest, manifests, made, changes)

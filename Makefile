@@ -4,6 +4,7 @@
 # make docs   the documentation, docs/_build/html/index.html
 # make resolve   whether the extras for GPUs can be installed
 # make test-dask   the tests of lazy/ on the newest and the oldest Dask that setup.cfg claims
+# make test-kills   commands that are killed at random moments, for many rounds
 # make test-curator   the tests in NeMo Curator's own pipelines, on the CPU
 #
 # Each target that needs it creates .venv first: Python 3.11 or newer is all a machine must have. That of test-curator is
@@ -15,7 +16,7 @@ INSTALLED := .venv/.installed
 CURATOR := .venv-curator
 OLDEST := .venv-dask
 
-.PHONY: demo test lint docs test-gpu test-curator test-dask resolve bench install clean
+.PHONY: demo test lint docs test-gpu test-curator test-dask test-kills resolve bench install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py demo
@@ -34,6 +35,9 @@ lint: $(INSTALLED)
 # Warnings are errors, and so is a link to a page, a heading or a function that is not there.
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W -n --keep-going --quiet docs docs/_build/html
+
+test-kills: $(INSTALLED)
+	KILL_ROUNDS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cli/test_kills.py
 
 # The newest is that of constraints.txt. The oldest comes with the oldest pandas.
 test-dask: $(INSTALLED) $(OLDEST)/.installed

@@ -41,7 +41,7 @@ from dask_semdedup.io.fragments import FileStats, Fragment
 from dask_semdedup.io.layout import Listing, list_clusters
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import Scan, scan_files
-from dask_semdedup.io.staging import is_within
+from dask_semdedup.io.targets import is_within
 from dask_semdedup.io.write import write_clusters
 from dask_semdedup.lazy.planning import CUDF_ELEMENTS, default_size, fitting_size, plan
 from dask_semdedup.steps.pairwise import pairwise_partition

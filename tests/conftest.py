@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import fsspec
 import pandas as pd
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.data import ObjectStore
 
 # Their assertions say what they compared, as those of tests do.
 pytest.register_assert_rewrite("tests.data", "tests.oracle")
@@ -67,6 +71,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     ):
         monkeypatch.setattr(MemoryFileSystem, name, counted(name))
     return made
+
+
+@pytest.fixture
+def store() -> Iterator[ObjectStore]:
+    """What ``store://`` is, and nothing in it."""
+    from tests.data import ObjectStore
+
+    fsspec.register_implementation("store", ObjectStore, clobber=True)
+    fs = ObjectStore()
+    yield fs
+    fs.rm("/", recursive=True)
 
 
 @pytest.fixture

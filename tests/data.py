@@ -6,7 +6,7 @@ import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import dask
 import dask.dataframe as dd
@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from dask.dataframe.dask_expr._shuffle import ShuffleBase
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.steps.pairwise import pairwise_partition
@@ -240,3 +241,18 @@ def assert_one_line(message: str, *words: str) -> None:
     assert message.startswith("Error: ")
     for word in words:
         assert word in message
+
+
+# --- Object storage --------------------------------------------------------------------------------------------------
+
+
+class ObjectStore(MemoryFileSystem):
+    """``store://``: like object storage it has no renames, and unlike ``memory://`` a command may write to it."""
+
+    protocol = "store"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("store://", "memory://", 1))

@@ -53,6 +53,9 @@ SECTIONS = {
     "Messages": ["quiet", "verbose", "traceback"],
 }
 
+# Options that change nothing of what is written.
+NOT_OF_OUTPUT = {"storage_options", "scheduler", "workers", "overwrite", "quiet", "verbose"}
+
 # Parameters of the library that an option has under another name.
 OTHER_NAMES = {"random_state": "random_seed"}
 
@@ -85,7 +88,7 @@ class Application(click.Group):
             click.echo(f"{click.style('Error:', fg='red', bold=True)} {_one_line(error)}", err=True)
             sys.exit(EXIT_STATUS)
         except click.Abort:
-            click.echo("Stopped. Nothing unfinished was left under a final name.", err=True)
+            click.echo("Stopped. The same command goes on with what is finished.", err=True)
             # A signal while Python exits would lead to another exit status, or to a traceback.
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             sys.exit(INTERRUPTED)
@@ -185,6 +188,14 @@ def _one_line(error: click.ClickException) -> str:
     if isinstance(error, click.UsageError) and error.ctx is not None:
         message += f" See '{error.ctx.command_path} --help'."
     return message
+
+
+def options_of_output(ctx: click.Context) -> dict[str, Any]:
+    """Return the values of all options on which a command's output depends, as JSON."""
+    flags = {str(param.name): param.opts[-1] for param in ctx.command.params if isinstance(param, click.Option)}
+    values = {flag: ctx.params[name] for name, flag in flags.items() if name in ctx.params.keys() - NOT_OF_OUTPUT}
+    plain = (str, int, float, type(None))
+    return {flag: value if isinstance(value, plain) else repr(value) for flag, value in values.items()}
 
 
 def refuse_contradictions(ctx: click.Context) -> None:

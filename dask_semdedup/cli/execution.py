@@ -129,7 +129,7 @@ def _check_address(scheduler: str) -> None:
 
 def show_progress(*, enabled: bool) -> Progress:
     """Return a progress bar on stderr, which is drawn only on a terminal."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not enabled)
     return Progress(
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dask_semdedup.cli.execution import follow_futures, show_tasks
+from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.lazy.writing import parts
 
 if TYPE_CHECKING:
@@ -24,11 +25,37 @@ def write_frame(
     progress: Progress,
     title: str,
 ) -> int:
-    """Write each partition of a frame to a file of its own with a progress bar, and return the number of rows."""
-    written = parts(frame, folder, storage_options)
+    """Write each partition of a frame to a file of its own with a progress bar, and return the number of rows.
+
+    What a stopped run has written is used, and said.
+    """
+    found, rest = parts(frame, folder, storage_options)
+    rows = sum(found.values())
+    if found:
+        progress.console.print(f"{title}: {len(found):,} of {frame.npartitions:,} parts were there already.")
+    if rest is None:
+        return rows
     if client is None:
         with show_tasks(progress, title, client=None):
-            counts = written.compute(scheduler="threads")["rows"]
+            counts = rest.compute(scheduler="threads")["rows"]
     else:
-        counts = pd.concat(follow_futures(client, client.persist(written), progress, title))["rows"]
-    return int(counts.sum())
+        counts = pd.concat(follow_futures(client, client.persist(rest), progress, title))["rows"]
+    return rows + int(counts.sum())
+
+
+def versions() -> str:
+    """Return the versions of what decides on the bytes of a file."""
+    import pyarrow as pa
+
+    import dask_semdedup
+
+    return f"dask-semdedup {dask_semdedup.__version__}, pyarrow {pa.__version__}"
+
+
+def refuse_memory_output(path: str) -> None:
+    """Raise if what is written would be gone when the command ends."""
+    if "memory://" in path:
+        raise InvalidArgumentError(
+            f"{path} is in the memory of this process, which ends with the command: nothing would be left. Name a "
+            "folder on a disk or in object storage."
+        )

@@ -11,9 +11,9 @@ import dask
 from rich.console import Console
 from rich.table import Table
 
-from dask_semdedup.cli.application import Command, refuse_contradictions
+from dask_semdedup.cli.application import Command, options_of_output, refuse_contradictions
 from dask_semdedup.cli.execution import connect, log_to, show_progress
-from dask_semdedup.cli.files import write_frame
+from dask_semdedup.cli.files import refuse_memory_output, versions, write_frame
 from dask_semdedup.cli.options import (
     DEFAULT_EPS,
     cluster_option,
@@ -63,7 +63,11 @@ Examples:
 )
 @search_options
 @execution_options
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it holds nothing but scores.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace OUTPUT if it holds nothing but scores, and what a stopped run of other options has left.",
+)
 @message_options
 @click.pass_context
 def command(
@@ -89,19 +93,28 @@ def command(
     INPUT is a folder of clustered embeddings: INPUT/centroid=<k>/*.parquet, or Parquet files with a cluster column. For
     embeddings without clusters, use 'dask-semdedup run'. OUTPUT becomes a folder of Parquet files with the columns id,
     max_id (the most similar row that is preferred over this one), cosine_sim_score and the cluster: of all rows, or of
-    duplicates with --eps. It appears when all of it is written; a failed run leaves nothing.
+    duplicates with --eps. It appears when all of it is written. After a run that was stopped or killed, the same
+    command does what is missing: the parts that are finished are in OUTPUT.partial.
 
     Both may be local paths or URLs that fsspec understands.
     """
     import dask_semdedup
     from dask_semdedup.frames.columns import Columns
+    from dask_semdedup.io.listing import checksum, list_files
     from dask_semdedup.io.scores import SCORES, Compared, write_compared
     from dask_semdedup.lazy.scores import count_rows
 
     refuse_contradictions(ctx)
+    refuse_memory_output(output_path)
+    _, files = list_files(input_path, storage_options)
     with (
         staged_folder(
-            output_path, input_path, contents=SCORES, overwrite=overwrite, storage_options=storage_options
+            output_path,
+            input_path,
+            contents=SCORES,
+            overwrite=overwrite,
+            storage_options=storage_options,
+            work={"files": checksum(files), **options_of_output(ctx), "versions": versions()},
         ) as folder,
         show_progress(enabled=not quiet) as progress,
     ):

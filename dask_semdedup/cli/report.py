@@ -8,6 +8,7 @@ import click
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
+from dask_semdedup.cli.files import refuse_memory_output
 from dask_semdedup.cli.options import (
     cluster_option,
     document_options,
@@ -81,6 +82,7 @@ def command(
 
     refuse_contradictions(ctx)
     output = output_path or _next_to(scores_path)
+    refuse_memory_output(output)
     documents = None
     if data is not None:
         documents = Documents(data, text_field, image_field, id_field, storage_options, make_ids)
@@ -96,7 +98,6 @@ def command(
     ):
         if verbose:
             log_to(progress.console)
-        # This process writes the page, so OUTPUT may be in its memory.
         with (
             connect(scheduler, workers, [scores_path, data]) as client,
             show_tasks(progress, "Reading", client=client),

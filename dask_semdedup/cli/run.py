@@ -16,7 +16,7 @@ from rich.table import Table
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
-from dask_semdedup.cli.files import write_frame
+from dask_semdedup.cli.files import refuse_memory_output, write_frame
 from dask_semdedup.cli.options import (
     cluster_option,
     document_options,
@@ -30,11 +30,11 @@ from dask_semdedup.cli.options import (
     search_options,
     seed_option,
 )
-from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, option_of, plan_steps
+from dask_semdedup.cli.steps import Outcome, Step, files_of_run, folder_of_steps, make_step, option_of, plan_steps
 from dask_semdedup.errors import DataNotFoundError, DataReadError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.columns import DUPLICATE_OF, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import dimensions_advice
-from dask_semdedup.io.staging import real_path, refuse_overlap
+from dask_semdedup.io.targets import real_path, refuse_overlap
 from dask_semdedup.steps.ranking import DISTANCE_COLUMNS
 
 if TYPE_CHECKING:
@@ -151,10 +151,12 @@ def command(
     --max-eps), duplicates (the rows to drop), deduplicated (all columns of the rows that are kept) and report.
 
     A folder appears when all of it is written, and stores its parameters. The next run reuses it if they are the same.
+    After a run that was stopped or killed, the same command goes on within the step, except in clusters and report.
     If they differ, duplicates, deduplicated and report are made again; embeddings, clusters and scores, which take
     longer, only with --from or --overwrite. A folder that also holds other files is never replaced.
     """
     refuse_contradictions(ctx)
+    refuse_memory_output(output_path)
     storage_options = options["storage_options"]
     fs, output = fsspec.url_to_fs(output_path, **storage_options)
     output = real_path(fs, output)
@@ -163,28 +165,30 @@ def command(
         run = Run(output=fs.unstrip_protocol(output), progress=progress, verbose=verbose, **options)
         steps = run.steps()
         first = steps[0].name if overwrite else redo_from
-        reasons = plan_steps(steps, run.output, redo_from=first, storage_options=storage_options)
-        if dry_run:
-            progress.stop()
-            click.echo("\n".join(f"{name:<19} {why or 'reused'}" for name, why in reasons.items()))
-            click.echo(f"\n{run.plan()}")
-            return
-        outcomes: dict[str, Outcome] = {}
-        start = time.perf_counter()
-        paths = [run.input_path, output_path]
-        with connect(scheduler, workers, paths) if any(reasons.values()) else nullcontext() as run.client:
-            if verbose:
-                log_to(progress.console)
-            for step in steps:
-                outcome = make_step(
-                    step,
-                    run.output,
-                    reasons[step.name],
-                    storage_options=storage_options,
-                    needs={name: outcomes[name].manifest for name in step.needs},
-                )
-                outcomes[step.name] = outcome
-                run.counts[step.name] = outcome.manifest.counts
+        with nullcontext() if dry_run else folder_of_steps(steps, run.output, storage_options):
+            reasons = plan_steps(steps, run.output, redo_from=first, storage_options=storage_options)
+            if dry_run:
+                progress.stop()
+                click.echo("\n".join(f"{name:<19} {why or 'reused'}" for name, why in reasons.items()))
+                click.echo(f"\n{run.plan()}")
+                return
+            outcomes: dict[str, Outcome] = {}
+            start = time.perf_counter()
+            paths = [run.input_path, output_path]
+            with connect(scheduler, workers, paths) if any(reasons.values()) else nullcontext() as run.client:
+                if verbose:
+                    log_to(progress.console)
+                for step in steps:
+                    outcome = make_step(
+                        step,
+                        run.output,
+                        reasons[step.name],
+                        storage_options=storage_options,
+                        needs={name: outcomes[name].manifest for name in step.needs},
+                        settings={name: options[name] for name in ("partition_size", "pairwise_batch_size", "device")},
+                    )
+                    outcomes[step.name] = outcome
+                    run.counts[step.name] = outcome.manifest.counts
         seconds = time.perf_counter() - start
     if not quiet:
         Console().print(outcome_table(outcomes, run.eps, seconds))
@@ -272,7 +276,9 @@ class Run:
         if self.is_complete:
             scoring |= source | self._parameters("embedding_dim") | {"rank_by": self._rank_by()}
         else:
-            first.append(Step("clusters", source | clustering, self._cluster, clusters, before, costly=True))
+            first.append(
+                Step("clusters", source | clustering, self._cluster, clusters, before, costly=True, in_parts=False)
+            )
             before = ("clusters",)
         return [
             *first,
@@ -280,7 +286,7 @@ class Run:
             # All else that duplicates depend on, the scores do too.
             Step("duplicates", deciding, self._find_duplicates, parts, ("scores",)),
             Step("deduplicated", source | kept, self._deduplicate, parts, ("duplicates",)),
-            Step("report", source | deciding | shown, self._report, REPORT, ("scores", "duplicates")),
+            Step("report", source | deciding | shown, self._report, REPORT, ("scores", "duplicates"), in_parts=False),
         ]
 
     def _parameters(self, *names: str) -> dict[str, Any]:

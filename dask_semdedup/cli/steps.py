@@ -7,21 +7,25 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import fsspec
 
+from dask_semdedup.cli.files import versions
 from dask_semdedup.errors import DataNotFoundError, InvalidArgumentError, OutputExistsError, some
-from dask_semdedup.io.listing import PARQUET_SUFFIXES, is_hidden
-from dask_semdedup.io.staging import MANIFEST, Contents, count_files, refuse_strangers, replaced_when_done
+from dask_semdedup.io.listing import PARQUET_SUFFIXES, UNFINISHED, is_hidden, is_local
+from dask_semdedup.io.locks import only_run
+from dask_semdedup.io.staging import differences, restore, staged_folder
+from dask_semdedup.io.targets import MANIFEST, Contents, count_files, refuse_file, refuse_strangers
+from dask_semdedup.io.write import writing
 
-NO_REASON = ""
-# Files that file systems, their viewers and notebooks leave in any folder.
-LITTER = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|\.nfs[^/]*|\.ipynb_checkpoints/.*)")
+NO_REASON, ASKED_FOR = "", "asked for"
+# The lock of the folder of all steps.
+LOCK = "_lock.json"
 # Names in the folder of all steps that show that a run has worked there, even if it was killed in its first step.
-OF_RUN = re.compile(rf"[^/]+/{re.escape(MANIFEST)}|[^/]+\.partial-[0-9a-f]{{8}}(\.old)?")
+OF_RUN = re.compile(rf"[^/]+/({re.escape(MANIFEST)}|{re.escape(UNFINISHED)})|[^/]+\.partial(/.*)?")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Step:
         The steps whose files it reads.
     costly
         Whether other parameters are an error, unless the step is redone on request.
+    in_parts
+        Whether each of its files can be made by itself, so that a run goes on with those that a stopped one has left.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Step:
     contents: Contents
     needs: tuple[str, ...] = ()
     costly: bool = False
+    in_parts: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,7 @@ def plan_steps(
         If a costly step would have to be redone, but was not asked for.
     """
     fs, root = fsspec.url_to_fs(output, **storage_options)
-    if fs.isfile(root):
-        raise OutputExistsError(f"OUTPUT {root!r} is a file. Name a folder.")
+    refuse_file(fs, root)
     names = [step.name for step in steps]
     if redo_from is not None and redo_from not in names:
         message = f"There is no step {redo_from!r} in this run, only {', '.join(names)}."
@@ -125,15 +131,14 @@ def plan_steps(
         made = [name for name in step.needs if reasons.get(name)]
         manifest = manifests[step.name]
         if manifest is None or step.name in redone:
-            reasons[step.name] = "new" if manifest is None else "asked for"
+            reasons[step.name] = ASKED_FOR if step.name in redone else "new"
             continue
         changes = _changes(manifest, step) or _losses(fs, f"{root}/{step.name}", manifest)
         reasons[step.name] = _reason(step, manifest, manifests, made, changes)
     for step in steps:
         if reasons[step.name]:
             folder = f"{root}/{step.name}"
-            names = [name for name in _names(fs, folder) if not LITTER.fullmatch(name)]
-            refuse_strangers(fs, folder, step.contents, names)
+            refuse_strangers(fs, folder, step.contents, _names(fs, folder))
     return reasons
 
 
@@ -193,13 +198,8 @@ def _changes(manifest: Manifest, step: Step) -> str:
         texts.append(f"it was made from {_sources(manifest.needs)}, and would be from {_sources(step.needs)}")
         # Options of the one source mean nothing to the other.
         changed = [name for name in changed if name in before and name in now]
-    texts += [
-        "the files of INPUT have changed"
-        if name == "files"
-        else f"{option_of(name)} {before.get(name)} → {now.get(name)}"
-        for name in changed
-    ]
-    return ", ".join(texts)
+    options = [{option_of(name): values.get(name) for name in changed} for values in (before, now)]
+    return ", ".join([*texts, *differences(*options)])
 
 
 def _sources(needs: Collection[str]) -> str:
@@ -207,8 +207,8 @@ def _sources(needs: Collection[str]) -> str:
 
 
 def option_of(name: str) -> str:
-    """Return the option of `run` for a parameter in manifests."""
-    return "--column" if name == "columns" else f"--{name.replace('_', '-')}"
+    """Return the option of `run` for a parameter in manifests. The files of INPUT are none."""
+    return {"columns": "--column", "files": "files"}.get(name, f"--{name.replace('_', '-')}")
 
 
 def _losses(fs: fsspec.AbstractFileSystem, folder: str, manifest: Manifest) -> str:
@@ -234,8 +234,12 @@ def make_step(
     *,
     storage_options: Mapping[str, Any],
     needs: Mapping[str, Manifest],
+    settings: dict[str, Any],
 ) -> Outcome:
-    """Make a step's folder, or read its manifest if there is no reason to make it."""
+    """Make a step's folder, or read its manifest if there is no reason to make it.
+
+    Parts that a stopped run has left are used if it also had these settings.
+    """
     fs, root = fsspec.url_to_fs(output, **storage_options)
     folder = f"{root}/{step.name}"
     if reason == NO_REASON:
@@ -244,34 +248,49 @@ def make_step(
             raise DataNotFoundError(f"{folder} is gone since the run began.")
         return Outcome(kept, reason)
     start = time.perf_counter()
-    with _made_if_used(fs, root), replaced_when_done(fs, folder) as staged:
+    tokens = {name: needs[name].token for name in step.needs}
+    options = {option_of(name): value for name, value in (step.parameters | settings).items()}
+    with staged_folder(
+        f"{output}/{step.name}",
+        contents=step.contents,
+        overwrite=True,
+        storage_options=storage_options,
+        work=options | tokens | {"versions": versions()} if step.in_parts else None,
+        anew=not step.costly or reason == ASKED_FOR,
+    ) as staged:
         counts = step.make(staged)
-        tokens = {name: needs[name].token for name in step.needs}
         seconds = time.perf_counter() - start
         _, path = fsspec.url_to_fs(staged, **storage_options)
         files, nbytes = _measure(fs, path)
         manifest = Manifest(
             step.name, secrets.token_hex(8), step.parameters, tokens, counts, seconds, files=files, nbytes=nbytes
         )
-        fs.pipe_file(f"{path}/{MANIFEST}", json.dumps(asdict(manifest), indent=2).encode())
+        with writing(name := f"{path}/{MANIFEST}"):
+            fs.pipe_file(name, json.dumps(asdict(manifest), indent=2).encode())
     return Outcome(manifest, reason)
 
 
 @contextmanager
-def _made_if_used(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[None]:
-    """Create the folder of all steps, and remove it if its first step fails."""
-    fs.makedirs(root, exist_ok=True)
+def folder_of_steps(steps: Sequence[Step], output: str, storage_options: Mapping[str, Any]) -> Iterator[None]:
+    """Keep other runs from the folder of all steps. It is made, and removed if nothing is in it in the end."""
+    fs, root = fsspec.url_to_fs(output, **storage_options)
+    refuse_file(fs, root)
     try:
-        yield
-    except BaseException:
-        if not fs.ls(root, detail=False):
-            fs.rmdir(root)
-        raise
+        with only_run(fs, f"{root}/{LOCK}", root):
+            for step in steps:
+                restore(fs, f"{root}/{step.name}")
+            yield
+    finally:
+        if is_local(fs):
+            with suppress(OSError):
+                fs.rmdir(root)
 
 
 def _read_manifest(fs: fsspec.AbstractFileSystem, folder: str, contents: Contents) -> Manifest | None:
-    """Return the manifest of a step, or None if its folder is empty or was made by another command."""
+    """Return the manifest of a step, or None if its folder is empty or unfinished, or was made by another command."""
     names = _names(fs, folder)
+    if UNFINISHED in names:
+        return None
     if MANIFEST not in names and not contents.strangers(fs, folder, names):
         return None
     try:

@@ -24,7 +24,7 @@ from dask_semdedup.errors import ClusterError, InvalidArgumentError, have, some
 from dask_semdedup.frames.backend import is_cudf, to_numpy
 from dask_semdedup.io.folder_keys import INT64, NULL_NAMES, integers_or_names
 from dask_semdedup.io.listing import is_local, list_files
-from dask_semdedup.io.staging import Contents
+from dask_semdedup.io.targets import Contents
 from dask_semdedup.io.write import write_table, writing
 
 __all__ = ["CLUSTERS", "check_cluster_dtype", "cluster_files", "write_partition"]

@@ -13,9 +13,12 @@ import pyarrow.fs as pafs
 from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_semdedup.errors import DataNotFoundError, InvalidArgumentError
+from dask_semdedup.errors import DataNotFoundError, DataReadError, InvalidArgumentError
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+
+# The file in a folder to which a run copies its output: it lists the files that may be there, and not all are yet.
+UNFINISHED = "_unfinished.json"
 
 # Threads that wait for a file system together.
 THREADS = 32
@@ -122,6 +125,11 @@ def _find_data(
     found = _find_locally(root) if is_local(fs) else fs.find(root, detail=True)
     if set(found) == {root}:
         return {root: found[root] or fs.info(root)}
+    if unfinished := [name for name in found if name.endswith(f"/{UNFINISHED}")]:
+        raise DataReadError(
+            f"{unfinished[0].rpartition('/')[0]} is not all there: what wrote it was stopped. Run the same command "
+            "again, which finishes it."
+        )
     return {name: info for name, info in found.items() if is_data_file(name, above, suffixes)}
 
 

@@ -17,8 +17,8 @@ from dask_semdedup.errors import DataReadError
 from dask_semdedup.frames.columns import SCORE_COLUMNS
 from dask_semdedup.io.folder_keys import Keys, integers_or_names, key_type
 from dask_semdedup.io.footers import read_schema
-from dask_semdedup.io.staging import Contents
-from dask_semdedup.io.write import PART_FILE
+from dask_semdedup.io.targets import Contents
+from dask_semdedup.io.write import PART_FILE, writing
 
 __all__ = ["COMPARED", "SCORES", "Compared", "clusters_of_files", "read_compared", "write_compared"]
 
@@ -89,7 +89,7 @@ def write_compared(compared: Compared, folder: str, storage_options: Mapping[str
     rows = compared.clusters
     columns = {"rows": [compared.total]} if rows is None else {"cluster": rows.index, "rows": rows.to_numpy()}
     table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
-    with fs.open(f"{path}/{COMPARED}", "wb") as file:
+    with writing(name := f"{path}/{COMPARED}"), fs.open(name, "wb") as file:
         pq.write_table(table.replace_schema_metadata({"eps": repr(compared.eps)}), file)
 
 

@@ -1,48 +1,33 @@
-"""Output folders that appear completely or not at all."""
+"""Output folders that appear completely or not at all, and go on from where a stopped run has left them.
+
+Until all of ``OUTPUT`` is written, ``OUTPUT.partial`` is there. It holds
+
+- a lock, which names the process that works there, and is void when that is dead;
+- a folder of what is written, which gets the name ``OUTPUT`` when it is whole;
+- a description of the work, if that folder is worth to be kept: the same work goes on with the files in it;
+- the old files, while the new ones take their place.
+"""
 
 from __future__ import annotations
 
-import os
-import re
+import hashlib
+import json
 import secrets
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import fsspec
-from fsspec.implementations.cached import CachingFileSystem
-from fsspec.utils import glob_translate
 
-from dask_semdedup._validate import stack_level
-from dask_semdedup.errors import InvalidArgumentError, OutputError, OutputExistsError, some
-from dask_semdedup.io.listing import above_pattern, is_local
+from dask_semdedup.errors import OutputError, OutputExistsError, SemDedupError
+from dask_semdedup.io.locks import only_run
+from dask_semdedup.io.publish import listing, publish, put_back, remove
+from dask_semdedup.io.targets import Contents, real_path, refuse_occupied, refuse_overlap
+from dask_semdedup.io.write import writing
 
-__all__ = [
-    "MANIFEST",
-    "Contents",
-    "count_files",
-    "is_within",
-    "real_path",
-    "refuse_overlap",
-    "refuse_strangers",
-    "replaced_when_done",
-    "staged_folder",
-]
+__all__ = ["differences", "restore", "staged_folder"]
 
-# The file that describes a folder's files, and is written when all of them are there.
-MANIFEST = "_manifest.json"
-
-
-class Contents(NamedTuple):
-    """A kind of files, which may be replaced if a folder holds nothing else.
-
-    `strangers` takes a file system, a folder and the names of its files, and returns those that are of another kind.
-    """
-
-    name: str
-    strangers: Callable[[fsspec.AbstractFileSystem, str, Sequence[str]], list[str]]
+LOCK, WORK, OLD = "lock.json", "work.json", "old"
 
 
 @contextmanager
@@ -53,15 +38,19 @@ def staged_folder(
     contents: Contents,
     overwrite: bool,
     storage_options: Mapping[str, Any] | None,
+    work: Mapping[str, Any] | None = None,
+    anew: bool | None = None,
 ) -> Iterator[str]:
-    """Yield the URL of a sibling of ``output_path`` that takes its place if the block succeeds.
+    """Yield the URL of a folder that takes the place of ``output_path`` if the block succeeds.
 
-    If the block fails, the sibling is removed and ``output_path`` stays as it was.
+    If the block fails, ``output_path`` stays as it was. What was written is removed, unless the same work can go on
+    with it: after an interrupt or a failure of the machine, but not after errors that only other input or other
+    parameters would mend.
 
     Parameters
     ----------
     output_path : str
-        The folder: local, or a URL that fsspec understands.
+        The folder: local, or a URL that fsspec understands. Of a link, the target is replaced.
     input_path : str, optional
         Path of the data that is read meanwhile. It must not overlap.
     contents : Contents
@@ -70,13 +59,19 @@ def staged_folder(
         Whether to replace a folder that holds only such files.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
+    work : mapping, optional
+        All that the files depend on, by the names that messages give it, as JSON. Files that a stopped run has left
+        in the folder are there again if it is the same. By default none are.
+    anew : bool, optional
+        Whether to drop what a run of other work has left. By default as `overwrite`; otherwise that is an error.
 
     Raises
     ------
     OutputExistsError
-        If ``output_path`` is a file, or holds files that may not be replaced.
+        If ``output_path`` is a file, or holds files that may not be replaced; if another run writes there, or a run
+        of other work has left files.
     OutputError
-        If ``output_path`` cannot be replaced.
+        If ``output_path`` cannot be replaced. All that was written stays.
     InvalidArgumentError
         If ``output_path`` and ``input_path`` overlap.
     """
@@ -85,167 +80,114 @@ def staged_folder(
     final = real_path(fs, final)
     if input_path is not None:
         refuse_overlap(fs, final, input_path, options)
-    _refuse_occupied(fs, final, contents, overwrite=overwrite)
-    with replaced_when_done(fs, final) as staged:
-        yield staged
+    partial = _partial(final)
+    with _partial_folder(fs, final):
+        restore(fs, final)
+        seen = listing(fs, final)
+        refuse_occupied(fs, final, contents, overwrite=overwrite)
+        folder = _begin(fs, final, work, anew=overwrite if anew is None else anew)
+        try:
+            # A URL of an absolute path: workers may have other working directories.
+            yield fs.unstrip_protocol(folder)
+        except BaseException as error:
+            if work is None or not _is_passing(error) or not fs.find(folder):
+                _clear(fs, partial)
+            raise
+        try:
+            if work is None:
+                # From here on the folder is worth to be kept.
+                _write_work(fs, partial, {"written": folder})
+            publish(fs, folder, final, f"{partial}/{OLD}", seen)
+        except Exception as error:
+            raise OutputError(
+                f"All is written, but cannot take the place of {final!r} ({error}). It is in {folder!r}: move it "
+                "yourself."
+            ) from error
+        _clear(fs, partial)
+
+
+def restore(fs: fsspec.AbstractFileSystem, final: str) -> None:
+    """Put back what a run that was killed had moved aside, and remove what no run can use again.
+
+    The lock of `final`, or of the folder that it is in, must be held.
+    """
+    partial = _partial(final)
+    names = [path.removeprefix(f"{partial}/") for path in fs.find(partial)]
+    if WORK in names and any("/" in name and not name.startswith(f"{OLD}/") for name in names):
+        put_back(fs, final, f"{partial}/{OLD}")
+    else:
+        # The new files have their name, or were never to be kept.
+        _clear(fs, partial)
+
+
+def _partial(final: str) -> str:
+    return f"{final.rstrip('/')}.partial"
 
 
 @contextmanager
-def replaced_when_done(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[str]:
-    """Yield the URL of a sibling of a folder that replaces it if the block succeeds, whatever it holds.
-
-    If the folder is a link, its target is replaced.
-
-    Raises
-    ------
-    OutputError
-        If it cannot take that place. Everything that was written stays in the sibling, which the message names.
-    """
-    final = real_path(fs, final)
-    staged = f"{final}.partial-{secrets.token_hex(4)}"
+def _partial_folder(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[None]:
+    """Hold the lock, and remove the folder that it is in if nothing else is left."""
+    partial = _partial(final)
     try:
-        # A URL of an absolute path: workers may have other working directories.
-        yield fs.unstrip_protocol(staged)
-    except BaseException:
-        _discard(fs, staged)
-        raise
+        with only_run(fs, f"{partial}/{LOCK}", final):
+            yield
+    finally:
+        with suppress(OSError):  # It is not empty, or there are no folders in this file system.
+            fs.rmdir(partial)
+
+
+def _begin(fs: fsspec.AbstractFileSystem, final: str, work: Mapping[str, Any] | None, *, anew: bool) -> str:
+    """Return the folder to write to, after removing that of other work. It is there only if there is a file in it."""
+    partial = _partial(final)
+    # Writers of a run that was killed may still be at it: those of other work have another folder.
+    token = secrets.token_hex(8) if work is None else hashlib.sha256(_encoded(work)).hexdigest()[:16]
     try:
-        _replace(fs, staged, final)
-    except Exception as error:
-        raise OutputError(
-            f"All is written, but cannot take the place of {final!r} ({error}). It is in {staged!r}: move it yourself."
-        ) from error
+        before = json.loads(fs.cat_file(f"{partial}/{WORK}"))
+    except FileNotFoundError:
+        before = None
+    except ValueError:
+        before = {}
+    if before is not None and before != (work and json.loads(_encoded(work))):
+        if not anew:
+            differ = ", ".join(differences(before, work)) if work else "of other work"
+            raise OutputExistsError(
+                f"{partial!r} holds files that a stopped run has finished for {final!r}, but {differ}. Repeat the "
+                "command of that run to go on, pass overwrite=True to begin anew, or name another folder.",
+                parameters=["overwrite"],
+            )
+        _clear(fs, partial)
+    if work is not None:
+        _write_work(fs, partial, work)
+    return f"{partial}/{token}"
 
 
-def _discard(fs: fsspec.AbstractFileSystem, staged: str) -> None:
-    """Remove a folder after an error, without hiding that error."""
-    try:
-        if fs.exists(staged):
-            fs.rm(staged, recursive=True)
-    except OSError as error:
-        warnings.warn(f"What is half written in {staged} could not be removed: {error}.", stacklevel=stack_level())
+def _encoded(work: Mapping[str, Any]) -> bytes:
+    return json.dumps(work, indent=2).encode()
 
 
-def _replace(fs: fsspec.AbstractFileSystem, staged: str, final: str) -> None:
-    """Move a finished folder to the place of another one."""
-    if is_local(fs):
-        aside = f"{staged}.old"
-        _swap(staged, final, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-        if os.path.lexists(aside):
-            warnings.warn(f"What was in {final} could not all be removed: it is in {aside}.", stacklevel=stack_level())
+def _write_work(fs: fsspec.AbstractFileSystem, partial: str, work: Mapping[str, Any]) -> None:
+    with writing(path := f"{partial}/{WORK}"):
+        fs.pipe_file(path, _encoded(work))
+
+
+def _clear(fs: fsspec.AbstractFileSystem, partial: str) -> None:
+    """Remove all but the lock; the description first, without which the rest is of no use."""
+    if not fs.exists(partial):
         return
-    if fs.exists(final):
-        fs.rm(final, recursive=True)
-    if type(fs).mv is not fsspec.AbstractFileSystem.mv:
-        fs.mv(staged, final, recursive=True)
-        return
-    # Object stores copy file by file. The manifest comes last, since it says that all files are there.
-    manifest = f"{staged}/{MANIFEST}"
-    files = set(fs.find(staged))
-    try:
-        for part in (sorted(files - {manifest}), sorted(files & {manifest})):
-            fs.copy(part, [f"{final}{file.removeprefix(staged)}" for file in part])
-    except BaseException:
-        if fs.exists(final):
-            fs.rm(final, recursive=True)
-        raise
-    fs.rm(staged, recursive=True)
+    paths = {path.rstrip("/") for path in fs.ls(partial, detail=False)} - {f"{partial}/{LOCK}"}
+    for path in sorted(paths, key=lambda path: (path != f"{partial}/{WORK}", path)):
+        remove(fs, path)
 
 
-def _swap(staged: str, final: str, aside: str) -> None:
-    """Rename a folder to the name of another one, which is first moved aside."""
-    is_taken = os.path.lexists(final)
-    if is_taken:
-        os.rename(final, aside)
-    try:
-        # Unlike a move, it fails if another run has put its files there meanwhile.
-        os.rename(staged, final)
-    except BaseException:
-        if is_taken:
-            os.rename(aside, final)
-        raise
+def _is_passing(error: BaseException) -> bool:
+    """Return whether the same work may succeed another time: files come back, and disks get room."""
+    return isinstance(error, OSError) or not isinstance(error, SemDedupError)
 
 
-def real_path(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    """Return a path with its links resolved, if the file system is local."""
-    return os.path.realpath(path) if is_local(fs) else path
-
-
-def is_within(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> bool:
-    """Return whether a path is a folder or lies in it, by whatever name."""
-    return f"{real_path(fs, path)}/".startswith(f"{real_path(fs, folder).rstrip('/')}/")
-
-
-def _is_matched(fs: fsspec.AbstractFileSystem, output: str, pattern: str) -> bool:
-    """Return whether a pattern matches an output folder, its parents, or the files that will be in it."""
-    if above_pattern(fs, pattern) == pattern:
-        return False
-    matches = re.compile(glob_translate(pattern)).match
-    parts = f"{output}/part.0.parquet".split("/")
-    return any(matches("/".join(parts[:length])) for length in range(1, len(parts) + 1))
-
-
-def _without_caches(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
-    """Return the file system below any caches."""
-    return _without_caches(fs.fs) if isinstance(fs, CachingFileSystem) else fs
-
-
-def refuse_overlap(
-    fs: fsspec.AbstractFileSystem, output: str, input_path: str, storage_options: Mapping[str, Any]
-) -> None:
-    """Raise if output and input overlap, by whatever names: the input could be removed, or the output be read.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If one of them is the other, or lies in it.
-    """
-    source_fs, source = fsspec.url_to_fs(input_path, **storage_options)
-    fs, source_fs = _without_caches(fs), _without_caches(source_fs)
-    if type(source_fs) is not type(fs):
-        return
-    if is_within(fs, output, source) or is_within(fs, source, output) or _is_matched(fs, output, source):
-        message = f"Output {output!r} and input {source!r} overlap. Name a folder apart."
-        raise InvalidArgumentError(message, parameters=["output_path", "input_path"])
-
-
-def _refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Contents, *, overwrite: bool) -> None:
-    """Raise if an output folder is not free; with ``overwrite``, if it holds any other files."""
-    if fs.isfile(output):
-        raise OutputExistsError(f"Output {output!r} is a file. Name a folder.", parameters=["output_path"])
-    if is_local(fs) and (os.path.ismount(output) or is_within(fs, os.getcwd(), output)):
-        raise OutputError(
-            f"Output {output!r} is a mount point or the current folder, which cannot be replaced as a whole. Name a "
-            "folder in it.",
-            parameters=["output_path"],
-        )
-    files = fs.find(output)
-    if files and not overwrite:
-        raise OutputExistsError(
-            f"Output {output!r} is not empty: {count_files(len(files))}. Pass overwrite=True to replace it, or "
-            "name another folder.",
-            parameters=["overwrite"],
-        )
-    refuse_strangers(fs, output, contents, [file.removeprefix(f"{output}/") for file in files])
-
-
-def refuse_strangers(fs: fsspec.AbstractFileSystem, folder: str, contents: Contents, names: Sequence[str]) -> None:
-    """Raise if a folder that is to be replaced holds files of any other kind.
-
-    Raises
-    ------
-    OutputExistsError
-        Naming a few of the other files.
-    """
-    strangers = contents.strangers(fs, folder, names)
-    if strangers:
-        raise OutputExistsError(
-            f"Output {folder!r} holds files that are not {contents.name} and would be lost: {some(strangers)}. "
-            "Move them elsewhere, or name another folder."
-        )
-
-
-def count_files(count: int) -> str:
-    """Return a number of files as text."""
-    return "1 file" if count == 1 else f"{count:,} files"
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two descriptions, in words."""
+    changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    return [
+        "the files of INPUT have changed" if name == "files" else f"{name} {before.get(name)} → {now.get(name)}"
+        for name in changed
+    ]

@@ -8,7 +8,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from dask.system import CPU_COUNT
 
-from dask_semdedup.errors import OutputError
+from dask_semdedup.errors import OutputError, OutputExistsError
 from dask_semdedup.frames.backend import is_cudf, to_arrow, to_host
+from dask_semdedup.io.footers import fetch_footers, read_metadata
 from dask_semdedup.io.listing import THREADS, is_local
 from dask_semdedup.io.schemas import restore
-from dask_semdedup.io.staging import Contents
+from dask_semdedup.io.targets import Contents
 
-__all__ = ["PARTS", "write_cluster", "write_clusters", "write_part", "write_table", "writing"]
+__all__ = ["PARTS", "finished_parts", "write_cluster", "write_clusters", "write_part", "write_table", "writing"]
 
 # Bytes of a row group: large enough to be read fast, small enough to be read one at a time.
 ROW_GROUP_BYTES = 1 << 26
@@ -209,21 +210,80 @@ PARTS = Contents("parts of a frame", _not_of_parts)
 
 
 def write_part(
-    rows: Any,
-    folder: str,
-    storage_options: Mapping[str, Any],
-    stored: pa.Schema | None = None,
-    partition_info: dict[str, Any] | None = None,
+    rows: Any, number: int, folder: str, storage_options: Mapping[str, Any], stored: pa.Schema | None = None
 ) -> pd.DataFrame:
-    """Write one partition to a file of a folder, and return its number of rows."""
-    number = partition_info["number"] if partition_info else 0
+    """Write one partition to a file of a folder, completely or not at all, and return its number of rows.
+
+    A part that has its name is on the disk and whole, so that a later run can rely on it.
+    """
     fs, root = fsspec.url_to_fs(folder, **storage_options)
-    path = f"{root}/part.{number:06d}.parquet"
-    # Unlike `fsspec.open`, `fs.open` does not create the folder again for a late task of a failed run.
-    with writing(path), fs.open(path, "wb") as file:
-        if is_cudf(rows):
-            rows.to_parquet(file, index=False)
-        else:
-            # Without the metadata of pandas, which cannot parse what it says there about columns of lists.
-            write_table(pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None), file, stored)
+    final = f"{root}/{part_name(number)}"
+    if not is_local(fs):
+        # An object appears when all of it is there.
+        with writing(final), fs.open(final, "wb") as file:
+            _write_rows(rows, file, stored)
+        return pd.DataFrame({"rows": [len(rows)]})
+    # Beside the folder: it may get another name, and late writers of a run that was killed must leave nothing in it.
+    temporary = f"{root}.{part_name(number)}.{uuid.uuid4().hex}.tmp"
+    try:
+        with writing(final):
+            with open(temporary, "wb") as file:
+                _write_rows(rows, file, stored)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, final)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
     return pd.DataFrame({"rows": [len(rows)]})
+
+
+def part_name(number: int) -> str:
+    """Return the name of the file of a partition."""
+    return f"part.{number:06d}.parquet"
+
+
+def _write_rows(rows: Any, file: Any, stored: pa.Schema | None) -> None:
+    if is_cudf(rows):
+        rows.to_parquet(file, index=False)
+    else:
+        # Without the metadata of pandas, which cannot parse what it says there about columns of lists.
+        write_table(pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None), file, stored)
+
+
+def finished_parts(folder: str, storage_options: Mapping[str, Any], plan: str) -> dict[int, int]:
+    """Return the number of rows of each part that a stopped run has left in a folder, by the number of its partition.
+
+    Parameters
+    ----------
+    folder : str
+        It is made if it is missing.
+    storage_options : mapping
+        Arguments of the fsspec file system.
+    plan : str
+        What tells the partitions from others. It is kept in a file next to the folder.
+
+    Raises
+    ------
+    OutputExistsError
+        If the parts are of other partitions.
+    """
+    fs, root = fsspec.url_to_fs(folder, **storage_options)
+    fs.makedirs(root, exist_ok=True)
+    files = {
+        path: info for path, info in fs.find(root, detail=True).items() if PART_FILE.fullmatch(path[len(root) + 1 :])
+    }
+    note = f"{root}.plan"
+    if not files:
+        with writing(note):
+            fs.pipe_file(note, plan.encode())
+        return {}
+    if fs.cat_file(note).decode() != plan:
+        raise OutputExistsError(
+            f"{root!r} holds {len(files)} parts that a stopped run has finished, of partitions that were planned "
+            "otherwise: it saw other cores or GPUs, or another version of Dask. Remove that folder to begin anew."
+        )
+    footers = fetch_footers(fs, {path: info["size"] for path, info in files.items()})
+    rows = [read_metadata(fs, path, footer).num_rows for path, footer in zip(files, footers, strict=True)]
+    return {int(path.rpartition("/")[2].split(".")[1]): count for path, count in zip(files, rows, strict=True)}

@@ -27,7 +27,7 @@ from dask_semdedup.io.listing import checksum, list_files
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import scan_files
 from dask_semdedup.io.schemas import without
-from dask_semdedup.io.staging import real_path
+from dask_semdedup.io.targets import real_path
 from dask_semdedup.lazy.alignment import align, no_cluster_column
 from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.planning import CUDF_ELEMENTS, arrange, check_backend, cut_into_runs, default_size, fitting_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.dataframe as dd
 import fsspec
@@ -21,33 +21,63 @@ from dask_semdedup.frames.columns import Columns, unique_columns
 from dask_semdedup.frames.embeddings import as_lists, list_type
 from dask_semdedup.io.layout import CLUSTERS, check_cluster_dtype, cluster_files, write_partition
 from dask_semdedup.io.staging import staged_folder
-from dask_semdedup.io.write import PARTS, write_part
+from dask_semdedup.io.write import PARTS, finished_parts, write_part
 from dask_semdedup.lazy.alignment import align
 from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.sources import stored_schema
 from dask_semdedup.lazy.tasks import compute, compute_to_the_end
 
-__all__ = ["parts", "writable", "write_clusters_of", "write_layout", "write_parts_of"]
+__all__ = ["Parts", "parts", "writable", "write_clusters_of", "write_layout", "write_parts_of"]
 
 
-def parts(ddf: dd.DataFrame, folder: str, storage_options: Mapping[str, Any] | None = None) -> dd.DataFrame:
-    """Write each partition to a file of its own, lazily: the number of rows of each.
+class Parts(NamedTuple):
+    """The files of a frame's partitions: those that are there, and those that are written when it is computed.
+
+    Parameters
+    ----------
+    found : dict
+        From the number of a partition to its rows, for each whose file is there.
+    rest : dask.dataframe.DataFrame or None
+        Writes the others, and holds the number of rows of each; None if there are no others.
+    """
+
+    found: dict[int, int]
+    rest: dd.DataFrame | None
+
+
+def parts(ddf: dd.DataFrame, folder: str, storage_options: Mapping[str, Any] | None = None) -> Parts:
+    """Write each partition to a file of its own, lazily.
 
     Parameters
     ----------
     ddf : dask.dataframe.DataFrame
     folder : str
-        A new folder, which is made now.
+        It is made now, unless it holds parts of the same frame already.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     """
     options = dict(storage_options or {})
-    fs, path = fsspec.url_to_fs(folder, **options)
-    fs.makedirs(path, exist_ok=True)
-    meta = pd.DataFrame({"rows": pd.Series(dtype="int64")})
-    written = ddf.map_partitions(write_part, folder, options, stored_schema(ddf), meta=meta)
+    found = finished_parts(folder, options, f"{ddf._name} of {ddf.npartitions}")
+    missing = [number for number in range(ddf.npartitions) if number not in found]
+    if not missing:
+        return Parts(found, None)
+    # Each partition's number goes with it: that of Dask counts those that are computed.
+    numbers = dd.from_map(_itself, range(ddf.npartitions), meta=pd.Series(dtype="int64"))
+    written = ddf.map_partitions(
+        write_part,
+        numbers,
+        folder,
+        options,
+        stored_schema(ddf),
+        align_dataframes=False,
+        meta=pd.DataFrame({"rows": pd.Series(dtype="int64")}),
+    )
     # Optimised here, reading, working and writing a partition become one task; compute() alone may not fuse them.
-    return written.optimize()
+    return Parts(found, (written.partitions[missing] if found else written).optimize())
+
+
+def _itself(number: int) -> int:
+    return number
 
 
 def writable(ddf: dd.DataFrame, columns: Columns) -> dd.DataFrame:
@@ -91,7 +121,8 @@ def write_parts_of(
     unique_columns(ddf)
     final = os.fspath(path)
     with staged_folder(final, contents=PARTS, overwrite=overwrite, storage_options=storage_options) as folder:
-        compute_to_the_end(parts(ddf, folder, storage_options))
+        if (rest := parts(ddf, folder, storage_options).rest) is not None:
+            compute_to_the_end(rest)
 
 
 def write_clusters_of(

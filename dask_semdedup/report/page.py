@@ -24,7 +24,8 @@ from markupsafe import Markup
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.io.scores import Compared
-from dask_semdedup.io.staging import MANIFEST, Contents
+from dask_semdedup.io.targets import MANIFEST, Contents
+from dask_semdedup.io.write import writing
 from dask_semdedup.lazy.duplicates import EPS_GRID
 from dask_semdedup.lazy.tables import find_rows
 from dask_semdedup.report.gallery import (
@@ -210,10 +211,11 @@ def write_report(
     figures = _draw(summary, eps)
     page = _render(summary, eps, cards, figures, source=source, images=bool(documents and documents.image_field))
     fs, root = fsspec.url_to_fs(os.fspath(folder), **(storage_options or {}))
-    fs.makedirs(root, exist_ok=True)
-    for name, picture in figures.items():
-        fs.pipe_file(f"{root}/{name}.png", picture.png)
-    fs.pipe_file(f"{root}/{PAGE}", page.encode())
+    with writing(root):
+        fs.makedirs(root, exist_ok=True)
+        for name, picture in figures.items():
+            fs.pipe_file(f"{root}/{name}.png", picture.png)
+        fs.pipe_file(f"{root}/{PAGE}", page.encode())
     return summary
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -28,10 +28,10 @@ import dask_semdedup
 from dask_semdedup import cli
 from dask_semdedup.cli import application, files, options, pairwise
 from dask_semdedup.errors import InvalidArgumentError, OutputError
-from dask_semdedup.io import staging, write
+from dask_semdedup.io import publish, write
 from dask_semdedup.io.scores import read_compared
 from dask_semdedup.lazy import writing
-from tests.data import assert_one_line, write_layout
+from tests.data import ObjectStore, assert_one_line, write_layout
 
 CLUSTERS, ROWS, DUPLICATES = 3, 20, 4
 
@@ -217,16 +217,14 @@ def test_columns_may_have_other_names(tmp_path: Path, invoke: Callable[..., Resu
     assert len(read(tmp_path / "scores")) == ROWS
 
 
-def test_reads_and_writes_urls(invoke: Callable[..., Result]) -> None:
-    write_layout("memory://cli-test/clusters", {0: [cluster_table(0)]})
+def test_reads_and_writes_urls(invoke: Callable[..., Result], store: ObjectStore) -> None:
+    write_layout("store://cli-test/clusters", {0: [cluster_table(0)]})
     result = invoke(
-        "memory://cli-test/clusters", "memory://cli-test/scores", "--storage-option", "use_listings_cache=true"
+        "store://cli-test/clusters", "store://cli-test/scores", "--storage-option", "use_listings_cache=true"
     )
     assert result.exit_code == 0, result.stderr
-    fs = fsspec.filesystem("memory")
-    assert [path.rsplit("/", 1)[-1] for path in fs.ls("/cli-test", detail=False)] == ["clusters", "scores"]
-    assert sum(len(pd.read_parquet(f"memory://{path}")) for path in fs.find("/cli-test/scores")) == ROWS
-    fs.rm("/cli-test", recursive=True)
+    assert [path.rsplit("/", 1)[-1] for path in store.ls("/cli-test", detail=False)] == ["clusters", "scores"]
+    assert sum(len(pd.read_parquet(f"store://{path}")) for path in store.find("/cli-test/scores")) == ROWS
 
 
 def test_options_of_a_remote_input_do_not_disturb_a_local_output(
@@ -391,10 +389,10 @@ def test_failed_run_waits_for_its_writers(
 ) -> None:
     write, late = writing.write_part, tmp_path / "late"
 
-    def write_slowly(scores: pd.DataFrame, *arguments: Any, partition_info: Any = None) -> pd.DataFrame:
+    def write_slowly(*arguments: Any) -> pd.DataFrame:
         time.sleep(1)
         late.touch()
-        return write(scores, *arguments, partition_info=partition_info)
+        return write(*arguments)
 
     monkeypatch.setattr(writing, "write_part", write_slowly)
     options = ["--partition-size", "1kB"]
@@ -410,7 +408,7 @@ def test_failed_run_waits_for_its_writers(
 
 def test_late_writers_do_not_make_the_folder_anew(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"Cannot write .*/gone/part\.000000\.parquet: .*No such file"):
-        write.write_part(pd.DataFrame({"id": [1]}), str(tmp_path / "gone"), {})
+        write.write_part(pd.DataFrame({"id": [1]}), 0, str(tmp_path / "gone"), {})
     assert not list(tmp_path.iterdir())
 
 
@@ -420,15 +418,15 @@ def test_finished_scores_survive_a_failed_rename(
     def fail(*_: object, **__: object) -> None:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(staging, "_swap", fail)
+    monkeypatch.setattr(publish, "_swap", fail)
     result = invoke(clusters, tmp_path / "scores")
-    (staged,) = tmp_path.glob("scores.partial-*")
+    (staged,) = (path for path in (tmp_path / "scores.partial").iterdir() if path.is_dir())
     assert_one_line(result.stderr, "the disk went away", str(staged))
     assert len(read(staged)) == CLUSTERS * ROWS
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["interrupted", "terminated"])
-def test_a_run_that_is_stopped_leaves_nothing(
+def test_a_run_that_is_stopped_leaves_what_is_finished(
     clusters: str,
     tmp_path: Path,
     invoke: Callable[..., Result],
@@ -436,7 +434,7 @@ def test_a_run_that_is_stopped_leaves_nothing(
     stop: signal.Signals,
 ) -> None:
     def stopped(folder: str, *_: object, **__: object) -> None:
-        assert list(tmp_path.glob("scores.partial-*"))
+        assert (tmp_path / "scores.partial").is_dir()
         try:
             signal.raise_signal(stop)
         finally:  # Here running tasks are waited for, which no other may interrupt.
@@ -455,13 +453,18 @@ def test_a_run_that_is_stopped_leaves_nothing(
         assert result.exit_code == 130
         assert [line for line in result.stderr.splitlines() if line] == [
             "Stopping: waiting for running tasks.",
-            "Stopped. Nothing unfinished was left under a final name.",
+            "Stopped. The same command goes on with what is finished.",
         ]
         assert signal.getsignal(stop) is before
     finally:
         for number, handler in originals.items():
             signal.signal(number, handler)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters", "scores.partial"]
+    monkeypatch.undo()
+    result = invoke(clusters, tmp_path / "scores")
+    assert result.exit_code == 0, result.stderr
+    assert "1 of 1 parts were there already" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters", "scores"]
 
 
 def test_warnings_are_a_line_and_shown_once(
@@ -507,8 +510,7 @@ def test_what_is_no_scheduler_is_named(clusters: str, tmp_path: Path, invoke: Ca
 @pytest.mark.parametrize("option", [["--workers", "1"], ["--scheduler", "tcp://10.0.0.1:8786"]])
 @pytest.mark.parametrize(
     ("command", "remote"),
-    # The page of a report is written by this process.
-    [("pairwise", "input"), ("pairwise", "output"), ("run", "input"), ("run", "output"), ("report", "input")],
+    [("pairwise", "input"), ("run", "input"), ("report", "input")],
 )
 def test_memory_is_not_shared_between_processes(
     clusters: str, tmp_path: Path, command: str, remote: str, option: list[str]
@@ -517,15 +519,19 @@ def test_memory_is_not_shared_between_processes(
     source = {"pairwise": clusters, "run": f"{clusters}/centroid=0/part.0.parquet", "report": str(tmp_path / "scores")}
     scores.to_parquet(tmp_path / "scores")
     paths = {"input": source[command], "output": str(tmp_path / "out")}
-    if remote == "input":
-        fsspec.filesystem("memory").put(paths[remote], "/cli-shared/input", recursive=True)
+    fsspec.filesystem("memory").put(paths[remote], "/cli-shared/input", recursive=True)
     paths[remote] = f"memory://cli-shared/{remote}"
     result = CliRunner().invoke(cli.main, [command, *paths.values(), *option])
     assert_one_line(result.stderr, f"{paths[remote]} is in the memory of this process", f"leave {option[0]} out")
     assert not (tmp_path / "out").exists()
-    assert not fsspec.filesystem("memory").exists("/cli-shared/output")
-    with suppress(FileNotFoundError):
-        fsspec.filesystem("memory").rm("/cli-shared", recursive=True)
+    fsspec.filesystem("memory").rm("/cli-shared", recursive=True)
+
+
+@pytest.mark.parametrize("command", ["pairwise", "run", "report"])
+def test_output_in_memory_would_not_outlast_the_command(clusters: str, command: str) -> None:
+    result = CliRunner().invoke(cli.main, [command, clusters, "memory://cli-lost/output"])
+    assert_one_line(result.stderr, "memory://cli-lost/output is in the memory of this process", "on a disk")
+    assert not fsspec.filesystem("memory").exists("/cli-lost")
 
 
 def test_traceback_is_shown_on_request(poisoned: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:

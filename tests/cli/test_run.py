@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from fsspec.implementations.memory import MemoryFileSystem
 
 import dask_semdedup
 from dask_semdedup import cli
 from dask_semdedup.accessor import SemDedupAccessor
-from dask_semdedup.cli.steps import MANIFEST
+from dask_semdedup.errors import DataReadError
 from dask_semdedup.io.scores import COMPARED
+from dask_semdedup.io.targets import MANIFEST
 from dask_semdedup.steps.duplicates import find_duplicates
-from tests.data import assert_one_line
+from tests.data import ObjectStore, assert_one_line
 
 ROWS, COPIES = 200, 20
 STEPS = ["deduplicated", "duplicates", "report", "scores"]
@@ -96,13 +96,6 @@ def invoke(tmp_path: Path) -> Callable[..., Result]:
         return CliRunner().invoke(cli.main, list(map(str, arguments)))
 
     return run
-
-
-@pytest.fixture
-def memory() -> Iterator[MemoryFileSystem]:
-    fs = MemoryFileSystem()
-    yield fs
-    fs.rm("/", recursive=True)
 
 
 def kept(tmp_path: Path) -> pd.DataFrame:
@@ -606,26 +599,33 @@ def test_steps_that_lost_files_are_not_used_again(
 
 
 def test_an_interrupted_move_to_an_object_store_is_made_again(
-    source: Path, monkeypatch: pytest.MonkeyPatch, memory: MemoryFileSystem
+    source: Path, monkeypatch: pytest.MonkeyPatch, store: ObjectStore
 ) -> None:
     def run() -> Result:
         return CliRunner().invoke(
-            cli.main, ["run", str(source), "memory://out", *map(str, OPTIONS + CLUSTERS), "--partition-size", "1kB"]
+            cli.main, ["run", str(source), "store://out", *map(str, OPTIONS + CLUSTERS), "--partition-size", "1kB"]
         )
 
-    def interrupt(fs: MemoryFileSystem, one: str, other: str) -> None:
-        if other.startswith("/out/scores/") and len(memory.find("/out/scores")) == 2:
+    def interrupt(fs: ObjectStore, one: str, other: str) -> None:
+        if other.startswith("/out/scores/") and len(store.find("/out/scores")) == 2:
             raise KeyboardInterrupt
         copy(fs, one, other)
 
-    copy = MemoryFileSystem.cp_file
+    copy = ObjectStore.cp_file
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, "cp_file", interrupt)
+        patch.setattr(ObjectStore, "cp_file", interrupt)
         assert run().exit_code == 130
-    assert not memory.exists("/out/scores")
-    assert run().exit_code == 0
+    # Half of it is there, and says so.
+    with pytest.raises(DataReadError, match=r"/out/scores is not all there.*Run the same command again"):
+        dask_semdedup.read_table("store://out/scores")
+    made = store.info("/out/clusters/_manifest.json")
+    result = run()
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"Comparing: (\d+) of \1 parts were there already", result.stderr)
+    assert store.info("/out/clusters/_manifest.json") == made
+    assert not [path for path in store.find("/out") if "partial" in path or "unfinished" in path or "lock" in path]
     assert (
-        len(pd.concat([pd.read_parquet(f"memory://{path}") for path in memory.glob("/out/deduplicated/part.*")]))
+        len(pd.concat([pd.read_parquet(f"store://{path}") for path in store.glob("/out/deduplicated/part.*")]))
         == ROWS - COPIES
     )
 
@@ -845,7 +845,7 @@ def test_output_of_others_is_refused(source: Path, tmp_path: Path, invoke: Calla
 
 
 @pytest.mark.parametrize(
-    "name", [".gitignore", "mine/.git/config", "clusters.partial-0123abcd/part.0.parquet", "scores.partial-0123abcd/"]
+    "name", [".gitignore", "mine/.git/config", "clusters.partial/0123/part.0.parquet", "scores.partial/"]
 )
 def test_output_of_killed_runs_or_of_hidden_files_is_taken(
     source: Path, tmp_path: Path, invoke: Callable[..., Result], name: str

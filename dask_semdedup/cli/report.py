@@ -17,7 +17,7 @@ from dask_semdedup.cli.options import (
     make_ids_option,
     message_options,
 )
-from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.errors import InvalidArgumentError, counted
 from dask_semdedup.io.staging import staged_folder
 
 EXAMPLES = """
@@ -110,11 +110,12 @@ def command(
                 source=scores_path,
                 storage_options=storage_options,
                 compared=read_compared(scores_path, storage_options),
+                id_field=id_field,
             )
     if not quiet:
         count = int(summary.duplicates(eps))
         share = count / max(summary.rows, 1)
-        click.echo(f"  {count:,} of {summary.rows:,} rows are duplicates at eps = {eps:g} ({share:.2%})")
+        click.echo(f"  Duplicates at eps = {eps:g}: {count:,} of {counted(summary.rows, 'row')} ({share:.2%})")
         click.echo(f"  Look at them: {output.rstrip('/')}/{PAGE}")
 
 

@@ -929,7 +929,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             Clusters of k-means within which rows are compared, which misses duplicates. By default rows are compared
             with all others.
         id_field : str, default "id"
-            Column of ids, which must be unique.
+            Column of ids, which must be unique and not null.
         embedding_field : str, default "embeddings"
             Column of embeddings.
         cluster_field : str, optional

@@ -18,7 +18,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dask_semdedup.errors import SemDedupError
+from dask_semdedup.errors import SemDedupError, ZeroEmbeddingWarning
 
 EXIT_STATUS = 2
 INTERRUPTED = 130
@@ -119,11 +119,13 @@ def _stopped_by_signals() -> Iterator[None]:
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
     """Print each warning once, without the line of code that raised it."""
-    shown: set[str] = set()
+    shown: set[object] = set()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        if str(message) not in shown:
-            shown.add(str(message))
+        # Each partition with such rows warns of its own: the first is enough.
+        key = ZeroEmbeddingWarning if isinstance(message, ZeroEmbeddingWarning) else str(message)
+        if key not in shown:
+            shown.add(key)
             click.echo(f"{click.style('Warning:', fg='yellow', bold=True)} {message}", err=True)
 
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
+from dask_semdedup.cli.checks import refuse_strings
 from dask_semdedup.cli.execution import connect, log_to, show_progress
 from dask_semdedup.cli.files import write_frame
 from dask_semdedup.cli.options import (
@@ -114,6 +115,7 @@ def command(
             storage_options=storage_options or None,
             partition_size=partition_size,
         )
+        refuse_strings(embeddings, search_options["embedding_field"])
         scores = embeddings.semdedup.pairwise(
             eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
         )

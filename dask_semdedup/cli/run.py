@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
+from dask_semdedup.cli.checks import refuse_strings
 from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
 from dask_semdedup.cli.files import write_frame
 from dask_semdedup.cli.options import (
@@ -31,7 +32,13 @@ from dask_semdedup.cli.options import (
     seed_option,
 )
 from dask_semdedup.cli.steps import Outcome, Step, files_of_run, make_step, option_of, plan_steps
-from dask_semdedup.errors import DataNotFoundError, DataReadError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import (
+    DataNotFoundError,
+    DataReadError,
+    InvalidArgumentError,
+    MissingColumnsError,
+    counted,
+)
 from dask_semdedup.frames.columns import DUPLICATE_OF, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import dimensions_advice
 from dask_semdedup.io.staging import real_path, refuse_overlap
@@ -310,6 +317,8 @@ class Run:
         needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field]), *self._ranked_by()]
         if not set(needed) <= set(columns):
             raise MissingColumnsError.build(needed, columns, self._column_advice(columns))
+        if not self.embed:
+            refuse_strings(ddf, self.embedding_field)
         kept = self._read_input(self._kept())
         check_sources(kept, list(kept.columns))
         check_sources(ddf, needed, self.ranking_strategy)
@@ -430,7 +439,7 @@ class Run:
     def plan(self) -> Plan | str:
         """Tell how rows would be compared for the scores, or what has to be there before that can be told."""
         if not self.is_complete:
-            return f"Rows are compared within {self.n_clusters:,} clusters of k-means."
+            return f"Rows are compared within {counted(self.n_clusters or 0, 'cluster')} of k-means."
         try:
             rows = self._read_embedded()
         except DataReadError:
@@ -550,6 +559,7 @@ class Run:
                 storage_options=self.storage_options,
                 compared=compared,
                 dropped=self.counts["duplicates"]["duplicates"] if self.duplicate_of == "kept" else None,
+                id_field=self.id_field,
             )
         return {"duplicates": int(summary.duplicates(self.eps))}
 
@@ -560,11 +570,11 @@ def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> T
     rows, dropped, kept = counts["scores"]["rows"], counts["duplicates"]["duplicates"], counts["deduplicated"]["rows"]
     clusters = counts.get("clusters", {"clusters": 0})["clusters"]
     results = {
-        "embeddings": f"{rows:,} rows",
-        "clusters": "1 cluster" if clusters == 1 else f"{clusters:,} clusters",
-        "scores": f"{counts['scores']['kept']:,} of {rows:,} rows",
+        "embeddings": counted(rows, "row"),
+        "clusters": counted(clusters, "cluster"),
+        "scores": f"{counts['scores']['kept']:,} of {counted(rows, 'row')}",
         "duplicates": f"{dropped:,} at eps = {eps:g}, {dropped / max(rows, 1):.2%}",
-        "deduplicated": f"{kept:,} rows kept",
+        "deduplicated": f"{counted(kept, 'row')} kept",
         "report": "index.html",
     }
     table = Table(box=None, header_style="dim", padding=(0, 2))

@@ -196,10 +196,19 @@ def _changes(manifest: Manifest, step: Step) -> str:
     texts += [
         "the files of INPUT have changed"
         if name == "files"
-        else f"{option_of(name)} {before.get(name)} → {now.get(name)}"
+        else f"{option_of(name)} {_shown(before.get(name))} → {_shown(now.get(name))}"
         for name in changed
     ]
     return ", ".join(texts)
+
+
+def _shown(value: Any) -> str:
+    """Return a parameter's value as a reader of a table knows it."""
+    if isinstance(value, list):
+        value = ", ".join(value)
+    if isinstance(value, bool) or value in (None, ""):
+        return "given" if value else "not given"
+    return str(value)
 
 
 def _sources(needs: Collection[str]) -> str:

@@ -307,7 +307,7 @@ def join_meta(meta: Any, columns: Columns, nearest: Any = None) -> Any:
     return score_frame(ids, ids if nearest is None else nearest.iloc[:0], np.empty(0, np.float32))
 
 
-def _to_tensor(frame: Any, columns: Columns, options: SearchOptions, **on: str) -> torch.Tensor:
+def _to_tensor(frame: Any, columns: Columns, options: SearchOptions, **on: Any) -> torch.Tensor:
     named = {"name": columns.embedding, "ids": frame[columns.id]}
     return to_tensor(frame[columns.embedding], **named, embedding_dim=options.embedding_dim, **on)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import dask.dataframe as dd
@@ -11,7 +12,9 @@ import numpy as np
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_keywords
-from dask_semdedup.frames.columns import Columns, SearchOptions
+from dask_semdedup.errors import counted
+from dask_semdedup.frames.backend import is_cudf
+from dask_semdedup.frames.columns import HELD, SCORE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.lazy.deduplicate import keep_one_of_each, keep_one_of_each_in_clusters
 from dask_semdedup.lazy.duplicates import EPS_GRID, eps_curve
 from dask_semdedup.lazy.embed import embed_texts
@@ -28,6 +31,13 @@ from dask_semdedup.steps.ranking import RankingStrategy, choose_strategy
 
 __all__ = ["SemDedupAccessor"]
 
+# In the order in which the accessor lists them: for rows, for scores, for clusters.
+METHODS = (
+    *("deduplicate", "against", "pairwise", "plan", "remove", "to_parquet", "embed"),
+    *("duplicates", "eps_curve", "groups"),
+    *("kmeans", "fit_centroids", "to_clusters"),
+)
+
 
 @register_dataframe_accessor("semdedup")
 class SemDedupAccessor:
@@ -40,6 +50,41 @@ class SemDedupAccessor:
 
     def __init__(self, ddf: dd.DataFrame) -> None:
         self._ddf = ddf
+
+    def __repr__(self) -> str:
+        width = max(map(len, METHODS))
+        methods = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in self._methods())
+        found = "\n".join(f"  {held:<{width}}  {column}" for held, column in self._found())
+        return f"{self._title()}\n\nColumns\n{found}\n\nMethods\n{methods}"
+
+    def _repr_html_(self) -> str:
+        def table(rows: list[tuple[str, str]]) -> str:
+            cells = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+            return f"<table>{''.join(cells)}</table>"
+
+        title = f"<p><strong>{escape(self._title())}</strong></p>"
+        return f"<div>{title}{table(self._found())}{table(self._methods())}</div>"
+
+    def _title(self) -> str:
+        backend = "cuDF" if is_cudf(self._ddf._meta) else "pandas"
+        return f"ddf.semdedup: semantic deduplication of {counted(self._ddf.npartitions, f'{backend} partition')}"
+
+    def _found(self) -> list[tuple[str, str]]:
+        """Return the columns that methods use by default, or how to name others."""
+        columns = list(self._ddf.columns)
+        if set(SCORE_COLUMNS) <= set(columns):
+            return [("scores", ", ".join(SCORE_COLUMNS))]
+        defaults = Columns()
+        return [
+            (held, name if (name := getattr(defaults, attribute)) in columns else f"none; pass {attribute}_field")
+            for attribute, held in HELD.items()
+        ]
+
+    @classmethod
+    def _methods(cls) -> list[tuple[str, str]]:
+        """Return the methods, each with the first line of its docstring."""
+        docs = ((name, getattr(cls, name).__doc__ or "") for name in METHODS)
+        return [(name, doc.partition("\n")[0].replace("``", "")) for name, doc in docs]
 
     def kmeans(
         self,
@@ -60,7 +105,7 @@ class SemDedupAccessor:
         centroids: Any = None,
         device: str = "auto",
     ) -> dd.DataFrame:
-        """Cluster the rows by k-means: fit on a sample now, and assign every row to its nearest centroid lazily.
+        """Fit k-means to a sample now, and lazily assign every row to its nearest centroid.
 
         Parameters
         ----------
@@ -171,7 +216,7 @@ class SemDedupAccessor:
         max_samples_per_batch: int = 32_768,
         device: str = "auto",
     ) -> np.ndarray:
-        """Fit k-means to a sample of the rows, now.
+        """Fit k-means to a sample of the rows now, and return the centroids.
 
         Parameters
         ----------
@@ -225,7 +270,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         max_file_size: str | int = "256MiB",
         storage_options: Mapping[str, Any] | None = None,
     ) -> dict[int | str, list[str]]:
-        """Write the frame in the layout of k-means, ``<path>/<cluster_field>=<k>/part.<i>.parquet``, now.
+        """Write the frame now, with a folder for each cluster.
+
+        The files are ``<path>/<cluster_field>=<k>/part.<i>.parquet``, the layout of k-means in NeMo Curator.
 
         A frame that is not known to be aligned by cluster is shuffled first, so that each cluster is one file, unless
         it is large, however many partitions it comes from. The folder appears when all of it is written.
@@ -290,7 +337,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         overwrite: bool = False,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the frame to Parquet files that every reader can read, one a partition, now.
+        """Write the frame now, to Parquet files that any reader opens.
 
         Columns that `dask_semdedup.read_table` or `dask_semdedup.read_clusters` has read get the Arrow types that they
         had in their files, and the files get the metadata of those: features of Hugging Face datasets, notes of
@@ -340,7 +387,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         verbose: bool = False,
     ) -> dd.DataFrame:
-        """Score every row by its largest similarity to a row that is preferred over it.
+        """Score each row by its similarity to the most similar row that is preferred over it.
 
         Rows are compared within their clusters, or with all rows of the frame if `cluster_field` is None. Only the
         columns that are needed are read, or shuffled. Frames that are not known to be aligned by cluster are shuffled;
@@ -482,7 +529,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         compute_dtype: str = "auto",
         device: str = "auto",
     ) -> Plan:
-        """Tell how rows will be compared with all others, before they are: what `deduplicate` will do.
+        """Estimate the work, memory and time of a comparison of all rows, before it runs.
 
         Parameters
         ----------
@@ -521,7 +568,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         return plan_completely(self._ddf, Columns(embedding=embedding_field), options, eps)
 
     def duplicates(self, eps: float | Sequence[float] = 0.01) -> dd.DataFrame:
-        """Select the duplicates from a frame of scores: the rows with ``cosine_sim_score >= 1 - eps``.
+        """Select the duplicates from a frame of scores: rows with ``cosine_sim_score >= 1 - eps``.
 
         Parameters
         ----------
@@ -566,7 +613,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         return find_duplicates(self._ddf, eps)
 
     def eps_curve(self, eps: Sequence[float] = EPS_GRID) -> dd.DataFrame:
-        """Count the duplicates at several eps, in one pass over a frame of scores.
+        """Count the duplicates in a frame of scores at several eps, in one pass.
 
         Parameters
         ----------
@@ -602,7 +649,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         return eps_curve(self._ddf, eps)
 
     def groups(self, eps: float = 0.01) -> dd.DataFrame:
-        """Find the document that is kept in the end for each duplicate in a frame of scores.
+        """Find the row that is kept for each duplicate in a frame of scores.
 
         By the rule "any" of `pairwise`, the row that makes another one a duplicate, its ``max_id``, may be a duplicate
         itself. Such chains are followed to the row that is kept. By the rule "kept" there are no chains: each group is
@@ -657,7 +704,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         eps: float | None = None,
         broadcast: bool = True,
     ) -> dd.DataFrame:
-        """Remove duplicates from the data that they were found in: all rows whose ids are among theirs.
+        """Remove the rows whose ids are among those of the duplicates.
 
         Parameters
         ----------
@@ -730,9 +777,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         encode_kwargs: Mapping[str, Any] | None = None,
     ) -> dd.DataFrame:
-        """Add an embedding of each row's text, made by a sentence-transformers model.
+        """Embed a column of texts with a sentence-transformers model.
 
-        It needs the extra ``text``: ``pip install 'dask-semdedup[text]'``.
+        It needs sentence-transformers: ``pip install '.[text]'`` in a clone.
 
         Parameters
         ----------
@@ -809,7 +856,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         **kmeans_options: Any,
     ) -> dd.DataFrame:
-        """Find the rows that have a near-duplicate in another frame, such as those of a test set in a training set.
+        """Find the rows that have a near-duplicate in another frame, such as a training set.
 
         Each row is compared with all reference rows, and with no row of its own frame. With a `cluster_field`,
         `n_clusters` or `centroids` it is compared with the reference rows of its cluster only; rows whose cluster holds
@@ -915,7 +962,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         **kmeans_options: Any,
     ) -> dd.DataFrame:
-        """Keep one row of each group of near-duplicates: raw embeddings in, the kept rows out.
+        """Drop each row that has a near-duplicate among the kept rows.
 
         Every row is compared with all others, and no duplicate is missed. It is `pairwise` and `remove` in one. With a
         `cluster_field`, `n_clusters` or `centroids`, rows are compared within clusters only.

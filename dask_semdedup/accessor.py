@@ -467,7 +467,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         No duplicate is missed, and the answer does not depend on sample, cells or partitions. All rows come together in
         one task instead if they are fewer than about 16,000, if sketches would not save time, if they fit a GPU, if
         there is no `eps` or one of 1 or more, or if `compute_dtype` is not "auto". What it costs is under "Comparing
-        everything with everything" in the documentation.
+        all rows" in the documentation.
 
         A search for duplicates at one eps excludes most pairs by fewer multiplications than scores of all rows take,
         and gives the same rows, scores and neighbours, bit for bit. Dask's optimiser turns scores that are only

@@ -30,15 +30,13 @@ SECTIONS = {
     "Documents": ["data", "text_field", "image_field", "embed", "model"],
     "Columns": ["id_field", "make_ids", "columns", "embedding_field", "cluster_field", "embedding_dim"],
     "Clusters": ["n_clusters"],
-    "What to keep": [
+    "Which row is kept": [
         "which_to_keep",
         "sim_metric",
         "ranking_strategy",
         "random_seed",
-        "eps",
-        "duplicate_of",
-        "max_eps",
     ],
+    "Threshold": ["eps", "duplicate_of", "max_eps"],
     "Search": ["compute_dtype", "device", "pairwise_batch_size"],
     "Where it runs": ["workers", "scheduler", "backend", "partition_size"],
     "Files": ["storage_options", "overwrite", "redo_from"],
@@ -190,4 +188,4 @@ def refuse_contradictions(ctx: click.Context) -> None:
             raise click.UsageError(f"{flags[pair[0]]} and {flags[pair[1]]} exclude each other.", ctx)
     for name, needed in DEPENDENCES:
         if name in given and needed in flags and needed not in given:
-            raise click.UsageError(f"{flags[name]} means nothing without {flags[needed]}.", ctx)
+            raise click.UsageError(f"{flags[name]} has no effect without {flags[needed]}.", ctx)

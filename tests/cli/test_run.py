@@ -688,7 +688,7 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--random-seed", -1, *CLUSTERS], ["random_state must be", "(--random-seed)"]),
         (["--from", "embeddings", *CLUSTERS], ["embeddings", "clusters", "(--from)"]),
         (["--from", "clusters"], ["no step 'clusters'", "only scores", "(--from)"]),
-        (["--cluster-field", "topic"], ["--cluster-field means nothing without --n-clusters"]),
+        (["--cluster-field", "topic"], ["--cluster-field has no effect without --n-clusters"]),
         (["--backend", "cudf"], ["partitions are pandas", "(--backend)"]),
         (["--rank-by", "cosine_dist_to_cent"], ["cosine_dist_to_cent", "Rank by columns of INPUT"]),
         (["--duplicate-of", "all"], ["--duplicate-of"]),

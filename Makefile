@@ -74,7 +74,7 @@ install: $(INSTALLED)
 $(INSTALLED): setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[test,docs,notebooks]'
+		--constraint constraints.txt --editable '.[test,docs,notebooks,readers]'
 	touch $@
 
 $(CURATOR)/.installed: setup.cfg constraints.txt

@@ -20,6 +20,7 @@ from dask_semdedup.errors import (
     OutputError,
     OutputExistsError,
     SemDedupError,
+    ZeroEmbeddingWarning,
 )
 from dask_semdedup.lazy.clusters import read_clusters
 from dask_semdedup.lazy.tables import read_table
@@ -43,6 +44,7 @@ __all__ = [
     "OutputExistsError",
     "RankingStrategy",
     "SemDedupError",
+    "ZeroEmbeddingWarning",
     "__version__",
     "read_clusters",
     "read_table",

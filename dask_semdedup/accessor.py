@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import dask.dataframe as dd
@@ -11,7 +12,9 @@ import numpy as np
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_keywords
-from dask_semdedup.frames.columns import Columns, SearchOptions
+from dask_semdedup.errors import counted
+from dask_semdedup.frames.backend import is_cudf
+from dask_semdedup.frames.columns import HELD, SCORE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.lazy.deduplicate import keep_one_of_each, keep_one_of_each_in_clusters
 from dask_semdedup.lazy.duplicates import EPS_GRID, eps_curve
 from dask_semdedup.lazy.embed import embed_texts
@@ -28,18 +31,60 @@ from dask_semdedup.steps.ranking import RankingStrategy, choose_strategy
 
 __all__ = ["SemDedupAccessor"]
 
+# In the order in which the accessor lists them: for rows, for scores, for clusters.
+METHODS = (
+    *("deduplicate", "against", "pairwise", "plan", "remove", "to_parquet", "embed"),
+    *("duplicates", "eps_curve", "groups"),
+    *("kmeans", "fit_centroids", "to_clusters"),
+)
+
 
 @register_dataframe_accessor("semdedup")
 class SemDedupAccessor:
     """Semantic deduplication, as ``ddf.semdedup``.
 
-    Methods return lazy Dask DataFrames, except `fit_centroids`, which fits to a sample, and `to_clusters` and
-    `to_parquet`, which write. `kmeans`, and `pairwise`, `deduplicate` and `against` without clusters, read a sample at
-    once. The accessor is there on all Dask DataFrames, of pandas and of cuDF, once `dask_semdedup` is imported.
+    Importing `dask_semdedup` adds the accessor to every Dask DataFrame, of pandas or cuDF partitions. Methods return
+    lazy Dask DataFrames, except `fit_centroids`, which fits to a sample, and `to_clusters` and `to_parquet`, which
+    write. `kmeans` reads a sample at once, and so do `pairwise`, `deduplicate` and `against` without clusters.
     """
 
     def __init__(self, ddf: dd.DataFrame) -> None:
         self._ddf = ddf
+
+    def __repr__(self) -> str:
+        width = max(map(len, METHODS))
+        methods = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in self._methods())
+        found = "\n".join(f"  {held:<{width}}  {column}" for held, column in self._found())
+        return f"{self._title()}\n\nColumns\n{found}\n\nMethods\n{methods}"
+
+    def _repr_html_(self) -> str:
+        def table(rows: list[tuple[str, str]]) -> str:
+            cells = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+            return f"<table>{''.join(cells)}</table>"
+
+        title = f"<p><strong>{escape(self._title())}</strong></p>"
+        return f"<div>{title}{table(self._found())}{table(self._methods())}</div>"
+
+    def _title(self) -> str:
+        backend = "cuDF" if is_cudf(self._ddf._meta) else "pandas"
+        return f"ddf.semdedup: semantic deduplication of {counted(self._ddf.npartitions, f'{backend} partition')}"
+
+    def _found(self) -> list[tuple[str, str]]:
+        """Return the columns that methods use by default, or how to name others."""
+        columns = list(self._ddf.columns)
+        if set(SCORE_COLUMNS) <= set(columns):
+            return [("scores", ", ".join(SCORE_COLUMNS))]
+        defaults = Columns()
+        return [
+            (held, name if (name := getattr(defaults, attribute)) in columns else f"none; pass {attribute}_field")
+            for attribute, held in HELD.items()
+        ]
+
+    @classmethod
+    def _methods(cls) -> list[tuple[str, str]]:
+        """Return the methods, each with the first line of its docstring."""
+        docs = ((name, getattr(cls, name).__doc__ or "") for name in METHODS)
+        return [(name, doc.partition("\n")[0].replace("``", "")) for name, doc in docs]
 
     def kmeans(
         self,
@@ -60,42 +105,42 @@ class SemDedupAccessor:
         centroids: Any = None,
         device: str = "auto",
     ) -> dd.DataFrame:
-        """Cluster the rows by k-means: fit on a sample now, and assign every row to its nearest centroid lazily.
+        """Fit k-means to a sample now, and lazily assign every row to its nearest centroid.
 
         Parameters
         ----------
         n_clusters : int, optional
-            The number of clusters. By default one for every 50,000 rows, but no more than a quarter of the square root
-            of their number, and a single one below 100,000 rows.
+            Number of clusters. By default one for every 50,000 rows, but at most a quarter of the square root of the
+            number of rows, and one below 100,000 rows.
         embedding_field : str, default "embeddings"
-            Column of embeddings: lists of floats, all of one length. They need not be normalised.
+            Column of embeddings: lists of floats, all of the same length. They need not be normalised.
         cluster_field : str, default "centroid"
-            Name of the column of clusters to make.
+            Name of the new column of clusters.
         id_field : str, default "id"
-            Column of ids, which messages about bad rows name. It need not be there.
+            Column of ids, for messages about bad rows. It may be missing.
         embedding_dim : int, optional
-            Length of the embeddings, to be checked.
+            Length that every embedding must have.
         fit_data_fraction : float, optional
-            The share of the rows to fit on, above 0 and up to 1. By default 256 rows a cluster, but at least 16,384, or
-            all there are.
+            Share of the rows to fit to, above 0 and up to 1. By default 256 rows per cluster, and at least 16,384 or
+            all rows.
         max_iter : int, default 300
-            The most iterations of the fit.
+            Maximum number of iterations.
         tol : float, default 1e-4
-            The change of the centroids, relative to the variance of the rows, at which the fit ends.
+            The fit ends when the centroids change less than this, relative to the variance of the rows.
         random_state : int, default 42
             Seed of the sample and of the fit.
         init : {"k-means++", "k-means||", "random"}, default "k-means++"
-            How the first centroids are chosen. scikit-learn has the first, cuML the second: either name means the one
-            that there is.
+            How the initial centroids are chosen. scikit-learn has "k-means++" and cuML has "k-means||": either name
+            selects the one that is available.
         n_init : int or "auto", default "auto"
-            How often to fit from other first centroids, to keep the best.
+            Number of fits from different initial centroids. The best is kept.
         oversampling_factor, max_samples_per_batch
-            Of cuML, on a GPU.
+            Options of cuML, on a GPU.
         centroids : (k, d) array_like, str or path-like, optional
-            Centroids to use instead of a fit: what `fit_centroids` returned, or a ``.npy`` file of it; local, or a URL
-            that fsspec understands.
+            Centroids to use instead of a fit: the result of `fit_centroids`, or the path or fsspec URL of a ``.npy``
+            file of it.
         device : {"auto", "cpu", "cuda"}, default "auto"
-            Where rows are assigned, whatever holds the frame, and where the centroids are fitted.
+            Device that fits the centroids and assigns the rows, regardless of the frame's backend.
 
         Returns
         -------
@@ -113,26 +158,26 @@ class SemDedupAccessor:
             If the embedding column cannot hold embeddings, or rows of the sample are null, not finite or of different
             lengths; when computed, if others are, or are not of the centroids' width.
         InvalidArgumentError
-            If an argument is not one of those allowed, clusters are more than rows to fit on, or column names clash.
+            If an argument is invalid, there are more clusters than rows to fit to, or column names clash.
 
         Warns
         -----
         UserWarning
-            If the sample has fewer than 40 rows a cluster.
+            If the sample has fewer than 40 rows per cluster.
 
         See Also
         --------
-        fit_centroids : The fit alone, to be kept.
+        fit_centroids : Only fit, to keep the centroids.
         to_clusters : Write the clusters to files.
 
         Notes
         -----
-        The nearest centroid is that of the smallest Euclidean distance to the normalised row, the one of the lowest
-        number among equals. An all-zero row stays zero, belongs to the shortest centroid, and has cosine distance 1.
+        The nearest centroid has the smallest Euclidean distance to the normalised row. Among equals, it is the centroid
+        with the lowest number. An all-zero row stays zero, belongs to the shortest centroid, and has cosine distance 1.
 
         A partition takes the memory of its normalised rows and less than 128 MB beyond itself, the result and the
-        centroids, for any number of clusters. Rows are counted to draw the sample: from footers, where they are read
-        from Parquet files. A frame that is costly to compute should be persisted or written before.
+        centroids, for any number of clusters. Rows are counted to draw the sample. For a frame that is read from
+        Parquet files, the footers tell the counts. Persist or write a frame that is costly to compute first.
 
         Examples
         --------
@@ -171,7 +216,7 @@ class SemDedupAccessor:
         max_samples_per_batch: int = 32_768,
         device: str = "auto",
     ) -> np.ndarray:
-        """Fit k-means to a sample of the rows, now.
+        """Fit k-means to a sample of the rows now, and return the centroids.
 
         Parameters
         ----------
@@ -182,7 +227,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Returns
         -------
         (n_clusters, d) float32 array
-            The centroids. `numpy.save` keeps them, and `kmeans` takes them as ``centroids``.
+            The centroids. Save them with `numpy.save`, and pass them to `kmeans` as ``centroids``.
 
         Raises
         ------
@@ -192,12 +237,12 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Warns
         -----
         UserWarning
-            If the sample has fewer than 40 rows a cluster.
+            If the sample has fewer than 40 rows per cluster.
 
         Notes
         -----
-        The fit is scikit-learn's, or cuML's where ``device`` is "cuda" or the frame is cuDF's, and cuML is installed.
-        It takes place in this process, whatever Dask runs on.
+        cuML fits if it is installed and ``device`` is "cuda" or the frame's backend is cuDF. Otherwise scikit-learn
+        fits. The fit runs in this process, regardless of Dask's scheduler.
 
         Examples
         --------
@@ -225,29 +270,31 @@ n_init, oversampling_factor, max_samples_per_batch, device
         max_file_size: str | int = "256MiB",
         storage_options: Mapping[str, Any] | None = None,
     ) -> dict[int | str, list[str]]:
-        """Write the frame in the layout of k-means, ``<path>/<cluster_field>=<k>/part.<i>.parquet``, now.
+        """Write the frame now, with a folder for each cluster.
 
-        A frame that is not known to be aligned by cluster is shuffled first, so that each cluster is one file, unless
-        it is large, however many partitions it comes from. The folder appears when all of it is written.
+        The files are ``<path>/<cluster_field>=<k>/part.<i>.parquet``, the layout of k-means in NeMo Curator.
+
+        A frame that is not known to be aligned by cluster is shuffled first. Each cluster then becomes one file, or
+        several if it is large. The folder appears when all of it is written.
 
         Parameters
         ----------
         path : str or path-like
-            The folder; local, or a URL that fsspec understands.
+            Folder to write: a local path or an fsspec URL.
         cluster_field : str, default "centroid"
-            The cluster column, of integers or strings. It becomes the folders' names and is not in the files:
-            `dask_semdedup.read_clusters` makes it from them, as int64 or strings.
+            Cluster column, of integers or strings. It becomes part of the folder names and is not in the files.
+            `dask_semdedup.read_clusters` restores it from the names, as int64 or strings.
         overwrite : bool, default False
-            Whether to replace a folder of clusters that is there: of nothing but ``<key>=<value>/*.parquet``.
+            Replace an existing folder that holds nothing but ``<key>=<value>/*.parquet``.
         max_file_size : str or int, default "256MiB"
-            The most bytes, in memory, of what goes into one file.
+            Maximum size of a file's rows in memory.
         storage_options : mapping, optional
             Arguments of the fsspec file system.
 
         Returns
         -------
         dict
-            From cluster to its files, both in ascending order.
+            The files of each cluster, both in ascending order.
 
         Raises
         ------
@@ -262,8 +309,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Notes
         -----
-        The index is not written. Dask shuffles through files in its temporary directory with threads, and through
-        memory, which spills to disk, on a cluster: either takes as much room as the frame.
+        The index is not written. With threads, Dask shuffles through files in its temporary directory. On a cluster, it
+        shuffles through memory, which spills to disk. Either takes as much space as the frame.
 
         Examples
         --------
@@ -290,26 +337,29 @@ n_init, oversampling_factor, max_samples_per_batch, device
         overwrite: bool = False,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the frame to Parquet files that every reader can read, one a partition, now.
+        """Write the frame now, to Parquet files that any reader opens.
 
-        Columns that `dask_semdedup.read_table` or `dask_semdedup.read_clusters` has read get the Arrow types that they
-        had in their files, and the files get the metadata of those: features of Hugging Face datasets, notes of
-        GeoPandas, pandas' own. Object columns of lists and arrays are written as lists, which `to_parquet` of Dask
-        refuses. The index is not written. The folder appears when all of it is written.
+        pandas, Polars, DuckDB and Hugging Face Datasets read the files, one for each partition. Dask's own
+        ``ddf.to_parquet`` adds an index column and names of Arrow types that plain `pandas.read_parquet` does not
+        understand.
+
+        Columns that `dask_semdedup.read_table` or `dask_semdedup.read_clusters` has read keep the Arrow types of their
+        files. The metadata of these files, such as features of Hugging Face datasets, is written too. Object columns of
+        lists and arrays are written as lists. The index is not written. The folder appears when all of it is written.
 
         Parameters
         ----------
         path : str or path-like
-            The folder; local, or a URL that fsspec understands.
+            Folder to write: a local path or an fsspec URL.
         overwrite : bool, default False
-            Whether to replace a folder that this method has written: of nothing but ``part.<i>.parquet``.
+            Replace an existing folder that holds nothing but ``part.<i>.parquet``, as this method writes.
         storage_options : mapping, optional
             Arguments of the fsspec file system.
 
         Raises
         ------
         InvalidArgumentError
-            If the folder is not free, or columns share a name.
+            If the folder exists, or columns share a name.
 
         Examples
         --------
@@ -340,11 +390,11 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         verbose: bool = False,
     ) -> dd.DataFrame:
-        """Score every row by its largest similarity to a row that is preferred over it.
+        """Score each row by its similarity to the most similar row that is preferred over it.
 
-        Rows are compared within their clusters, or with all rows of the frame if `cluster_field` is None. Only the
-        columns that are needed are read, or shuffled. Frames that are not known to be aligned by cluster are shuffled;
-        those of `read_clusters` are not, and no frame is that is compared as a whole.
+        Rows are compared within their clusters, or with all rows of the frame if `cluster_field` is None. Only needed
+        columns are read. Frames that are not known to be aligned by cluster are shuffled. Frames of `read_clusters`,
+        and frames that are compared as a whole, are not shuffled.
 
         Parameters
         ----------
@@ -352,36 +402,36 @@ n_init, oversampling_factor, max_samples_per_batch, device
             Cosine distance, from 0 to 2, within which a row is a duplicate: only duplicates are returned. With
             ``duplicate_of="any"`` they are the rows of ``pairwise().semdedup.duplicates(eps)``. By default all rows.
         which_to_keep : {"hard", "easy", "random"}, default "hard"
-            The rows that are preferred: those far from their centroid, those near to it, or any. Without clusters the
-            mean of all normalised rows is the centroid.
+            Preferred rows: rows far from their centroid, rows near it, or a random choice. Without clusters, the mean
+            of all normalised rows is the centroid.
         sim_metric : {"cosine", "l2"}, default "cosine"
-            The distance to the centroid. It is in the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``; without
-            clusters it is computed. The score is the cosine similarity in both cases.
+            Distance to the centroid: the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``. Without clusters, it is
+            computed. The score is the cosine similarity in both cases.
         ranking_strategy : RankingStrategy, optional
             Replaces `which_to_keep` and `sim_metric`.
         id_field : str, default "id"
-            Column of ids: integers or strings. They should be unique among the rows that are compared: the order among
-            rows of equal ids and equal values to rank by is that of the input.
+            Column of ids: integers or strings. They should be unique among the rows that are compared. Rows with equal
+            ids and equal ranking values are ranked in the order of the input.
         embedding_field : str, default "embeddings"
-            Column of embeddings: lists of floats, all of one length. They need not be normalised.
+            Column of embeddings: lists of floats, all of the same length. They need not be normalised.
         cluster_field : str or None, default "centroid"
             Column of clusters, within which rows are compared. None compares every row with all rows of the frame.
         duplicate_of : {"any", "kept"}, default "any"
-            The preferred rows that a row can be a duplicate of. "any" allows each of them, also one that is itself a
-            duplicate. "kept" allows those that are no duplicates themselves: in rank order, a row is a duplicate if and
-            only if a kept, preferred row is at least ``1 - eps`` similar, and its ``max_id`` is the nearest kept one.
-            "kept" needs an `eps` below 1.
+            Rows that a row can be a duplicate of. "any": any preferred row, even one that is itself a duplicate.
+            "kept": only rows that are not duplicates themselves. In rank order, a row is a duplicate if and only if a
+            kept, preferred row is at least ``1 - eps`` similar, and ``max_id`` is the nearest kept row. "kept" needs an
+            `eps` below 1.
         embedding_dim : int, optional
-            Length of the embeddings, to be checked. By default that of most rows of each partition.
+            Length that every embedding must have. By default the length of most rows of each partition.
         pairwise_batch_size : int, optional
-            Queries that are searched at once, with as many candidates as memory allows. By default 512.
+            Number of rows that are searched at once. By default 512.
         random_seed : int, default 42
             Seed of ``which_to_keep="random"``.
         compute_dtype : {"auto", "float32", "float16", "bfloat16"}, default "auto"
-            "auto" is exact, at half-precision speed where the hardware has it. The half dtypes alone are the plain
+            "auto" is exact, at half-precision speed if the hardware supports it. The half-precision dtypes run a plain
             search, which may report a neighbour that is not the nearest.
         device : {"auto", "cpu", "cuda"}, default "auto"
-            Where the search runs, whatever holds the frame.
+            Device that searches, regardless of the frame's backend.
         verbose : bool, default False
             Log the rows and the time of each partition of clusters to the logger ``dask_semdedup``, at level INFO.
 
@@ -403,7 +453,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             If the embedding column cannot hold embeddings, or rows of the sample are null, not finite or of different
             lengths; when computed, if others are.
         InvalidArgumentError
-            If an argument is not one of those allowed, `duplicate_of` is "kept" and `eps` is not below 1, or the
+            If an argument is invalid, `duplicate_of` is "kept" and `eps` is not below 1, or the
             columns of ids or clusters hold lists.
 
         See Also
@@ -420,7 +470,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         No duplicate is missed, and the answer does not depend on sample, cells or partitions. All rows come together in
         one task instead if they are fewer than about 16,000, if sketches would not save time, if they fit a GPU, if
         there is no `eps` or one of 1 or more, or if `compute_dtype` is not "auto". What it costs is under "Comparing
-        everything with everything" in the documentation.
+        all rows" in the documentation.
 
         A search for duplicates at one eps excludes most pairs by fewer multiplications than scores of all rows take,
         and gives the same rows, scores and neighbours, bit for bit. Dask's optimiser turns scores that are only
@@ -429,8 +479,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         what the largest eps needs. Scores that are also used in another way are searched for in full: those that are
         written, persisted or merged, or get flags for several eps.
 
-        Figures and pairs from which to choose an eps need scores of all rows: write them once. Scores of
-        ``duplicate_of="kept"`` hold for their own `eps`: another one keeps other rows, and needs another search.
+        To choose an eps from plots and pairs, write the scores of all rows once. Scores of ``duplicate_of="kept"`` are
+        valid for their own `eps` only: another eps keeps other rows, and needs another search.
 
         Examples
         --------
@@ -482,7 +532,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         compute_dtype: str = "auto",
         device: str = "auto",
     ) -> Plan:
-        """Tell how rows will be compared with all others, before they are: what `deduplicate` will do.
+        """Estimate the work, memory and time of a comparison of all rows, before it runs.
 
         Parameters
         ----------
@@ -494,8 +544,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Returns
         -------
         dask_semdedup.lazy.join.Plan
-            Rows, sketches, cells, the pairs that are multiplied and the share that is skipped, tasks, and about how
-            much memory and time that takes. It prints as a table.
+            The numbers of rows, sketches, cells, multiplied pairs and tasks, the share of skipped pairs, and estimates
+            of memory and time. It prints as a table.
 
         Raises
         ------
@@ -521,33 +571,32 @@ n_init, oversampling_factor, max_samples_per_batch, device
         return plan_completely(self._ddf, Columns(embedding=embedding_field), options, eps)
 
     def duplicates(self, eps: float | Sequence[float] = 0.01) -> dd.DataFrame:
-        """Select the duplicates from a frame of scores: the rows with ``cosine_sim_score >= 1 - eps``.
+        """Select the duplicates from a frame of scores: rows with ``cosine_sim_score >= 1 - eps``.
 
         Parameters
         ----------
         eps : float or sequence of float, default 0.01
-            Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it. From 1
-            on, the first rows of all clusters are selected as well, since their score is 0.
+            Cosine distance, from 0 to 2, within which a row is a duplicate of a preferred row. An eps of 1 or more also
+            selects the first row of each cluster, whose score is 0.
 
         Returns
         -------
         dask.dataframe.DataFrame
-            For one eps, the rows that are duplicates, with all columns. For several, all rows, with one more column of
-            bool for each eps, named as ``eps=0.01``.
+            For one eps, the duplicates, with all columns. For several, all rows, with a column of bool for each eps,
+            named like ``eps=0.01``.
 
         Raises
         ------
         MissingColumnsError
             If the frame has no column ``cosine_sim_score``.
         InvalidArgumentError
-            If `eps` is not a number from 0 to 2, or a sequence of such that is empty or repeats one.
+            If `eps` is not a number from 0 to 2, or is a sequence that is empty, repeats a value or has an invalid one.
 
         Notes
         -----
-        Scores of all rows say for each row how near any preferred row is: the rule is that of
-        ``pairwise(duplicate_of="any")``. Scores by the rule "kept" hold for the eps that they were searched at. At a
-        smaller eps they select other rows than a search at that eps: each is still near a kept row, but two rows that
-        are near each other may both be kept.
+        Scores of all rows follow the rule of ``pairwise(duplicate_of="any")``. Scores of ``duplicate_of="kept"`` are
+        valid for the eps of their search. At a smaller eps, they select other rows than a search at that eps: each
+        selected row is near a kept row, but two rows that are near each other may both be kept.
 
         Examples
         --------
@@ -566,7 +615,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         return find_duplicates(self._ddf, eps)
 
     def eps_curve(self, eps: Sequence[float] = EPS_GRID) -> dd.DataFrame:
-        """Count the duplicates at several eps, in one pass over a frame of scores.
+        """Count the duplicates in a frame of scores at several eps, in one pass.
 
         Parameters
         ----------
@@ -577,10 +626,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Returns
         -------
         dask.dataframe.DataFrame
-            Of one partition, a row for each eps, in the order given: ``eps`` (float64), ``duplicates`` (int64), which
-            is the number of rows of `duplicates` at that eps, and ``share`` (float64), their share of all rows of the
-            frame. Of scores at one eps, such as ``pairwise(eps=0.05)``, counts are right up to that eps, and shares
-            are of the duplicates alone.
+            One partition, with a row for each eps, in the given order: ``eps`` (float64), ``duplicates`` (int64), the
+            number of duplicates at that eps, and ``share`` (float64), their share of the rows of the frame. For scores
+            up to one eps, such as ``pairwise(eps=0.05)``, counts are right up to that eps, and shares are relative to
+            the duplicates.
 
         Raises
         ------
@@ -602,23 +651,22 @@ n_init, oversampling_factor, max_samples_per_batch, device
         return eps_curve(self._ddf, eps)
 
     def groups(self, eps: float = 0.01) -> dd.DataFrame:
-        """Find the document that is kept in the end for each duplicate in a frame of scores.
+        """Find the row that is kept for each duplicate in a frame of scores.
 
-        By the rule "any" of `pairwise`, the row that makes another one a duplicate, its ``max_id``, may be a duplicate
-        itself. Such chains are followed to the row that is kept. By the rule "kept" there are no chains: each group is
-        a star, and ``kept_id`` is ``max_id``.
+        With ``duplicate_of="any"`` in `pairwise`, the row ``max_id`` may itself be a duplicate. Such chains are
+        followed to the kept row. With "kept", there are no chains: ``kept_id`` is ``max_id``.
 
         Parameters
         ----------
         eps : float, default 0.01
-            Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it. The first
-            row of a cluster, which is its own ``max_id``, is kept whatever eps is.
+            Cosine distance, from 0 to 2, within which a row is a duplicate of a preferred row. The first row of a
+            cluster, which is its own ``max_id``, is always kept.
 
         Returns
         -------
         dask.dataframe.DataFrame
-            Of one partition, a row for each duplicate, in the order of the scores: ``id`` and ``kept_id``, of the ids'
-            own dtype, and ``n_duplicates`` (int64), the number of duplicates that the kept document stands for.
+            One partition, with a row for each duplicate, in the order of the scores: ``id`` and ``kept_id``, in the
+            dtype of the ids, and ``n_duplicates`` (int64), the number of duplicates of the kept row.
 
         Raises
         ------
@@ -657,29 +705,28 @@ n_init, oversampling_factor, max_samples_per_batch, device
         eps: float | None = None,
         broadcast: bool = True,
     ) -> dd.DataFrame:
-        """Remove duplicates from the data that they were found in: all rows whose ids are among theirs.
+        """Remove the rows whose ids are among those of the duplicates.
 
         Parameters
         ----------
         duplicates : Dask, pandas or cuDF DataFrame
-            What `duplicates` or `groups` returns, or any frame with the ids to remove; or scores, with an `eps`. Rows
-            that are their own ``max_id`` are the first of their cluster, and are kept.
+            The result of `duplicates` or `groups`, any frame with the ids to remove, or scores with an `eps`. Rows that
+            are their own ``max_id`` are the first of their cluster, and are kept.
         id_field : str, default "id"
-            The column of ids of this frame: integers or strings, of any dtype. Rows with a null id are kept.
+            Column of ids of this frame: integers or strings, of any dtype. Rows with a null id are kept.
         duplicates_id_field : str, default "id"
-            The column of ids of `duplicates`. Integers of other widths, and strings of other dtypes, are the same ids.
+            Column of ids of `duplicates`. The width of integers and the dtype of strings may differ.
         eps : float, optional
-            Which eps to go by, where `duplicates` were found at several or at one of 1 or more, or are all scores.
+            The eps to use, if `duplicates` holds several eps, an eps of 1 or more, or all scores.
         broadcast : bool, default True
-            Send the ids of all duplicates to every partition of this frame. Where they are too many for the memory of a
-            worker, say False: then both frames are shuffled by id, which takes several times their size in memory
-            where Dask runs on threads.
+            Send the ids of all duplicates to every partition of this frame. If they do not fit the memory of a worker,
+            pass False to shuffle both frames by id. With threads, the shuffle takes several times their size in memory.
 
         Returns
         -------
         dask.dataframe.DataFrame
-            The rows that are left, with all columns and dtypes. With `broadcast` also the partitions, their divisions
-            and the order of rows stay; without it there are as many partitions, in which rows stand in another order.
+            The remaining rows, with all columns and dtypes. With `broadcast`, partitions, divisions and the order of
+            rows stay the same. Without it, the number of partitions stays the same, and the order of rows changes.
 
         Raises
         ------
@@ -696,9 +743,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Notes
         -----
-        The column of ids is read twice: by itself for that check, and with all others. Where it cannot be read by
-        itself, because the frame is the result of functions that Dask cannot see into, partitions wait in memory until
-        the last one is checked: write or persist such a frame before.
+        The column of ids is read twice: by itself to check for repeated ids, and with the other columns. If Dask cannot
+        read it by itself, because the frame is the result of opaque functions, partitions wait in memory until the last
+        one is checked. Write or persist such a frame first.
 
         Examples
         --------
@@ -730,34 +777,34 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         encode_kwargs: Mapping[str, Any] | None = None,
     ) -> dd.DataFrame:
-        """Add an embedding of each row's text, made by a sentence-transformers model.
+        """Embed a column of texts with a sentence-transformers model.
 
-        It needs the extra ``text``: ``pip install 'dask-semdedup[text]'``.
+        It needs sentence-transformers: ``pip install '.[text]'`` in a clone.
 
         Parameters
         ----------
         text_field : str, default "text"
             Column of strings, without nulls. Empty strings are texts.
         model : str, path-like or sentence_transformers.SentenceTransformer
-            The name of a model on the Hugging Face hub, the folder of one, or one that is loaded. By default
+            Name of a model on the Hugging Face hub, folder of a model, or a loaded model. By default
             ``"sentence-transformers/all-MiniLM-L6-v2"``, whose embeddings have 384 dimensions. A name or folder is
             loaded once in each process, when the first of its partitions is computed. A loaded model goes into the
-            graph, with all its weights: for a Dask cluster a name, or a folder that all workers see, is better.
+            graph with all its weights. For a Dask cluster, prefer a name, or a folder that all workers see.
         embedding_field : str, default "embeddings"
             Name of the new column.
         batch_size : int, default 32
-            Texts that go through the model at once. More may be faster on a GPU.
+            Number of texts that the model embeds at once. A larger batch may be faster on a GPU.
         device : {"auto", "cpu", "cuda"}, default "auto"
-            Where the model runs, whatever holds the frame. "auto" is where a loaded model is, or else a GPU where
-            torch sees one.
+            Device of the model, regardless of the frame's backend. "auto" is the device of a loaded model, or else a
+            GPU if torch sees one.
         encode_kwargs : mapping, optional
             Further arguments of `SentenceTransformer.encode`, such as ``prompt_name``.
 
         Returns
         -------
         dask.dataframe.DataFrame
-            With all columns and the new one: lists of float32. A partition is embedded when it is computed, and only
-            if the new column is needed.
+            All columns and the new one: lists of float32. A partition is embedded whenever it is computed, if the new
+            column is needed.
 
         Raises
         ------
@@ -767,16 +814,17 @@ n_init, oversampling_factor, max_samples_per_batch, device
             If sentence-transformers is not installed.
         InvalidArgumentError
             If the frame has a column named `embedding_field` already, that of texts holds something else than strings,
-            or an argument is not one of those allowed; when computed, if the model cannot be loaded.
+            or an argument is invalid; when computed, if the model cannot be loaded.
         EmbeddingError
             When computed, if texts are null.
 
         Notes
         -----
-        The rows of most models are of unit length; those that are not are normalised by whatever compares them. The
-        model truncates texts to its own greatest length: 256 tokens for the default one, about 200 words of English.
+        Embeddings need not have unit length: every comparison normalises them. The model truncates texts to its own
+        maximum length: 256 tokens for the default model, about 200 words of English.
 
-        To write the embeddings once and work from the files is cheaper than to make them anew for every result.
+        The result is lazy: each result that uses it embeds the texts again, and `deduplicate` uses it several times.
+        Write the embeddings first with `to_parquet`, and continue with `dask_semdedup.read_table`.
 
         Examples
         --------
@@ -809,7 +857,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         **kmeans_options: Any,
     ) -> dd.DataFrame:
-        """Find the rows that have a near-duplicate in another frame, such as those of a test set in a training set.
+        """Find the rows that have a near-duplicate in another frame, such as a training set.
 
         Each row is compared with all reference rows, and with no row of its own frame. With a `cluster_field`,
         `n_clusters` or `centroids` it is compared with the reference rows of its cluster only; rows whose cluster holds
@@ -818,21 +866,21 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Parameters
         ----------
         reference : dask.dataframe.DataFrame
-            The rows to compare with, whose embeddings are of the same model.
-        eps : float, optional
-            Cosine distance within which a row is a near-duplicate, by default 0.01; None gives the scores of all rows.
+            Rows to compare with. Their embeddings must come from the same model.
+        eps : float or None, default 0.01
+            Cosine distance within which a row is a near-duplicate. None returns the scores of all rows.
         id_field : str, default "id"
             Column of ids.
         reference_id_field : str, optional
-            The reference's column of ids, which may be of another type. By default `id_field`.
+            Column of ids of the reference, which may have another type. By default `id_field`.
         embedding_field : str, default "embeddings"
-            Both frames' column of embeddings.
+            Column of embeddings of both frames.
         cluster_field : str, optional
-            Both frames' column of clusters, which must mean the same in both. By default rows are compared with all
+            Column of clusters of both frames, with the same meaning in both. By default, rows are compared with all
             reference rows.
         n_clusters, centroids, **kmeans_options
-            Of k-means, fitted to the reference unless centroids are given: both frames are assigned to its clusters.
-            See `kmeans`. `cluster_field` is then the name of the column that is made, by default "centroid".
+            Options of k-means: see `kmeans`. It is fitted to the reference unless you pass centroids, and both frames
+            are assigned to its clusters. `cluster_field` is then the name of the new column, by default "centroid".
         embedding_dim, compute_dtype, device
             As in `pairwise`.
 
@@ -853,8 +901,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             If a column cannot hold embeddings, or rows of the sample are null, not finite or of different lengths; when
             computed, if others are.
         InvalidArgumentError
-            If an argument is not one of those allowed, or there are options of k-means without `n_clusters` or
-            `centroids`.
+            If an argument is invalid, or there are options of k-means without `n_clusters` or `centroids`.
 
         Notes
         -----
@@ -915,44 +962,43 @@ n_init, oversampling_factor, max_samples_per_batch, device
         device: str = "auto",
         **kmeans_options: Any,
     ) -> dd.DataFrame:
-        """Keep one row of each group of near-duplicates: raw embeddings in, the kept rows out.
+        """Drop each row that has a near-duplicate among the kept rows.
 
-        Every row is compared with all others, and no duplicate is missed. It is `pairwise` and `remove` in one. With a
-        `cluster_field`, `n_clusters` or `centroids`, rows are compared within clusters only.
+        Every row is compared with all others, and no duplicate is missed. The method combines `pairwise` and `remove`.
+        With a `cluster_field`, `n_clusters` or `centroids`, rows are compared within clusters only.
 
         Parameters
         ----------
         eps : float, default 0.01
-            Cosine distance, from 0 to 2, within which a row is a duplicate of one that is preferred over it. Below 1
+            Cosine distance, from 0 to 2, within which a row is a duplicate of a preferred row. It must be below 1
             unless `duplicate_of` is "any".
         n_clusters : int, optional
-            Clusters of k-means within which rows are compared, which misses duplicates. By default rows are compared
-            with all others.
+            Number of k-means clusters within which rows are compared. This misses duplicates. By default, all rows are
+            compared.
         id_field : str, default "id"
-            Column of ids, which must be unique.
+            Column of ids, which must be unique and not null.
         embedding_field : str, default "embeddings"
             Column of embeddings.
         cluster_field : str, optional
-            Column of clusters within which rows are compared. With `n_clusters` or `centroids` it is the name of the
-            column of clusters on the way, by default "centroid", which is not in the result: no column that is needed
-            may have it.
+            Column of clusters within which rows are compared. With `n_clusters` or `centroids`, it is the name of a
+            temporary column, by default "centroid", which must not be the name of a needed column.
         duplicate_of : {"kept", "any"}, default "kept"
             With "kept", a row is dropped if and only if a kept, preferred row is at least ``1 - eps`` similar. With
-            "any", the rule of the reference system, it is also dropped if the preferred row is itself dropped: nothing
-            that is kept need be near it. See `pairwise`.
+            "any", the rule of NeMo Curator, a row is also dropped if the preferred row is itself dropped. Then no kept
+            row need be near it. See `pairwise`.
         which_to_keep, sim_metric, ranking_strategy, random_seed
-            The rows that are preferred: see `pairwise`. A `cluster_field` alone brings no distances: "hard" and "easy"
-            then need those of its clusters in the frame.
+            Preferred rows: see `pairwise`. With only a `cluster_field`, "hard" and "easy" need a column of distances in
+            the frame.
         centroids, **kmeans_options
-            Of the clustering: see `kmeans`.
+            Options of k-means: see `kmeans`.
         embedding_dim, pairwise_batch_size, compute_dtype, device
             As in `pairwise`.
 
         Returns
         -------
         dask.dataframe.DataFrame
-            The rows that are kept, with all columns as they were, in their order and partitions. Embeddings that were
-            Python objects are Arrow lists: Dask cannot write objects to Parquet.
+            The kept rows, with all columns, in their order and partitions. Embeddings that were Python objects become
+            Arrow lists, since Dask cannot write objects to Parquet.
 
         Raises
         ------
@@ -964,17 +1010,17 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         See Also
         --------
-        pairwise : Which row makes each of the others a duplicate.
-        against : Rows that have a near-duplicate in another frame.
+        pairwise : Find which row makes each row a duplicate.
+        against : Find rows that have a near-duplicate in another frame.
 
         Notes
         -----
         A sample is read at once; the rest is lazy. The embeddings are read twice for the scores, as by `pairwise` with
-        ``cluster_field=None``, the ids once for a check, and all columns once for the rows that are kept. A frame that
-        is costly to compute should be persisted or written before.
+        ``cluster_field=None``, the ids once for a check, and all columns once for the kept rows. Persist or write a
+        frame that is costly to compute first.
 
-        With ``which_to_keep="hard"``, the rows far from the mean of all rows are preferred. The sum of the rows is one
-        of integers, so that neither their order nor their partitions change the ranks.
+        With ``which_to_keep="hard"``, rows far from the mean of all rows are preferred. The mean is a sum of integers,
+        so the order of rows and partitions does not change the ranks.
 
         Examples
         --------

@@ -24,8 +24,8 @@ try:
     from nemo_curator.tasks import EmptyTask, FileGroupTask
 except ImportError as error:
     raise MissingDependencyError(
-        "dask_semdedup.curator needs NeMo Curator 1.4 or newer: pip install 'dask-semdedup[curator]'. The same stages "
-        "without it are in dask_semdedup.stages."
+        "dask_semdedup.curator needs NeMo Curator 1.4 or newer: pip install 'nemo-curator>=1.4', or pip install "
+        "'.[curator]' in a clone of dask-semdedup. The same stages without it are in dask_semdedup.stages."
     ) from error
 
 __all__ = [

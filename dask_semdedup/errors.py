@@ -17,6 +17,8 @@ __all__ = [
     "OutputError",
     "OutputExistsError",
     "SemDedupError",
+    "ZeroEmbeddingWarning",
+    "counted",
     "have",
     "some",
 ]
@@ -124,6 +126,15 @@ class ClusterUnavailableError(SemDedupError, ConnectionError):
 
 class MissingDependencyError(SemDedupError, ImportError):
     """A library that only some of the work needs is not installed."""
+
+
+class ZeroEmbeddingWarning(UserWarning):
+    """Rows have all-zero embeddings, which no search can find to be duplicates."""
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: "1 row", "2,000 rows"."""
+    return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def have(count: int, noun: str) -> str:

@@ -49,7 +49,7 @@ numpydoc_show_class_members = False
 default_role = "literal"
 # Base classes of the exceptions, documented by Python and not here.
 nitpick_ignore_regex = [
-    ("py:class", r"(Exception|FileExistsError|FileNotFoundError|ImportError|KeyError|OSError|ValueError)")
+    ("py:class", r"(Exception|FileExistsError|FileNotFoundError|ImportError|KeyError|OSError|UserWarning|ValueError)")
 ]
 
 html_theme = "furo"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from dask_semdedup.cli import main
 
 # Settings, pictures and what was built hold no examples.
 collect_ignore = ["_build", "_ext", "conf.py", "images"]
+# The extra `readers` brings the libraries of this page.
+if not all(map(find_spec, ("datasets", "duckdb", "polars"))):
+    collect_ignore.append("how-to/other-tools.md")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from dask_semdedup import (
     InvalidArgumentError,
     MissingColumnsError,
     RankingStrategy,
+    accessor,
     read_clusters,
     search,
 )
@@ -43,6 +45,23 @@ def assert_scores(scores: dd.DataFrame, expected: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(computed, expected, rtol=0, atol=2e-6)
     held = [set(frame.centroid) for frame in frames]
     assert sum(map(len, held)) == len(set().union(*held))
+
+
+class TestOverview:
+    @pytest.mark.parametrize("show", ["__repr__", "_repr_html_"])
+    def test_every_method_is_listed_with_a_line(self, show: str) -> None:
+        ddf = dd.from_pandas(make_frame().rename(columns={"id": "doc"}), npartitions=2)
+        text = getattr(ddf.semdedup, show)()
+        public = [name for name in vars(type(ddf.semdedup)) if not name.startswith("_")]
+        assert sorted(accessor.METHODS) == sorted(public)
+        assert all(re.search(rf"\b{name}\b", text) for name in public)
+        assert "Drop each row that has a near-duplicate among the kept rows." in text
+        assert "pandas partition" in text
+        assert "none; pass id_field" in text
+
+    def test_scores_are_told_from_rows(self) -> None:
+        scores = pd.DataFrame({"id": [1], "max_id": [1], "cosine_sim_score": [0.0]})
+        assert "id, max_id, cosine_sim_score" in repr(dd.from_pandas(scores, npartitions=1).semdedup)
 
 
 class TestGolden:

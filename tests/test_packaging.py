@@ -78,6 +78,6 @@ def test_constraints_pin_what_ci_installs() -> None:
     pins = {name.lower().replace("_", "-"): Version(version) for name, version in (line.split("==") for line in lines)}
     assert str(pins["torch"]) == "2.13.0"
     for requirement in map(Requirement, requires("dask-semdedup") or []):
-        extras = [{"extra": extra} for extra in ("", "test", "docs", "notebooks")]
+        extras = [{"extra": extra} for extra in ("", "test", "docs", "notebooks", "readers")]
         if requirement.marker is None or any(requirement.marker.evaluate(extra) for extra in extras):
             assert pins[requirement.name] in requirement.specifier

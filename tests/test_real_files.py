@@ -566,7 +566,12 @@ def test_offsets_count_beyond_what_32_bits_hold(tmp_path: Path, nested: bool, mo
 
 @pytest.mark.parametrize(
     ("name", "conversion"),
-    [("data-00000.arrow", "load_from_disk"), ("a.feather", "read_feather"), ("a.csv", "read_csv")],
+    [
+        ("data-00000.arrow", "load_from_disk"),
+        ("a.feather", "read_feather"),
+        ("a.csv", "read_csv"),
+        ("a.csv.gz", "read_csv"),
+    ],
 )
 def test_other_formats_are_refused_with_the_line_that_converts_them(tmp_path: Path, name: str, conversion: str) -> None:
     (tmp_path / name).write_bytes(b"whatever")

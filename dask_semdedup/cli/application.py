@@ -18,7 +18,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dask_semdedup.errors import SemDedupError
+from dask_semdedup.errors import SemDedupError, ZeroEmbeddingWarning
 
 EXIT_STATUS = 2
 INTERRUPTED = 130
@@ -30,15 +30,13 @@ SECTIONS = {
     "Documents": ["data", "text_field", "image_field", "embed", "model"],
     "Columns": ["id_field", "make_ids", "columns", "embedding_field", "cluster_field", "embedding_dim"],
     "Clusters": ["n_clusters"],
-    "What to keep": [
+    "Which row is kept": [
         "which_to_keep",
         "sim_metric",
         "ranking_strategy",
         "random_seed",
-        "eps",
-        "duplicate_of",
-        "max_eps",
     ],
+    "Threshold": ["eps", "duplicate_of", "max_eps"],
     "Search": ["compute_dtype", "device", "pairwise_batch_size"],
     "Where it runs": [
         "workers",
@@ -130,11 +128,13 @@ def _stopped_by_signals() -> Iterator[None]:
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
     """Print each warning once, without the line of code that raised it."""
-    shown: set[str] = set()
+    shown: set[object] = set()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        if str(message) not in shown:
-            shown.add(str(message))
+        # Each partition with such rows warns of its own: the first is enough.
+        key = ZeroEmbeddingWarning if isinstance(message, ZeroEmbeddingWarning) else str(message)
+        if key not in shown:
+            shown.add(key)
             click.echo(f"{click.style('Warning:', fg='yellow', bold=True)} {message}", err=True)
 
     with warnings.catch_warnings():
@@ -207,4 +207,4 @@ def refuse_contradictions(ctx: click.Context) -> None:
             raise click.UsageError(f"{flags[pair[0]]} and {flags[pair[1]]} exclude each other.", ctx)
     for name, needed in DEPENDENCES:
         if name in given and needed in flags and needed not in given:
-            raise click.UsageError(f"{flags[name]} means nothing without {flags[needed]}.", ctx)
+            raise click.UsageError(f"{flags[name]} has no effect without {flags[needed]}.", ctx)

@@ -82,21 +82,21 @@ id_option = click.option("--id-field", metavar="COLUMN", default="id", show_defa
 make_ids_option = click.option(
     "--make-ids",
     is_flag=True,
-    help="Make ids, as column --id-field, from the name of each row's file and the row's number in it.",
+    help="Make a column --id-field of ids: the name of the file and the number of the row in it.",
 )
 cluster_option = click.option(
     "--cluster-field",
     metavar="COLUMN",
     default="centroid",
     show_default=True,
-    help="Column of clusters, or key in the names of folders.",
+    help="Column of clusters, or the key in folder names.",
 )
 embedding_options = _together(
     click.option(
         "--embedding-field", metavar="COLUMN", default="embeddings", show_default=True, help="Column of embeddings."
     ),
     click.option(
-        "--embedding-dim", type=click.IntRange(min=1), metavar="N", help="Fail if embeddings have any other width."
+        "--embedding-dim", type=click.IntRange(min=1), metavar="N", help="Fail if embeddings have another length."
     ),
 )
 search_options = _together(
@@ -112,7 +112,7 @@ search_options = _together(
         type=click.Choice(["auto", "cpu", "cuda"]),
         default="auto",
         show_default=True,
-        help="Device of the search, whatever the backend.",
+        help="Device that searches, regardless of the backend.",
     ),
     click.option(
         "--backend",
@@ -123,12 +123,12 @@ search_options = _together(
         "--pairwise-batch-size",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Number of queries searched at once, against as many candidates as fit in memory.  [default: 512]",
+        help="Number of rows that are searched at once.  [default: 512]",
     ),
     click.option(
         "--partition-size",
         metavar="SIZE",
-        help="Maximum size of a partition in memory; a single larger cluster stays whole.  [default: 128MiB, or "
+        help="Maximum size of a partition in memory. A larger cluster stays whole.  [default: 128MiB, or "
         "up to 2GiB on a GPU]",
     ),
 )
@@ -139,7 +139,7 @@ execution_options = _together(
         metavar="KEY=VALUE",
         multiple=True,
         callback=_parse_storage_options,
-        help="fsspec option for all paths, such as anon=true. Repeat it for several.",
+        help="fsspec option for all paths, such as anon=true. Repeat the option for several.",
     ),
     click.option(
         "--scheduler", metavar="ADDRESS", help="Run on the Dask cluster at this address, such as tcp://10.0.0.1:8786."
@@ -164,7 +164,7 @@ execution_options = _together(
 )
 message_options = _together(
     click.option("-q", "--quiet", is_flag=True, help="Show no progress bar and no summary."),
-    click.option("-v", "--verbose", is_flag=True, help="Show the log of what is done."),
+    click.option("-v", "--verbose", is_flag=True, help="Show a log."),
     click.option(
         "--traceback",
         is_flag=True,
@@ -191,14 +191,14 @@ def keep_options(centre: str, distances: str) -> Callable[[Function], Function]:
             type=click.Choice(["hard", "easy", "random"]),
             default="hard",
             show_default=True,
-            help=f"Rows to prefer over their duplicates: far from {centre}, near it, or in random order.",
+            help=f"Which of two duplicates to keep: the row farther from {centre}, the nearer row, or a random one.",
         ),
         click.option(
             "--sim-metric",
             type=click.Choice(["cosine", "l2"]),
             default="cosine",
             show_default=True,
-            help=f"Distance that 'hard' and 'easy' use{distances}.",
+            help=f"Distance for 'hard' and 'easy'{distances}.",
         ),
         click.option(
             "--rank-by",
@@ -206,7 +206,7 @@ def keep_options(centre: str, distances: str) -> Callable[[Function], Function]:
             metavar="COLUMN[:asc|:desc]",
             multiple=True,
             callback=_parse_rank_by,
-            help="Prefer rows with the smallest value of this column or, with :desc, the largest, instead of "
+            help="Keep the row with the smallest value of this column or, with :desc, the largest. Replaces "
             "--which-to-keep. Repeat the option to break ties.",
         ),
     )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, options_of_output, refuse_contradictions
+from dask_semdedup.cli.checks import refuse_strings
 from dask_semdedup.cli.execution import connect, log_to, show_progress
 from dask_semdedup.cli.files import refuse_memory_output, versions, write_frame
 from dask_semdedup.cli.options import (
@@ -35,30 +36,35 @@ EXAMPLES = """
 Examples:
 
 \b
-  # The k-means output layout, clusters/centroid=<k>/*.parquet, on this machine
+  # Score clusters/centroid=<k>/*.parquet on this machine
   dask-semdedup pairwise clusters/ scores/
 
 \b
-  # Keep the rows of the best quality, and write only duplicates: rows whose similarity is at least 0.95
+  # Prefer rows of high quality, and write only rows whose similarity is at least 0.95
   dask-semdedup pairwise clusters/ duplicates/ --rank-by quality:desc --eps 0.05
 
 \b
-  # On a Dask cluster, from a bucket and to a bucket
+  # Run on a Dask cluster, and read and write object storage
   dask-semdedup pairwise s3://bucket/clusters s3://bucket/scores --scheduler tcp://10.0.0.1:8786
 """
 
 
-@click.command("pairwise", cls=Command, epilog=EXAMPLES, short_help="Score rows by their most similar preferred row.")
+@click.command(
+    "pairwise",
+    cls=Command,
+    epilog=EXAMPLES,
+    short_help="Score embeddings within clusters.",
+)
 @click.argument("input_path", metavar="INPUT")
 @click.argument("output_path", metavar="OUTPUT")
 @id_option
 @cluster_option
 @embedding_options
-@keep_options("their centroid", ": the column cosine_dist_to_cent or l2_dist_to_cent")
+@keep_options("the centroid", ": the column cosine_dist_to_cent or l2_dist_to_cent")
 @seed_option("Seed of '--which-to-keep random'.")
 @eps_option(
-    "Write only duplicates, the rows whose similarity is at least 1 - EPS. The search for them takes less time.  "
-    "[default: the scores of all rows, from which 'report' helps to choose EPS]",
+    "Write only duplicates: rows whose similarity is at least 1 - EPS. This takes less time.  "
+    "[default: write the scores of all rows]",
     default=None,
 )
 @search_options
@@ -88,15 +94,15 @@ def command(
     verbose: bool,
     **search_options: Any,
 ) -> None:
-    """Score each row by its most similar preferred row of the same cluster.
+    """Score each row by its similarity to the most similar preferred row of its cluster.
 
     INPUT is a folder of clustered embeddings: INPUT/centroid=<k>/*.parquet, or Parquet files with a cluster column. For
-    embeddings without clusters, use 'dask-semdedup run'. OUTPUT becomes a folder of Parquet files with the columns id,
-    max_id (the most similar row that is preferred over this one), cosine_sim_score and the cluster: of all rows, or of
-    duplicates with --eps. It appears when all of it is written. After a run that was stopped or killed, the same
-    command does what is missing: the parts that are finished are in OUTPUT.partial.
+    embeddings without clusters, use 'dask-semdedup run'. OUTPUT is a folder of Parquet files with the columns id,
+    max_id (the most similar preferred row), cosine_sim_score and the cluster. It holds all rows, or only duplicates
+    with --eps. It appears when all of it is written. After a run that was stopped or killed, the same command does
+    what is missing: finished parts are kept in OUTPUT.partial.
 
-    Both may be local paths or URLs that fsspec understands.
+    Both may be local paths or fsspec URLs.
     """
     import dask_semdedup
     from dask_semdedup.frames.columns import Columns
@@ -127,6 +133,7 @@ def command(
             storage_options=storage_options or None,
             partition_size=partition_size,
         )
+        refuse_strings(embeddings, search_options["embedding_field"])
         scores = embeddings.semdedup.pairwise(
             eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
         )

@@ -18,28 +18,28 @@ from dask_semdedup.cli.options import (
     make_ids_option,
     message_options,
 )
-from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.errors import InvalidArgumentError, counted
 from dask_semdedup.io.staging import staged_folder
 
 EXAMPLES = """
 Examples:
 
 \b
-  # report/index.html, beside scores/
+  # Write report/index.html, beside scores/
   dask-semdedup report scores/ --eps 0.02
 
 \b
-  # With the texts of pairs on both sides of the threshold
+  # Show the texts of pairs on both sides of the threshold
   dask-semdedup report scores/ --data documents.parquet --text-field text
 """
 
 
-@click.command("report", cls=Command, epilog=EXAMPLES, short_help="Make a page of pictures and pairs, to choose eps.")
+@click.command("report", cls=Command, epilog=EXAMPLES, short_help="Write a report of plots and pairs, to choose eps.")
 @click.argument("scores_path", metavar="SCORES")
 @click.argument("output_path", metavar="[OUTPUT]", required=False)
-@eps_option("Mark the threshold 1 - EPS, and show pairs on both sides of it first.")
+@eps_option("Show the threshold 1 - EPS first, with pairs on both sides of it.")
 @click.option(
-    "--data", metavar="DATA", help="Path of the documents: Parquet or JSON lines with ids and texts or images."
+    "--data", metavar="DATA", help="Documents that were scored: Parquet or JSON lines with ids and texts or images."
 )
 @document_options
 @id_option
@@ -68,13 +68,13 @@ def command(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Make a page of figures and pairs, from which a person can choose eps.
+    """Write a report of plots and pairs, to choose eps.
 
-    SCORES is a folder of Parquet files: the output of 'pairwise', or the stages' cluster_<k>.parquet. OUTPUT becomes a
-    folder of index.html and PNG files; by default it is 'report' next to SCORES. The page needs no network. It
-    ends at the eps up to which scores were kept, by 'pairwise --eps' or by 'run'.
+    SCORES is a folder of Parquet files: the output of 'pairwise', or cluster_<k>.parquet of the stages. OUTPUT is a
+    folder with index.html and PNG files, by default 'report' next to SCORES. The page needs no network. Its slider ends
+    at the eps up to which 'pairwise --eps' or 'run' stored scores.
 
-    With --data and --text-field or --image-field the page shows the documents of its pairs, and of no others.
+    With --data, and --text-field or --image-field, the page shows the documents of its pairs.
     """
     from dask_semdedup.io.scores import read_compared
     from dask_semdedup.lazy.tables import read_scores
@@ -87,7 +87,7 @@ def command(
     if data is not None:
         documents = Documents(data, text_field, image_field, id_field, storage_options, make_ids)
     elif text_field or image_field:
-        raise InvalidArgumentError("--text-field and --image-field are columns of --data: name it too.")
+        raise InvalidArgumentError("--text-field and --image-field are columns of --data: pass --data too.")
     # Before OUTPUT is checked, since missing SCORES are the first thing to correct.
     scores = read_scores(scores_path, cluster_field=cluster_field, storage_options=storage_options)
     with (
@@ -111,11 +111,12 @@ def command(
                 source=scores_path,
                 storage_options=storage_options,
                 compared=read_compared(scores_path, storage_options),
+                id_field=id_field,
             )
     if not quiet:
         count = int(summary.duplicates(eps))
         share = count / max(summary.rows, 1)
-        click.echo(f"  {count:,} of {summary.rows:,} rows are duplicates at eps = {eps:g} ({share:.2%})")
+        click.echo(f"  Duplicates at eps = {eps:g}: {count:,} of {counted(summary.rows, 'row')} ({share:.2%})")
         click.echo(f"  Look at them: {output.rstrip('/')}/{PAGE}")
 
 

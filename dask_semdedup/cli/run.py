@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
+from dask_semdedup.cli.checks import refuse_strings
 from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output, write_frame
 from dask_semdedup.cli.options import (
@@ -31,7 +32,13 @@ from dask_semdedup.cli.options import (
     seed_option,
 )
 from dask_semdedup.cli.steps import Outcome, Step, files_of_run, folder_of_steps, make_step, option_of, plan_steps
-from dask_semdedup.errors import DataNotFoundError, DataReadError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.errors import (
+    DataNotFoundError,
+    DataReadError,
+    InvalidArgumentError,
+    MissingColumnsError,
+    counted,
+)
 from dask_semdedup.frames.columns import DUPLICATE_OF, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import dimensions_advice
 from dask_semdedup.io.targets import real_path, refuse_overlap
@@ -52,28 +59,33 @@ EXAMPLES = """
 Examples:
 
 \b
-  # Embeddings in, kept rows out: out/deduplicated, and the report out/report/index.html
+  # Write the kept rows to out/deduplicated, and a report to out/report/index.html
   dask-semdedup run embeddings.parquet out/ --eps 0.02
 
 \b
-  # Another eps, up to --max-eps: scores are reused
+  # Try another eps, up to --max-eps: the scores are reused
   dask-semdedup run embeddings.parquet out/ --eps 0.05
 
 \b
-  # As NeMo Curator does: within clusters, and whatever is near any preferred row is dropped
+  # Like NeMo Curator: within clusters, drop each row that is near any preferred row
   dask-semdedup run embeddings.parquet clustered/ --eps 0.02 --n-clusters 1000 --duplicate-of any
 
 \b
-  # Texts in: they are embedded first, and shown in the report
+  # Embed texts first, and show them in the report
   dask-semdedup run texts.jsonl out/ --embed --text-field text
 """
 
 
-@click.command("run", cls=Command, epilog=EXAMPLES, short_help="Deduplicate raw embeddings: score, remove, report.")
+@click.command(
+    "run",
+    cls=Command,
+    epilog=EXAMPLES,
+    short_help="Deduplicate embeddings: compare rows, write the kept ones, report.",
+)
 @click.argument("input_path", metavar="INPUT")
 @click.argument("output_path", metavar="OUTPUT")
 @document_options
-@click.option("--embed", is_flag=True, help="Embed --text-field first, if INPUT has no embeddings.")
+@click.option("--embed", is_flag=True, help="Embed the texts of --text-field first. For an INPUT without embeddings.")
 @click.option(
     "--model",
     metavar="NAME",
@@ -88,7 +100,7 @@ Examples:
     "columns",
     metavar="COLUMN",
     multiple=True,
-    help="Keep this column of INPUT in addition to ids and embeddings. Repeat it for several.  [default: all]",
+    help="Keep this column of INPUT, in addition to ids and embeddings. Repeat the option for several.  [default: all]",
 )
 @cluster_option
 @embedding_options
@@ -96,19 +108,19 @@ Examples:
     "--n-clusters",
     type=click.IntRange(min=1),
     metavar="K",
-    help="Compare rows only within K clusters of k-means, which misses duplicates that fall into different ones.  "
-    "[default: compare all rows, without clusters]",
+    help="Compare rows only within K clusters of k-means. This misses duplicates in different clusters.  "
+    "[default: compare all rows]",
 )
-@keep_options("the mean of all rows or, with --n-clusters, their centroid", "")
+@keep_options("the mean of all rows (with --n-clusters, the centroid)", "")
 @seed_option("Seed of k-means, and of '--which-to-keep random'.")
-@eps_option("Drop a row if its similarity to a preferred row, as --duplicate-of says, is at least 1 - EPS.")
+@eps_option("Drop a row if its similarity to a preferred row is at least 1 - EPS. See --duplicate-of.")
 @click.option(
     "--duplicate-of",
     type=click.Choice(DUPLICATE_OF),
     default="kept",
     show_default=True,
-    help="Drop a row for a preferred one that is kept itself, or for any, which may be dropped too. 'kept' searches "
-    "again for each EPS, which must be below 1.",
+    help="'kept': drop a row if a preferred row near it is kept. 'any': drop a row if any preferred row is near it, "
+    "even a dropped one. 'kept' searches again for each EPS, which must be below 1.",
 )
 @click.option(
     "--max-eps",
@@ -116,9 +128,9 @@ Examples:
     metavar="EPS",
     default=0.1,
     show_default=True,
-    help="Keep scores up to this eps: the largest that --eps can be, and the end of the report's slider and curve. The "
-    "default has room to choose EPS at a moderate cost: at 0.2 the comparison of all rows takes several times as long. "
-    "2 keeps the scores of all rows; without clusters, they are found in a single task.",
+    help="Store scores up to this eps. It is the largest possible --eps, and the end of the report's slider and curve. "
+    "Larger values take longer: at 0.2, a comparison of all rows takes several times as long as at 0.1. 2 stores the "
+    "scores of all rows; without clusters, a single task then compares all rows.",
 )
 @search_options
 @execution_options
@@ -126,9 +138,7 @@ Examples:
     "--from", "redo_from", type=click.Choice(STEPS), metavar="STEP", help="Run this step and all later ones again."
 )
 @click.option("--overwrite", is_flag=True, help="Run all steps again.")
-@click.option(
-    "--dry-run", is_flag=True, help="Say which steps would be made and how rows would be compared, and make nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Show which steps would run and how rows would be compared. Run nothing.")
 @message_options
 @click.pass_context
 def command(
@@ -144,16 +154,16 @@ def command(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Deduplicate raw embeddings: compare all rows, find the duplicates, remove them, and report.
+    """Deduplicate embeddings: compare all rows, write the kept rows, and write a report.
 
-    INPUT is Parquet or JSON lines with ids and embeddings, or with texts (--embed). In OUTPUT each step has a folder:
-    embeddings (with --embed), clusters (with --n-clusters), scores (of all rows that are near a preferred one at
-    --max-eps), duplicates (the rows to drop), deduplicated (all columns of the rows that are kept) and report.
+    INPUT is Parquet or JSON lines with ids and embeddings, or with ids and texts (--embed). Each step writes a folder
+    in OUTPUT: embeddings (with --embed), clusters (with --n-clusters), scores (rows that are near a preferred row at
+    --max-eps), duplicates (the rows to drop), deduplicated (the kept rows, with all columns) and report.
 
-    A folder appears when all of it is written, and stores its parameters. The next run reuses it if they are the same.
-    After a run that was stopped or killed, the same command goes on within the step, except in clusters and report.
-    If they differ, duplicates, deduplicated and report are made again; embeddings, clusters and scores, which take
-    longer, only with --from or --overwrite. A folder that also holds other files is never replaced.
+    A folder appears when all of it is written. The next run reuses it if its parameters are the same. Otherwise the
+    steps duplicates, deduplicated and report run again. The steps embeddings, clusters and scores take longer, and run
+    again only with --from or --overwrite. A folder that also holds other files is never replaced. After a run that was
+    stopped or killed, the same command goes on within its step, except in clusters and report.
     """
     refuse_contradictions(ctx)
     refuse_memory_output(output_path)
@@ -300,14 +310,14 @@ class Run:
         up_to(self.eps, SearchOptions(duplicate_of=self.duplicate_of))
         if self.eps > self.max_eps:
             raise InvalidArgumentError(
-                f"eps is {self.eps:g}, and scores are kept up to {self.max_eps:g}: what is a duplicate beyond that "
-                "would not be known. Choose a smaller eps, or keep scores up to a larger one.",
+                f"eps is {self.eps:g}, but scores are stored only up to {self.max_eps:g}. Choose a smaller eps, or "
+                "a larger max_eps.",
                 parameters=["eps", "max_eps"],
             )
         if self.is_complete and self.backend == "cudf":
             raise InvalidArgumentError(
-                "Without clusters, partitions are pandas: leave the backend out. The search runs on a GPU if there is "
-                "one, whatever the backend.",
+                "Without clusters, partitions are pandas: leave the backend out. The search uses a GPU if there is "
+                "one, regardless of the backend.",
                 parameters=["backend"],
             )
         ddf = self._read_input()
@@ -316,6 +326,8 @@ class Run:
         needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field]), *self._ranked_by()]
         if not set(needed) <= set(columns):
             raise MissingColumnsError.build(needed, columns, self._column_advice(columns))
+        if not self.embed:
+            refuse_strings(ddf, self.embedding_field)
         kept = self._read_input(self._kept())
         check_sources(kept, list(kept.columns))
         check_sources(ddf, needed, self.ranking_strategy)
@@ -437,7 +449,7 @@ class Run:
     def plan(self) -> Plan | str:
         """Tell how rows would be compared for the scores, or what has to be there before that can be told."""
         if not self.is_complete:
-            return f"Rows are compared within {self.n_clusters:,} clusters of k-means."
+            return f"Rows are compared within {counted(self.n_clusters or 0, 'cluster')} of k-means."
         try:
             rows = self._read_embedded()
         except DataReadError:
@@ -557,6 +569,7 @@ class Run:
                 storage_options=self.storage_options,
                 compared=compared,
                 dropped=self.counts["duplicates"]["duplicates"] if self.duplicate_of == "kept" else None,
+                id_field=self.id_field,
             )
         return {"duplicates": int(summary.duplicates(self.eps))}
 
@@ -567,11 +580,11 @@ def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> T
     rows, dropped, kept = counts["scores"]["rows"], counts["duplicates"]["duplicates"], counts["deduplicated"]["rows"]
     clusters = counts.get("clusters", {"clusters": 0})["clusters"]
     results = {
-        "embeddings": f"{rows:,} rows",
-        "clusters": "1 cluster" if clusters == 1 else f"{clusters:,} clusters",
-        "scores": f"{counts['scores']['kept']:,} of {rows:,} rows",
+        "embeddings": counted(rows, "row"),
+        "clusters": counted(clusters, "cluster"),
+        "scores": f"{counts['scores']['kept']:,} of {counted(rows, 'row')}",
         "duplicates": f"{dropped:,} at eps = {eps:g}, {dropped / max(rows, 1):.2%}",
-        "deduplicated": f"{kept:,} rows kept",
+        "deduplicated": f"{counted(kept, 'row')} kept",
         "report": "index.html",
     }
     table = Table(box=None, header_style="dim", padding=(0, 2))

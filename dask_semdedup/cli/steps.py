@@ -198,8 +198,17 @@ def _changes(manifest: Manifest, step: Step) -> str:
         texts.append(f"it was made from {_sources(manifest.needs)}, and would be from {_sources(step.needs)}")
         # Options of the one source mean nothing to the other.
         changed = [name for name in changed if name in before and name in now]
-    options = [{option_of(name): values.get(name) for name in changed} for values in (before, now)]
+    options = [{option_of(name): _shown(values.get(name)) for name in changed} for values in (before, now)]
     return ", ".join([*texts, *differences(*options)])
+
+
+def _shown(value: Any) -> str:
+    """Return a parameter's value as a reader of a table knows it."""
+    if isinstance(value, list):
+        value = ", ".join(value)
+    if isinstance(value, bool) or value in (None, ""):
+        return "given" if value else "not given"
+    return str(value)
 
 
 def _sources(needs: Collection[str]) -> str:

@@ -8,6 +8,7 @@ NumPy that converts and gathers: torch's threads would compete with those of Das
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_semdedup.device.streams import default_stream, reading_stream
-from dask_semdedup.errors import EmbeddingError, some
+from dask_semdedup.errors import EmbeddingError, ZeroEmbeddingWarning, have, some
 from dask_semdedup.frames.backend import is_cudf, is_string, tensor_like, to_list, to_numpy
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def to_tensor(
     embedding_dim: int | None = None,
     order: Any = None,
     device: str | None = None,
+    warn_of_zeros: bool = True,
 ) -> torch.Tensor:
     """Return an embedding column as a float32 matrix.
 
@@ -182,6 +184,8 @@ def to_tensor(
         gathering afterwards would take.
     device : {"cpu", "cuda"}, optional
         The device of the result. By default that of the column.
+    warn_of_zeros : bool, default True
+        Whether to warn of all-zero rows.
 
     Returns
     -------
@@ -193,6 +197,11 @@ def to_tensor(
     EmbeddingError
         For null rows, null, NaN or infinite elements, rows of different or unexpected width, empty rows, and columns
         that do not hold embeddings at all.
+
+    Warns
+    -----
+    ZeroEmbeddingWarning
+        If rows are all zeros.
 
     Notes
     -----
@@ -214,6 +223,8 @@ def to_tensor(
     if len(bad):
         positions = bad if order is None else to_numpy(order)[bad]
         raise report.error(positions, "with NaN or infinite values", "Drop or fix them first.")
+    if warn_of_zeros and len(zero := _zero_rows(rows)):
+        report.warn_of_zeros(zero if order is None else to_numpy(order)[zero])
     return rows
 
 
@@ -242,6 +253,13 @@ def gather_rows(parts: list[torch.Tensor], position: np.ndarray) -> torch.Tensor
             part, place = part[place >= 0], place[place >= 0]
         rows.index_copy_(0, place, part)
     return rows
+
+
+def _zero_rows(rows: torch.Tensor) -> np.ndarray:
+    """Return the positions of the all-zero rows of a matrix."""
+    # Few rows begin with a zero, and only these are read in full.
+    candidates = (rows[:, 0] == 0).nonzero().flatten()
+    return candidates[~rows[candidates].any(dim=1)].cpu().numpy()
 
 
 def rows_not_finite(rows: torch.Tensor) -> np.ndarray:
@@ -307,11 +325,25 @@ class _Report:
         """Return the error about the rows at `positions`, which are sorted."""
         positions = np.sort(np.asarray(positions))
         count = "1 row" if len(positions) == 1 else f"{len(positions)} rows"
-        rows = f"rows {some(positions)}" if self.ids is None else f"ids {some(to_list(self.ids.iloc[positions]))}"
+        where = f"{self.name!r}{self._in_clusters(positions)}"
         return EmbeddingError(
-            f"Column {self.name!r}{self._in_clusters(positions)}: {count} {problem} ({rows}). {advice}",
+            f"Column {where}: {count} {problem} ({self._rows(positions)}). {advice}",
             parameters=["embedding_dim"] if "embedding_dim" in problem else [],
             columns=[self.name],
+        )
+
+    def _rows(self, positions: np.ndarray) -> str:
+        return f"rows {some(positions)}" if self.ids is None else f"ids {some(to_list(self.ids.iloc[positions]))}"
+
+    def warn_of_zeros(self, positions: Any) -> None:
+        """Warn that rows of this partition are all zeros."""
+        positions = np.sort(positions)
+        warnings.warn(
+            f"Column {self.name!r}: {have(len(positions), 'row')} an all-zero embedding in one partition "
+            f"({self._rows(positions)}). Such a row is similar to no other and is never a duplicate. Embed it again, "
+            "or drop it.",
+            ZeroEmbeddingWarning,
+            stacklevel=3,
         )
 
     def _in_clusters(self, positions: np.ndarray) -> str:

@@ -58,8 +58,8 @@ def import_cudf() -> Any:
         import cudf
     except ImportError as error:
         raise MissingDependencyError(
-            f"Frames of cuDF need cuDF, which cannot be imported ({error}). Install 'dask-semdedup[cu13]', or [cu12] "
-            "for CUDA 12, or use backend='pandas'."
+            f"Frames of cuDF need cuDF, which cannot be imported ({error}). Run pip install '.[cu13]', or "
+            "'.[cu12]' for CUDA 12, in a clone of dask-semdedup, or use backend='pandas'."
         ) from error
     return cudf
 

@@ -14,14 +14,14 @@ import pandas as pd
 from dask.dataframe.api import new_collection
 
 from dask_semdedup._dask import BackendData, FromPandas
-from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.backend import check_plain_dtype, is_cudf, to_list
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.frames.ids import check_same_kind, repeats
 from dask_semdedup.lazy.expressions import CheckedIds, RowsKept, ShuffleByCluster, is_against
 from dask_semdedup.lazy.tasks import compute
 from dask_semdedup.steps.duplicates import check_eps, eps_column, find_duplicates
-from dask_semdedup.steps.removal import HASH_COLUMN, find_ids, hash_column, ids_to_remove, repeated_ids
+from dask_semdedup.steps.removal import HASH_COLUMN, find_ids, hash_column, ids_to_remove, null_ids, repeated_ids
 
 __all__ = ["check_ids", "remove_duplicates"]
 
@@ -34,8 +34,12 @@ def remove_duplicates(
     *,
     eps: float | None = None,
     broadcast: bool = True,
+    refuse_null: bool = False,
 ) -> dd.DataFrame:
-    """Remove the rows whose ids are those of duplicates, lazily: see `SemDedupAccessor.remove`."""
+    """Remove the rows whose ids are those of duplicates, lazily: see `SemDedupAccessor.remove`.
+
+    With `refuse_null`, a null id in the data is an error. Without it, such a row is kept.
+    """
     _check_id_column(ddf, left_on, "id_field", "the data")
     duplicates = _select(_to_dask(duplicates), right_on, eps)
     if is_cudf(duplicates._meta) != is_cudf(ddf._meta):
@@ -47,7 +51,9 @@ def remove_duplicates(
     else:
         duplicates = _shuffle_by_id(duplicates, right_on, ddf.npartitions)
         ids, ddf = (_shuffle_by_id(frame, left_on, ddf.npartitions) for frame in (ids, ddf))
-    found = ids.map_partitions(find_ids, duplicates, left_on, right_on, meta=ids._meta, align_dataframes=False)
+    found = ids.map_partitions(
+        find_ids, duplicates, left_on, right_on, refuse_null=refuse_null, meta=ids._meta, align_dataframes=False
+    )
     if broadcast:
         found = found.repartition(npartitions=1)
     repeated = found.map_partitions(repeated_ids, meta=ids._meta).repartition(npartitions=1)
@@ -68,11 +74,7 @@ def check_ids(ids: dd.Series) -> None:
     meta = hash_column(ids._meta)
     missing, hashes = compute(ids.isna().sum(), ids.dropna().map_partitions(hash_column, meta=meta))
     if missing:
-        raise IdError(
-            f"Column {ids.name!r}: {have(int(missing), 'row')} a null id. Give every row an id, or drop it.",
-            parameters=["id_field"],
-            columns=[ids.name],
-        )
+        raise null_ids(ids.name, int(missing))
     values, counts = np.unique(hashes.to_numpy(), return_counts=True)
     if (counts == 1).all():
         return

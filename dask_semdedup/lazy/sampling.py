@@ -144,7 +144,9 @@ def take_embeddings(frame: Any, positions: np.ndarray, columns: Columns, embeddi
     """Take some rows' embeddings out of a partition."""
     rows, name = frame.iloc[positions], columns.embedding
     ids = rows[columns.id] if columns.id in rows.columns else None
-    return to_tensor(rows[name], name=name, ids=ids, embedding_dim=embedding_dim, device="cpu").numpy()
+    # The search warns of the zeros of all rows.
+    options: dict[str, Any] = {"embedding_dim": embedding_dim, "device": "cpu", "warn_of_zeros": False}
+    return to_tensor(rows[name], name=name, ids=ids, **options).numpy()
 
 
 def _stack(parts: list[np.ndarray], columns: Columns) -> np.ndarray:

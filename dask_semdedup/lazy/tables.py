@@ -41,6 +41,8 @@ CONVERSIONS = {
     ),
     ".feather": ("a Feather file", "pandas.read_feather(path).to_parquet('documents.parquet')"),
     ".csv": ("a CSV file", "pandas.read_csv(path).to_parquet('documents.parquet')"),
+    ".csv.gz": ("a CSV file", "pandas.read_csv(path).to_parquet('documents.parquet')"),
+    ".tsv": ("a TSV file", "pandas.read_csv(path, sep='\\t').to_parquet('documents.parquet')"),
 }
 
 
@@ -248,7 +250,7 @@ def _list_table(
         lines = {name: info for name, info in lines.items() if not re.search(r"\.json(\.\w+)?$", name)}
     if others and not parquet and not lines:
         name = min(others)
-        what, conversion = CONVERSIONS[os.path.splitext(name)[1]]
+        what, conversion = next(found for suffix, found in CONVERSIONS.items() if name.endswith(suffix))
         raise DataReadError(f"{name} is {what}, which is not read. Convert it first: {conversion}.")
     if lines and parquet:
         raise DataReadError(

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,30 +168,37 @@ def compare_texts(one: str, other: str, most: int = MAX_CHARACTERS) -> tuple[lis
         shorter = min(len(one), len(other))
         alike = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), shorter)
         start = max(0, alike - most // 3) if alike > most // 2 else 0
-    left, right = (WORDS.findall(text[start : start + most]) for text in (one, other))
-    pieces: tuple[list[Piece], list[Piece]] = ([], [])
+    # Twice of what is shown is compared: a word whose counterpart is only cut off does not differ.
+    left, right = (WORDS.findall(text[start : start + 2 * most]) for text in (one, other))
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
-    if _shared(matcher, left, right) < MIN_SHARED:
-        runs = [(False, left, right)]
-    else:
-        runs = [(tag != "equal", left[a:b], right[c:d]) for tag, a, b, c, d in matcher.get_opcodes()]
-    for differs, *both in runs:
-        for side, words in zip(pieces, both, strict=True):
-            if words:
-                side.append(Piece("".join(words), differs))
-    for side, text in zip(pieces, (one, other), strict=True):
-        if start:
-            side.insert(0, Piece("… "))
-        if len(text) > start + most:
+    differ: tuple[list[bool], list[bool]] = ([], [])
+    for tag, a, b, c, d in matcher.get_opcodes():
+        for flags, count in zip(differ, (b - a, d - c), strict=True):
+            flags += [tag != "equal"] * count
+    shown = [_fitting(words, most) for words in (left, right)]
+    marked = [list(zip(words, flags, strict=False)) for words, flags in zip(shown, differ, strict=True)]
+    if _shared([*marked[0], *marked[1]]) < MIN_SHARED:
+        marked = [[(word, False) for word in words] for words in shown]
+    pieces: tuple[list[Piece], list[Piece]] = ([], [])
+    for side, words, text in zip(pieces, marked, (one, other), strict=True):
+        side += [Piece("… ")] * bool(start)
+        side += [Piece("".join(word for word, _ in run), flag) for flag, run in groupby(words, itemgetter(1))]
+        if len(text) > start + sum(len(word) for word, _ in words):
             side.append(Piece(" …"))
     return pieces
 
 
-def _shared(matcher: difflib.SequenceMatcher[str], left: list[str], right: list[str]) -> float:
-    """Share of the words that both texts have in the same order."""
-    shared = [word for block in matcher.get_matching_blocks() for word in left[block.a : block.a + block.size]]
-    words = sum(not word.isspace() for word in [*left, *right])
-    return 2 * sum(not word.isspace() for word in shared) / max(words, 1)
+def _fitting(words: list[str], most: int) -> list[str]:
+    """Return the first words, of at most so many characters in all; a single longer word is cut."""
+    ends = np.cumsum([len(word) for word in words])
+    fitting = words[: int(np.searchsorted(ends, most, side="right"))]
+    return fitting or [word[:most] for word in words[:1]]
+
+
+def _shared(words: list[tuple[str, bool]]) -> float:
+    """Return the share of words that do not differ; white space does not count."""
+    flags = [differs for word, differs in words if not word.isspace()]
+    return flags.count(False) / max(len(flags), 1)
 
 
 def text_gallery(

@@ -160,6 +160,7 @@ def write_report(
     storage_options: Mapping[str, Any] | None = None,
     compared: Compared | None = None,
     dropped: int | None = None,
+    id_field: str = "id",
 ) -> ScoreSummary:
     """Write a page on scores, ``index.html``, and its figures as PNG files.
 
@@ -186,6 +187,8 @@ def write_report(
         The number of rows that are dropped at `eps` under the rule of ``duplicate_of="kept"``, if that is the rule: the
         page then tells them from all rows that are near a preferred one, which it calls near-duplicates. By default
         all of these are dropped.
+    id_field : str, default "id"
+        Id column of the documents, for the call at the end of the page that removes duplicates from them.
 
     Returns
     -------
@@ -209,7 +212,8 @@ def write_report(
     summary = replace(summary, dropped=dropped)
     cards = _cards(pairs, documents)
     figures = _draw(summary, eps)
-    page = _render(summary, eps, cards, figures, source=source, images=bool(documents and documents.image_field))
+    images = bool(documents and documents.image_field)
+    page = _render(summary, eps, cards, figures, source=source, images=images, id_field=id_field)
     fs, root = fsspec.url_to_fs(os.fspath(folder), **(storage_options or {}))
     with writing(root):
         fs.makedirs(root, exist_ok=True)
@@ -290,7 +294,8 @@ def _draw(summary: ScoreSummary, eps: float) -> dict[str, Picture]:
         "histogram": partial(plots.score_histogram, summary, eps),
         "duplicates": partial(plots.duplicates_curve, summary, eps, largest_eps=summary.largest_eps),
     }
-    if summary.clusters is not None:
+    # A bar for a single cluster would say nothing.
+    if summary.clusters is not None and len(summary.clusters) > 1:
         drawings["clusters"] = partial(plots.cluster_sizes, summary, eps)
     return {name: _picture(name, draw) for name, draw in drawings.items()}
 
@@ -355,6 +360,7 @@ def _render(
     *,
     source: str,
     images: bool,
+    id_field: str,
 ) -> str:
     from dask_semdedup import __version__
 
@@ -387,6 +393,7 @@ def _render(
             after=below[SHOWN:],
             most_similar=cards[:SHOWN],
             images=images,
+            id_argument="" if id_field == "id" else f", id_field={id_field!r}",
             data=_script_data(summary, eps, figures),
             style=load_asset("pairs.css") + load_asset("report.css"),
             script=script,
@@ -399,7 +406,7 @@ def _render(
 
 def _listed(summary: ScoreSummary) -> list[dict[str, Any]]:
     """The clusters with the most duplicates."""
-    if summary.clusters is None:
+    if summary.clusters is None or len(summary.clusters) < 2:
         return []
     most = summary.clusters.sort_values(["duplicates", "rows"], ascending=False).head(CLUSTERS_LISTED)
     counted = zip(most.index, most["rows"], most["duplicates"], strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from dask_semdedup.errors import MissingColumnsError
+from dask_semdedup.errors import MissingColumnsError, counted
 from dask_semdedup.report.gallery import check_pairs
 from dask_semdedup.report.summary import summarize
 from dask_semdedup.steps.duplicates import threshold as duplicate_threshold
@@ -87,12 +87,11 @@ def score_histogram(
     axes.yaxis.set_major_formatter(THOUSANDS)
     axes.yaxis.set_minor_formatter(NullFormatter())
     if eps is None:
-        _title(axes, f"Scores of {summary.compared:,} compared rows")
+        _title(axes, f"Scores of {counted(summary.compared, 'compared row')}")
         return figure
     duplicates = int(summary.duplicates(eps))
-    noun = summary.noun if duplicates == 1 else f"{summary.noun}s"
-    among = f"{summary.compared:,} compared rows" if summary.kept_eps is None else f"{summary.rows:,} rows"
-    _title(axes, f"{duplicates:,} {noun} among {among}")
+    among = counted(summary.compared, "compared row") if summary.kept_eps is None else counted(summary.rows, "row")
+    _title(axes, f"{counted(duplicates, summary.noun)} among {among}")
     _mark_threshold(axes, threshold, f"1 − eps = {1 - eps:.6g}")
     return figure
 
@@ -147,7 +146,7 @@ def duplicates_curve(
     axes.set_xlim(0, grid[-1])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    whole = f"{summary.rows:,} rows"
+    whole = counted(summary.rows, "row")
     _title(axes, f"What each eps drops of {whole}" if are_dropped else f"{label} of {whole} at each eps")
     if eps is not None:
         count = int(summary.duplicates(eps))
@@ -218,9 +217,8 @@ def cluster_sizes(
         frameon=False, labelcolor=INK, fontsize=10, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
     )
     least, most = (counts["rows"].min(), counts["rows"].max()) if len(counts) else (0, 0)
-    noun = "cluster" if len(counts) == 1 else "clusters"
-    sizes = f"{least:,} to {most:,} rows" if least < most else f"{most:,} {'row' if most == 1 else 'rows'}"
-    _title(axes, f"{len(counts):,} {noun} of {sizes}", pad=34)
+    sizes = f"{least:,} to {most:,} rows" if least < most else counted(most, "row")
+    _title(axes, f"{counted(len(counts), 'cluster')} of {sizes}", pad=34)
     return figure
 
 

@@ -140,7 +140,8 @@ def check_embed_arguments(
     if isinstance(model, str | os.PathLike):
         if importlib.util.find_spec("sentence_transformers") is None:
             raise MissingDependencyError(
-                "sentence-transformers, which embeds texts, is not installed: pip install 'dask-semdedup[text]'."
+                "Embedding texts needs sentence-transformers: pip install sentence-transformers, or pip install "
+                "'.[text]' in a clone of dask-semdedup."
             )
     elif not callable(getattr(model, "encode", None)):
         raise InvalidArgumentError(

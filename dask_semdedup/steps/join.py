@@ -327,7 +327,7 @@ def _to_tensors(frames: Sequence[Any], columns: Columns, options: SearchOptions)
     return parts
 
 
-def _to_tensor(frame: Any, columns: Columns, options: SearchOptions, **on: str) -> torch.Tensor:
+def _to_tensor(frame: Any, columns: Columns, options: SearchOptions, **on: Any) -> torch.Tensor:
     named = {"name": columns.embedding, "ids": frame[columns.id]}
     return to_tensor(frame[columns.embedding], **named, embedding_dim=options.embedding_dim, **on)
 

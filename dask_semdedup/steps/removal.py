@@ -43,10 +43,21 @@ def hash_column(ids: Any) -> Any:
     return hashes
 
 
-def find_ids(frame: Any, duplicates: Any, left_on: str, right_on: str) -> Any:
+def find_ids(frame: Any, duplicates: Any, left_on: str, right_on: str, *, refuse_null: bool = False) -> Any:
     """Return the ids of one partition that are those of duplicates: each once, or twice where it repeats."""
+    if refuse_null and (count := int(frame[left_on].isna().sum())):
+        raise null_ids(left_on, count)
     found = frame[is_in(frame[left_on], duplicates[right_on])]
     return concat([found[~repeats(found[left_on])], repeated_ids(found)])
+
+
+def null_ids(name: Any, count: int) -> IdError:
+    """Return the error for rows without an id, which could not be dropped."""
+    return IdError(
+        f"Column {name!r}: {have(count, 'row')} a null id. Give every row an id, or drop it.",
+        parameters=["id_field"],
+        columns=[name],
+    )
 
 
 def repeated_ids(frame: Any) -> Any:

@@ -112,6 +112,48 @@ def redone(before: dict[str, str], after: dict[str, str]) -> list[str]:
     return sorted(name for name in after if before.get(name) != after[name])
 
 
+# --- Input that is not as it should be ---
+
+
+def test_strings_get_advice_for_a_shell(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    """The advice works as it stands, but for the name of the file."""
+    frame = table().to_pandas()
+    frame["embeddings"] = [json.dumps(row.tolist()) for row in frame["embeddings"]]
+    frame.to_parquet(tmp_path / "strings.parquet")
+    result = invoke(tmp_path / "strings.parquet")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "'embeddings' holds strings", "--embedding-field", "python -c")
+    assert "ddf" not in result.stderr
+    (program,) = re.findall(r'python -c "(.*)"', result.stderr)
+    paths = {"INPUT": "strings.parquet", "parsed.parquet": "parsed.parquet"}
+    for name, path in paths.items():
+        program = program.replace(f"'{name}'", repr(str(tmp_path / path)))
+    exec(program)
+    assert invoke(tmp_path / "parsed.parquet").exit_code == 0
+
+
+@EITHER_WAY
+def test_zero_embeddings_are_counted_in_one_line(
+    tmp_path: Path, invoke: Callable[..., Result], way: list[object]
+) -> None:
+    frame = table().to_pandas()
+    frame["embeddings"] = [row * (30 <= number < 90) for number, row in enumerate(frame["embeddings"])]
+    frame.to_parquet(tmp_path / "zeros.parquet")
+    result = invoke(tmp_path / "zeros.parquet", *way)
+    assert result.exit_code == 0, result.stderr
+    (line,) = (line for line in result.stderr.splitlines() if "all-zero" in line)
+    assert line.startswith("Warning: Column 'embeddings': ")
+    assert "rows have an all-zero embedding in one partition (ids doc-" in line
+
+
+def test_one_row_is_a_row(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    pq.write_table(table().slice(0, 1), tmp_path / "one.parquet")
+    result = invoke(tmp_path / "one.parquet")
+    assert result.exit_code == 0, result.stderr
+    assert "0 of 1 row " in result.stdout
+    assert "1 row kept" in result.stdout
+
+
 # --- From raw to kept ------------------------------------------------------------------------------------------------
 
 
@@ -450,7 +492,7 @@ def test_another_eps_uses_clusters_and_scores_again(
         (["--max-eps", 0.3], "scores", ["--max-eps 0.1 → 0.3", "--from scores"]),
         (["--which-to-keep", "easy"], "scores", ["--which-to-keep hard → easy", "--from scores"]),
         # Clusters hold no other columns than those that rows are ranked by.
-        (["--rank-by", "quality"], "clusters", ["--rank-by None → quality", "--from clusters"]),
+        (["--rank-by", "quality"], "clusters", ["--rank-by not given → quality", "--from clusters"]),
     ],
 )
 def test_costly_steps_are_redone_on_request_only(
@@ -472,8 +514,8 @@ def test_costly_steps_are_redone_on_request_only(
     [
         (["--max-eps", 0.3], "--max-eps 0.1 → 0.3"),
         (["--which-to-keep", "easy"], "--which-to-keep hard → easy"),
-        (["--rank-by", "quality:desc", "--rank-by", "id"], "--rank-by None → quality:desc, id:asc"),
-        (["--embedding-dim", 8], "--embedding-dim None → 8"),
+        (["--rank-by", "quality:desc", "--rank-by", "id"], "--rank-by not given → quality:desc, id:asc"),
+        (["--embedding-dim", 8], "--embedding-dim not given → 8"),
     ],
 )
 def test_scores_of_all_rows_are_redone_on_request_only(
@@ -654,7 +696,7 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--random-seed", -1, *CLUSTERS], ["random_state must be", "(--random-seed)"]),
         (["--from", "embeddings", *CLUSTERS], ["embeddings", "clusters", "(--from)"]),
         (["--from", "clusters"], ["no step 'clusters'", "only scores", "(--from)"]),
-        (["--cluster-field", "topic"], ["--cluster-field means nothing without --n-clusters"]),
+        (["--cluster-field", "topic"], ["--cluster-field has no effect without --n-clusters"]),
         (["--backend", "cudf"], ["partitions are pandas", "(--backend)"]),
         (["--rank-by", "cosine_dist_to_cent"], ["cosine_dist_to_cent", "Rank by columns of INPUT"]),
         (["--duplicate-of", "all"], ["--duplicate-of"]),

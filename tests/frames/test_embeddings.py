@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_semdedup.errors import EmbeddingError
+from dask_semdedup.errors import EmbeddingError, ZeroEmbeddingWarning
 from dask_semdedup.frames import embeddings
 from dask_semdedup.frames.backend import array_like, tensor_like
 from dask_semdedup.frames.embeddings import check_embedding_dtype, to_tensor
@@ -67,6 +67,13 @@ def test_float64_rows_beyond_float32_keep_their_direction(scale):
         np.testing.assert_array_equal(matrix[0], rows[0])
         assert np.square(matrix).sum(axis=1) == pytest.approx(np.square(matrix.astype(float)).sum(axis=1), rel=1e-6)
         np.testing.assert_allclose(matrix / np.abs(matrix).max(axis=1, keepdims=True), expected, rtol=1e-6, atol=1e-38)
+
+
+@pytest.mark.parametrize("order", [None, np.array([3, 2, 1, 0])])
+def test_zero_rows_are_counted_and_named(order):
+    rows = arrow_lists(np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]), pa.float32())
+    with pytest.warns(ZeroEmbeddingWarning, match=r"2 rows have an all-zero embedding .* \(ids a, d\)"):
+        to_tensor(rows, name="x", ids=pd.Series(list("abcd")), order=order)
 
 
 def test_finite_rows_whose_sum_overflows_are_accepted():

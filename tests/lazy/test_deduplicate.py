@@ -49,6 +49,15 @@ def test_rows_are_compared_within_the_clusters_of_a_column(raw: pd.DataFrame) ->
     assert kept.compute()["id"].tolist() == list(range(40))
 
 
+@pytest.mark.parametrize("options", [{}, {"cluster_field": "language"}, {"duplicate_of": "any"}])
+def test_null_ids_are_an_error_as_in_the_command(raw: pd.DataFrame, options: dict[str, str]) -> None:
+    raw = raw.assign(id=raw["id"].astype("Int64").mask(raw["id"].isin([3, 40])), language="en")
+    ddf = dd.from_pandas(raw, npartitions=1)
+    kept = ddf.semdedup.deduplicate(0.01, ranking_strategy=RankingStrategy(["quality"]), **options)
+    with pytest.raises(IdError, match="Column 'id': 2 rows have a null id"):
+        kept.compute()
+
+
 def test_rows_of_one_id_are_an_error(raw: pd.DataFrame) -> None:
     ddf = dd.from_pandas(raw.assign(id=raw["id"] % 30), npartitions=2)
     with pytest.raises(IdError, match="30 duplicates have the id of the preferred row"):

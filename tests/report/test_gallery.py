@@ -79,6 +79,21 @@ def test_long_texts_are_cut_around_the_first_difference() -> None:
     assert sum(len(piece.text) for piece in left) < 600
 
 
+def test_what_is_only_cut_off_is_not_marked() -> None:
+    """A word at the beginning of one text moves all others, and other words are cut off."""
+    text = " ".join(f"word{number}" for number in range(200))
+    one, other = compare_texts(text, f"new {text}")
+    assert [piece.text for piece in (*one, *other) if piece.differs] == ["new "]
+    assert one[-1].text == other[-1].text == " …"
+    for side in (one, other):
+        assert text.startswith("".join(piece.text for piece in side[:-1]).removeprefix("new "))
+
+
+def test_a_single_long_word_is_cut() -> None:
+    one, other = compare_texts("a" * 2000, "b" * 2000)
+    assert [len(piece.text) for piece in (*one, *other)] == [500, 2, 500, 2]
+
+
 def test_gallery_escapes_texts() -> None:
     attack = "<script>alert(1)</script>"
     page = text_gallery([attack], [attack + "!"], [0.99], eps=0.05)._repr_html_()

@@ -89,6 +89,18 @@ def test_the_page_says_how_to_drop_duplicates(scores: pd.DataFrame, tmp_path: Pa
     assert len(kept) == 80 - (scores["cosine_sim_score"] >= np.float32(0.95)).sum()
 
 
+def test_the_call_that_drops_duplicates_names_the_column_of_ids(scores: pd.DataFrame, tmp_path: Path) -> None:
+    write_report(scores, tmp_path, eps=0.02, id_field="doc")
+    text = html.unescape(re.sub(r"<[^>]+>", "", read(tmp_path)))
+    assert "ddf.semdedup.remove(scores, eps=0.02, id_field='doc')" in text
+
+
+def test_a_single_cluster_is_not_drawn(scores: pd.DataFrame, tmp_path: Path) -> None:
+    write_report(scores.head(40), tmp_path)
+    assert "Cluster sizes" not in read(tmp_path)
+    assert not (tmp_path / "clusters.png").exists()
+
+
 def test_partitions_do_not_change_the_page(scores: pd.DataFrame, tmp_path: Path) -> None:
     distinct = scores.assign(cosine_sim_score=scores["cosine_sim_score"] - np.arange(80, dtype=np.float32) * 1e-5)
     write_report(distinct, tmp_path / "one")

@@ -215,7 +215,7 @@ def test_wrong_arguments_fail_before_anything_runs(
 
 def test_says_what_to_install(frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'dask-semdedup\[text\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install '\.\[text\]' in a clone"):
         dd.from_pandas(frame, npartitions=2).semdedup.embed()
 
 

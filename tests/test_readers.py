@@ -1,0 +1,62 @@
+"""What is written opens in other programs: pandas, Polars, DuckDB and Hugging Face Datasets.
+
+The last three come with the extra ``readers``. A reader that is not installed is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+import dask_semdedup
+from dask_semdedup.cli import main
+
+ROWS, COPIES = 60, 10
+
+
+def in_pandas(folder: Path) -> dict[str, list[Any]]:
+    return pd.read_parquet(folder).to_dict("list")
+
+
+def in_polars(folder: Path) -> dict[str, list[Any]]:
+    return pytest.importorskip("polars").read_parquet(folder / "*.parquet").to_dict(as_series=False)
+
+
+def in_duckdb(folder: Path) -> dict[str, list[Any]]:
+    found = pytest.importorskip("duckdb").sql(f"select * from '{folder}/*.parquet'")
+    return dict(zip(found.columns, map(list, zip(*found.fetchall(), strict=True)), strict=True))
+
+
+def in_datasets(folder: Path) -> dict[str, list[Any]]:
+    load_dataset = pytest.importorskip("datasets").load_dataset
+    return load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", cache_dir=f"{folder}.cache")[:]
+
+
+@pytest.fixture(params=["accessor", "command"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of the kept rows."""
+    vectors = np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32)
+    vectors[-COPIES:] = vectors[:COPIES]
+    source = pd.DataFrame({"id": range(ROWS), "text": [f"text {number}" for number in range(ROWS)]})
+    source.assign(embeddings=list(vectors)).to_parquet(tmp_path / "source.parquet")
+    if request.param == "command":
+        result = CliRunner().invoke(main, ["run", str(tmp_path / "source.parquet"), str(tmp_path / "out")])
+        assert result.exit_code == 0, result.stderr
+        return tmp_path / "out" / "deduplicated"
+    dask_semdedup.read_table(tmp_path / "source.parquet").semdedup.deduplicate().semdedup.to_parquet(tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+@pytest.mark.parametrize("read", [in_pandas, in_polars, in_duckdb, in_datasets])
+def test_kept_rows_open_in(kept: Path, read: Callable[[Path], dict[str, list[Any]]]) -> None:
+    found = read(kept)
+    assert list(found) == ["id", "text", "embeddings"]
+    assert len(found["id"]) == ROWS - COPIES
+    assert found["text"] == [f"text {number}" for number in found["id"]]
+    assert np.array(list(found["embeddings"])).shape == (ROWS - COPIES, 8)

@@ -266,6 +266,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         path: str | os.PathLike[str],
         *,
         cluster_field: str = "centroid",
+        id_field: str | None = None,
         overwrite: bool = False,
         max_file_size: str | int = "256MiB",
         storage_options: Mapping[str, Any] | None = None,
@@ -284,6 +285,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         cluster_field : str, default "centroid"
             Cluster column, of integers or strings. It becomes part of the folder names and is not in the files.
             `dask_semdedup.read_clusters` restores it from the names, as int64 or strings.
+        id_field : str, optional
+            Column by which the rows of each cluster are sorted, so that the files do not depend on threads or workers.
+            By default rows stay in the order in which the shuffle delivers them.
         overwrite : bool, default False
             Replace an existing folder that holds nothing but ``<key>=<value>/*.parquet``.
         max_file_size : str or int, default "256MiB"
@@ -325,6 +329,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             self._ddf,
             path,
             cluster_field,
+            id_field,
             overwrite=overwrite,
             max_file_size=max_file_size,
             storage_options=storage_options,

@@ -500,7 +500,10 @@ class Run:
                 device=self.device,
             )
             clustered.semdedup.to_clusters(
-                folder, cluster_field=self.cluster_field, storage_options=self.storage_options
+                folder,
+                cluster_field=self.cluster_field,
+                id_field=self.id_field,
+                storage_options=self.storage_options,
             )
         files = cluster_files(folder, self.storage_options, cluster_field=self.cluster_field)
         return {"clusters": len(files)}

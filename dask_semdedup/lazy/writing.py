@@ -26,6 +26,7 @@ from dask_semdedup.lazy.alignment import align
 from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.sources import stored_schema
 from dask_semdedup.lazy.tasks import compute, compute_to_the_end
+from dask_semdedup.steps.ranking import RankingStrategy
 
 __all__ = ["Parts", "parts", "writable", "write_clusters_of", "write_layout", "write_parts_of"]
 
@@ -129,6 +130,7 @@ def write_clusters_of(
     ddf: dd.DataFrame,
     path: str | os.PathLike[str],
     key: str,
+    id_field: str | None,
     *,
     overwrite: bool,
     max_file_size: str | int,
@@ -144,6 +146,9 @@ def write_clusters_of(
         )
     aligned = align(ddf, key)
     check_cluster_dtype(ddf._meta[key])
+    if id_field is not None:
+        Columns(id=id_field).require(ddf.columns, "id")
+        aligned = aligned.map_partitions(_sorted, RankingStrategy([id_field]), id_field, meta=aligned._meta)
     if len(ddf.columns) == 1:
         raise InvalidArgumentError(f"The frame has no columns to write but {key!r}.", columns=[key])
     final, options = os.fspath(path), dict(storage_options or {})
@@ -158,6 +163,10 @@ def write_clusters_of(
     with staged_folder(final, contents=CLUSTERS, overwrite=overwrite, storage_options=storage_options) as folder:
         write_layout(aligned, folder, key, size, stored_schema(ddf), options)
     return cluster_files(path, storage_options, cluster_field=key)
+
+
+def _sorted(frame: Any, ranking: RankingStrategy, id_field: str) -> Any:
+    return frame.iloc[ranking.order(frame, cluster_field=None, id_field=id_field)]
 
 
 def write_layout(

@@ -48,7 +48,7 @@ SECTIONS = {
         "partition_size",
     ],
     "Files": ["storage_options", "overwrite", "redo_from"],
-    "Messages": ["quiet", "verbose", "traceback"],
+    "Messages": ["quiet", "verbose", "report_json", "traceback"],
 }
 
 # Options that change nothing of what is written.

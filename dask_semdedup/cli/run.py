@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,6 +45,7 @@ from dask_semdedup.errors import (
 from dask_semdedup.frames.columns import DUPLICATE_OF, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import dimensions_advice
 from dask_semdedup.io.targets import real_path, refuse_overlap
+from dask_semdedup.io.write import writing
 from dask_semdedup.steps.ranking import DISTANCE_COLUMNS
 
 if TYPE_CHECKING:
@@ -139,6 +143,11 @@ Examples:
 )
 @click.option("--overwrite", is_flag=True, help="Run all steps again.")
 @click.option("--dry-run", is_flag=True, help="Show which steps would run and how rows would be compared. Run nothing.")
+@click.option(
+    "--report-json",
+    metavar="FILE",
+    help="Write the time, rows, files and bytes of each step, and the versions of what made them, to this file.",
+)
 @message_options
 @click.pass_context
 def command(
@@ -150,6 +159,7 @@ def command(
     redo_from: str | None,
     overwrite: bool,
     dry_run: bool,
+    report_json: str | None,
     quiet: bool,
     verbose: bool,
     **options: Any,
@@ -200,6 +210,9 @@ def command(
                     outcomes[step.name] = outcome
                     run.counts[step.name] = outcome.manifest.counts
         seconds = time.perf_counter() - start
+    if report_json is not None:
+        with writing(report_json), fsspec.open(report_json, "w", **storage_options) as file:
+            json.dump(outcomes_as_json(outcomes, seconds), file, indent=2)
     if not quiet:
         Console().print(outcome_table(outcomes, run.eps, seconds))
         click.echo(f"  Kept rows in {output_path.rstrip('/')}/deduplicated")
@@ -575,6 +588,24 @@ class Run:
                 id_field=self.id_field,
             )
         return {"duplicates": int(summary.duplicates(self.eps))}
+
+
+def outcomes_as_json(outcomes: dict[str, Outcome], seconds: float) -> dict[str, Any]:
+    """Return each step's result and time, and the versions of the packages that made them."""
+    packages = ("dask-semdedup", "dask", "distributed", "numpy", "pandas", "pyarrow", "torch")
+    steps = {
+        name: {
+            "reused": outcome.reused,
+            "reason": outcome.reason,
+            "seconds": outcome.manifest.seconds,
+            "files": outcome.manifest.files,
+            "bytes": outcome.manifest.nbytes,
+            **outcome.manifest.counts,
+        }
+        for name, outcome in outcomes.items()
+    }
+    versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {"seconds": seconds, "versions": versions, "steps": steps}
 
 
 def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> Table:

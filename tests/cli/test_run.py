@@ -414,6 +414,19 @@ def test_scores_whose_number_of_rows_is_lost_are_not_reported(
     assert_one_line(invoke(finished, "--eps", 0.01).stderr, COMPARED, "--from scores")
 
 
+def test_a_summary_for_programs(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    path = tmp_path / "summary.json"
+    assert invoke(finished, "--eps", 0.02, "--report-json", path).exit_code == 0
+    summary = json.loads(path.read_text())
+    assert list(summary["steps"]) == ["scores", "duplicates", "deduplicated", "report"]
+    assert summary["steps"]["scores"]["reused"]
+    assert "--eps" in summary["steps"]["duplicates"]["reason"]
+    assert summary["steps"]["deduplicated"]["rows"] == len(kept(tmp_path))
+    size = sum(path.stat().st_size for path in (tmp_path / "out" / "deduplicated").glob("*.parquet"))
+    assert summary["steps"]["deduplicated"]["bytes"] == size
+    assert summary["versions"]["dask-semdedup"] == dask_semdedup.__version__
+
+
 @EITHER_WAY
 def test_processes_write_the_bytes_that_threads_write(
     source: Path, tmp_path: Path, invoke: Callable[..., Result], way: list[object]

@@ -22,7 +22,7 @@ import fsspec
 from dask_semdedup.errors import OutputError, OutputExistsError, SemDedupError
 from dask_semdedup.io.locks import only_run
 from dask_semdedup.io.publish import listing, publish, put_back, remove
-from dask_semdedup.io.targets import Contents, real_path, refuse_occupied, refuse_overlap
+from dask_semdedup.io.targets import Contents, real_path, refuse_occupied, refuse_overlap, refuse_place
 from dask_semdedup.io.write import writing
 
 __all__ = ["differences", "restore", "staged_folder"]
@@ -78,6 +78,7 @@ def staged_folder(
     options = dict(storage_options or {})
     fs, final = fsspec.url_to_fs(output_path, **options)
     final = real_path(fs, final)
+    refuse_place(fs, final)
     if input_path is not None:
         refuse_overlap(fs, final, input_path, options)
     partial = _partial(final)

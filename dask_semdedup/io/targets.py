@@ -25,6 +25,7 @@ __all__ = [
     "refuse_file",
     "refuse_occupied",
     "refuse_overlap",
+    "refuse_place",
     "refuse_strangers",
 ]
 
@@ -94,11 +95,8 @@ def refuse_file(fs: fsspec.AbstractFileSystem, output: str) -> None:
         raise OutputExistsError(f"Output {output!r} is a file. Name a folder.", parameters=["output_path"])
 
 
-def refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Contents, *, overwrite: bool) -> None:
-    """Raise if an output folder is not free; with ``overwrite``, if it holds any other files.
-
-    What a run of ours began to put there, and did not finish, may be replaced.
-    """
+def refuse_place(fs: fsspec.AbstractFileSystem, output: str) -> None:
+    """Raise if a path cannot be that of an output folder, whatever is in it."""
     refuse_file(fs, output)
     if is_local(fs) and (os.path.ismount(output) or is_within(fs, os.getcwd(), output)):
         raise OutputError(
@@ -106,6 +104,13 @@ def refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Conten
             "folder in it.",
             parameters=["output_path"],
         )
+
+
+def refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Contents, *, overwrite: bool) -> None:
+    """Raise if an output folder is not free; with ``overwrite``, if it holds any other files.
+
+    What a run of ours began to put there, and did not finish, may be replaced.
+    """
     names = [file.removeprefix(f"{output}/") for file in fs.find(output)]
     if names and not overwrite and UNFINISHED not in names:
         raise OutputExistsError(

@@ -58,12 +58,15 @@ class SemDedupAccessor:
         return f"{self._title()}\n\nColumns\n{found}\n\nMethods\n{methods}"
 
     def _repr_html_(self) -> str:
-        def table(rows: list[tuple[str, str]]) -> str:
-            cells = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
-            return f"<table>{''.join(cells)}</table>"
+        # Notebooks centre headings and align cells to the right.
+        left = 'style="text-align: left"'
 
-        title = f"<p><strong>{escape(self._title())}</strong></p>"
-        return f"<div>{title}{table(self._found())}{table(self._methods())}</div>"
+        def lines(heading: str, rows: list[tuple[str, str]]) -> str:
+            cells = (f"<tr><td {left}>{escape(name)}</td><td {left}>{escape(text)}</td></tr>" for name, text in rows)
+            return f'<tr><th colspan="2" {left}>{heading}</th></tr>{"".join(cells)}'
+
+        table = lines("Columns", self._found()) + lines("Methods", self._methods())
+        return f"<div><p>{escape(self._title())}</p><table>{table}</table></div>"
 
     def _title(self) -> str:
         backend = "cuDF" if is_cudf(self._ddf._meta) else "pandas"

@@ -49,7 +49,7 @@ def test_readme_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(names["fresh"]) == 0
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/getting-started.md"])
 def test_code_on_first_pages_is_not_cut_off(name: str) -> None:
     """A block of the documentation shows 88 columns in a window of 1,400 pixels."""
     blocks = re.findall(r"^```.*?^```$", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)

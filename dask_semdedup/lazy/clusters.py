@@ -46,36 +46,35 @@ def read_clusters(
 ) -> dd.DataFrame:
     """Read clustered embeddings into a Dask DataFrame in which no cluster spans two partitions.
 
-    Files are listed and their footers are read, to plan partitions of whole clusters and of about equal cost. No data
-    is read before the frame is computed.
+    The call lists files and reads their footers, to plan partitions of whole clusters and about equal cost. It reads no
+    data.
 
     Parameters
     ----------
     path : str, path-like or list of them
         A folder in the layout of k-means, ``<path>/<cluster_field>=<k>/*.parquet``, or any Parquet with a cluster
-        column: a file, a folder, a glob, or a list. Local, or a URL that fsspec understands.
+        column: a file, a folder, a pattern, or a list. A local path or an fsspec URL.
     cluster_field : str, default "centroid"
-        The cluster column, and the key in the folders' names. In the layout, the column is made from the folder's
-        name, after all others: int64 where all names are integers, strings where not.
+        Cluster column, and the key in folder names. In the layout of k-means, the column comes from the folder names
+        and is the last one: int64 if all names are integers, else strings.
     backend : {"pandas", "cudf"}, optional
-        What partitions are. By default Dask's configuration ``dataframe.backend``.
+        Type of the partitions. By default Dask's configuration ``dataframe.backend``.
     columns : sequence of str, optional
-        The columns to read, in this order. By default all that there are.
+        Columns to read, in this order. By default all.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     partition_size : str or int, optional
-        The most bytes that the columns of a partition take in memory, unless a single cluster takes more. By default
-        "128MiB" for pandas and, as many files in one call are what a GPU reads fast, up to "2GiB" for cuDF: less where
-        the five that are read and scored at once would fill more than half of the GPU. Partitions are made smaller,
-        down to 16 MiB for pandas and 128 MiB for cuDF, where there would else be too few to keep all cores busy, or
-        all GPUs that this process sees.
+        Maximum size of the columns of a partition in memory, unless a single cluster is larger. By default "128MiB" for
+        pandas, and up to "2GiB" for cuDF, since a GPU reads many files at once fast. It is less if five partitions
+        would fill more than half of the GPU. If there would be too few partitions to keep all cores, or all GPUs of
+        this process, busy, partitions are smaller: down to 16 MiB for pandas and 128 MiB for cuDF.
 
     Returns
     -------
     dask.dataframe.DataFrame
-        Lists as Arrow lists, strings in Dask's string dtype, integers as NumPy's (as Arrow's, where a column may hold
-        nulls). Divisions are unknown. Partitions hold their clusters in ascending order, and ascend from one to the
-        next, except those that cost more than twice the median: they stand where Dask begins, which is not the front.
+        Lists are Arrow lists, strings have Dask's string dtype, and integers are NumPy integers, or Arrow integers if a
+        column may hold nulls. Divisions are unknown. Clusters ascend within a partition, and from one partition to the
+        next. Partitions that cost more than twice the median are exceptions: they are placed where Dask starts.
 
     Raises
     ------
@@ -87,14 +86,14 @@ def read_clusters(
     MissingColumnsError
         If a column in `columns` is not there.
     InvalidArgumentError
-        If `backend`, `columns` or `partition_size` is not one of those allowed.
+        If `backend`, `columns` or `partition_size` is invalid.
     MissingDependencyError
         If `backend` is "cudf" and cuDF cannot be imported.
 
     Notes
     -----
-    For files that are not in the layout, the footers' bounds of the cluster column may prove that clusters do not
-    span files; partitions are then planned in the same way. Otherwise the frame is shuffled by cluster, lazily.
+    For files in another layout, the statistics of the cluster column in the footers may prove that clusters do not span
+    files. Partitions are then planned in the same way. Otherwise the frame is lazily shuffled by cluster.
 
     Examples
     --------

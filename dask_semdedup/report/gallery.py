@@ -84,12 +84,12 @@ class Pair:
 
 
 def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFrame:
-    """Select the pairs to look at before choosing eps: the nearest on both sides of the threshold.
+    """Select the pairs nearest to the threshold, on both sides of it.
 
     Parameters
     ----------
     scores : pandas, cuDF or Dask DataFrame
-        What ``pairwise`` returns. Dask frames are read partition by partition.
+        The result of ``pairwise``. Dask frames are read partition by partition.
     eps : float, default 0.01
         Rows with a score of at least ``1 - eps`` are duplicates.
     count : int, default 4
@@ -209,12 +209,12 @@ def text_gallery(
     eps: float | None = None,
     title: str = "Pairs of texts",
 ) -> TextGallery:
-    """Texts side by side: each row's own and its most similar preferred row's, with the words that differ marked.
+    """Show pairs of texts side by side, with the words that differ marked.
 
     Parameters
     ----------
     queries, matches : iterable of str
-        The texts of the rows and of their most similar preferred rows.
+        Texts of the rows and of their most similar preferred rows.
     scores : iterable of float
         Their cosine similarities.
     eps : float, optional

@@ -44,15 +44,15 @@ def score_histogram(scores: Any, eps: float | None = 0.01, *, bins: int = 60, fi
 def score_histogram(
     scores: Any, eps: float | None = 0.01, *, bins: int = 60, figure: AnyFigure | None = None
 ) -> AnyFigure:
-    """Histogram of the scores, with the duplicates at ``eps`` in another colour.
+    """Plot a histogram of the scores, with the duplicates at ``eps`` in another colour.
 
-    The first row of each cluster, which is compared with none, is left out. Counts are on a logarithmic axis, since
+    The first row of each cluster, which is compared with no other, is left out. Counts are on a logarithmic axis, since
     duplicates are usually few.
 
     Parameters
     ----------
     scores : pandas, cuDF or Dask DataFrame, or ScoreSummary
-        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
+        The result of ``pairwise``: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
         partition.
     eps : float, optional
         Rows with a score of at least ``1 - eps`` are drawn as duplicates; with None, no row is.
@@ -109,12 +109,12 @@ def duplicates_curve(scores: Any, eps: float | None = None, *, largest_eps: floa
 def duplicates_curve(
     scores: Any, eps: float | None = None, *, largest_eps: float = 0.2, figure: AnyFigure | None = None
 ) -> AnyFigure:
-    """Share of rows that are duplicates, against eps.
+    """Plot the share of rows that are duplicates, against eps.
 
     Parameters
     ----------
     scores : pandas, cuDF or Dask DataFrame, or ScoreSummary
-        What ``pairwise`` returns: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
+        The result of ``pairwise``: ``id``, ``max_id`` and ``cosine_sim_score``. Dask frames are read partition by
         partition.
     eps : float, optional
         Value of eps to mark on the curve.
@@ -169,12 +169,12 @@ def cluster_sizes(scores: Any, eps: float = 0.01, *, cluster_field: str = "centr
 def cluster_sizes(
     scores: Any, eps: float = 0.01, *, cluster_field: str = "centroid", figure: AnyFigure | None = None
 ) -> AnyFigure:
-    """Rows and duplicates of each cluster, from the largest cluster to the smallest.
+    """Plot the rows and duplicates of each cluster, from the largest cluster to the smallest.
 
     Parameters
     ----------
     scores : pandas, cuDF or Dask DataFrame, or ScoreSummary
-        What ``pairwise`` returns. Dask frames are read partition by partition.
+        The result of ``pairwise``. Dask frames are read partition by partition.
     eps : float
         Rows with a score of at least ``1 - eps`` are duplicates.
     cluster_field : str
@@ -261,12 +261,12 @@ def pair_gallery(
     interpolation: str = "auto",
     figure: AnyFigure | None = None,
 ) -> AnyFigure:
-    """Images side by side: each row's own and its most similar preferred row's, with the score below.
+    """Show pairs of images side by side: each row and its most similar preferred row, with the score below.
 
     Parameters
     ----------
     queries, matches : ndarray of shape (n, height, width) or (n, height, width, 3)
-        The images of the rows and of their most similar preferred rows.
+        Images of the rows and of their most similar preferred rows.
     scores : array of shape (n,)
         Their cosine similarities.
     title : str

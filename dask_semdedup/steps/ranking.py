@@ -30,30 +30,29 @@ STRATEGIES = ("sort", "random")
 
 @dataclass
 class RankingStrategy:
-    """The order in which the rows of a cluster are preferred.
+    """The order of preference of rows that are compared.
 
     Parameters
     ----------
     metadata_cols : list of str
-        Columns to sort by, the most important first. Not used by ``strategy="random"``.
+        Columns to sort by, the most important first. ``strategy="random"`` ignores them.
     ascending : bool or list of bool, default True
-        Whether small values are preferred: for all columns, or for each.
+        Whether small values are preferred, for all columns or for each.
     strategy : {"sort", "random"}, default "sort"
-        Whether to sort or to shuffle.
+        Sort by columns, or shuffle.
     random_seed : int, default 42
-        Of ``strategy="random"``. The shuffle depends on nothing but this and the cluster's ids: not on the order of
-        the rows, on how the frame is partitioned, or on the backend.
+        Seed of ``strategy="random"``. The shuffle depends only on the seed and the ids, not on the order of rows, the
+        partitions or the backend.
 
     Raises
     ------
     InvalidArgumentError
-        For no columns to sort by, or a length of `ascending` that is not theirs; for an unknown strategy as soon as it
-        is used.
+        If there are no columns to sort by, or `ascending` has another length; if an unknown strategy is used.
 
     Notes
     -----
-    Missing values rank last whatever `ascending` says. Rows that tie in all columns rank by ascending id. Ids should
-    be unique within a cluster: the order among rows that tie in the id as well is that of the input.
+    Missing values rank last, regardless of `ascending`. Rows that tie in all columns rank by ascending id. Ids should
+    be unique among the rows that are compared. Rows that tie in the id too keep the order of the input.
 
     Examples
     --------

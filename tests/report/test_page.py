@@ -82,7 +82,7 @@ def test_pairs_stand_on_their_side_of_the_threshold(scores: pd.DataFrame, tmp_pa
 
 def test_the_page_says_how_to_drop_duplicates(scores: pd.DataFrame, tmp_path: Path) -> None:
     write_report(scores, tmp_path, eps=0.05)
-    (line,) = re.findall("To drop them.*?<code>(.*?)</code>", read(tmp_path))
+    (line,) = re.findall("To drop the duplicates.*?<code>(.*?)</code>", read(tmp_path))
     documents = dd.from_pandas(scores[["id"]], npartitions=2)
     names = {"ddf": documents, "scores": dd.from_pandas(scores, npartitions=2)}
     kept = eval(re.sub("<.*?>", "", line), names)
@@ -158,7 +158,7 @@ def test_rows_that_are_dropped_for_kept_ones_are_told_from_near_ones(scores: pd.
     assert "<title>5 dropped at eps = 0.05</title>" in page
     assert "5 of 80 documents are dropped at eps = 0.05" in text
     assert "Dropped at eps = 0.05 5 6.25% Kept at eps = 0.05 75 93.75%" in text
-    assert f"They are {near} at eps = 0.05, and no others are dropped." in text
+    assert f"There are {near} near-duplicates at eps = 0.05, and only near-duplicates are dropped." in text
     assert "Clusters with the most near-duplicates" in text
     assert "semdedup.remove" not in text, "it drops all near-duplicates"
     assert "run INPUT OUTPUT --eps 0.05" in text

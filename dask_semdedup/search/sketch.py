@@ -316,8 +316,8 @@ def _shares(grouped: torch.Tensor, sizes: list[int], at_least: float) -> tuple[t
     Returns
     -------
     left : torch.Tensor
-        (sizes,) float64 share of the pairs of rows that are not crowded. As if one more pair were left: what the sample
-        does not show may be there.
+        (sizes,) float64 share of the pairs of rows that are not crowded, with each other and with those that are. As if
+        one more pair were left: what the sample does not show may be there.
     crowded, involved : torch.Tensor
         (sizes,) float64 share of the rows that are crowded, and of those and all that have hits among them.
     """
@@ -328,9 +328,9 @@ def _shares(grouped: torch.Tensor, sizes: list[int], at_least: float) -> tuple[t
     rounding = torch.tensor([2.2 * (size / 12) ** 0.5 / SCALE for size in sizes]).to(grouped.device)
     reached = torch.addcmul(product, rest[..., None], rest[..., None, :]) >= (at_least - rounding)[:, None, None, None]
     # A row meets itself, too.
-    is_rare = reached.sum(dim=3) <= FEW
-    among = reached & is_rare[..., None] & is_rare[..., None, :]
+    hits = reached.sum(dim=3) - 1
+    is_rare = hits < FEW
     groups, rows, _ = grouped.shape
-    left = (among.sum(dim=(1, 2, 3)) - is_rare.sum(dim=(1, 2)) + 2).double() / (groups * rows * (rows - 1))
+    left = ((hits * is_rare).sum(dim=(1, 2)) + 2).double() / (groups * rows * (rows - 1))
     is_involved = (reached & ~is_rare[..., None, :]).any(dim=3)
     return left, 1 - is_rare.double().mean(dim=(1, 2)), is_involved.double().mean(dim=(1, 2))

@@ -39,18 +39,15 @@ CLOSING = 10
 
 
 @contextmanager
-def connect(
-    scheduler: str | None,
-    workers: int | None,
-    paths: Iterable[str | None] = (),
-) -> Iterator[Client | None]:
+def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | None] = ()) -> Iterator[Client | None]:
     """Yield a client of the requested cluster, or None for the threads of this process.
 
     All workers of a cluster must be able to reach the `paths` that are not None. Certificates and keys are those of
     the command's options.
     """
     if scheduler is None and workers is None:
-        import dask_semdedup.search  # noqa: F401  (loads torch, which takes seconds, before the first task)
+        # It loads torch, which takes seconds, before the first task.
+        import dask_semdedup.search
 
         # A pool of its own, since its exit waits for running tasks: none writes after a failed run was cleaned up.
         with (
@@ -62,6 +59,7 @@ def connect(
     _refuse_memory(paths, "--workers" if scheduler is None else "--scheduler")
     from distributed import Client, LocalCluster, Security
 
+    import dask_semdedup
     from dask_semdedup.lazy.workers import check_workers
 
     if scheduler is not None:
@@ -69,7 +67,7 @@ def connect(
         tls = tls_files(click.get_current_context())
         security = Security(require_encryption=True, **tls) if tls else None
         with _client(scheduler, security) as client:
-            check_workers(client)
+            check_workers(client, dask_semdedup.__version__)
             yield client
         return
     # A worker's failure reaches the user through its future: its own log would only repeat it.

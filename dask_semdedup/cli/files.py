@@ -8,6 +8,7 @@ import pandas as pd
 
 from dask_semdedup.cli.execution import follow_futures, show_tasks
 from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.lazy.workers import check_memory
 from dask_semdedup.lazy.writing import parts
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def write_frame(
         with show_tasks(progress, title, client=None):
             counts = rest.compute(scheduler="threads")["rows"]
     else:
+        check_memory(client, frame)
         counts = pd.concat(follow_futures(client, client.persist(rest), progress, title))["rows"]
     return rows + int(counts.sum())
 

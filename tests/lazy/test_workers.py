@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+import pandas as pd
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_semdedup import __version__
-from dask_semdedup.errors import ClusterUnavailableError
+from dask_semdedup import __version__, read_clusters
+from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError
 from dask_semdedup.lazy import workers
-from dask_semdedup.lazy.workers import check_workers, watched
+from dask_semdedup.lazy.workers import check_memory, check_workers, watched
+from tests.data import arrow_lists, write_layout
 
 
 @pytest.fixture
@@ -29,12 +33,12 @@ def idle() -> Iterator[Client]:
 
 def test_a_cluster_needs_workers(idle: Client) -> None:
     with pytest.raises(ClusterUnavailableError, match=r"has had no workers for 0\.1 s"):
-        check_workers(idle, timeout=0.1)
+        check_workers(idle, __version__, timeout=0.1)
 
 
 def test_workers_need_this_version_of_the_package(idle: Client) -> None:
     idle.cluster.scale(1)
-    check_workers(idle)
+    check_workers(idle, __version__)
     for version, words in [(None, "1 of 2 workers cannot import"), ("0.0.1", "1 of 2 workers have another version")]:
         found = {"tcp://a": {"packages": {"dask_semdedup": __version__}}}
         found["tcp://b"] = {"packages": {"dask_semdedup": version}}
@@ -42,7 +46,7 @@ def test_workers_need_this_version_of_the_package(idle: Client) -> None:
             patch.object(idle, "get_versions", return_value={"workers": found}),
             pytest.raises(ClusterUnavailableError, match=words) as error,
         ):
-            check_workers(idle)
+            check_workers(idle, __version__)
         assert "tcp://b" in str(error.value)
         assert "tcp://a" not in str(error.value)
 
@@ -81,3 +85,17 @@ def test_long_tasks_are_no_fault(idle: Client) -> None:
     ):
         warnings.simplefilter("error")
         time.sleep(0.3)
+
+
+@pytest.mark.parametrize(("limit", "is_enough"), [(3 << 20, False), (6 << 20, True), (0, True)])
+def test_a_partition_that_no_worker_holds_is_refused(idle: Client, tmp_path: Path, limit: int, is_enough: bool) -> None:
+    rows = np.zeros((1000, 256), np.float32)
+    frame = pd.DataFrame({"id": range(1000), "embeddings": arrow_lists(rows)})
+    scores = read_clusters(write_layout(tmp_path, {0: [frame]})).semdedup.pairwise(which_to_keep="random")
+    info = {"workers": {"tcp://0": {"memory_limit": limit}, "tcp://1": {"memory_limit": 1 << 40}}}
+    with patch.object(idle, "scheduler_info", return_value=info):
+        if is_enough:
+            check_memory(idle, scores)
+            return
+        with pytest.raises(InvalidArgumentError, match=r"takes about 3\.9.* MiB .* a worker has 3\.00 MiB"):
+            check_memory(idle, scores)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_semdedup.errors import DataReadError, SemDedupError, some
-from dask_semdedup.io.listing import is_local
+from dask_semdedup.io.listing import State, is_local
 from dask_semdedup.io.schemas import conform
 
 # Rows of a batch where a row group cannot be read as a whole.
@@ -34,8 +34,8 @@ class Fragment(NamedTuple):
         Values in the names of folders, such as the cluster.
     nbytes
         The planned size in memory.
-    size
-        Bytes of the file when it was listed; 0 if unknown.
+    state
+        The state of the file when it was listed.
     first_row
         The number of the first row in the file.
     """
@@ -45,7 +45,7 @@ class Fragment(NamedTuple):
     row_groups: tuple[int, ...] | None = None
     keys: tuple[Any, ...] = ()
     nbytes: int = 0
-    size: int = 0
+    state: State = State()
     first_row: int = 0
 
 
@@ -53,7 +53,7 @@ def fragments_of(file: FileStats, keys: tuple[Any, ...] = ()) -> list[Fragment]:
     """Return each row group of a file as a fragment."""
     starts = accumulate((group.rows for group in file.row_groups), initial=0)
     return [
-        Fragment(file.path, group.rows, (index,), keys, group.nbytes, file.size, start)
+        Fragment(file.path, group.rows, (index,), keys, group.nbytes, file.state, start)
         for index, (group, start) in enumerate(zip(file.row_groups, starts, strict=False))
     ]
 
@@ -91,7 +91,7 @@ class FileStats(NamedTuple):
     """A file as its footer describes it.
 
     It has the row groups, the integer columns that may hold nulls, the number of null clusters, the number of the
-    schema's shape, the ordered categories that are not written as such, and the size of the file.
+    schema's shape, the ordered categories that are not written as such, and the state of the file.
     """
 
     path: str
@@ -101,7 +101,7 @@ class FileStats(NamedTuple):
     null_clusters: int = 0
     shape: int = 0
     unordered: frozenset[str] = frozenset()
-    size: int = 0
+    state: State = State()
 
 
 def unreadable(path: str, error: Exception) -> DataReadError:
@@ -129,8 +129,8 @@ def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Seque
     path = fragment.path
     try:
         with nullcontext(path) if is_local(fs) else fs.open(path) as source:
-            check_size(path, fragment.size, os.path.getsize(path) if is_local(fs) else getattr(source, "size", None))
-            with pq.ParquetFile(source, pre_buffer=not is_local(fs)) as file:
+            check_state(path, fragment.state, state_now(fs, path, source))
+            with pq.ParquetFile(source, pre_buffer=not is_local(fs), page_checksum_verification=True) as file:
                 table = _read_row_groups(file, fragment.row_groups, names)
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         if isinstance(error, SemDedupError):
@@ -155,12 +155,23 @@ def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, nam
         return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
 
 
-def check_size(path: str, planned: int, found: int | None) -> None:
-    """Raise if a file has another size than when it was listed, if both are known."""
-    if planned and found is not None and found != planned:
+def state_now(fs: fsspec.AbstractFileSystem, path: str, source: Any = None) -> State:
+    """Return the state of a file, which is open as `source` unless it is local."""
+    if is_local(fs):
+        found = os.stat(path)
+        return State(found.st_size, found.st_mtime_ns)
+    return State(getattr(source, "size", None) or 0)
+
+
+def check_state(path: str, planned: State, found: State) -> None:
+    """Raise if a file is not what it was when it was listed, as far as both states are known."""
+    if any(before and now and before != now for before, now in zip(planned, found, strict=True)):
         raise changed([path])
 
 
 def changed(paths: Sequence[str]) -> DataReadError:
     """Return the error for files that are not what they were when they were planned."""
-    return DataReadError(f"{some(paths)} changed since the footers were read. Read the files again.")
+    return DataReadError(
+        f"{some(paths)} changed since the files were listed: the size, the time of the last change or the rows are "
+        "others. Read the files again. Copies on other machines need the same times."
+    )

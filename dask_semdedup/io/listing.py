@@ -6,7 +6,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow.fs as pafs
@@ -25,6 +25,18 @@ STATE_KEYS = {
     *("size", "mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash"),
     *("CRC", "date_time", "sha"),
 }
+
+
+class State(NamedTuple):
+    """The bytes of a file when it was listed and, if it is local, the nanoseconds of its last change; 0 if unknown."""
+
+    size: int = 0
+    mtime: int = 0
+
+    @classmethod
+    def of(cls, fs: fsspec.AbstractFileSystem, info: Mapping[str, Any]) -> State:
+        """Return the state in the info that a listing gives."""
+        return cls(info["size"], info.get("mtime", 0) if is_local(fs) else 0)
 
 
 def list_files(

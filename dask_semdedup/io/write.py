@@ -47,7 +47,7 @@ def write_table(table: pa.Table, file: Any, stored: pa.Schema | None = None, **o
     schema = table.schema if stored is None else restore(table.schema.empty_table(), stored).schema
     # Embeddings do not repeat: a dictionary of them would only be given up after some work.
     repeating = [field.name for field in schema if not pa.types.is_nested(field.type)]
-    with pq.ParquetWriter(file, schema, **{"use_dictionary": repeating, **options}) as writer:
+    with pq.ParquetWriter(file, schema, write_page_checksum=True, **{"use_dictionary": repeating, **options}) as writer:
         for start in range(0, max(1, len(table)), step):
             rows = table.slice(start, step)
             # The stored types may have 32-bit offsets, which suffice for the rows of a group.

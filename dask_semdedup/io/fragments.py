@@ -158,20 +158,20 @@ def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, nam
 def state_now(fs: fsspec.AbstractFileSystem, path: str, source: Any = None) -> State:
     """Return the state of a file, which is open as `source` unless it is local."""
     if is_local(fs):
-        found = os.stat(path)
-        return State(found.st_size, found.st_mtime_ns)
+        stat = os.stat(path)
+        return State(stat.st_size, stat.st_mtime_ns)
     return State(getattr(source, "size", None) or 0)
 
 
-def check_state(path: str, planned: State, found: State) -> None:
+def check_state(path: str, planned: State, found: State, read: str = "footers") -> None:
     """Raise if a file is not what it was when it was listed, as far as both states are known."""
     if any(before and now and before != now for before, now in zip(planned, found, strict=True)):
-        raise changed([path])
+        raise changed([path], read)
 
 
-def changed(paths: Sequence[str]) -> DataReadError:
-    """Return the error for files that are not what they were when they were planned."""
+def changed(paths: Sequence[str], read: str = "footers") -> DataReadError:
+    """Return the error for files that are not what they were when they were planned by their footers or lines."""
     return DataReadError(
-        f"{some(paths)} changed since the files were listed: the size, the time of the last change or the rows are "
-        "others. Read the files again. Copies on other machines need the same times."
+        f"{some(paths)} changed since the {read} were read: the number of bytes or rows is another, or the time of the "
+        "last change. Read the files again. Copies on other machines need the same times."
     )

@@ -346,9 +346,9 @@ def _check_asked(
         path, size = paths[file], states[paths[file]].size
         if asked[file] > EXPANSION * size:
             raise DataReadError(
-                f"{path} has {size} bytes, and its footer asks for {asked[file]:.0f} in memory: more than {EXPANSION} times "
-                "as many. It is damaged or made to exhaust memory. If its columns do hold one value over and over, "
-                "write it again without dictionaries and compression."
+                f"{path} has {size} bytes, and its footer asks for {asked[file]:.0f} in memory: more than {EXPANSION} "
+                "times as many. It is damaged or made to exhaust memory. If its columns do hold one value over and "
+                "over, write it again without dictionaries and compression."
             )
 
 

@@ -10,7 +10,6 @@ import argparse
 import gzip
 import io
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -34,10 +33,14 @@ from dask_semdedup.errors import SemDedupError
 from dask_semdedup.io import thrift
 from dask_semdedup.lazy.tables import read_table
 
-# Inputs of one child, seconds for one input, and bytes that a child may map beyond what it began with.
+# Inputs of one child, and seconds for one input.
 BATCH = 250
 PATIENCE = 20
-HEADROOM = 3 << 29
+
+# Bytes that a child may use, and may map, beyond what it began with. Arrow maps up to 16 GiB where a page says so, and
+# uses none of it.
+MOST_USED = 5 << 28
+MOST_MAPPED = 40 << 30
 
 # What libraries say that were refused memory.
 NO_MEMORY = re.compile(r"alloc|out of memory", re.I)
@@ -264,9 +267,11 @@ def are_alike(ours: Any, theirs: Any) -> bool:
         return len(ours) == len(theirs) and all(map(are_alike, ours, theirs))
     if isinstance(theirs, str):
         ours = ours.decode() if isinstance(ours, bytes) else ours
-    if isinstance(theirs, float | int) and not isinstance(ours, bool) and isinstance(ours, bytes | float | int):
-        number = float(ours)
-        return number in (theirs, np.float32(theirs)) or (math.isnan(number) and math.isnan(theirs))
+    if isinstance(theirs, float | int) and isinstance(ours, bytes):
+        return bool(json.loads(ours) == theirs)
+    if isinstance(theirs, float) or isinstance(ours, float):
+        with np.errstate(over="ignore"):
+            return ours == theirs or ours == np.float32(theirs) or (ours != ours and theirs != theirs)
     return type(ours) is type(theirs) and ours == theirs
 
 
@@ -309,13 +314,20 @@ def case_of(seed: int, number: int, sound: list[Case]) -> Case:
 def _work(pipe: Connection, seed: int, numbers: range, sound: list[Case]) -> None:
     """Say what becomes of each case."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + HEADROOM
+    limit = pages * resource.getpagesize() + MOST_MAPPED
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    most = peak() + MOST_USED
     for number in numbers:
         pipe.send((number, "begun"))
-        pipe.send((number, attempt(case_of(seed, number, sound), lambda stage, n=number: pipe.send((n, stage)))))
+        outcome = attempt(case_of(seed, number, sound), lambda stage, n=number: pipe.send((n, stage)))
+        pipe.send((number, outcome if peak() < most else f"memory: {peak()} bytes"))
+
+
+def peak() -> int:
+    """Return the most bytes that this process has used."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def results(seed: int, numbers: range) -> Iterator[tuple[int, str]]:

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import accumulate, groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dask_semdedup.errors import DataReadError, SemDedupError, some
 from dask_semdedup.io.listing import State, is_local
 from dask_semdedup.io.schemas import conform
 
-# Rows of a batch where a row group cannot be read as a whole.
+# Rows of a batch where a row group cannot be read as a whole, and bytes of one where it may be too large.
 BATCH_ROWS = 2**14
+
+BATCH_BYTES = 2**26
+
+TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+# Rows that are looked at for a dictionary, and bytes read at once.
+FIRST_ROWS = 64
+
+BUFFER_BYTES = 2**16
+
+# A file may ask for EXPANSION times its bytes in memory, and for UNSUSPECTED bytes in any case. A table with ids asks
+# for 1,000 times its bytes even if all of its embeddings are equal.
+EXPANSION = 2**13
+
+UNSUSPECTED = 2**28
 
 
 class Fragment(NamedTuple):
@@ -131,7 +147,7 @@ def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Seque
         with nullcontext(path) if is_local(fs) else fs.open(path) as source:
             check_state(path, fragment.state, state_now(fs, path, source))
             with pq.ParquetFile(source, pre_buffer=not is_local(fs), page_checksum_verification=True) as file:
-                table = _read_row_groups(file, fragment.row_groups, names)
+                table = _read_row_groups(source, file, fragment, names)
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         if isinstance(error, SemDedupError):
             raise
@@ -141,18 +157,83 @@ def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Seque
     return table
 
 
-def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, names: Sequence[str]) -> pa.Table:
-    groups = list(range(file.metadata.num_row_groups) if row_groups is None else row_groups)
+def _read_row_groups(source: Any, file: pq.ParquetFile, fragment: Fragment, names: Sequence[str]) -> pa.Table:
+    groups = list(range(file.metadata.num_row_groups) if fragment.row_groups is None else fragment.row_groups)
     present = [name for name in file.schema_arrow.names if name in names]
     if not present:
         rows = sum(file.metadata.row_group(index).num_rows for index in groups)
         return pa.table({"": pa.nulls(rows)})
-    try:
-        return file.read_row_groups(groups, present, use_threads=False)
-    except pa.ArrowNotImplementedError:
+    most = max(UNSUSPECTED, EXPANSION * fragment.state.size)
+    repeated = _most_bytes_of_text(source, file, groups, present)
+    step = BATCH_ROWS if repeated <= most else max(1, BATCH_BYTES * fragment.rows // repeated)
+    if repeated <= most:
         # More than 2 GiB of strings within lists or structs come only in batches.
-        batches = file.iter_batches(BATCH_ROWS, groups, present, use_threads=False)
-        return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
+        with suppress(pa.ArrowNotImplementedError):
+            return file.read_row_groups(groups, present, use_threads=False)
+    batches, nbytes = [], 0
+    for batch in file.iter_batches(step, groups, present, use_threads=False):
+        batches.append(batch)
+        nbytes += sum(map(_decoded_bytes, batch.columns))
+        if repeated > most and nbytes > most:
+            raise too_large(fragment.path, fragment.state.size, nbytes)
+    return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
+
+
+def _most_bytes_of_text(source: Any, file: pq.ParquetFile, groups: Sequence[int], names: Sequence[str]) -> int:
+    """Return how many bytes texts take at most, once each row has its own: a dictionary may hold a long one once.
+
+    Dictionaries are read only where that may be more than UNSUSPECTED.
+    """
+    most = 0
+    for number in groups:
+        group = file.metadata.row_group(number)
+        for chunk in map(group.column, range(group.num_columns)):
+            path, is_text = chunk.path_in_schema, chunk.physical_type == "BYTE_ARRAY"
+            is_wanted = path in names or path.partition(".")[0] in names
+            if is_text and is_wanted and chunk.num_values * chunk.total_uncompressed_size > UNSUSPECTED:
+                most += chunk.num_values * _longest_text(source, file.metadata, number, path)
+    return most
+
+
+def _longest_text(source: Any, metadata: pq.FileMetaData, group: int, path: str) -> int:
+    """Return the bytes of the longest text in the dictionary of a leaf column."""
+    options = {"read_dictionary": [path], "page_checksum_verification": True}
+    # So only the first pages are read.
+    buffered = {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
+    with pq.ParquetFile(source, metadata=metadata, **options, **buffered) as file:
+        for batch in file.iter_batches(FIRST_ROWS, [group], [path], use_threads=False):
+            leaves = list(_leaves(batch.column(0)))
+            # Without values there is no dictionary.
+            if any(map(len, leaves)):
+                coded = [leaf.dictionary for leaf in leaves if pa.types.is_dictionary(leaf.type)]
+                return max((pc.max(pc.binary_length(texts)).as_py() or 0 for texts in coded), default=0)
+    return 0
+
+
+def _decoded_bytes(array: pa.Array) -> int:
+    """Return the bytes of an array, in which each row has its own text."""
+    if not pa.types.is_dictionary(array.type) or array.type.value_type not in TEXTS:
+        return int(array.nbytes)
+    return pc.sum(pc.binary_length(array.dictionary).take(array.indices)).as_py() or 0
+
+
+def _leaves(array: pa.Array) -> Iterator[pa.Array]:
+    if pa.types.is_struct(array.type):
+        for index in range(array.type.num_fields):
+            yield from _leaves(array.field(index))
+    elif pa.types.is_nested(array.type):
+        yield from _leaves(array.values)
+    else:
+        yield array
+
+
+def too_large(path: str, size: int, nbytes: float) -> DataReadError:
+    """Return the error for a file that asks for far more memory than it has bytes."""
+    return DataReadError(
+        f"{path} has {size} bytes, and asks for {nbytes:.0f} or more in memory: over {EXPANSION} times as many. It is "
+        "damaged or made to exhaust memory. If its columns do hold few values over and over, write it again without "
+        "dictionaries and compression."
+    )
 
 
 def state_now(fs: fsspec.AbstractFileSystem, path: str, source: Any = None) -> State:

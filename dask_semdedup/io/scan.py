@@ -12,10 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dask_semdedup.errors import DataReadError, MissingColumnsError
+from dask_semdedup.errors import MissingColumnsError
 from dask_semdedup.frames.categories import is_ordered, one_order
 from dask_semdedup.io.footers import arrow_schema, fetch_footer, fetch_footers, read_metadata
-from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, read_checked, unreadable
+from dask_semdedup.io.fragments import (
+    EXPANSION,
+    UNSUSPECTED,
+    FileStats,
+    Fragment,
+    RowGroup,
+    read_checked,
+    too_large,
+    unreadable,
+)
 from dask_semdedup.io.listing import THREADS, State, is_local
 from dask_semdedup.io.schemas import refuse, unify, without, without_index, without_order
 from dask_semdedup.io.thrift import Bounded, FooterError, Group, read_alike, read_footer
@@ -38,12 +47,6 @@ LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "IN
 
 # Bytes of an offset of text or a list, of which each value may need one.
 OFFSET_BYTES = 8
-
-# A file may ask for EXPANSION times its bytes, and for UNSUSPECTED bytes in any case. A table with ids asks for 1,000
-# times its bytes even if all of its embeddings are equal.
-EXPANSION = 2**15
-
-UNSUSPECTED = 2**28
 
 
 class Scan(NamedTuple):
@@ -345,11 +348,7 @@ def _check_asked(
     for file in np.flatnonzero(asked > UNSUSPECTED).tolist():
         path, size = paths[file], states[paths[file]].size
         if asked[file] > EXPANSION * size:
-            raise DataReadError(
-                f"{path} has {size} bytes, and its footer asks for {asked[file]:.0f} in memory: more than {EXPANSION} "
-                "times as many. It is damaged or made to exhaust memory. If its columns do hold one value over and "
-                "over, write it again without dictionaries and compression."
-            )
+            raise too_large(path, size, asked[file])
 
 
 # Advice on a column that cannot be read, which only some calls need.

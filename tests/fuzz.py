@@ -268,7 +268,7 @@ def are_alike(ours: Any, theirs: Any) -> bool:
     if isinstance(theirs, str):
         ours = ours.decode() if isinstance(ours, bytes) else ours
     if isinstance(theirs, float | int) and isinstance(ours, bytes):
-        return bool(json.loads(ours) == theirs)
+        ours = json.loads(ours)
     if isinstance(theirs, float) or isinstance(ours, float):
         with np.errstate(over="ignore"):
             return ours == theirs or ours == np.float32(theirs) or (ours != ours and theirs != theirs)

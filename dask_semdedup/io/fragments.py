@@ -164,7 +164,7 @@ def _read_row_groups(source: Any, file: pq.ParquetFile, fragment: Fragment, name
         rows = sum(file.metadata.row_group(index).num_rows for index in groups)
         return pa.table({"": pa.nulls(rows)})
     most = max(UNSUSPECTED, EXPANSION * fragment.state.size)
-    repeated = _most_bytes_of_text(source, file, groups, present)
+    repeated = _most_bytes_of_text(source, file, fragment, groups, present)
     step = BATCH_ROWS if repeated <= most else max(1, BATCH_BYTES * fragment.rows // repeated)
     if repeated <= most:
         # More than 2 GiB of strings within lists or structs come only in batches.
@@ -179,20 +179,24 @@ def _read_row_groups(source: Any, file: pq.ParquetFile, fragment: Fragment, name
     return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
 
 
-def _most_bytes_of_text(source: Any, file: pq.ParquetFile, groups: Sequence[int], names: Sequence[str]) -> int:
-    """Return how many bytes texts take at most, once each row has its own: a dictionary may hold a long one once.
+def _most_bytes_of_text(
+    source: Any, file: pq.ParquetFile, fragment: Fragment, groups: Sequence[int], names: Sequence[str]
+) -> int:
+    """Return how many bytes texts take at most, one a row: a dictionary may hold a long one once for all rows.
 
-    Dictionaries are read only where that may be more than UNSUSPECTED.
+    Dictionaries are read only where that may be more than UNSUSPECTED. Arrow's metadata of column chunks is not asked:
+    impossible statistics in it end the process.
     """
-    most = 0
-    for number in groups:
-        group = file.metadata.row_group(number)
-        for chunk in map(group.column, range(group.num_columns)):
-            path, is_text = chunk.path_in_schema, chunk.physical_type == "BYTE_ARRAY"
-            is_wanted = path in names or path.partition(".")[0] in names
-            if is_text and is_wanted and chunk.num_values * chunk.total_uncompressed_size > UNSUSPECTED:
-                most += chunk.num_values * _longest_text(source, file.metadata, number, path)
-    return most
+    if fragment.rows * max(fragment.nbytes, fragment.state.size) <= UNSUSPECTED:
+        return 0
+    leaves = map(file.schema.column, range(len(file.schema)))
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    wanted = [path for path in texts if any(f"{path}.".startswith(f"{name}.") for name in names)]
+    return sum(
+        file.metadata.row_group(group).num_rows * _longest_text(source, file.metadata, group, path)
+        for group in groups
+        for path in wanted
+    )
 
 
 def _longest_text(source: Any, metadata: pq.FileMetaData, group: int, path: str) -> int:

@@ -271,7 +271,7 @@ def are_alike(ours: Any, theirs: Any) -> bool:
         ours = json.loads(ours)
     if isinstance(theirs, float) or isinstance(ours, float):
         with np.errstate(over="ignore"):
-            return ours == theirs or ours == np.float32(theirs) or (ours != ours and theirs != theirs)
+            return ours == theirs or ours == np.float32(str(theirs)) or (ours != ours and theirs != theirs)
     return type(ours) is type(theirs) and ours == theirs
 
 

@@ -69,6 +69,9 @@ STEP_BYTES = 2**24
 # Lists and objects on a line, fewer of which no parser finds too many to lie in one another.
 MANY_NESTED = 2**12
 
+# All bytes but those that begin a list, an object or a line.
+NO_BEGINNING = bytes(set(range(256)).difference(b"[{\n"))
+
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 # Numbers that float64 may round: integers from 2⁵³ on, numbers of 18 digits or more, and exponents of three digits.
@@ -483,15 +486,12 @@ def _parse_fast(text: bytes, schema: pa.Schema, known: pa.Schema, complete: bool
 
 def _is_deep(text: bytes) -> bool:
     """Return whether lists and objects lie so deep in one another that Arrow's recursive parser may end the process."""
-    codes = np.frombuffer(text, np.uint8)
-    # The codes of [ and { differ in one bit.
-    opened = np.flatnonzero((codes | 32) == ord("{"))
-    lines = np.searchsorted(np.flatnonzero(codes == ord("\n")), opened)
-    crowded = np.unique(lines[MANY_NESTED:][lines[MANY_NESTED:] == lines[:-MANY_NESTED]])
-    if not len(crowded):
+    opened = text.translate(None, NO_BEGINNING).split(b"\n")
+    crowded = [number for number, line in enumerate(opened) if len(line) > MANY_NESTED]
+    if not crowded:
         return False
     split = text.split(b"\n")
-    return any(_depth(split[line]) > DEPTH for line in crowded.tolist())
+    return any(_depth(split[line]) > DEPTH for line in crowded)
 
 
 def _depth(line: bytes) -> int:

@@ -267,7 +267,7 @@ def are_alike(ours: Any, theirs: Any) -> bool:
         return len(ours) == len(theirs) and all(map(are_alike, ours, theirs))
     if isinstance(theirs, str):
         ours = ours.decode() if isinstance(ours, bytes) else ours
-    if isinstance(theirs, float | int) and isinstance(ours, bytes):
+    if isinstance(theirs, float | int) and isinstance(ours, bytes | str):
         ours = json.loads(ours)
     if isinstance(theirs, float) or isinstance(ours, float):
         with np.errstate(over="ignore"):

@@ -5,6 +5,7 @@
 # make resolve   whether the extras for GPUs can be installed
 # make test-dask   the tests of lazy/ on the newest and the oldest Dask that setup.cfg claims
 # make test-kills   commands that are killed at random moments, for many rounds
+# make fuzz   damaged files, for a minute: make fuzz SECONDS=600 SEED=7
 # make test-curator   the tests in NeMo Curator's own pipelines, on the CPU
 #
 # Each target that needs it creates .venv first: Python 3.11 or newer is all a machine must have. That of test-curator is
@@ -16,7 +17,7 @@ INSTALLED := .venv/.installed
 CURATOR := .venv-curator
 OLDEST := .venv-dask
 
-.PHONY: demo test lint docs test-gpu test-curator test-dask test-kills resolve bench install clean
+.PHONY: demo test lint docs fuzz test-gpu test-curator test-dask test-kills resolve bench install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py demo
@@ -31,6 +32,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# It prints what went wrong, and the number that repeats it.
+SECONDS ?= 60
+SEED ?= 0
+
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # Warnings are errors, and so is a link to a page, a heading or a function that is not there.
 docs: $(INSTALLED)

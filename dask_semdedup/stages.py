@@ -512,7 +512,7 @@ class PairwiseCosineSimilarityStage(_Stage):
             backend=backend,
         )
         fragments = [
-            Fragment(file.path, file.rows, None, (cluster,), size=file.size)
+            Fragment(file.path, file.rows, None, (cluster,), state=file.state)
             for cluster, files in clusters.items()
             for file in files
         ]

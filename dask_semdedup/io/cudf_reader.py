@@ -17,7 +17,7 @@ import pyarrow as pa
 from dask_semdedup.device.devices import cores_per_gpu
 from dask_semdedup.device.streams import current_stream, default_stream, finish
 from dask_semdedup.errors import MissingDependencyError, SemDedupError
-from dask_semdedup.io.fragments import Fragment, changed, check_size, unreadable
+from dask_semdedup.io.fragments import Fragment, changed, check_state, state_now, unreadable
 from dask_semdedup.io.listing import is_local
 
 
@@ -109,7 +109,7 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
                 for fragment in fragments:
                     # For whole files, the number of rows is check enough.
                     if fragment.row_groups is not None:
-                        check_size(fragment.path, fragment.size, os.path.getsize(fragment.path))
+                        check_state(fragment.path, fragment.state, state_now(fs, fragment.path))
                 return _read_with_libcudf(fragments, columns, groups)
             with default_stream("cuda"):
                 return import_cudf().read_parquet(

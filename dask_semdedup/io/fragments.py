@@ -11,18 +11,32 @@ from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dask_semdedup.errors import DataReadError, SemDedupError, some
-from dask_semdedup.io.listing import is_local
+from dask_semdedup.io.listing import State, is_local
 from dask_semdedup.io.schemas import conform
 
-# Bytes in the file, and rows, of a batch. Arrow takes five times the bytes of lists of numbers while it decodes them,
-# and cannot decode more than 2 GiB of strings within lists at once.
+# Bytes in memory, and rows, of a batch. Arrow takes five times the bytes of lists while it decodes them, and cannot
+# decode more than 2 GiB of strings within lists at once.
 BATCH_BYTES, BATCH_ROWS = 2**23, 2**16
 
 # Bytes of a column that are read from a file at once.
 BUFFER = 2**20
+
+TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+# Rows that are looked at for a dictionary, and bytes read at once.
+FIRST_ROWS = 64
+
+BUFFER_BYTES = 2**16
+
+# A file may ask for EXPANSION times its bytes in memory, and for UNSUSPECTED bytes in any case. A table with ids asks
+# for 1,000 times its bytes even if all of its embeddings are equal.
+EXPANSION = 2**13
+
+UNSUSPECTED = 2**28
 
 
 class Fragment(NamedTuple):
@@ -38,8 +52,8 @@ class Fragment(NamedTuple):
         Values in the names of folders, such as the cluster.
     nbytes
         The planned size in memory.
-    size
-        Bytes of the file when it was listed; 0 if unknown.
+    state
+        The state of the file when it was listed.
     first_row
         The number of the first row in the file.
     """
@@ -49,7 +63,7 @@ class Fragment(NamedTuple):
     row_groups: tuple[int, ...] | None = None
     keys: tuple[Any, ...] = ()
     nbytes: int = 0
-    size: int = 0
+    state: State = State()
     first_row: int = 0
 
 
@@ -57,7 +71,7 @@ def fragments_of(file: FileStats, keys: tuple[Any, ...] = ()) -> list[Fragment]:
     """Return each row group of a file as a fragment."""
     starts = accumulate((group.rows for group in file.row_groups), initial=0)
     return [
-        Fragment(file.path, group.rows, (index,), keys, group.nbytes, file.size, start)
+        Fragment(file.path, group.rows, (index,), keys, group.nbytes, file.state, start)
         for index, (group, start) in enumerate(zip(file.row_groups, starts, strict=False))
     ]
 
@@ -95,7 +109,7 @@ class FileStats(NamedTuple):
     """A file as its footer describes it.
 
     It has the row groups, the integer columns that may hold nulls, the number of null clusters, the number of the
-    schema's shape, the ordered categories that are not written as such, and the size of the file.
+    schema's shape, the ordered categories that are not written as such, and the state of the file.
     """
 
     path: str
@@ -105,7 +119,7 @@ class FileStats(NamedTuple):
     null_clusters: int = 0
     shape: int = 0
     unordered: frozenset[str] = frozenset()
-    size: int = 0
+    state: State = State()
 
 
 def unreadable(path: str, error: Exception) -> DataReadError:
@@ -133,9 +147,10 @@ def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Seque
     path = fragment.path
     try:
         with nullcontext(path) if is_local(fs) else fs.open(path) as source:
-            check_size(path, fragment.size, os.path.getsize(path) if is_local(fs) else getattr(source, "size", None))
-            with pq.ParquetFile(source, buffer_size=BUFFER, pre_buffer=not is_local(fs)) as file:
-                table = _read_row_groups(file, fragment.row_groups, names)
+            check_state(path, fragment.state, state_now(fs, path, source))
+            options = {"pre_buffer": not is_local(fs), "buffer_size": BUFFER, "page_checksum_verification": True}
+            with pq.ParquetFile(source, **options) as file:
+                table = _read_row_groups(source, file, fragment, names)
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         if isinstance(error, SemDedupError):
             raise
@@ -145,33 +160,109 @@ def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Seque
     return table
 
 
-def _read_row_groups(file: pq.ParquetFile, row_groups: Sequence[int] | None, names: Sequence[str]) -> pa.Table:
-    groups = list(range(file.metadata.num_row_groups) if row_groups is None else row_groups)
+def _read_row_groups(source: Any, file: pq.ParquetFile, fragment: Fragment, names: Sequence[str]) -> pa.Table:
+    groups = list(range(file.metadata.num_row_groups) if fragment.row_groups is None else fragment.row_groups)
     present = [name for name in file.schema_arrow.names if name in names]
     if not present:
         rows = sum(file.metadata.row_group(index).num_rows for index in groups)
         return pa.table({"": pa.nulls(rows)})
-    chunks = [
-        chunk
-        for group in map(file.metadata.row_group, groups)
-        for chunk in map(group.column, range(group.num_columns))
-        if chunk.path_in_schema.partition(".")[0] in present
-    ]
-    nbytes = sum(chunk.total_uncompressed_size for chunk in chunks)
-    rows = sum(file.metadata.row_group(index).num_rows for index in groups)
-    step = max(1, min(BATCH_ROWS, rows * BATCH_BYTES // max(1, nbytes)))
-    if rows <= step:
+    most = max(UNSUSPECTED, EXPANSION * fragment.state.size)
+    repeated = _most_bytes_of_text(source, file, fragment, groups, present)
+    step = fragment.rows
+    if any(pa.types.is_nested(file.schema_arrow.field(name).type) for name in present):
+        step = min(BATCH_ROWS, max(1, BATCH_BYTES * fragment.rows // max(1, fragment.nbytes)))
+    if repeated > most:
+        step = min(step, max(1, BATCH_BYTES * fragment.rows // repeated))
+    if step >= fragment.rows:
         return file.read_row_groups(groups, present, use_threads=False)
-    batches = file.iter_batches(step, groups, present, use_threads=False)
+    batches, nbytes = [], 0
+    for batch in file.iter_batches(step, groups, present, use_threads=False):
+        batches.append(batch)
+        if repeated > most:
+            nbytes += sum(map(_decoded_bytes, batch.columns))
+            if nbytes > most:
+                raise too_large(fragment.path, fragment.state.size, nbytes)
     return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in present]))
 
 
-def check_size(path: str, planned: int, found: int | None) -> None:
-    """Raise if a file has another size than when it was listed, if both are known."""
-    if planned and found is not None and found != planned:
-        raise changed([path])
+def _most_bytes_of_text(
+    source: Any, file: pq.ParquetFile, fragment: Fragment, groups: Sequence[int], names: Sequence[str]
+) -> int:
+    """Return how many bytes texts take at most, one a row: a dictionary may hold a long one once for all rows.
+
+    Dictionaries are read only where that may be more than UNSUSPECTED. Arrow's metadata of column chunks is not asked:
+    impossible statistics in it end the process.
+    """
+    if fragment.rows * max(fragment.nbytes, fragment.state.size) <= UNSUSPECTED:
+        return 0
+    leaves = map(file.schema.column, range(len(file.schema)))
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    wanted = [path for path in texts if any(f"{path}.".startswith(f"{name}.") for name in names)]
+    return sum(
+        file.metadata.row_group(group).num_rows * _longest_text(source, file.metadata, group, path)
+        for group in groups
+        for path in wanted
+    )
 
 
-def changed(paths: Sequence[str]) -> DataReadError:
-    """Return the error for files that are not what they were when they were planned."""
-    return DataReadError(f"{some(paths)} changed since the footers were read. Read the files again.")
+def _longest_text(source: Any, metadata: pq.FileMetaData, group: int, path: str) -> int:
+    """Return the bytes of the longest text in the dictionary of a leaf column."""
+    options = {"read_dictionary": [path], "page_checksum_verification": True}
+    # So only the first pages are read.
+    buffered = {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
+    with pq.ParquetFile(source, metadata=metadata, **options, **buffered) as file:
+        for batch in file.iter_batches(FIRST_ROWS, [group], [path], use_threads=False):
+            leaves = list(_leaves(batch.column(0)))
+            # Without values there is no dictionary.
+            if any(map(len, leaves)):
+                coded = [leaf.dictionary for leaf in leaves if pa.types.is_dictionary(leaf.type)]
+                return max((pc.max(pc.binary_length(texts)).as_py() or 0 for texts in coded), default=0)
+    return 0
+
+
+def _decoded_bytes(array: pa.Array) -> int:
+    """Return the bytes of an array, in which each row has its own text."""
+    if not pa.types.is_dictionary(array.type) or array.type.value_type not in TEXTS:
+        return int(array.nbytes)
+    return pc.sum(pc.binary_length(array.dictionary).take(array.indices)).as_py() or 0
+
+
+def _leaves(array: pa.Array) -> Iterator[pa.Array]:
+    if pa.types.is_struct(array.type):
+        for index in range(array.type.num_fields):
+            yield from _leaves(array.field(index))
+    elif pa.types.is_nested(array.type):
+        yield from _leaves(array.values)
+    else:
+        yield array
+
+
+def too_large(path: str, size: int, nbytes: float) -> DataReadError:
+    """Return the error for a file that asks for far more memory than it has bytes."""
+    return DataReadError(
+        f"{path} has {size} bytes, and asks for {nbytes:.0f} or more in memory: over {EXPANSION} times as many. It is "
+        "damaged or made to exhaust memory. If its columns do hold few values over and over, write it again without "
+        "dictionaries and compression."
+    )
+
+
+def state_now(fs: fsspec.AbstractFileSystem, path: str, source: Any = None) -> State:
+    """Return the state of a file, which is open as `source` unless it is local."""
+    if is_local(fs):
+        stat = os.stat(path)
+        return State(stat.st_size, stat.st_mtime_ns)
+    return State(getattr(source, "size", None) or 0)
+
+
+def check_state(path: str, planned: State, found: State, read: str = "footers") -> None:
+    """Raise if a file is not what it was when it was listed, as far as both states are known."""
+    if any(before and now and before != now for before, now in zip(planned, found, strict=True)):
+        raise changed([path], read)
+
+
+def changed(paths: Sequence[str], read: str = "footers") -> DataReadError:
+    """Return the error for files that are not what they were when they were planned by their footers or lines."""
+    return DataReadError(
+        f"{some(paths)} changed since the {read} were read: the number of bytes or rows is another, or the time of the "
+        "last change. Read the files again. Copies on other machines need the same times."
+    )

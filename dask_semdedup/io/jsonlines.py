@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import reprlib
 import shlex
 import zlib
 from bisect import bisect_left
@@ -21,6 +22,7 @@ from itertools import chain, pairwise
 from typing import IO, Any, NamedTuple, cast
 
 import fsspec
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,9 +31,9 @@ from fsspec.utils import read_block
 
 from dask_semdedup.errors import DataReadError, IdError, MissingColumnsError, have, some
 from dask_semdedup.io.folder_keys import Keys
-from dask_semdedup.io.fragments import Fragment
-from dask_semdedup.io.json_types import AS_WRITTEN, EXACT, PLAIN, fit_value, kind_of, type_of
-from dask_semdedup.io.listing import THREADS, is_local
+from dask_semdedup.io.fragments import Fragment, check_state, state_now
+from dask_semdedup.io.json_types import AS_WRITTEN, DEPTH, EXACT, PLAIN, fit_value, kind_of, type_of
+from dask_semdedup.io.listing import THREADS, State, is_local
 from dask_semdedup.io.reader import Reader, configured_string_dtype, taken_for_ids
 
 __all__ = ["JSON_SUFFIXES", "Block", "JsonReader", "read_json", "rows_before"]
@@ -56,6 +58,22 @@ REQUEST_BYTES = 2**12
 # Blocks held at once while lines are counted.
 COUNTING_THREADS = 4
 
+# A compressed file may hold so many bytes, and EXPANSION times its own bytes in any case.
+UNPACKED_BYTES = 2**28
+
+EXPANSION = 200
+
+# Bytes unpacked at once.
+STEP_BYTES = 2**24
+
+# Lists and objects on a line, fewer of which no parser finds too many to lie in one another.
+MANY_NESTED = 2**12
+
+# All bytes but those that begin a list, an object or a line.
+NO_BEGINNING = bytes(set(range(256)).difference(b"[{\n"))
+
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+
 # Numbers that float64 may round: integers from 2⁵³ on, numbers of 18 digits or more, and exponents of three digits.
 ROUNDED = r"-?(?:[0-9]{16}|0*\.?0*[1-9](?:\.?[0-9]){17}|[0-9.]+[eE][-+]?[0-9]{3})"
 
@@ -75,7 +93,8 @@ NO_OBJECT = r"\n[ \t\r]*[^{\s]"
 class Block(NamedTuple):
     """A piece of a file of JSON lines: the lines that begin in these bytes, or all of a compressed file.
 
-    `keys` are values in the names of folders. `first_row` is the number of the first row in the file.
+    `keys` are values in the names of folders, `first_row` is the number of the first row in the file, and `state` that
+    of the file when it was listed.
     """
 
     path: str
@@ -83,6 +102,7 @@ class Block(NamedTuple):
     length: int | None = None
     keys: tuple[Any, ...] = ()
     first_row: int = 0
+    state: State = State()
 
 
 @dataclass(frozen=True)
@@ -211,7 +231,8 @@ def read_json(
     **options
         Arguments of `Reader`.
     """
-    blocks = [block for path, info in files.items() if info["size"] for block in _blocks(path, info["size"], size)]
+    states = {path: State.of(fs, info) for path, info in files.items() if info["size"]}
+    blocks = [block for path, state in states.items() for block in _blocks(path, state, size)]
     lines = list(_sample(fs, blocks, columns))
     if not lines:
         raise DataReadError(f"No rows in {some(files)}: nothing but empty files or blank lines.")
@@ -258,11 +279,11 @@ def rows_before(fs: fsspec.AbstractFileSystem, blocks: Sequence[Block]) -> list[
     return rows
 
 
-def _blocks(path: str, nbytes: int, size: int) -> list[Block]:
+def _blocks(path: str, state: State, size: int) -> list[Block]:
     if path.endswith((".gz", ".zst")):
-        return [Block(path)]
-    length = -(-nbytes // -(-nbytes // size))
-    return [Block(path, start, length) for start in range(0, nbytes, length)]
+        return [Block(path, state=state)]
+    length = -(-state.size // -(-state.size // size))
+    return [Block(path, start, length, state=state) for start in range(0, state.size, length)]
 
 
 @contextmanager
@@ -288,8 +309,29 @@ def _open(fs: fsspec.AbstractFileSystem, path: str, **options: Any) -> Iterator[
 
 def _read_text(fs: fsspec.AbstractFileSystem, block: Block) -> bytes:
     with _naming(block.path), _open(fs, block.path) as file:
-        text = file.read() if block.length is None else read_block(file, block.start, block.length, b"\n")
+        # A file that is unpacked has another size.
+        found = state_now(fs, block.path, file if block.length else None)
+        check_state(block.path, block.state, found, "first lines")
+        text = _unpack(file, block) if block.length is None else read_block(file, block.start, block.length, b"\n")
     return cast(bytes, text if block.start else text.removeprefix(BOM))
+
+
+def _unpack(file: IO[bytes], block: Block, separator: bytes = b"") -> bytes:
+    """Return what is left of a compressed file, or what is left up to a separator. Raise if that is too much."""
+    read = file.readline if separator else file.read
+    pieces, left = [], max(UNPACKED_BYTES, EXPANSION * block.state.size)
+    while piece := read(STEP_BYTES):
+        pieces.append(piece)
+        left -= len(piece)
+        if left < 0:
+            raise DataReadError(
+                f"{block.path} has {block.state.size} bytes, and holds more than {EXPANSION} times as many. It may be "
+                f"made to exhaust memory. If it is not, unpack it first, since files that are not compressed are read "
+                f"in blocks: {_printed(block.path)} > rows.jsonl"
+            )
+        if separator and piece.endswith(separator):
+            break
+    return b"".join(pieces)
 
 
 def _read_beginning(fs: fsspec.AbstractFileSystem, block: Block, nbytes: int) -> bytes:
@@ -297,7 +339,7 @@ def _read_beginning(fs: fsspec.AbstractFileSystem, block: Block, nbytes: int) ->
     with _naming(block.path):
         if block.length is None:
             with _open(fs, block.path, block_size=nbytes) as file:
-                return (file.read(nbytes) + file.readline()).removeprefix(BOM)
+                return (file.read(nbytes) + _unpack(file, block, b"\n")).removeprefix(BOM)
         text = fs.cat_file(block.path, start=block.start, end=block.start + nbytes)
     lines = text.partition(b"\n")[2] if block.start else text.removeprefix(BOM)
     if len(text) < nbytes:
@@ -330,14 +372,19 @@ def _load(line: bytes, block: Block, number: int, decoder: json.JSONDecoder) -> 
 
 def _advice(line: bytes, path: str) -> str:
     """Return advice on a line that is not an object: often the file is JSON of another form."""
-    suffix = next(suffix for suffix in reversed(PRINTED_BY) if path.endswith(suffix))
-    printed = f"{PRINTED_BY[suffix]} {shlex.quote(path)} | python"
+    printed = f"{_printed(path)} | python"
     if line.startswith(b"["):
         rows = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
         return f"If the file is one JSON array, convert it: {printed} -c {shlex.quote(rows)} > rows.jsonl"
     if line == b"{":
         return f"If the file is one object on many lines, convert it: {printed} -m json.tool --compact > rows.jsonl"
     return EACH_LINE
+
+
+def _printed(path: str) -> str:
+    """Return the command that prints a file."""
+    suffix = next(suffix for suffix in reversed(PRINTED_BY) if path.endswith(suffix))
+    return f"{PRINTED_BY[suffix]} {shlex.quote(path)}"
 
 
 def _where(block: Block, number: int) -> str:
@@ -405,8 +452,13 @@ def _disagreement(values: Sequence[Any]) -> str:
     return ""
 
 
+# What is deep cannot be shown whole.
+SHOWN = reprlib.Repr()
+SHOWN.maxlevel, SHOWN.maxdict, SHOWN.maxlist, SHOWN.maxstring, SHOWN.maxother = 10, 80, 80, 80, 80
+
+
 def _shown(value: object) -> str:
-    text = str(value) if isinstance(value, pa.DataType) else repr(value)
+    text = str(value) if isinstance(value, pa.DataType) else SHOWN.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -414,7 +466,7 @@ def _parse_fast(text: bytes, schema: pa.Schema, known: pa.Schema, complete: bool
     """Return the lines as Arrow reads them into a schema, or None if it fails or would lose something."""
     from pyarrow import json
 
-    if not FIRST_OBJECT.match(text) or _matches(text, NO_OBJECT):
+    if not FIRST_OBJECT.match(text) or _matches(text, NO_OBJECT) or _is_deep(text):
         return None
     # New keys are seen only if their types are inferred.
     infer = complete or any(_holds(field.type, None) for field in schema)
@@ -430,6 +482,23 @@ def _parse_fast(text: bytes, schema: pa.Schema, known: pa.Schema, complete: bool
     except (pa.ArrowException, UnicodeError):
         return None
     return table if table.schema.equals(schema) and not (complete and others) else None
+
+
+def _is_deep(text: bytes) -> bool:
+    """Return whether lists and objects lie so deep in one another that Arrow's recursive parser may end the process."""
+    opened = text.translate(None, NO_BEGINNING).split(b"\n")
+    crowded = [number for number, line in enumerate(opened) if len(line) > MANY_NESTED]
+    if not crowded:
+        return False
+    split = text.split(b"\n")
+    return any(_depth(split[line]) > DEPTH for line in crowded)
+
+
+def _depth(line: bytes) -> int:
+    """Return how deep the lists and objects of a line lie in one another."""
+    codes = np.frombuffer(STRING.sub(b"", line), np.uint8)
+    steps = np.isin(codes, list(b"[{")).astype(np.int64) - np.isin(codes, list(b"]}"))
+    return int(steps.cumsum().max(initial=0))
 
 
 def _matches(text: bytes, pattern: str) -> bool:

@@ -29,6 +29,9 @@ from dask_semdedup.io.write import write_table, writing
 
 __all__ = ["CLUSTERS", "check_cluster_dtype", "cluster_files", "write_partition"]
 
+# Bytes of a name in the usual file systems.
+MAX_NAME = 255
+
 FILE_OF_CLUSTER = re.compile(r"[^/=]+=[^/]*/[^/]+\.parquet")
 
 
@@ -90,9 +93,10 @@ def write_partition(
         return pd.DataFrame({"rows": pd.Series(dtype="int64"), "schema": pd.Series(dtype=object)})
     fs, root = fsspec.url_to_fs(folder, **options)
     clusters, order, starts = _runs(frame[key])
+    names = _names_of_folders(key, clusters)
     table = _to_arrow(frame.drop(columns=key))
-    for cluster, (start, stop) in zip(clusters, pairwise(starts), strict=True):
-        path = f"{root}/{key}={quote(str(cluster), safe='')}"
+    for name, (start, stop) in zip(names, pairwise(starts), strict=True):
+        path = f"{root}/{name}"
         # Without parents: a late task of a failed run must not make the folder of all clusters again.
         with writing(path), suppress(FileExistsError):  # Dask runs a task again if its worker is lost.
             fs.mkdir(path, create_parents=False)
@@ -129,6 +133,20 @@ def _runs(column: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
     order = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[order], np.arange(len(clusters) + 1))
     return names, order, starts
+
+
+def _names_of_folders(key: str, clusters: Sequence[Any]) -> list[str]:
+    """Return the name of each cluster's folder. Raise if one is longer than file systems allow."""
+    names = [f"{key}={quote(str(cluster), safe='')}" for cluster in clusters]
+    if long := [cluster for cluster, name in zip(clusters, names, strict=True) if len(name.encode()) > MAX_NAME]:
+        raise ClusterError(
+            f"Column {key!r}: {have(len(long), 'cluster')} a folder's name of more than {MAX_NAME} bytes "
+            f"({some([f'{str(cluster)[:40]!r}...' for cluster in long])}). Give shorter names: characters other than "
+            "letters, digits and _.-~ take three bytes or more.",
+            parameters=["cluster_field"],
+            columns=[key],
+        )
+    return names
 
 
 def _alike(names: list[Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from dask.dataframe.utils import pyarrow_strings_enabled
 
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.streams import current_stream, default_stream, finish
-from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.errors import DataReadError, InvalidArgumentError, have, some
 from dask_semdedup.frames.backend import take
 from dask_semdedup.frames.categories import is_ordered
 from dask_semdedup.io.cudf_reader import cupy_repeat, import_cudf, in_cudf, read_fragments_cudf
@@ -201,6 +201,13 @@ class Reader:
     def to_pandas(self, table: pa.Table, fragments: Sequence[Fragment], columns: Sequence[str]) -> pd.DataFrame:
         """Return the frame of a table that was read from fragments, with the columns that their names and rows make."""
         table = conform(table, self._schema_in_frames(table.column_names))
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if column.null_count and is_integer(column.type) and name not in self.nullable:
+                raise DataReadError(
+                    f"Column {name!r}: {have(column.null_count, 'row')} no value, and the footers say that every row "
+                    f"has one, in {some([fragment.path for fragment in fragments])}. Write the files again.",
+                    columns=[name],
+                )
         series = {name: self._to_series(table[name], name) for name in table.column_names}
         for name in self.folders.names:
             if name in columns:

@@ -15,8 +15,17 @@ import pyarrow.parquet as pq
 from dask_semdedup.errors import MissingColumnsError
 from dask_semdedup.frames.categories import is_ordered, one_order
 from dask_semdedup.io.footers import arrow_schema, fetch_footer, fetch_footers, read_metadata
-from dask_semdedup.io.fragments import FileStats, Fragment, RowGroup, read_checked, unreadable
-from dask_semdedup.io.listing import THREADS, is_local
+from dask_semdedup.io.fragments import (
+    EXPANSION,
+    UNSUSPECTED,
+    FileStats,
+    Fragment,
+    RowGroup,
+    read_checked,
+    too_large,
+    unreadable,
+)
+from dask_semdedup.io.listing import THREADS, State, is_local
 from dask_semdedup.io.schemas import refuse, unify, without, without_index, without_order
 from dask_semdedup.io.thrift import Bounded, FooterError, Group, read_alike, read_footer
 
@@ -34,6 +43,10 @@ SHAPES = 4
 
 # Bytes of a value in memory, by physical type.
 LEAF_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8}
+
+
+# Bytes of an offset of text or a list, of which each value may need one.
+OFFSET_BYTES = 8
 
 
 class Scan(NamedTuple):
@@ -109,8 +122,9 @@ def scan_files(
     stats: list[FileStats] = []
     size = FIRST_BLOCK
     while len(stats) < len(paths):
-        block = {path: files[path]["size"] for path in paths[len(stats) : len(stats) + size]}
-        footers = dict(zip(block, fetch_footers(fs, block), strict=True))
+        block = {path: State.of(fs, files[path]) for path in paths[len(stats) : len(stats) + size]}
+        sizes = {path: state.size for path, state in block.items()}
+        footers = dict(zip(block, fetch_footers(fs, sizes), strict=True))
         size = min(BLOCK, 1 + BLOCK_BYTES * len(footers) // (1 + sum(map(len, footers.values()))))
         by_path = _stats_of_block(fs, footers, block, shapes)
         stats.extend(by_path[path] for path in footers)
@@ -138,7 +152,7 @@ def _dictionaries(fs: fsspec.AbstractFileSystem, files: Sequence[FileStats], nam
         group = next((index for index, group in enumerate(file.row_groups) if group.rows), None)
         if group is None:
             return []
-        fragment = Fragment(file.path, file.row_groups[group].rows, (group,), size=file.size)
+        fragment = Fragment(file.path, file.row_groups[group].rows, (group,), state=file.state)
         table = read_checked(fs, fragment, [name])
         chunks = table[name].chunks if name in table.column_names else []
         return [chunk.dictionary for chunk in chunks if pa.types.is_dictionary(chunk.type)]
@@ -247,7 +261,7 @@ def is_integer(type_: pa.DataType) -> bool:
 
 
 def _stats_of_block(
-    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], sizes: Mapping[str, int], shapes: _Shapes
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], states: Mapping[str, State], shapes: _Shapes
 ) -> dict[str, FileStats]:
     """Return what footers say. Footers that are built alike are read side by side, and the rest one by one."""
     stats: dict[str, FileStats] = {}
@@ -255,25 +269,25 @@ def _stats_of_block(
     for _ in range(SHAPES):
         if len(rest) < MANY:
             break
-        stats |= _stats_of_alike(fs, {path: footers[path] for path in rest}, sizes, shapes)
+        stats |= _stats_of_alike(fs, {path: footers[path] for path in rest}, states, shapes)
         rest = [path for path in rest if path not in stats]
-    return stats | {path: _stats_of_one(fs, path, footers[path], sizes, shapes)[0] for path in rest}
+    return stats | {path: _stats_of_one(fs, path, footers[path], states, shapes)[0] for path in rest}
 
 
 def _stats_of_alike(
-    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], sizes: Mapping[str, int], shapes: _Shapes
+    fs: fsspec.AbstractFileSystem, footers: Mapping[str, bytes], states: Mapping[str, State], shapes: _Shapes
 ) -> dict[str, FileStats]:
     """Return what the first footer says, and what those say that are built like it."""
     paths = list(footers)
-    first, shape = _stats_of_one(fs, paths[0], footers[paths[0]], sizes, shapes)
+    first, shape = _stats_of_one(fs, paths[0], footers[paths[0]], states, shapes)
     alike, groups = read_alike(list(footers.values()), shape.bounded)
-    stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, sizes, shape)
+    stats = _stats_of_groups([paths[index] for index in alike.tolist()], groups, states, shape)
     # The others are trusted if the first is read as it is by itself.
     return {file.path: file for file in stats} if stats[:1] == [first] else {first.path: first}
 
 
 def _stats_of_one(
-    fs: fsspec.AbstractFileSystem, path: str, footer: bytes, sizes: Mapping[str, int], shapes: _Shapes
+    fs: fsspec.AbstractFileSystem, path: str, footer: bytes, states: Mapping[str, State], shapes: _Shapes
 ) -> tuple[FileStats, _Shape]:
     """Return what one footer says, and its shape."""
     shape = shapes.of(path, read_metadata(fs, path, footer))
@@ -282,13 +296,14 @@ def _stats_of_one(
         groups = read_footer(footer or fetch_footer(fs, path, fs.size(path)), shape.leaves, shape.bounded)
     except FooterError as error:
         raise unreadable(path, error) from error
-    return _stats_of_groups([path], groups, sizes, shape)[0], shape
+    return _stats_of_groups([path], groups, states, shape)[0], shape
 
 
 def _stats_of_groups(
-    paths: Sequence[str], groups: Sequence[Group[Any]], sizes: Mapping[str, int], shape: _Shape
+    paths: Sequence[str], groups: Sequence[Group[Any]], states: Mapping[str, State], shape: _Shape
 ) -> list[FileStats]:
     """Return what the row groups of alike files say. Numbers are arrays over all files, or integers for one file."""
+    _check_asked(paths, groups, states, shape)
     row_groups = []
     nullable, unordered = ([frozenset[str]()] * len(paths) for _ in range(2))
     rows, null_clusters = np.zeros((2, len(paths)), dtype=np.int64)
@@ -316,9 +331,24 @@ def _stats_of_groups(
                 for file in np.flatnonzero(here).tolist():
                     unordered[file] |= {name}
     by_file = zip(*row_groups, strict=True) if row_groups else repeat((), len(paths))
-    listed = map(sizes.__getitem__, paths)
+    listed = [states[path] for path in paths]
     columns = (paths, rows.tolist(), by_file, nullable, null_clusters.tolist(), repeat(shape.number), unordered, listed)
     return list(map(FileStats, *columns))
+
+
+def _check_asked(
+    paths: Sequence[str], groups: Sequence[Group[Any]], states: Mapping[str, State], shape: _Shape
+) -> None:
+    """Raise if a file asks for far more memory than it has bytes."""
+    asked = np.zeros(len(paths))
+    for group in groups:
+        for index, width in shape.widths.items():
+            chunk = group.chunks[index]
+            asked += np.maximum(chunk.nbytes, chunk.values * float(width or OFFSET_BYTES))
+    for file in np.flatnonzero(asked > UNSUSPECTED).tolist():
+        path, size = paths[file], states[paths[file]].size
+        if asked[file] > EXPANSION * size:
+            raise too_large(path, size, asked[file])
 
 
 # Advice on a column that cannot be read, which only some calls need.

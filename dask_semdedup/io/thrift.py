@@ -217,6 +217,8 @@ def _read_groups(thrift: _Thrift, file: Mapping[int, Any], bounded: Bounded | No
             thrift.must(
                 (bits >= 0) & (bits < MAX_NUMBER), "a column has an impossible number of values, bytes or nulls"
             )
+            # Arrow makes room for the rows, whatever the columns hold.
+            thrift.must(chunk.values >= group.rows, "a column has fewer values than its row group has rows")
     return groups
 
 

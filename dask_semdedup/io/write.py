@@ -48,7 +48,8 @@ def write_table(table: pa.Table, file: Any, stored: pa.Schema | None = None, **o
     schema = table.schema if stored is None else restore(table.schema.empty_table(), stored).schema
     # Embeddings do not repeat: a dictionary of them would only be given up after some work.
     repeating = [field.name for field in schema if not pa.types.is_nested(field.type)]
-    with pq.ParquetWriter(file, schema, **{"use_dictionary": repeating, **options}) as writer:
+    options = {"use_dictionary": repeating, "write_page_checksum": True, **options}
+    with pq.ParquetWriter(file, schema, **options) as writer:
         for start in range(0, max(1, len(table)), step):
             rows = table.slice(start, step)
             # The stored types may have 32-bit offsets, which suffice for the rows of a group.
@@ -65,8 +66,8 @@ def writing(path: str) -> Iterator[None]:
         raise OutputError(f"Cannot write {path}: {error}") from error
 
 
-# Rows of a row group of the stages' files, as pandas writes them.
-ROW_GROUP_ROWS = 2**20
+# The stages' files are those of pandas, byte for byte.
+AS_PANDAS = {"row_group_size": 2**20, "write_page_checksum": False}
 
 # Local files that a partition writes at once; other partitions write theirs at the same time.
 LOCAL_WRITERS = max(1, min(4, CPU_COUNT // 4))
@@ -157,7 +158,7 @@ def _encoder(frame: Any, options: Mapping[str, Any]) -> Callable[[range], bytes 
 
         def encode(rows: range) -> pa.Buffer:
             sink = pa.BufferOutputStream()
-            write_table(table.slice(rows.start, len(rows)), sink, **{"row_group_size": ROW_GROUP_ROWS, **options})
+            write_table(table.slice(rows.start, len(rows)), sink, **{**AS_PANDAS, **options})
             return sink.getvalue()
 
         return encode

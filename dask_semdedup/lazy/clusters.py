@@ -261,7 +261,7 @@ def _units_of_folders(stats: Sequence[FileStats], folders: Mapping[str, Any]) ->
         if cluster not in units:
             units[cluster] = _Unit(cluster)
         nbytes = sum(group.nbytes for group in file.row_groups)
-        piece = Fragment(file.path, file.rows, None, (cluster,), nbytes, file.size)
+        piece = Fragment(file.path, file.rows, None, (cluster,), nbytes, file.state)
         units[cluster].add(piece, file.row_groups)
     return list(units.values())
 

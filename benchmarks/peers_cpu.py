@@ -4,8 +4,8 @@
     python benchmarks/peers_cpu.py --repeats 3 --json peers.json
 
 All methods take turns in one process, so that a noisy machine disturbs them alike; the table gives medians. Each reads
-the file itself: ours clusters by k-means with its defaults, fit included, searches the clusters and selects; faiss
-searches all rows with `IndexFlatIP.range_search`, exactly; SemHash takes the embeddings with `from_embeddings` and
+the file itself: ours compares all rows with all others, without clusters; faiss searches all rows with
+`IndexFlatIP.range_search`, exactly; SemHash, where it is installed, takes the embeddings with `from_embeddings` and
 selects with `self_deduplicate`, with its default backend. All prefer rows with smaller ids.
 
 A true duplicate is a row that is at least 1 - eps similar to any row preferred over it, whether or not that one is a
@@ -20,24 +20,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import dask
-import dask.dataframe as dd
 import faiss
 import numpy as np
 from real_data import DEFAULT_DATA, Truth, ensure_data, read_rows
 from rich.console import Console
 from rich.table import Table
-from semhash import SemHash
 from threadpoolctl import threadpool_info
 
+import dask_semdedup
 from dask_semdedup import RankingStrategy
 
 OURS = f"ours {version('dask-semdedup')}"
 FAISS = f"faiss-cpu {version('faiss-cpu')}, IndexFlatIP.range_search"
-SEMHASH = f"SemHash {version('semhash')}, self_deduplicate"
 BAR_SPEED = 3
 BAR_RECALL = 0.985
 
@@ -45,11 +44,11 @@ Method = Callable[[Path, float], np.ndarray]
 
 
 def ours(path: Path, eps: float) -> np.ndarray:
-    """Cluster, search, select; by Dask's threads."""
-    embeddings = dd.read_parquet(path, columns=["id", "embeddings"], dtype_backend="pyarrow")
-    scores = embeddings.semdedup.kmeans().semdedup.pairwise(ranking_strategy=RankingStrategy(["id"]))
+    """Compare all rows, by Dask's threads."""
     with dask.config.set(scheduler="threads"):
-        return scores.semdedup.duplicates(eps).compute()["id"].to_numpy()
+        embeddings = dask_semdedup.read_table(path, ["id", "embeddings"])
+        duplicates = embeddings.semdedup.pairwise(eps=eps, cluster_field=None, ranking_strategy=RankingStrategy(["id"]))
+        return duplicates["id"].compute().to_numpy()
 
 
 def range_search(path: Path, eps: float) -> np.ndarray:
@@ -66,6 +65,8 @@ def range_search(path: Path, eps: float) -> np.ndarray:
 
 def self_deduplicate(path: Path, eps: float) -> np.ndarray:
     """The ids stand for the records: they are strings, all different."""
+    from semhash import SemHash
+
     ids, rows = read_rows(path)
     result = SemHash.from_embeddings(rows, ids.tolist(), model=None).self_deduplicate(threshold=1 - eps)
     return np.array([duplicate.record for duplicate in result.filtered])
@@ -74,8 +75,9 @@ def self_deduplicate(path: Path, eps: float) -> np.ndarray:
 METHODS: dict[str, Method] = {
     OURS: ours,
     FAISS: range_search,
-    SEMHASH: self_deduplicate,
 }
+if find_spec("semhash"):
+    METHODS[f"SemHash {version('semhash')}, self_deduplicate"] = self_deduplicate
 
 
 @dataclass

@@ -67,7 +67,7 @@ def test_shares_are_of_all_rows_where_only_duplicates_were_written(
     page = (tmp_path / "report" / "index.html").read_text()
     assert "<dt>Clusters</dt><dd>3</dd>" in page
     assert '<th scope="row">0</th><td>20</td><td>5</td><td>25.00%</td>' in page
-    assert "Scores were kept up to eps = 0.05" in page
+    assert "Scores were stored up to eps = 0.05" in page
     assert "10 duplicates among 47 rows" in page
     assert_one_line(invoke(scores, tmp_path / "other", "--eps", "0.1").stderr, "0.1", "0.05", "(--eps)")
     (scores / COMPARED).write_bytes(b"no table")

@@ -344,8 +344,8 @@ def test_scores_are_kept_up_to_an_eps(
     assert json_of(page)["rows"] == json_of(page_of_all)["rows"] == ROWS
     rows_of_clusters = re.compile("<dt>Rows.*?</dl>|<h2>Clusters with the most duplicates.*?</table>", re.DOTALL)
     assert rows_of_clusters.findall(page) == rows_of_clusters.findall(page_of_all)
-    assert "Scores were kept up to eps = 0.2" in page
-    assert "Scores were kept up to" not in page_of_all
+    assert "Scores were stored up to eps = 0.2" in page
+    assert "Scores were stored up to" not in page_of_all
 
 
 def read_run(tmp_path: Path) -> tuple[pd.DataFrame, str, list[pd.DataFrame]]:
@@ -396,7 +396,7 @@ def test_no_duplicates_at_all(
     assert len(kept(tmp_path)) == 8
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert f"of 8 documents are {word}" in page
-    assert "No row has a duplicate at eps = 0.1" in page
+    assert "No row has a duplicate up to eps = 0.1" in page
 
 
 def test_eps_is_within_the_scores_that_are_kept(

@@ -54,7 +54,7 @@ class TestAlignment:
 
     @pytest.mark.skipif(find_spec("cudf") is not None, reason="cuDF is there")
     def test_cudf_is_asked_for_where_it_is_not(self, layout: tuple[Path, pd.DataFrame]) -> None:
-        with pytest.raises(MissingDependencyError, match=r"No module named 'cudf'.*dask-semdedup\[cu13\]"):
+        with pytest.raises(MissingDependencyError, match=r"No module named 'cudf'.*pip install '\.\[cu13\]'"):
             read_clusters(layout[0], backend="cudf")
 
     def test_unaligned_frames_are_shuffled(self, layout: tuple[Path, pd.DataFrame]) -> None:

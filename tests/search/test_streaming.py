@@ -78,7 +78,7 @@ def test_exact_with_stops(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(rng=seeds(), kind=st.sampled_from(KINDS), n=st.integers(60, 300), at_least=st.sampled_from([0.3, 0.9, 1.0]))
 def test_at_least_gives_the_same_bits_in_any_memory(
     device: str, rng: np.random.Generator, kind, n: int, at_least: float

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("tests.data", "tests.oracle")
 
 # A deadline measures the machine, not the code; in CI the same examples are drawn every time.
-settings.register_profile("default", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 

@@ -20,7 +20,7 @@ from dask_semdedup.io.schemas import conform
 
 # Bytes in memory, and rows, of a batch. Arrow takes five times the bytes of lists while it decodes them, and cannot
 # decode more than 2 GiB of strings within lists at once.
-BATCH_BYTES, BATCH_ROWS = 2**23, 2**16
+BATCH_BYTES, BATCH_ROWS = 2**25, 2**16
 
 # Bytes of a column that are read from a file at once.
 BUFFER = 2**20

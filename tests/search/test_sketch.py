@@ -102,18 +102,12 @@ def test_rounded_sketches_need_the_term_of_what_they_lost(dtype: torch.dtype) ->
     assert (product[is_near] >= (rounded.least.double() / scale)[:, None].expand_as(product)[is_near]).all()
 
 
-def fitted(
-    rows: torch.Tensor,
-    segments: torch.Tensor,
-    stops: torch.Tensor | None,
-    at_least: float,
-    costs: Costs,
-    rejected: Sketcher | None = None,
-) -> Sketcher | None:
+def fitted(rows: torch.Tensor, *others: Any, rejected: Sketcher | None = None) -> Sketcher | None:
     """A sketcher of the smallest size, fitted to all rows, in place of `choose`; None for nothing but zero rows."""
     if rejected is not None:
         return None
     axes, defect = fit_axes(sketch.unit_rows(rows), sketch.SIZES[0] - 1)
+    _, _, at_least, _ = others
     found = sketcher(axes, float(defect), at_least)
     return found if found.floor > 0 else None
 

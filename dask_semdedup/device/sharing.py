@@ -15,7 +15,7 @@ from dask_semdedup.device.queues import PARTITIONS_ON_GPU
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["partitions_per_gpu"]
+__all__ = ["gpus_at_work", "partitions_per_gpu"]
 
 
 def partitions_per_gpu(client: Client | None = None) -> int:
@@ -35,18 +35,36 @@ def partitions_per_gpu(client: Client | None = None) -> int:
     return max(processes * max(2 * PARTITIONS_ON_GPU, threads) for processes, threads in _sharing_a_gpu(client))
 
 
+def gpus_at_work(client: Client | None = None) -> int:
+    """Return the number of GPUs that will share the work: as many as processes, up to those of each machine.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        As of `partitions_per_gpu`.
+    """
+    gpus = visible_gpus()
+    return max(1, sum(min(len(processes), gpus) for processes in _machines(client)))
+
+
 def _sharing_a_gpu(client: Client | None) -> list[tuple[int, int]]:
     """Return, for each machine, the processes per GPU and the threads of one of them."""
+    gpus = visible_gpus()
+    machines = _machines(client)
+    return [_share(processes, gpus) for processes in machines] or [(1, CPU_COUNT)]
+
+
+def _machines(client: Client | None) -> list[list[int]]:
+    """Return the threads of each process of each machine of a cluster; none without a cluster that can be asked."""
     client = client or _default_client()
     # An asynchronous client cannot be asked here.
     if client is None or client.asynchronous or client.status != "running":
-        return [(1, CPU_COUNT)]
+        return []
     machines: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
         process = "this" if address.startswith("inproc://") else address
         machines[worker["host"]][process] += worker["nthreads"]
-    gpus = visible_gpus()
-    return [_share(list(processes.values()), gpus) for processes in machines.values()] or [(1, CPU_COUNT)]
+    return [list(processes.values()) for processes in machines.values()]
 
 
 def _share(threads: Sequence[int], gpus: int) -> tuple[int, int]:

@@ -19,7 +19,8 @@ from dask.utils import format_bytes
 
 from dask_semdedup._dask import DataNode, Expr, GraphNode, Task, TaskList, TaskRef
 from dask_semdedup.device.devices import has_cuda
-from dask_semdedup.device.memory import device_bytes
+from dask_semdedup.device.memory import device_bytes, share_memory_pool
+from dask_semdedup.device.sharing import gpus_at_work
 from dask_semdedup.frames.backend import is_cudf, tensor_like
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.lazy.expressions import ScoresAgainst
@@ -57,6 +58,9 @@ SHARES = 16
 BLOCK_BYTES = 2 << 30
 """Bytes of sketches that a task takes at most; a partition is not split."""
 
+GPU_SHARE = 4
+"""A block of sketches takes one in this many bytes of a GPU: two are compared, and a part of them is gathered."""
+
 BLOCK_ROWS = 1 << 17
 """Rows that a task compares with as many, where there is one cell."""
 
@@ -91,6 +95,10 @@ class Plan:
         Rows of each block.
     bins : int
         Partitions of the result.
+    device : {"cpu", "cuda"}
+        Where sketches are compared.
+    stays : bool
+        Whether they stay there from when they are made.
     """
 
     rows: int
@@ -102,6 +110,8 @@ class Plan:
     bins: int = 1
     others: int = 0
     other_rows: int = 0
+    device: str = "cpu"
+    stays: bool = False
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         if self.index is None:
@@ -153,7 +163,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """About how long two cores will take, apart from reading; None where that is not known."""
+        """About how long two cores, or a GPU, will take, apart from reading; None where that is not known."""
         return None if self.index is None else self.index.seconds
 
     def __repr__(self) -> str:
@@ -169,7 +179,10 @@ class Plan:
                 ("pairs of sketches", f"{self.pairs:,.0f}"),
                 ("pairs to verify", f"{self.index.left:,.0f}"),
                 ("comparisons", f"{self.tasks:,} tasks"),
-                ("time on two cores", f"{self.index.seconds:,.0f} s, and to read the rows twice"),
+                (
+                    f"time on {'two cores' if self.device == 'cpu' else 'a GPU'}",
+                    f"{self.index.seconds:,.1f} s, and to read the rows twice",
+                ),
             ]
         if self.width:
             lines.append(("memory of a worker", f"{format_bytes(self.worker_bytes)}, and its partitions"))
@@ -185,6 +198,9 @@ def make_plan(
     ddf: dd.DataFrame, columns: Columns, options: SearchOptions, reference: dd.DataFrame | None = None
 ) -> Plan:
     """Look at a sample of a frame now, and plan how its rows are compared with all others, or with a reference's."""
+    import torch
+
+    from dask_semdedup.search import has_triton
     from dask_semdedup.search.index import fit_index, is_worth_a_look, sample_rows
 
     if options.at_least is None or options.compute_dtype != "auto":
@@ -193,28 +209,36 @@ def make_plan(
     lengths = [partition_lengths(frame, columns) for frame in frames]
     rows = [sum(counts) for counts in lengths]
     others = None if reference is None else rows[0]
-    if not is_worth_a_look(rows[-1], others):
-        return Plan(sum(rows), 0, None, other_rows=sum(rows[1:]))
+    device = _device(ddf, options)
+    in_one_task = Plan(sum(rows), 0, None, other_rows=sum(rows[1:]))
 
     def sample(size: int) -> np.ndarray:
         # A reference is the larger of the two, as a rule.
         return sample_embeddings(frames[-1], draw(lengths[-1], size, SEED), columns, options.embedding_dim)
 
-    if _has_gpu(ddf, options):
-        # A GPU compares a million rows in less time than it takes to read them. A number takes a byte at least.
+    if not is_worth_a_look(rows[-1], others, device):
+        if device == "cpu":
+            return in_one_task
+        # A number takes a byte at least.
         stored = [bytes_in_footers(frame) for frame in frames]
         if None not in stored and _fits_gpu(stored):
-            return Plan(sum(rows), 0, None, other_rows=sum(rows[1:]))
+            return in_one_task
         width = sample(1).shape[1]
         if _fits_gpu([n * width for n in rows]):
-            return Plan(sum(rows), width, None, other_rows=sum(rows[1:]))
+            return replace(in_one_task, width=width)
     found = sample(sample_rows(rows[-1]))
     width = found.shape[1]
     order = np.random.default_rng(SEED).permutation(len(found))
-    index = fit_index(tensor_like(found[order]), rows[-1], options.at_least, others)
+    fits = device == "cpu" or _fits_gpu([n * width for n in rows])
+    if device == "cuda":
+        if is_cudf(ddf._meta):
+            share_memory_pool()
+        # Others are compared by Triton's kernels, or on the CPU.
+        device = device if has_triton(torch.device("cuda")) else "cpu"
+    index = fit_index(tensor_like(found[order]).to(device), rows[-1], options.at_least, others, at_once=fits)
     if index is None:
-        return Plan(sum(rows), width, None, other_rows=sum(rows[1:]))
-    most = BLOCK_BYTES / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS
+        return replace(in_one_task, width=width)
+    most, n_shares = _limits(index, rows, device)
     firsts = (0, len(lengths[0]))
     blocks = [_blocks(counts, most, first) for counts, first in zip(lengths, firsts, strict=False)]
     counts = [count for of_frame in lengths for count in of_frame]
@@ -223,17 +247,29 @@ def make_plan(
         width,
         index,
         sum(blocks, ()),
-        _shares(index.loads),
+        _shares(index.loads, n_shares),
         tuple(sum(counts[number] for number in block) for block in sum(blocks, ())),
         -(-4 * sum(rows) * width // BIN_BYTES),
         0 if reference is None else len(blocks[-1]),
         sum(rows[1:]),
+        device,
+        device == "cuda" and sum(rows) <= 2 * most,
     )
 
 
-def _has_gpu(ddf: dd.DataFrame, options: SearchOptions) -> bool:
-    """Return whether a GPU will search."""
-    return options.device != "cpu" and (is_cudf(ddf._meta) or has_cuda())
+def _device(ddf: dd.DataFrame, options: SearchOptions) -> str:
+    """Return the device that will search."""
+    return "cuda" if options.device != "cpu" and (is_cudf(ddf._meta) or has_cuda()) else "cpu"
+
+
+def _limits(index: Index, rows: Sequence[int], device: str) -> tuple[float, int]:
+    """Return how many rows a block has at most, and over how many tasks cells are shared out."""
+    if device == "cpu":
+        return (BLOCK_BYTES / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS), SHARES
+    # A GPU is filled by one task.
+    gpus = gpus_at_work()
+    fitting = (device_bytes() or 0) / GPU_SHARE / row_bytes(index)
+    return (fitting if len(index.cells) > 1 else min(fitting, -(-sum(rows) // gpus))), gpus
 
 
 def _fits_gpu(n_values: Sequence[Any]) -> bool:
@@ -255,9 +291,9 @@ def _blocks(lengths: Sequence[int], most: float, first: int) -> tuple[tuple[int,
     return tuple(map(tuple, blocks))
 
 
-def _shares(loads: np.ndarray) -> tuple[slice, ...]:
-    """Return ranges of cells that take about as long as each other."""
-    ends, shares = np.cumsum(loads), min(SHARES, len(loads))
+def _shares(loads: np.ndarray, most: int) -> tuple[slice, ...]:
+    """Return ranges of cells, at most so many, that take about as long as each other."""
+    ends, shares = np.cumsum(loads), min(most, len(loads))
     wanted = np.arange(1, shares) / shares * ends[-1]
     cuts = np.unique([0, *np.searchsorted(ends, wanted), len(loads)])
     return tuple(slice(int(first), int(last)) for first, last in pairwise(cuts))
@@ -290,9 +326,9 @@ class _Compared(Searched, Expr):
         self, graph: dict[Key, Any], frames: Sequence[Expr], columns: Sequence[Columns], **options: Any
     ) -> _Rows:
         """Add the tasks that find the involved rows of one frame, or of two that are compared with each other."""
-        add = functools.partial(self._add, graph)
+        add, plan = functools.partial(self._add, graph), self.plan
         index = TaskRef(f"index-{self._name}")
-        graph[index.key] = DataNode(index.key, self.plan.index)
+        graph[index.key] = DataNode(index.key, plan.index)
         sources = [
             (frame, p, names) for frame, names in zip(frames, columns, strict=True) for p in range(frame.npartitions)
         ]
@@ -307,20 +343,20 @@ class _Compared(Searched, Expr):
             return ref
 
         sketched = [
-            read("sketch", p, sketch_partition, p, names, self.options, index, **options)
+            read("sketch", p, sketch_partition, p, names, self.options, index, plan.device, stays=plan.stays, **options)
             for p, (_, _, names) in enumerate(sources)
         ]
-        blocks = [TaskList(*(sketched[number] for number in block)) for block in self.plan.blocks]
+        blocks = [TaskList(*(sketched[number] for number in block)) for block in plan.blocks]
         links = [
-            add("compare", t, find_near_pairs, blocks[i], None if i == j else blocks[j], share, index)
-            for t, (i, j, share) in enumerate(self.plan.comparisons())
+            add("compare", t, find_near_pairs, blocks[i], None if i == j else blocks[j], share, index, plan.device)
+            for t, (i, j, share) in enumerate(plan.comparisons())
         ]
         copies = [add("copies", p, copies_of, ref) for p, ref in enumerate(sketched)]
-        involved = add("involved", 0, find_involved, TaskList(*links), TaskList(*copies), self.plan.bins)
+        involved = add("involved", 0, find_involved, TaskList(*links), TaskList(*copies), plan.bins)
         places = [add("places", p, places_of, involved, p) for p in range(len(sources))]
         taken = [read("take", p, take_involved, ref) for p, ref in enumerate(places)]
-        rows = [[add(f"rows-{b}", p, getitem, ref, b) for p, ref in enumerate(taken)] for b in range(self.plan.bins)]
-        pairs = [add("pairs", b, pairs_of_bin, involved, b) for b in range(self.plan.bins)]
+        rows = [[add(f"rows-{b}", p, getitem, ref, b) for p, ref in enumerate(taken)] for b in range(plan.bins)]
+        pairs = [add("pairs", b, pairs_of_bin, involved, b) for b in range(plan.bins)]
         return _Rows(sketched, rows, pairs)
 
 

@@ -14,7 +14,7 @@ ACM Transactions on Information Systems 35(3), 2017.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,7 +28,7 @@ __all__ = ["Cells", "Visits", "fit_cells", "reach_of"]
 ITERATIONS = 3
 """Steps of Lloyd's algorithm: cells need not be the best."""
 
-ELEMENTS = 1 << 20
+ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Distances between sketches and centroids at once."""
 
 
@@ -77,23 +77,39 @@ class Cells:
         rounding = 5 * certify.accumulation_bound(centroids.shape[1])
         return (torch.cdist(centroids, centroids) * (self.reach / 2) + rounding).float().fill_diagonal_(-torch.inf)
 
+    @cached_property
+    def half_norms(self) -> torch.Tensor:
+        """(k,) float32: half the squared lengths of the centroids."""
+        return self.centroids.square().sum(dim=1) / 2
+
+    def to(self, device: torch.device) -> Cells:
+        """Return the cells on a device."""
+        return self if self.centroids.device == device else replace(self, centroids=self.centroids.to(device))
+
+    def nearest(self, sketches: torch.Tensor) -> torch.Tensor:
+        """Return the (n,) int64 cells that (n, h) float32 sketches belong to."""
+        cell = torch.zeros(len(sketches), dtype=torch.int64, device=sketches.device)
+        for chunk in certify.chunks(len(sketches), len(self), ELEMENTS[sketches.device.type]):
+            half_squares = torch.addmm(self.half_norms, sketches[chunk], self.centroids.T, alpha=-1)
+            torch.argmin(half_squares, dim=1, out=cell[chunk])
+        return cell
+
     def visits(self, sketches: torch.Tensor) -> Visits:
-        """Return the cells that (n, h) float32 sketches belong to and visit."""
+        """Return the cells that (n, h) float32 sketches on the CPU belong to and visit."""
         k = len(self)
         if k == 1:
             none = np.empty(0, np.int64)
             return Visits(np.zeros(len(sketches), np.int64), none, none)
-        half_norms = self.centroids.square().sum(dim=1) / 2
         cell = np.empty(len(sketches), np.int64)
         found = [np.empty((2, 0), np.int64)]
         # Memory that is used again is faster, and NumPy finds minima and compares several times as fast as torch.
-        chunks = certify.chunks(len(sketches), k, ELEMENTS)
+        chunks = certify.chunks(len(sketches), k, ELEMENTS["cpu"])
         n_most = max((chunk.stop - chunk.start for chunk in chunks), default=0)
         products, limits = torch.empty(2, n_most, k)
         is_near = np.empty((n_most, k), bool)
         for chunk in chunks:
             n = chunk.stop - chunk.start
-            torch.addmm(half_norms, sketches[chunk], self.centroids.T, alpha=-1, out=products[:n])
+            torch.addmm(self.half_norms, sketches[chunk], self.centroids.T, alpha=-1, out=products[:n])
             half_squares = products[:n].numpy()
             nearest = half_squares.argmin(axis=1)
             cell[chunk] = nearest
@@ -129,18 +145,12 @@ def fit_cells(sketches: torch.Tensor, k: int, reach: float) -> Cells:
     """
     centroids = sketches[:k].clone()
     for _ in range(ITERATIONS):
-        half_norms = centroids.square().sum(dim=1) / 2
-        nearest = torch.cat(
-            [
-                torch.addmm(half_norms, sketches[chunk], centroids.T, alpha=-1).argmin(dim=1)
-                for chunk in certify.chunks(len(sketches), len(centroids), ELEMENTS)
-            ]
-        )
+        nearest = Cells(centroids, reach).nearest(sketches)
         count = torch.bincount(nearest, minlength=len(centroids))
         total = torch.zeros_like(centroids).index_add_(0, nearest, sketches)
         centroids = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], centroids)
-    is_close = (torch.cdist(centroids, centroids) < reach / 2).tril_(-1).numpy()
+    is_close = (torch.cdist(centroids, centroids) < reach / 2).tril_(-1).cpu().numpy()
     kept = np.zeros(len(centroids), bool)
     for row, close in enumerate(is_close):
         kept[row] = not (close & kept).any()
-    return Cells(centroids[torch.from_numpy(kept)], reach)
+    return Cells(centroids[torch.from_numpy(kept).to(centroids.device)], reach)

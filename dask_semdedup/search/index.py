@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from dask_semdedup.search import ieee_products
 from dask_semdedup.search.cells import Cells, fit_cells, reach_of
-from dask_semdedup.search.sketch import LEAST, SCALE, SIZES, Sketcher, fit_axes, sketcher, unit_rows
-from dask_semdedup.search.torch_sketch import COSTS
+from dask_semdedup.search.sketch import LEAST, SCALE, SIZES, Costs, Sketcher, fit_axes, sketcher, unit_rows
 
 __all__ = ["Index", "fit_index", "is_worth_a_look", "n_cells", "sample_rows"]
 
-LEAST_ROWS = 16_384
+LEAST_ROWS, LEAST_ROWS_ON_GPU = 16_384, 1 << 21
 """Pairs of fewer rows are compared at once: to look at a sample would take as long."""
 
 MIN_SAMPLE, ROWS_PER_CELL, MAX_CELLS = 16_384, 32, 4096
@@ -30,11 +30,30 @@ JUDGES = 4096
 LONGER = 128
 """Numbers in the longer sketches: 270 bytes a row."""
 
-CHECK = 2.5e6
-"""Picoseconds that it takes to look at the longer sketches of a pair."""
 
-FIXED = 5e11
-"""Picoseconds that an index takes beyond the products: rows are read twice."""
+class Pace(NamedTuple):
+    """Picoseconds that an index takes on a kind of device, beyond `Costs`.
+
+    Attributes
+    ----------
+    cell, visit, check : float
+        To look at a row and one cell, to gather a row that visits a cell, and to look at the longer sketches of a pair.
+    again, again_value : float
+        To read rows a second time, and for each of their numbers.
+    """
+
+    cell: float
+    visit: float
+    check: float
+    again: float
+    again_value: float
+
+
+PACES = {
+    "cpu": Pace(cell=2600, visit=0, check=2.5e6, again=5e11, again_value=0),
+    "cuda": Pace(cell=13, visit=500, check=1e4, again=2e11, again_value=100),
+}
+"""Measured on two cores with AVX2, and on an H200."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,7 @@ class Index:
     left : float
         Pairs that will be left to verify.
     seconds : float
-        About how long two cores will take, apart from reading.
+        About how long two cores, or a GPU, will take, apart from reading.
     """
 
     sketcher: Sketcher
@@ -71,10 +90,18 @@ class Index:
         """Pairs of sketches that will be multiplied."""
         return float(self.loads.sum())
 
+    def to(self, device: torch.device) -> Index:
+        """Return the index with its axes and cells on a device."""
+        if self.cells.centroids.device == device:
+            return self
+        short, longer = (replace(each, axes=each.axes.to(device)) for each in (self.sketcher, self.longer))
+        return replace(self, sketcher=short, longer=longer, cells=self.cells.to(device))
 
-def is_worth_a_look(n: int, others: int | None = None) -> bool:
-    """Return whether so many rows are compared with each other, or with others, that an index may pay."""
-    return _Work(n, others).pairs >= LEAST_ROWS**2 / 2
+
+def is_worth_a_look(n: int, others: int | None = None, device: str = "cpu") -> bool:
+    """Return whether so many rows are compared with each other, or with others, that an index may pay on a device."""
+    least = LEAST_ROWS if device == "cpu" else LEAST_ROWS_ON_GPU
+    return _Work(n, others).pairs >= least**2 / 2
 
 
 def n_cells(n: int) -> int:
@@ -87,24 +114,34 @@ def sample_rows(n: int) -> int:
     return min(n, max(MIN_SAMPLE, ROWS_PER_CELL * n_cells(n)))
 
 
-def fit_index(sample: torch.Tensor, n: int, at_least: float, others: int | None = None) -> Index | None:
+def fit_index(
+    sample: torch.Tensor, n: int, at_least: float, others: int | None = None, *, at_once: bool = True
+) -> Index | None:
     """Fit the index with which n rows are compared in the least time, or return None if it takes less without any.
 
     Parameters
     ----------
     sample : torch.Tensor
-        (s, d) float32 rows on the CPU, in random order.
+        (s, d) float32 rows in random order, on the device that will search.
     n : int
         Number of all rows.
     at_least : float
         The similarity that is asked for.
     others : int, optional
         Rows of another frame that all rows are compared with. By default they are compared with each other.
+    at_once : bool, default True
+        Whether all rows can be compared without an index, at once. Otherwise any index is better than none.
+
+    Returns
+    -------
+    Index or None
+        On the CPU.
     """
     width = sample.shape[1]
+    costs, pace = _costs_of(sample.device), PACES[sample.device.type]
     work = _Work(n, others)
     sizes = [size for size in SIZES if size <= width // 2]
-    if not sizes or at_least < LEAST or not is_worth_a_look(n, others):
+    if not sizes or at_least < LEAST or (at_once and not is_worth_a_look(n, others, sample.device.type)):
         return None
     with ieee_products:
         rows = unit_rows(sample)
@@ -119,14 +156,28 @@ def fit_index(sample: torch.Tensor, n: int, at_least: float, others: int | None 
         if not sketchers:
             return None
         longer = next((found for found in sketchers if found.size >= LONGER), sketchers[-1])
-        trials = [_Trial(rows, judges, found, longer, work) for found in sketchers if found.size <= longer.size]
+        trials = [
+            _Trial(rows, judges, found, longer, work, costs, pace) for found in sketchers if found.size <= longer.size
+        ]
         # What cells leave hardly depends on the size, so that one size tells.
         one = trials[min(1, len(trials) - 1)]
-        index = min((one.index(k) for k in (1, n_cells(n))), key=lambda index: index.seconds)
-        best = min(trials, key=lambda trial: trial.seconds(index.pairs, len(index.cells)))
+        # On a GPU it takes no time to try.
+        numbers = {1, n_cells(n), *((n_cells(n) // 16, n_cells(n) // 4) if sample.is_cuda else ())}
+        index = min((one.index(k) for k in sorted(numbers - {0})), key=lambda index: index.seconds)
+        best = min(trials, key=lambda trial: trial.seconds(index.pairs, len(index.cells), index.visits))
         index = index if best is one else best.index(len(index.cells))
-    together = work.pairs * min(COSTS.exact_pair + width * COSTS.exact_value, COSTS.pair + SIZES[1] * COSTS.pair_value)
-    return index if index.seconds * 1e12 + FIXED < together else None
+    together = work.pairs * min(costs.exact_pair + width * costs.exact_value, costs.pair + SIZES[1] * costs.pair_value)
+    pays = not at_once or index.seconds * 1e12 + pace.again + work.rows * width * pace.again_value < together
+    return index.to(torch.device("cpu")) if pays else None
+
+
+def _costs_of(device: torch.device) -> Costs:
+    """Return what a device takes."""
+    if device.type == "cpu":
+        from dask_semdedup.search.torch_sketch import COSTS
+    else:
+        from dask_semdedup.search.triton_sketch import COSTS
+    return COSTS
 
 
 @dataclass(frozen=True)
@@ -155,40 +206,55 @@ class _Trial:
     """Sketches of one size, tried on a sample."""
 
     def __init__(
-        self, rows: torch.Tensor, judges: torch.Tensor, found: Sketcher, longer: Sketcher, work: _Work
+        self,
+        rows: torch.Tensor,
+        judges: torch.Tensor,
+        found: Sketcher,
+        longer: Sketcher,
+        work: _Work,
+        costs: Costs,
+        pace: Pace,
     ) -> None:
         self.sketcher, self.longer, self.work, self.width = found, longer, work, rows.shape[1]
+        self.costs, self.pace = costs, pace
         self.sketches, self.judged = found.sketches(rows[len(judges) :]), found.sketches(judges)
-        self.reached, self.left = (
-            _left(sketches, by) * work.pairs
-            for sketches, by in ((self.judged, found), (longer.sketches(judges), longer))
-        )
+        # The shorter ones are multiplied in the dtype that suits the device, the longer ones were rounded to float16.
+        lost = rounding_of(found.size, rows.device)
+        self.reached = _left(self.judged, found, lost) * work.pairs
+        self.left = _left(longer.sketches(judges), longer, 2.0**-10) * work.pairs
 
     def index(self, k: int) -> Index:
         """Return the index with at most k cells."""
         cells = fit_cells(self.sketches, k, reach_of(self.sketcher))
-        visits = cells.visits(self.judged)
+        visits = cells.to(torch.device("cpu")).visits(self.judged.cpu())
         n = len(self.judged)
         shares = (np.bincount(where, minlength=len(cells)) / n for where in (visits.cell, visits.visited))
         loads = self.work.loads(*shares)
-        seconds = self.seconds(float(loads.sum()), len(cells))
+        seconds = self.seconds(float(loads.sum()), len(cells), len(visits.visited) / n)
         return Index(self.sketcher, self.longer, cells, loads, len(visits.visited) / n, self.left, seconds)
 
-    def seconds(self, pairs: float, k: int) -> float:
-        """Return about how long two cores take to rotate rows, assign them to cells, multiply and verify pairs."""
-        product = COSTS.pair + self.sketcher.size * COSTS.pair_value
-        multiplied = pairs if k == 1 else pairs + self.work.rows * k
-        rotated = self.work.rows * self.width * COSTS.value
-        verified = self.reached * CHECK + self.left * (COSTS.hit + self.width * COSTS.hit_value)
-        return 1e-12 * (multiplied * product + rotated + verified)
+    def seconds(self, pairs: float, k: int, visits: float) -> float:
+        """Return about how long it takes to rotate rows, assign them to cells, multiply and verify pairs."""
+        costs = self.costs
+        multiplied = pairs * (costs.pair + self.sketcher.size * costs.pair_value)
+        assigned = self.work.rows * (k * self.pace.cell if k > 1 else 0.0)
+        gathered = self.work.rows * visits * self.pace.visit
+        rotated = self.work.rows * self.width * costs.value
+        verified = self.reached * self.pace.check + self.left * (costs.hit + self.width * costs.hit_value)
+        return 1e-12 * (multiplied + assigned + gathered + rotated + verified)
 
 
-def _left(judged: torch.Tensor, found: Sketcher) -> float:
+def rounding_of(size: int, device: torch.device) -> float:
+    """Return about what the bound on the rounding of two sketches takes from the similarity that is asked for."""
+    from dask_semdedup.search.torch_sketch import sketch_dtype
+
+    if device.type == "cuda" or sketch_dtype() == torch.int8:
+        # Each number is off by an evenly distributed part of a half.
+        return 2.2 * (size / 12) ** 0.5 / SCALE
+    return 2.0**-8 if sketch_dtype() == torch.bfloat16 else 2.0**-10
+
+
+def _left(judged: torch.Tensor, found: Sketcher, rounding: float) -> float:
     """Return the share of all pairs that sketches leave; as if one more of the sample were, which it may not show."""
-    reached = (judged @ judged.T >= found.floor - _rounding(found.size)).sum() - len(judged)
+    reached = (judged @ judged.T >= found.floor - rounding).sum() - len(judged)
     return float(reached + 1) / (len(judged) * (len(judged) - 1))
-
-
-def _rounding(size: int) -> float:
-    """Return about what is lost of a product of sketches in float16 or bfloat16."""
-    return 2.0**-8 * (size / 64) ** 0.5

@@ -8,29 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from dask_semdedup.search import certify, ieee_products
+from dask_semdedup.search import certify, has_triton, ieee_products
+from dask_semdedup.search.cells import Visits
 from dask_semdedup.search.crowded import first_copies
 from dask_semdedup.search.index import Index
-from dask_semdedup.search.torch_sketch import ROWS, Sketches, rounded, sketch_dtype, with_least
 
-__all__ = ["Links", "Part", "components", "near_pairs", "sketch_part"]
-
-TILE = 512
-"""Candidates, and queries, that are multiplied at once: their products stay in the cache."""
-
-BATCH = 1 << 14
-"""Pairs whose longer sketches are looked at together."""
+__all__ = ["Links", "Part", "components", "listed_or_bundled", "near_pairs", "sketch_part"]
 
 MANY = 8
 """Pairs of a row in a batch that are listed, on average. Of more, it is kept which rows they connect."""
-
-CHUNK = 1 << 16
-"""Sketches that are gathered at once, unless one cell has more members and visitors."""
 
 
 @dataclass(frozen=True)
@@ -41,33 +32,39 @@ class Part:
     ----------
     number : int
         The number of the part.
-    coordinates : numpy.ndarray
+    coordinates : array
         (m, h - 1) float16 coordinates of the longer sketches: the first of them are those of the shorter ones.
-    left : numpy.ndarray
+    left : array
         (m, 2) float32 last numbers of the shorter and of the longer sketches: the lengths of what is left.
-    residual : numpy.ndarray
+    residual : array
         (m, 2) float32 bounds on the lengths of what float16 lost of either.
-    rows : numpy.ndarray
+    rows : array
         (m,) int64 places in the part.
     members : numpy.ndarray
         (k + 1,) int64 offsets of the cells.
-    visitors : numpy.ndarray
-        (v,) int32 sketches that visit cells, in the order of these.
-    visits : numpy.ndarray
-        (k + 1,) int64 offsets of the cells among the visitors.
+    visits : tuple of (v,) int32 and (k + 1,) int64 arrays, optional
+        Sketches that visit cells, in the order of these, and offsets of the cells among them. A GPU finds them anew
+        when it compares sketches: that takes less than to copy them.
     copies : numpy.ndarray
         (c, 2) int64 places of rows that are equal bit by bit to an earlier one, and of that.
+
+    Notes
+    -----
+    Arrays are of NumPy, or tensors where the part stays on a GPU. Other processes get it in NumPy's.
     """
 
     number: int
-    coordinates: np.ndarray
-    left: np.ndarray
-    residual: np.ndarray
-    rows: np.ndarray
+    coordinates: Any
+    left: Any
+    residual: Any
+    rows: Any
     members: np.ndarray
-    visitors: np.ndarray
-    visits: np.ndarray
+    visits: tuple[np.ndarray, np.ndarray] | None
     copies: np.ndarray
+
+    def __getstate__(self) -> dict[str, Any]:
+        values = vars(self).items()
+        return {name: _host(value) if isinstance(value, torch.Tensor) else value for name, value in values}
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Links:
     bundles: np.ndarray
 
 
-def sketch_part(number: int, rows: torch.Tensor, index: Index) -> Part:
+def sketch_part(number: int, rows: torch.Tensor, index: Index, *, stays: bool = False) -> Part:
     """Return the sketches of a part.
 
     Parameters
@@ -94,46 +91,70 @@ def sketch_part(number: int, rows: torch.Tensor, index: Index) -> Part:
     number : int
         The number of the part.
     rows : torch.Tensor
-        (n, d) float32 on the CPU, finite.
+        (n, d) float32, finite. Sketches are computed on their device.
     index : Index
+    stays : bool, default False
+        Whether sketches stay on that device.
     """
-    first = first_copies(rows, torch.tensor([0, len(rows)])).numpy()
+    index = index.to(rows.device)
+    first = first_copies(rows, torch.tensor([0, len(rows)]))
     unit = certify.measure(rows)
-    is_copy = first != np.arange(len(rows))
-    places = np.flatnonzero(~is_copy & ~unit.is_zero.numpy())
-    copies = np.flatnonzero(is_copy & ~unit.is_zero.numpy())
+    is_copy = first != torch.arange(len(rows), device=rows.device)
+    places = (~is_copy & ~unit.is_zero).nonzero().flatten()
+    copies = (is_copy & ~unit.is_zero).nonzero().flatten()
     sizes = index.sketcher.size, index.longer.size
-    exact = [torch.empty(len(places), size) for size in sizes]
+    exact = [torch.empty(len(places), size, device=rows.device) for size in sizes]
     with ieee_products:
-        for chunk in certify.chunks(len(places), 1, ROWS):
-            which = torch.from_numpy(places[chunk])
+        for chunk in certify.pieces(places, 4 * rows.shape[1] if rows.is_cuda else 128):
+            which = places[chunk]
             unit_rows = unit.rows[which] * unit.inverse_norm[which, None]
             for sketches, made_by in zip(exact, (index.sketcher, index.longer), strict=True):
                 sketches[chunk] = made_by.sketches(unit_rows)
-        visits = index.cells.visits(exact[0])
-    order = np.argsort(visits.cell, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    by_visited = np.argsort(visits.visited, kind="stable")
-    cells = np.arange(len(index.cells) + 1)
+        if rows.is_cuda:
+            cell, visits = index.cells.nearest(exact[0]), None
+            order = torch.argsort(cell, stable=True)
+        else:
+            found = index.cells.visits(exact[0])
+            order = torch.from_numpy(np.argsort(found.cell, kind="stable"))
+            cell, visits = torch.from_numpy(found.cell), _in_order(found, order.numpy(), len(index.cells))
+    members = torch.bincount(cell, minlength=len(index.cells)).cumsum(0)
     # The coordinates that both have were computed apart, and may differ in their last bits.
-    coordinates = exact[1][torch.from_numpy(order), :-1].half()
-    ordered = [sketches[torch.from_numpy(order)] for sketches in exact]
+    coordinates = exact[1][order, :-1].half()
+    ordered = [sketches[order] for sketches in exact]
     lost = [coordinates[:, : size - 1].float() - each[:, :-1] for size, each in zip(sizes, ordered, strict=True)]
+    where = rows.device if stays else torch.device("cpu")
     return Part(
         number,
-        coordinates.numpy(),
-        torch.stack([each[:, -1] for each in ordered], dim=1).numpy(),
-        torch.stack([torch.linalg.vector_norm(each, dim=1) * (1 + 2.0**-16) for each in lost], dim=1).numpy(),
-        places[order],
-        np.searchsorted(visits.cell[order], cells),
-        place[visits.visitor[by_visited]].astype(np.int32),
-        np.searchsorted(visits.visited[by_visited], cells),
-        np.stack([copies, first[copies]], axis=1),
+        _kept(coordinates, where),
+        _kept(torch.stack([each[:, -1] for each in ordered], dim=1), where),
+        _kept(torch.stack([torch.linalg.vector_norm(each, dim=1) * (1 + 2.0**-16) for each in lost], dim=1), where),
+        _kept(places[order], where),
+        np.concatenate([[0], _host(members)]),
+        visits,
+        _host(torch.stack([copies, first[copies]], dim=1)),
     )
 
 
-def near_pairs(parts: Sequence[Part], others: Sequence[Part] | None, cells: slice, index: Index) -> Links:
+def _kept(values: torch.Tensor, where: torch.device) -> Any:
+    return _host(values) if where.type == "cpu" else values
+
+
+def _in_order(found: Visits, order: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return visits by cell, and the cells' offsets, of sketches that are put in another order."""
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    by_visited = np.argsort(found.visited, kind="stable")
+    offsets = np.searchsorted(found.visited[by_visited], np.arange(k + 1))
+    return place[found.visitor[by_visited]].astype(np.int32), offsets
+
+
+def _host(values: torch.Tensor) -> np.ndarray:
+    return values.cpu().numpy()
+
+
+def near_pairs(
+    parts: Sequence[Part], others: Sequence[Part] | None, cells: slice, index: Index, device: str = "cpu"
+) -> Links:
     """Return the pairs of rows of some parts that meet in some cells, and may be similar enough.
 
     Parameters
@@ -145,6 +166,8 @@ def near_pairs(parts: Sequence[Part], others: Sequence[Part] | None, cells: slic
         A range of cells: each pair is found in the cell that both are members of, or that one of them visits.
     index : Index
         That of the sketches.
+    device : {"cpu", "cuda"}, default "cpu"
+        Where sketches are multiplied.
 
     Returns
     -------
@@ -153,193 +176,30 @@ def near_pairs(parts: Sequence[Part], others: Sequence[Part] | None, cells: slic
     """
     pairs, bundles = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)]
     with ieee_products:
-        for meeting in _meetings(parts, others, cells):
-            for found, into in zip(meeting.pairs(index), (pairs, bundles), strict=True):
-                into.append(found)
+        for some, connected in _comparison(parts, others, index, torch.device(device)).pairs(cells):
+            pairs.append(some)
+            bundles.append(connected)
     return Links(np.concatenate(pairs), np.concatenate(bundles))
 
 
-def _meetings(parts: Sequence[Part], others: Sequence[Part] | None, cells: slice) -> Iterator[_Meeting]:
-    """Yield what is compared in runs of cells: each pair is a candidate and a query once."""
-    for run in _runs([*parts, *(others or [])], cells):
-        members, visitors = ([of(part, run) for part in parts] for of in (_members, _visitors))
-        if others is None:
-            yield _Meeting(members, [*members, *visitors], among_candidates=True)
-        else:
-            guests, visiting = ([of(part, run) for part in others] for of in (_members, _visitors))
-            yield _Meeting(members, [*guests, *visiting])
-            yield _Meeting(guests, visitors)
+class Comparison(Protocol):
+    """Products of sketches of some parts on one kind of device."""
+
+    def pairs(self, cells: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield pairs that meet in some cells, and bundles of others: see `Links`."""
+        ...
 
 
-def _runs(parts: Sequence[Part], cells: slice) -> Iterator[slice]:
-    """Yield ranges of cells with about `CHUNK` members and visitors."""
-    sizes = sum(
-        np.diff(offsets[cells.start : cells.stop + 1]) for part in parts for offsets in (part.members, part.visits)
-    )
-    ends = np.cumsum(sizes)
-    first = 0
-    while first < len(ends):
-        before = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + CHUNK, side="right")))
-        yield slice(cells.start + first, cells.start + last)
-        first = last
+def _comparison(parts: Sequence[Part], others: Sequence[Part] | None, index: Index, device: torch.device) -> Comparison:
+    if has_triton(device):
+        from dask_semdedup.search import triton_near
 
+        # Kernels are loaded for each GPU.
+        here = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+        return triton_near.Comparison(parts, others, index, here)
+    from dask_semdedup.search import torch_near
 
-@dataclass(frozen=True)
-class _Rows:
-    """Some sketches of a part, and the cells that they are looked at in."""
-
-    part: Part
-    which: np.ndarray
-    cell: np.ndarray
-
-
-def _members(part: Part, cells: slice) -> _Rows:
-    offsets = part.members[cells.start : cells.stop + 1]
-    return _Rows(part, np.arange(offsets[0], offsets[-1]), np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)))
-
-
-def _visitors(part: Part, cells: slice) -> _Rows:
-    offsets = part.visits[cells.start : cells.stop + 1]
-    which = part.visitors[offsets[0] : offsets[-1]]
-    return _Rows(part, which, np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)))
-
-
-class _Side:
-    """Sketches in the order of their cells.
-
-    Parameters
-    ----------
-    rows : sequence of _Rows
-    n_cells : int
-    """
-
-    def __init__(self, rows: Sequence[_Rows], n_cells: int) -> None:
-        self.parts = [r.part for r in rows]
-        cell = np.concatenate([r.cell for r in rows])
-        # Within a cell, rows stay in the order that they are given in.
-        order = np.argsort(cell, kind="stable")
-        self.offsets = np.searchsorted(cell[order], np.arange(n_cells + 1))
-        self.of_part = np.repeat(np.arange(len(rows)), [len(r.which) for r in rows])[order]
-        self.which = np.concatenate([r.which for r in rows])[order]
-
-    def __len__(self) -> int:
-        return len(self.which)
-
-    def keys(self, rows: np.ndarray) -> np.ndarray:
-        """Return some of the rows as `Links` names them."""
-        keys = np.empty(len(rows), np.int64)
-        for mine, part, which in self._by_part(rows):
-            keys[mine] = (np.int64(part.number) << 32) | part.rows[which]
-        return keys
-
-    def sketches(self, rows: np.ndarray, size: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the shorter or longer sketches of some rows in float32, and what float16 lost of them."""
-        found, residual = torch.empty(len(rows), size), torch.empty(len(rows))
-        for mine, part, which in self._by_part(rows):
-            place = torch.from_numpy(mine)
-            # NumPy converts float16 one by one.
-            sketches = torch.empty(len(which), size)
-            sketches[:, :-1] = torch.from_numpy(part.coordinates[which, : size - 1])
-            sketches[:, -1] = torch.from_numpy(part.left[which, kind])
-            found.index_copy_(0, place, sketches)
-            residual.index_copy_(0, place, torch.from_numpy(part.residual[which, kind]))
-        return found, residual
-
-    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Part, np.ndarray]]:
-        of_part, which = self.of_part[rows], self.which[rows]
-        order = np.argsort(of_part, kind="stable")
-        for number, (first, last) in enumerate(
-            pairwise(np.searchsorted(of_part[order], np.arange(len(self.parts) + 1)))
-        ):
-            if first < last:
-                mine = order[first:last]
-                yield mine, self.parts[number], which[mine]
-
-
-class _Meeting:
-    """Candidates and queries of a run of cells, and the tiles of their products.
-
-    Parameters
-    ----------
-    candidates, queries : sequence of _Rows
-    among_candidates : bool
-        Whether the first queries of each cell are its candidates, which meet only those before them.
-    """
-
-    def __init__(
-        self, candidates: Sequence[_Rows], queries: Sequence[_Rows], *, among_candidates: bool = False
-    ) -> None:
-        n_cells = 1 + max((int(r.cell.max()) for r in (*candidates, *queries) if len(r.cell)), default=-1)
-        self.candidates, self.queries = (_Side(rows, n_cells) for rows in (candidates, queries))
-        self.among_candidates = among_candidates
-
-    def pairs(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pairs that reach the least product, and rows that are bundled with a first one, as keys."""
-        sides = self.candidates, self.queries
-        both = [side.sketches(np.arange(len(side)), index.sketcher.size, 0) for side in sides]
-        sketches, lost = rounded(torch.cat([each for each, _ in both]), sketch_dtype())
-        residual = torch.cat([each for _, each in both]) + lost
-        product = with_least(sketches, residual, torch.zeros(len(residual), dtype=torch.bool), index.sketcher)
-        tiles = _Tiles(product, len(self.candidates))
-        pairs, bundles = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)]
-        held: list[np.ndarray] = []
-
-        def check() -> None:
-            """Keep of the pairs that are held what the longer sketches leave; if many, what connects the same rows."""
-            found = self._of_longer(np.concatenate(held), index)
-            keys = np.stack([side.keys(found[:, kind]) for kind, side in enumerate(sides)], axis=1)
-            rows, position = np.unique(keys, return_inverse=True)
-            if len(keys) <= MANY * len(rows):
-                pairs.append(keys)
-            else:
-                _, leader, label = np.unique(
-                    components(len(rows), position.reshape(-1, 2)), return_index=True, return_inverse=True
-                )
-                bundles.append(np.stack([rows, rows[leader[label]]], axis=1))
-            held.clear()
-
-        for of_candidates, of_queries, diagonal in self._tiles():
-            query, candidate, bundled = tiles.hits(of_candidates, of_queries)
-            if diagonal is not None:
-                is_earlier = candidate < query - diagonal
-                query, candidate = query[is_earlier], candidate[is_earlier]
-            held.append(np.stack([candidate, query], axis=1))
-            if sum(map(len, held)) >= BATCH:
-                check()
-            if len(bundled[0]):
-                members = np.concatenate([side.keys(rows) for rows, side in zip(bundled, sides, strict=True)])
-                bundles.append(np.stack([members, np.full(len(members), members[0])], axis=1))
-        if held:
-            check()
-        return np.concatenate(pairs), np.concatenate(bundles)
-
-    def _of_longer(self, pairs: np.ndarray, index: Index) -> np.ndarray:
-        """Return the pairs of candidates and queries that the longer sketches leave, too."""
-        kept = [pairs[:0]]
-        size = index.longer.size
-        for chunk in certify.chunks(len(pairs), 4 * size):
-            candidate, query = pairs[chunk].T
-            others, other_lost = self.candidates.sketches(candidate, size, 1)
-            own, lost = self.queries.sketches(query, size, 1)
-            least = index.longer.floor - certify.half_bound(lost, other_lost, size) * (1 + 2 * index.longer.tail)
-            kept.append(pairs[chunk][((own * others).sum(dim=1) >= least).numpy()])
-        return np.concatenate(kept)
-
-    def _tiles(self) -> Iterator[tuple[slice, slice, int | None]]:
-        """Yield candidates and queries; where they may be the same rows, also how much later they are as queries."""
-        cuts = zip(pairwise(self.candidates.offsets.tolist()), pairwise(self.queries.offsets.tolist()), strict=True)
-        for (first, last), (start, stop) in cuts:
-            for candidate in range(first, last, TILE):
-                candidates = slice(candidate, min(candidate + TILE, last))
-                # Rows of the tile meet each other, and all later ones.
-                own = start + candidate - first if self.among_candidates else start
-                n_candidates = candidates.stop - candidates.start
-                if self.among_candidates:
-                    yield candidates, slice(own, own + n_candidates), start - first
-                    own += n_candidates
-                for query in range(own, stop, TILE):
-                    yield candidates, slice(query, min(query + TILE, stop)), None
+    return torch_near.Comparison(parts, others, index)
 
 
 def components(n: int, pairs: np.ndarray) -> np.ndarray:
@@ -351,45 +211,11 @@ def components(n: int, pairs: np.ndarray) -> np.ndarray:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-class _Tiles:
-    """Products of candidates and queries in one buffer.
-
-    Least products are positive. The bits of floating-point numbers compare like integers wherever one of the two is.
-    """
-
-    def __init__(self, product: Sketches, n_candidates: int) -> None:
-        self.product, self.n_candidates = product, n_candidates
-        self.buffer = torch.empty(TILE * TILE, dtype=product.dtype)
-        self.integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[product.dtype.itemsize]
-        self.least = product.least.view(self.integers).numpy()
-        self.mask = np.zeros(TILE * TILE + 8, bool)
-
-    def hits(self, candidates: slice, queries: slice) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        """Return the queries and candidates of pairs that reach the least product, and bundled candidates and queries.
-
-        Queries with hits in more than half of a tile are bundled with all that they hit; their pairs are left out.
-        """
-        later = slice(queries.start + self.n_candidates, queries.stop + self.n_candidates)
-        shape = candidates.stop - candidates.start, queries.stop - queries.start
-        size = shape[0] * shape[1]
-        out = self.buffer[:size].view(shape)
-        self.product.multiply(candidates, later, out)
-        mask = self.mask[:size].reshape(shape)
-        np.greater_equal(out.view(self.integers).numpy(), self.least[later], out=mask)
-        self.mask[size : size + 8] = False
-        # Hits are rare: eight at a time are looked at.
-        words = np.flatnonzero(self.mask[: -(-size // 8) * 8].view(np.uint64))
-        none = np.empty(0, np.int64)
-        bundled = none, none
-        if len(words) > TILE // 16:
-            is_crowded = mask.sum(axis=0) > TILE // 2
-            if is_crowded.any():
-                bundled = (
-                    candidates.start + np.flatnonzero(mask[:, is_crowded].any(axis=1)),
-                    queries.start + np.flatnonzero(is_crowded),
-                )
-                mask[:, is_crowded] = False
-                words = np.flatnonzero(self.mask[: -(-size // 8) * 8].view(np.uint64))
-        word, byte = self.mask[: -(-size // 8) * 8].reshape(-1, 8)[words].nonzero()
-        candidate, query = np.divmod(words[word] * 8 + byte, shape[1])
-        return queries.start + query, candidates.start + candidate, bundled
+def listed_or_bundled(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs and no bundles; or no pairs, if there are many for these rows, and bundles that connect the same."""
+    none = np.empty((0, 2), np.int64)
+    rows, position = np.unique(pairs, return_inverse=True)
+    if len(pairs) <= MANY * len(rows):
+        return pairs, none
+    _, leader, label = np.unique(components(len(rows), position.reshape(-1, 2)), return_index=True, return_inverse=True)
+    return none, np.stack([rows, rows[leader[label]]], axis=1)

@@ -112,7 +112,7 @@ def nearest_reaching(
     candidates_of : callable
         Of some of these, returns (m,) int64: all rows that may be as similar to them as is asked for, and others.
     """
-    filter_ = _Filter(rows, sketcher, stops, shape or choose_shape(segments.numpy()), word_bytes)
+    filter_ = _RowFilter(rows, sketcher, stops, shape or choose_shape(segments.numpy()), word_bytes)
     filter_.sketch(scores, index)
     filter_.hits(block_table(segments.numpy(), None if stops is None else stops.numpy(), filter_.shape))
     filter_.verify(scores, index)
@@ -120,67 +120,58 @@ def nearest_reaching(
     return crowded, partial(filter_.candidates_of, segments)
 
 
-class _Filter:
-    """Device memory of one search, and the launches of its kernels."""
+class Filter:
+    """Sketches in device memory, and the launches of the kernels that list their hits.
+
+    Parameters
+    ----------
+    sketches : torch.Tensor
+        (n + the candidates of a tile, h) int8, as tiles reach beyond the last row.
+    n : int
+        Number of sketches.
+    sketcher : Sketcher
+        What is asked for.
+    stops : torch.Tensor, optional
+        (n,) int32 on the device: each sketch meets those before its stop. By default all before itself.
+    shape : Shape
+    word_bytes : int
+        Bytes of device memory for the bits.
+    launch : Launcher
+    """
 
     def __init__(
-        self, rows: torch.Tensor, sketcher: Sketcher, stops: torch.Tensor | None, shape: Shape, word_bytes: int
+        self,
+        sketches: torch.Tensor,
+        n: int,
+        sketcher: Sketcher,
+        stops: torch.Tensor | None,
+        shape: Shape,
+        word_bytes: int,
+        launch: Launcher,
     ) -> None:
-        n, width = rows.shape
-        self.rows, self.sketcher, self.shape, self.word_bytes = rows, sketcher, shape, word_bytes
+        self.sketches, self.sketcher, self.shape = sketches, sketcher, shape
+        self.word_bytes, self.launch, self.device = word_bytes, launch, sketches.device
         self.has_stops = stops is not None
-        ends = np.zeros(0, np.int32) if stops is None else stops.numpy()
-        self.stops = _sent(ends, rows)
-        # Tiles reach beyond the last row.
-        self.sketches = torch.empty(n + shape.candidates, sketcher.size, dtype=torch.int8, device=rows.device)
+        self.stops = sketches.new_empty(0, dtype=torch.int32) if stops is None else stops
         self.capacity = HITS_PER_QUERY * n + MIN_HITS
         per_row = aligned(n)
-        sizes = [2 * self.capacity, self.capacity, self.capacity, per_row, per_row, per_row]
-        whole = torch.empty(sum(sizes), dtype=torch.int32, device=rows.device)
-        score, self.hit_query, self.hit_run, residual, count, self.offset = whole.split_with_sizes(sizes)
+        sizes = [self.capacity, self.capacity, per_row, per_row, per_row]
+        whole = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
+        self.hit_query, self.hit_run, residual, count, self.offset = whole.split_with_sizes(sizes)
         self.count = count[:n]
-        self.hit_score, self.residual = score.view(torch.float64), residual.view(torch.float32)
+        self.residual = residual.view(torch.float32)
         # The number of hits, and the bits of the largest residual.
-        self.totals = torch.zeros(2, dtype=torch.int64, device=rows.device)
+        self.totals = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.constants = {"SIZE": sketcher.size, "SCALE": SCALE}
-        is_aligned = rows.data_ptr() % 16 == 0
-        self.launch: Launcher = launcher_for(rows.device, width, is_aligned, sketcher.size, shape, self.has_stops)
 
-    def sketch(self, scores: torch.Tensor, index: torch.Tensor) -> None:
-        """Write the sketches of the rows, and answers as of rows without candidates."""
-        n, width = self.rows.shape
-        padded = triton.next_power_of_2(self.sketcher.size)
-        axes = torch.nn.functional.pad(self.sketcher.axes, (0, padded - self.sketcher.size + 1))
-        in_program = 8192 // max(64, padded)
-        self.launch(
-            sketch_kernel,
-            triton.cdiv(n, in_program),
-            self.rows,
-            axes,
-            self.sketches,
-            self.residual,
-            self.totals[1:],
-            scores,
-            index,
-            self.count,
-            n,
-            width,
-            self.sketcher.tail,
-            ROWS=in_program,
-            DEPTH=32,
-            num_warps=8,
-            PADDED=padded,
-            **self.constants,
-        )
-
-    def hits(self, blocks: np.ndarray, candidates: torch.Tensor | None = None) -> None:
-        """List the hits of the queries in `blocks`: among all rows, or among other sketches."""
+    def hits(self, blocks: np.ndarray, candidates: torch.Tensor | None = None, *, capacity: int | None = None) -> None:
+        """List the hits of the queries in `blocks`, among these sketches or others; count them if there is no room."""
         shape = self.shape
         in_words = {"QUERIES": shape.queries, "CANDIDATES": shape.candidates, "RUN": shape.run, "FIELDS": FIELDS}
-        table = _sent(blocks.ravel(), self.rows)
+        table = sent(blocks.ravel(), self.sketches)
         launches = _launches(blocks[:, 5], self.word_bytes // (4 * shape.queries))
         n_words = max((int(blocks[last, 5] - blocks[first, 5]) for first, last in launches), default=0)
-        words = torch.empty(n_words * shape.queries, dtype=torch.int32, device=self.rows.device)
+        words = torch.empty(n_words * shape.queries, dtype=torch.int32, device=self.device)
         part = min(shape.queries, 32)
         for first, last in launches:
             first_word = int(blocks[first, 5])
@@ -216,7 +207,7 @@ class _Filter:
                 self.totals,
                 self.hit_query,
                 self.hit_run,
-                self.capacity if candidates is None else 0,
+                self.capacity if capacity is None else capacity,
                 first,
                 first_word,
                 PART=part,
@@ -224,6 +215,49 @@ class _Filter:
                 MAX_HITS=MAX_HITS,
                 **in_words,
             )
+
+
+class _RowFilter(Filter):
+    """The filter of a search among rows, and the launches of the kernels before and after it."""
+
+    def __init__(
+        self, rows: torch.Tensor, sketcher: Sketcher, stops: torch.Tensor | None, shape: Shape, word_bytes: int
+    ) -> None:
+        ends = None if stops is None else sent(stops.numpy(), rows)
+        is_aligned = rows.data_ptr() % 16 == 0
+        traits = rows.device, rows.shape[1], is_aligned, sketcher.size, shape, stops is not None
+        n, launch = len(rows), launcher_for(*traits)
+        sketches = torch.empty(n + shape.candidates, sketcher.size, dtype=torch.int8, device=rows.device)
+        super().__init__(sketches, n, sketcher, ends, shape, word_bytes, launch)
+        self.rows = rows
+        self.hit_score = torch.empty(self.capacity, dtype=torch.float64, device=rows.device)
+
+    def sketch(self, scores: torch.Tensor, index: torch.Tensor) -> None:
+        """Write the sketches of the rows, and answers as of rows without candidates."""
+        n, width = self.rows.shape
+        padded = triton.next_power_of_2(self.sketcher.size)
+        axes = torch.nn.functional.pad(self.sketcher.axes, (0, padded - self.sketcher.size + 1))
+        in_program = 8192 // max(64, padded)
+        self.launch(
+            sketch_kernel,
+            triton.cdiv(n, in_program),
+            self.rows,
+            axes,
+            self.sketches,
+            self.residual,
+            self.totals[1:],
+            scores,
+            index,
+            self.count,
+            n,
+            width,
+            self.sketcher.tail,
+            ROWS=in_program,
+            DEPTH=32,
+            num_warps=8,
+            PADDED=padded,
+            **self.constants,
+        )
 
     def verify(self, scores: torch.Tensor, index: torch.Tensor) -> None:
         """Write the best candidate of each query that has hits, scored in float64."""
@@ -274,7 +308,7 @@ class _Filter:
         padding = self.sketches[-self.shape.candidates :]
         sketches = torch.cat([self.sketches[crowded], padding])
         self.count.zero_()
-        self.hits(_whole_blocks(segments.numpy(), cuts, self.shape), sketches)
+        self.hits(_whole_blocks(segments.numpy(), cuts, self.shape), sketches, capacity=0)
         return self.count.nonzero().flatten()
 
 
@@ -299,14 +333,14 @@ def block_table(segments: np.ndarray, stops: np.ndarray | None, shape: Shape) ->
         )
     start = segments[segment]
     full, tiles = (first_stop - start) // shape.candidates, -(-(last_stop - start) // shape.candidates)
-    return _records(query, end, start, full, tiles, shape)
+    return records(query, end, start, full, tiles, shape)
 
 
 def _whole_blocks(segments: np.ndarray, cuts: np.ndarray, shape: Shape) -> np.ndarray:
     """Return the blocks of segments with candidates among other sketches: from ``cuts[s]`` to ``cuts[s + 1]``."""
     segment, query, end = _blocks(segments, np.diff(cuts) > 0, shape)
     tiles = -(-np.diff(cuts)[segment] // shape.candidates)
-    return _records(query, end, cuts[segment], tiles, tiles, shape)
+    return records(query, end, cuts[segment], tiles, tiles, shape)
 
 
 def _blocks(segments: np.ndarray, which: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -317,9 +351,10 @@ def _blocks(segments: np.ndarray, which: np.ndarray, shape: Shape) -> tuple[np.n
     return segment, segments[segment] + number * shape.queries, segments[segment + 1]
 
 
-def _records(
+def records(
     query: np.ndarray, end: np.ndarray, start: np.ndarray, full: np.ndarray, tiles: np.ndarray, shape: Shape
 ) -> np.ndarray:
+    """Return the records of `block_table` for blocks that are given by their fields."""
     record = np.zeros((len(query) + 1, FIELDS), np.int64)
     record[:-1, :5] = np.column_stack([query, end, start, full, tiles])
     np.cumsum(-(-tiles * (shape.candidates // shape.run) // 32), out=record[1:, 5])
@@ -340,5 +375,6 @@ def _launches(words: np.ndarray, most: int) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def _sent(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+def sent(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """Return integers as int32 on a tensor's device."""
     return send([array.astype(np.int32, copy=False)], like)[0]

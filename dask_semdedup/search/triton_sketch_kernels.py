@@ -9,6 +9,8 @@
     turns the bits into a list of hits, a query and a run each, those of a query side by side.
 `verify_kernel`
     multiplies the sketches of each hit again, and scores in float64 the candidates that reach the threshold.
+`count_kernel`, `pair_kernel`
+    multiply them again where the rows are not at hand, and count and list the candidates that reach the threshold.
 """
 
 from __future__ import annotations
@@ -260,6 +262,41 @@ def list_kernel(
             slot += tl.sum(hits, axis=0)
 
 
+@triton.jit
+def _left(
+    queries,
+    candidates,
+    residual,
+    farthest,
+    stops,
+    query,
+    first,
+    floor,
+    n,
+    n_candidates,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    RUN: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
+):
+    """Return the candidates of a hit, and which of them reach the threshold."""
+    depth = tl.arange(0, PADDED)
+    # The last hits are uninitialized if some found no room.
+    is_hit = (query >= 0) & (query < n) & (first >= 0) & (first < n_candidates)
+    stop = _stop(stops, query, is_hit, HAS_STOPS)
+    least = _least(tl.load(residual + query, mask=is_hit, other=-1.0), farthest, floor, SCALE)
+    candidate = first + tl.arange(0, RUN)
+    is_earlier = is_hit & (candidate < stop)
+    x = tl.load(queries + query.to(tl.int64) * SIZE + depth, mask=is_hit & (depth < SIZE), other=0).to(tl.int32)
+    y = tl.load(
+        candidates + candidate[:, None].to(tl.int64) * SIZE + depth[None, :],
+        mask=is_earlier[:, None] & (depth < SIZE)[None, :],
+        other=0,
+    ).to(tl.int32)
+    return candidate, is_earlier & (tl.sum(x[None, :] * y, axis=1) >= least)
+
+
 @triton.jit(do_not_specialize=["capacity", "floor", "n"])
 def verify_kernel(
     rows,
@@ -288,25 +325,14 @@ def verify_kernel(
 
     A query that has a run with more than `MAX_IN_RUN` candidates to score counts -1.
     """
-    depth = tl.arange(0, PADDED)
     farthest = tl.load(largest.to(tl.pointer_type(tl.int32))).to(tl.float32, bitcast=True)
     total = tl.minimum(tl.load(n_hits), capacity)
     for hit in range(tl.program_id(0), total, tl.num_programs(0)):
         query = tl.load(hit_query + hit)
         first = tl.load(hit_run + hit)
-        # The last hits are uninitialized if some found no room.
-        is_hit = (query >= 0) & (query < n) & (first >= 0) & (first < n)
-        stop = _stop(stops, query, is_hit, HAS_STOPS)
-        least = _least(tl.load(residual + query, mask=is_hit, other=-1.0), farthest, floor, SCALE)
-        candidate = first + tl.arange(0, RUN)
-        is_earlier = is_hit & (candidate < stop)
-        x = tl.load(sketch + query.to(tl.int64) * SIZE + depth, mask=is_hit & (depth < SIZE), other=0).to(tl.int32)
-        y = tl.load(
-            sketch + candidate[:, None].to(tl.int64) * SIZE + depth[None, :],
-            mask=is_earlier[:, None] & (depth < SIZE)[None, :],
-            other=0,
-        ).to(tl.int32)
-        left = is_earlier & (tl.sum(x[None, :] * y, axis=1) >= least)
+        candidate, left = _left(
+            sketch, sketch, residual, farthest, stops, query, first, floor, n, n, SIZE, PADDED, RUN, SCALE, HAS_STOPS
+        )
         top = tl.full([], -4.0, dtype=tl.float64)
         winner = tl.full([], 2147483647, dtype=tl.int32)
         n_left = tl.sum(left.to(tl.int32), axis=0)
@@ -321,3 +347,96 @@ def verify_kernel(
             left &= candidate != next_one
         tl.store(hit_score + hit, top)
         tl.store(hit_run + hit, winner)
+
+
+@triton.jit(do_not_specialize=["floor", "n_hits", "n", "n_candidates"])
+def count_kernel(
+    queries,
+    candidates,
+    residual,
+    largest,
+    stops,
+    hit_query,
+    hit_run,
+    count,
+    floor,
+    n_hits,
+    n,
+    n_candidates,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    RUN: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
+):
+    """Write how many candidates of each hit reach the threshold."""
+    farthest = tl.load(largest.to(tl.pointer_type(tl.int32))).to(tl.float32, bitcast=True)
+    for hit in range(tl.program_id(0), n_hits, tl.num_programs(0)):
+        query, first = tl.load(hit_query + hit), tl.load(hit_run + hit)
+        _, left = _left(
+            queries,
+            candidates,
+            residual,
+            farthest,
+            stops,
+            query,
+            first,
+            floor,
+            n,
+            n_candidates,
+            SIZE,
+            PADDED,
+            RUN,
+            SCALE,
+            HAS_STOPS,
+        )
+        tl.store(count + hit, tl.sum(left.to(tl.int32), axis=0))
+
+
+@triton.jit(do_not_specialize=["floor", "n_hits", "n", "n_candidates"])
+def pair_kernel(
+    queries,
+    candidates,
+    residual,
+    largest,
+    stops,
+    hit_query,
+    hit_run,
+    offset,
+    pair_candidate,
+    pair_query,
+    floor,
+    n_hits,
+    n,
+    n_candidates,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    RUN: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_STOPS: tl.constexpr,
+):
+    """List these candidates, and the query beside each, from the hit's offset on."""
+    farthest = tl.load(largest.to(tl.pointer_type(tl.int32))).to(tl.float32, bitcast=True)
+    for hit in range(tl.program_id(0), n_hits, tl.num_programs(0)):
+        query, first = tl.load(hit_query + hit), tl.load(hit_run + hit)
+        candidate, left = _left(
+            queries,
+            candidates,
+            residual,
+            farthest,
+            stops,
+            query,
+            first,
+            floor,
+            n,
+            n_candidates,
+            SIZE,
+            PADDED,
+            RUN,
+            SCALE,
+            HAS_STOPS,
+        )
+        number = left.to(tl.int32)
+        slot = tl.load(offset + hit) + tl.cumsum(number, axis=0) - number
+        tl.store(pair_candidate + slot, candidate.to(tl.int64), mask=left)
+        tl.store(pair_query + slot, (query + candidate * 0).to(tl.int64), mask=left)

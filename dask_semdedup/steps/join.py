@@ -17,7 +17,8 @@ from dask.dataframe.dispatch import concat
 
 from dask_semdedup.device.devices import check_device, choose_device
 from dask_semdedup.device.memory import share_memory_pool
-from dask_semdedup.device.queues import cores_for
+from dask_semdedup.device.queues import cores_for, gpu_turn
+from dask_semdedup.device.streams import reading_stream, search_stream
 from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, take, tensor_like, to_numpy
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import gather_rows, to_tensor
@@ -75,14 +76,37 @@ class Sketched:
 
 
 def sketch_partition(
-    frame: Any, number: int, columns: Columns, options: SearchOptions, index: Index, *, with_total: bool
+    frame: Any,
+    number: int,
+    columns: Columns,
+    options: SearchOptions,
+    index: Index,
+    device: str,
+    *,
+    stays: bool = False,
+    with_total: bool,
 ) -> Sketched:
-    """Return the sketches of a partition's rows, and with them the sum of these if rows are ranked by their mean."""
+    """Return the sketches of a partition's rows, and with them the sum of these if rows are ranked by their mean.
+
+    Parameters
+    ----------
+    frame, number, columns, options, index
+        The partition, its number, and how it is searched.
+    device : {"cpu", "cuda"}
+        Where sketches are computed, and will be compared.
+    stays : bool
+        Whether they stay on the device.
+    with_total : bool
+        Whether rows are ranked by their mean.
+    """
     from dask_semdedup.search.near import sketch_part
 
-    with cores_for("cpu", ONE_CORE):
-        rows = _to_tensor(frame, columns, options, device="cpu")
-        return Sketched(sketch_part(number, rows, index), total_of(rows, "cpu") if with_total else None, len(rows))
+    if is_cudf(frame):
+        share_memory_pool()
+    with reading_stream(device), cores_for(device, ONE_CORE):
+        rows = _to_tensor(frame, columns, options, device=device)
+        part = sketch_part(number, rows, index, stays=stays)
+        return Sketched(part, total_of(rows, device) if with_total else None, len(rows))
 
 
 def copies_of(sketched: Sketched) -> np.ndarray:
@@ -97,14 +121,17 @@ def total_of_part(sketched: Sketched) -> tuple[np.ndarray, int]:
 
 
 def find_near_pairs(
-    sketched: Sequence[Sketched], others: Sequence[Sketched] | None, cells: slice, index: Index
+    sketched: Sequence[Sketched], others: Sequence[Sketched] | None, cells: slice, index: Index, device: str
 ) -> Links:
-    """Return the pairs of rows of some partitions that meet in some cells and may be similar enough."""
+    """Return the pairs of rows of some partitions that meet in some cells and may be similar enough.
+
+    Sketches are multiplied on `device`, "cpu" or "cuda".
+    """
     from dask_semdedup.search.near import near_pairs
 
-    parts = [one.part for one in sketched]
-    with cores_for("cpu", ONE_CORE):
-        return near_pairs(parts, None if others is None else [one.part for one in others], cells, index)
+    parts, theirs = ([one.part for one in some] for some in (sketched, others or []))
+    with cores_for(device, ONE_CORE), gpu_turn(device), search_stream(device):
+        return near_pairs(parts, theirs if others is not None else None, cells, index, device)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError, RankingStrategy, read_table
 from dask_semdedup.lazy import join
 from dask_semdedup.search import nearest_earlier
+from dask_semdedup.search.index import PACES
 from dask_semdedup.search.near import sketch_part
 from dask_semdedup.steps.duplicates import threshold
 from dask_semdedup.steps.join import mean_of
@@ -36,12 +37,13 @@ ROWS = 120
 def indexed(k: int, **settings: int) -> Iterator[None]:
     """Frames are compared by sketches and so many cells, however few rows they have; by no sketches, if none."""
 
-    def fit(sample: torch.Tensor, n: int, at_least: float, others: int | None = None) -> Any:
-        return index_of(sample.numpy(), at_least, k) if k else None
+    def fit(sample: torch.Tensor, n: int, at_least: float, others: int | None = None, **_: Any) -> Any:
+        return index_of(sample.cpu().numpy(), at_least, k) if k else None
 
     with ExitStack() as patches:
         patches.enter_context(patch("dask_semdedup.search.index.fit_index", fit))
-        patches.enter_context(patch("dask_semdedup.search.index.LEAST_ROWS", 0 if k else 1 << 40))
+        for least in ("LEAST_ROWS", "LEAST_ROWS_ON_GPU"):
+            patches.enter_context(patch(f"dask_semdedup.search.index.{least}", 0 if k else 1 << 40))
         for name, value in settings.items():
             patches.enter_context(patch.object(join, name, value))
         yield
@@ -361,12 +363,12 @@ def test_the_plan_is_near_what_is_done(files: tuple[Path, pd.DataFrame]) -> None
     assert (small.rows, small.index, small.pairs) == (3000, None, 3000 * 2999 / 2)
     assert "all rows in one task" in repr(small)
     assert ddf.semdedup.plan(eps=2).rows == 3000
-    with patch("dask_semdedup.search.index.LEAST_ROWS", 0), patch("dask_semdedup.search.index.FIXED", -1e15):
+    with patch("dask_semdedup.search.index.LEAST_ROWS", 0), patch.dict(PACES, cpu=PACES["cpu"]._replace(again=-1e15)):
         plan = ddf.semdedup.plan(eps=0.05)
     assert plan.index is not None
     rows = torch.from_numpy(np.array(frame["embeddings"].tolist(), np.float32))
     part = sketch_part(0, rows, plan.index)
-    members, visitors = np.diff(part.members), np.diff(part.visits)
+    members, visitors = np.diff(part.members), np.diff(part.visits[1])
     assert plan.pairs == pytest.approx((members * (members / 2 + visitors)).sum(), rel=0.25)
     assert plan.skipped == pytest.approx(1 - plan.pairs / (3000 * 2999 / 2))
     assert plan.tasks == len(list(plan.comparisons())) > 1

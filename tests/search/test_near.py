@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dask_semdedup.search import near, sketch
+from dask_semdedup.search import near, sketch, torch_near
 from dask_semdedup.search.cells import Cells, fit_cells, reach_of
-from dask_semdedup.search.index import Index, fit_index, n_cells, sample_rows
+from dask_semdedup.search.index import PACES, Index, fit_index, n_cells, sample_rows
 from dask_semdedup.search.near import Links, Part, components, near_pairs, sketch_part
 from dask_semdedup.search.sketch import Sketcher, fit_axes, sketcher, unit_rows
 from tests import oracle
@@ -89,11 +89,11 @@ def test_every_near_pair_is_connected(
     cuts = data.draw(st.lists(st.integers(0, n), max_size=4))
     parts = parts_of(rows, cuts, index)
     with (
-        patch.object(near, "sketch_dtype", lambda: dtype),
+        patch.object(torch_near, "sketch_dtype", lambda: dtype),
         patch.object(near, "MANY", data.draw(st.sampled_from([0, 1, 8]))),
-        patch.object(near, "BATCH", data.draw(st.sampled_from([1, 100, 1 << 14]))),
-        patch.object(near, "TILE", data.draw(st.sampled_from([8, 64, 512]))),
-        patch.object(near, "CHUNK", data.draw(st.sampled_from([1, 50, 1 << 16]))),
+        patch.object(torch_near, "BATCH", data.draw(st.sampled_from([1, 100, 1 << 14]))),
+        patch.object(torch_near, "TILE", data.draw(st.sampled_from([8, 64, 512]))),
+        patch.object(torch_near, "CHUNK", data.draw(st.sampled_from([1, 50, 1 << 16]))),
     ):
         links = near_pairs(parts, None, slice(0, len(index.cells)), index)
     label = connected(n, links, parts, cuts)
@@ -221,13 +221,13 @@ def test_an_index_that_pays_skips_most_pairs_and_misses_none(at_least: float) ->
     rows[: n // 20] = rows[n // 20 : n // 10] + 0.01 * rng.standard_normal((n // 20, d))
     rows = rows[rng.permutation(n)].astype(np.float32)
     sample = torch.from_numpy(rows[rng.permutation(n)[: sample_rows(n)]])
-    with patch("dask_semdedup.search.index.FIXED", 0):
+    with patch.dict(PACES, cpu=PACES["cpu"]._replace(again=0)):
         index = fit_index(sample, n, at_least)
     assert index is not None
     assert 1 < len(index.cells) <= n_cells(n)
     parts = parts_of(rows, [5000, 12_000], index)
     links = near_pairs(parts, None, slice(0, len(index.cells)), index)
-    counts = [sum(np.diff(getattr(part, name)) for part in parts) for name in ("members", "visits")]
+    counts = [sum(np.diff(part.members) for part in parts), sum(np.diff(part.visits[1]) for part in parts)]
     multiplied = (counts[0] * (counts[0] / 2 + counts[1])).sum()
     assert index.pairs == pytest.approx(multiplied, rel=0.2)
     assert index.pairs < n * n / 4

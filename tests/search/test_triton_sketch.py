@@ -111,7 +111,7 @@ def test_what_rounding_lost_is_multiplied_by_the_length_of_a_sketch() -> None:
     rows = torch.cat([row[None], torch.randn(15, 64, generator=torch.Generator().manual_seed(0))])
     rows[8:] -= rows[8:] @ axes_with(row, 31) @ axes_with(row, 31).T
     sketcher = sketch.sketcher(axes_with(row, 31), 0.004, 0.9)
-    filter_ = triton_sketch._Filter(rows, sketcher, None, SMALL, 512)
+    filter_ = triton_sketch._RowFilter(rows, sketcher, None, SMALL, 512)
     filter_.sketch(torch.empty(16), torch.empty(16, dtype=torch.int64))
     sketches = sketcher.sketches(torch.nn.functional.normalize(rows, dim=1)).double()
     lost = torch.linalg.vector_norm(sketches - filter_.sketches[:16].double() / sketch.SCALE, dim=1)
@@ -124,7 +124,7 @@ def test_what_rounding_lost_is_multiplied_by_the_length_of_a_sketch() -> None:
 @pytest.mark.parametrize("n", [4, 5, 6, 7])
 def test_tensors_are_aligned_as_the_launcher_says(n: int) -> None:
     sketcher = sketch.sketcher(torch.eye(64)[:, :31], 0.0, 0.9)
-    filter_ = triton_sketch._Filter(torch.ones(n, 64), sketcher, None, SMALL, 512)
+    filter_ = triton_sketch._RowFilter(torch.ones(n, 64), sketcher, None, SMALL, 512)
     for tensor in (filter_.residual, filter_.count, filter_.offset, filter_.hit_query, filter_.hit_run):
         assert (tensor.data_ptr() - filter_.hit_score.data_ptr()) % 16 == 0
     assert len(filter_.count) == n

@@ -74,7 +74,7 @@ class Cells:
         That difference is the distance to the plane times the distance of the centroids, and rounding.
         """
         centroids = self.centroids.double()
-        rounding = 5 * certify.accumulation_bound(centroids.shape[1])
+        rounding = 8 * certify.accumulation_bound(centroids.shape[1])
         return (torch.cdist(centroids, centroids) * (self.reach / 2) + rounding).float().fill_diagonal_(-torch.inf)
 
     @cached_property

@@ -20,8 +20,8 @@ from dask_semdedup.search.near import Part, listed_or_bundled
 from dask_semdedup.search.sketch import SCALE
 from dask_semdedup.search.torch_sketch import rounded
 from dask_semdedup.search.triton_launch import launcher_for
+from dask_semdedup.search.triton_near_kernels import count_kernel, pair_kernel, visit_kernel
 from dask_semdedup.search.triton_sketch import WORD_BYTES, Filter, Shape, choose_shape, records
-from dask_semdedup.search.triton_sketch_kernels import count_kernel, pair_kernel
 
 __all__ = ["Comparison"]
 
@@ -33,6 +33,9 @@ HITS = 1 << 20
 
 PROGRAMS = 4096
 """Programs that look at hits."""
+
+VISITS = 128, 64
+"""Sketches and cells of which a program finds the visits."""
 
 TILE = 1024, 1 << 16
 """Crowded queries, and candidates, that are multiplied at once."""
@@ -79,14 +82,35 @@ class Comparison:
         """Yield the rows of a side that visit some cells: see `cells.Cells.visits`."""
         if len(self.cells) == 1:
             return
-        here = self.cells.centroids[cells]
-        half_norms, limits = self.cells.half_norms[cells, None], self.cells.limits.T[cells].contiguous()
-        for chunk in certify.chunks(len(side.key), len(here), ELEMENTS):
-            sketches, own = side.short(chunk, self.index.sketcher.size), side.cell[chunk]
-            half_squares = torch.addmm(half_norms, here, sketches.T, alpha=-1)
-            half_squares -= self.cells.half_norms[own] - (sketches * self.cells.centroids[own]).sum(dim=1)
-            cell, row = (half_squares <= limits[:, own]).nonzero().T
-            yield _Batch((row + chunk.start).int(), _host(torch.bincount(cell, minlength=len(here))))
+        here, half_norms = self.cells.centroids[cells].contiguous(), self.cells.half_norms[cells].contiguous()
+        limits = self.cells.limits[:, cells].contiguous()
+        k, size = here.shape
+        launch = launcher_for(self.device, "visits", size)
+        chunks = certify.chunks(len(side.key), k, ELEMENTS)
+        for chunk in chunks:
+            sketches, own = side.short(chunk, size), side.cell[chunk].contiguous()
+            least = self.cells.half_norms[own] - (sketches * self.cells.centroids[own]).sum(dim=1)
+            n = len(own)
+            visits = torch.empty(k, n, dtype=torch.int8, device=self.device)
+            launch(
+                visit_kernel,
+                triton.cdiv(n, VISITS[0]) * triton.cdiv(k, VISITS[1]),
+                sketches,
+                own,
+                least,
+                here,
+                half_norms,
+                limits,
+                visits,
+                k,
+                n,
+                SIZE=size,
+                DEPTH=32,
+                CELLS=VISITS[1],
+                ROWS=VISITS[0],
+            )
+            cell, row = visits.nonzero().T
+            yield _Batch((row + chunk.start).int(), _host(torch.bincount(cell, minlength=k)))
 
     def _meet(
         self, queries: _Side, batch: _Batch, candidates: _Side, cells: slice
@@ -114,12 +138,9 @@ class Comparison:
     def _filter(
         self, queries: _Side, rows: torch.Tensor, stops: torch.Tensor, candidates: _Side, shape: Shape
     ) -> Filter:
-        size = self.index.sketcher.size
-        sketches = torch.empty(len(rows) + shape.candidates, size, dtype=torch.int8, device=self.device)
-        torch.index_select(queries.sketches, 0, rows, out=sketches[: len(rows)])
-        launch = launcher_for(self.device, "near", size, shape)
-        filter_ = Filter(sketches, len(rows), self.index.sketcher, stops, shape, WORD_BYTES, launch)
-        torch.index_select(queries.lost, 0, rows, out=filter_.residual[: len(rows)])
+        launch = launcher_for(self.device, "near", self.index.sketcher.size, shape)
+        filter_ = Filter(queries.sketches, len(rows), self.index.sketcher, stops, shape, WORD_BYTES, launch, rows)
+        filter_.residual = queries.lost
         # The bits of positive floats are ordered like integers.
         filter_.totals[1] = candidates.lost.max().view(torch.int32)
         filter_.count.zero_()
@@ -127,11 +148,18 @@ class Comparison:
 
     def _listed(self, filter_: Filter, candidates: _Side, first: int, n_hits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the candidates and queries of some hits that reach the least product."""
-        arguments = filter_.sketches, candidates.sketches, filter_.residual, filter_.totals[1:], filter_.stops
+        arguments = (
+            filter_.sketches,
+            filter_.which,
+            candidates.sketches,
+            filter_.residual,
+            filter_.totals[1:],
+            filter_.stops,
+        )
         hits = filter_.hit_query[first : first + n_hits], filter_.hit_run[first : first + n_hits]
         numbers = filter_.sketcher.floor, n_hits, len(filter_.count), len(candidates.key)
         constants = {"PADDED": triton.next_power_of_2(filter_.sketcher.size), "RUN": filter_.shape.run}
-        constants |= {"HAS_STOPS": True, "num_warps": 1, **filter_.constants}
+        constants |= {"num_warps": 1, **filter_.constants}
         count = torch.empty(n_hits, dtype=torch.int32, device=self.device)
         filter_.launch(count_kernel, PROGRAMS, *arguments, *hits, count, *numbers, **constants)
         ends = count.cumsum(0)
@@ -167,7 +195,9 @@ class Comparison:
         """Return (e, 2) rows that connect crowded queries with all that they hit: candidates first, then queries."""
         n = len(candidates.key)
         label = torch.arange(n + len(filter_.count), dtype=torch.int32, device=self.device)
-        bound = filter_.residual[crowded]
+        assert filter_.which is not None
+        which = filter_.which[crowded]
+        bound = filter_.residual[which]
         bound = bound + (1 + bound) * candidates.lost.max()
         least = ((self.index.sketcher.floor - bound * (1 + 2.0**-10)) * SCALE**2).floor_()
         edges = []
@@ -179,7 +209,7 @@ class Comparison:
                 for first in range(start[cell], limit[cell], TILE[1]):
                     tile = slice(first, min(first + TILE[1], limit[cell]))
                     # Sums of products of int8 are exact in float32.
-                    products = filter_.sketches[query].float() @ candidates.sketches[tile].float().T
+                    products = filter_.sketches[which[some]].float() @ candidates.sketches[tile].float().T
                     place = torch.arange(tile.start, tile.stop, device=self.device)
                     reached = (products >= least[some, None]) & (place < filter_.stops[query, None])
                     edges += _united(label, query + n, tile, reached)

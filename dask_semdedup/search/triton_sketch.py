@@ -128,15 +128,17 @@ class Filter:
     sketches : torch.Tensor
         (n + the candidates of a tile, h) int8, as tiles reach beyond the last row.
     n : int
-        Number of sketches.
+        Number of queries.
     sketcher : Sketcher
         What is asked for.
     stops : torch.Tensor, optional
-        (n,) int32 on the device: each sketch meets those before its stop. By default all before itself.
+        (n,) int32 on the device: each query meets those before its stop. By default all before itself.
     shape : Shape
     word_bytes : int
         Bytes of device memory for the bits.
     launch : Launcher
+    which : torch.Tensor, optional
+        (n,) int32 sketches that are queries. By default all are, in order.
     """
 
     def __init__(
@@ -148,8 +150,9 @@ class Filter:
         shape: Shape,
         word_bytes: int,
         launch: Launcher,
+        which: torch.Tensor | None = None,
     ) -> None:
-        self.sketches, self.sketcher, self.shape = sketches, sketcher, shape
+        self.sketches, self.which, self.sketcher, self.shape = sketches, which, sketcher, shape
         self.word_bytes, self.launch, self.device = word_bytes, launch, sketches.device
         self.has_stops = stops is not None
         self.stops = sketches.new_empty(0, dtype=torch.int32) if stops is None else stops
@@ -180,6 +183,7 @@ class Filter:
                 filter_kernel,
                 (last - first) * chunks,
                 self.sketches,
+                self.sketches if self.which is None else self.which,
                 self.sketches if candidates is None else candidates,
                 self.residual,
                 self.totals[1:],
@@ -192,6 +196,7 @@ class Filter:
                 first_word,
                 CHUNK=shape.chunk,
                 HAS_STOPS=self.has_stops,
+                ALL=self.which is None,
                 num_warps=shape.warps,
                 num_stages=shape.stages,
                 **in_words,

@@ -9,8 +9,6 @@
     turns the bits into a list of hits, a query and a run each, those of a query side by side.
 `verify_kernel`
     multiplies the sketches of each hit again, and scores in float64 the candidates that reach the threshold.
-`count_kernel`, `pair_kernel`
-    multiply them again where the rows are not at hand, and count and list the candidates that reach the threshold.
 """
 
 from __future__ import annotations
@@ -97,6 +95,15 @@ def _least(residual, largest, floor, SCALE: tl.constexpr):
 
 
 @triton.jit
+def _sketch(which, row, mask, ALL: tl.constexpr):
+    """Return the sketch of a query: its own number if queries are all sketches."""
+    sketch = row
+    if not ALL:
+        sketch = tl.load(which + row, mask=mask, other=0)
+    return sketch
+
+
+@triton.jit
 def _reached(
     queries,
     x,
@@ -132,6 +139,7 @@ def _reached(
 @triton.jit(do_not_specialize=["floor", "first_block", "n_blocks", "first_word"])
 def filter_kernel(
     queries,
+    which,
     candidates,
     residual,
     largest,
@@ -150,8 +158,12 @@ def filter_kernel(
     FIELDS: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_STOPS: tl.constexpr,
+    ALL: tl.constexpr,
 ):
-    """Write the bits of a block of queries and a chunk of `CHUNK` tiles of candidates."""
+    """Write the bits of a block of queries and a chunk of `CHUNK` tiles of candidates.
+
+    Queries are `ALL` the sketches in order, or those that `which` names.
+    """
     # Programs that run at the same time share the chunk's sketches in the L2 cache.
     block = first_block + tl.program_id(0) % n_blocks
     begin = (tl.program_id(0) // n_blocks) * CHUNK
@@ -164,10 +176,11 @@ def filter_kernel(
     row = query + lane
     # A whole sketch, or as much as a power of two divides.
     DEPTH: tl.constexpr = SIZE & -SIZE
-    from_query = queries + row[:, None].to(tl.int64) * SIZE + tl.arange(0, DEPTH)[None, :]
+    sketch = _sketch(which, row, row < end, ALL)
+    from_query = queries + sketch[:, None].to(tl.int64) * SIZE + tl.arange(0, DEPTH)[None, :]
     x = tl.load(from_query)
     farthest = tl.load(largest.to(tl.pointer_type(tl.int32))).to(tl.float32, bitcast=True)
-    least = _least(tl.load(residual + row, mask=row < end, other=-1.0), farthest, floor, SCALE)
+    least = _least(tl.load(residual + sketch, mask=row < end, other=-1.0), farthest, floor, SCALE)
     stop = _stop(stops, row, row < end, HAS_STOPS)
     IN_WORD: tl.constexpr = 32 * RUN // CANDIDATES
     to = words + (word - first_word).to(tl.int64) * QUERIES + lane
@@ -265,6 +278,7 @@ def list_kernel(
 @triton.jit
 def _left(
     queries,
+    which,
     candidates,
     residual,
     farthest,
@@ -279,16 +293,18 @@ def _left(
     RUN: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_STOPS: tl.constexpr,
+    ALL: tl.constexpr,
 ):
     """Return the candidates of a hit, and which of them reach the threshold."""
     depth = tl.arange(0, PADDED)
     # The last hits are uninitialized if some found no room.
     is_hit = (query >= 0) & (query < n) & (first >= 0) & (first < n_candidates)
     stop = _stop(stops, query, is_hit, HAS_STOPS)
-    least = _least(tl.load(residual + query, mask=is_hit, other=-1.0), farthest, floor, SCALE)
+    own = _sketch(which, query, is_hit, ALL)
+    least = _least(tl.load(residual + own, mask=is_hit, other=-1.0), farthest, floor, SCALE)
     candidate = first + tl.arange(0, RUN)
     is_earlier = is_hit & (candidate < stop)
-    x = tl.load(queries + query.to(tl.int64) * SIZE + depth, mask=is_hit & (depth < SIZE), other=0).to(tl.int32)
+    x = tl.load(queries + own.to(tl.int64) * SIZE + depth, mask=is_hit & (depth < SIZE), other=0).to(tl.int32)
     y = tl.load(
         candidates + candidate[:, None].to(tl.int64) * SIZE + depth[None, :],
         mask=is_earlier[:, None] & (depth < SIZE)[None, :],
@@ -331,7 +347,23 @@ def verify_kernel(
         query = tl.load(hit_query + hit)
         first = tl.load(hit_run + hit)
         candidate, left = _left(
-            sketch, sketch, residual, farthest, stops, query, first, floor, n, n, SIZE, PADDED, RUN, SCALE, HAS_STOPS
+            sketch,
+            sketch,
+            sketch,
+            residual,
+            farthest,
+            stops,
+            query,
+            first,
+            floor,
+            n,
+            n,
+            SIZE,
+            PADDED,
+            RUN,
+            SCALE,
+            HAS_STOPS,
+            True,
         )
         top = tl.full([], -4.0, dtype=tl.float64)
         winner = tl.full([], 2147483647, dtype=tl.int32)
@@ -347,96 +379,3 @@ def verify_kernel(
             left &= candidate != next_one
         tl.store(hit_score + hit, top)
         tl.store(hit_run + hit, winner)
-
-
-@triton.jit(do_not_specialize=["floor", "n_hits", "n", "n_candidates"])
-def count_kernel(
-    queries,
-    candidates,
-    residual,
-    largest,
-    stops,
-    hit_query,
-    hit_run,
-    count,
-    floor,
-    n_hits,
-    n,
-    n_candidates,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    RUN: tl.constexpr,
-    SCALE: tl.constexpr,
-    HAS_STOPS: tl.constexpr,
-):
-    """Write how many candidates of each hit reach the threshold."""
-    farthest = tl.load(largest.to(tl.pointer_type(tl.int32))).to(tl.float32, bitcast=True)
-    for hit in range(tl.program_id(0), n_hits, tl.num_programs(0)):
-        query, first = tl.load(hit_query + hit), tl.load(hit_run + hit)
-        _, left = _left(
-            queries,
-            candidates,
-            residual,
-            farthest,
-            stops,
-            query,
-            first,
-            floor,
-            n,
-            n_candidates,
-            SIZE,
-            PADDED,
-            RUN,
-            SCALE,
-            HAS_STOPS,
-        )
-        tl.store(count + hit, tl.sum(left.to(tl.int32), axis=0))
-
-
-@triton.jit(do_not_specialize=["floor", "n_hits", "n", "n_candidates"])
-def pair_kernel(
-    queries,
-    candidates,
-    residual,
-    largest,
-    stops,
-    hit_query,
-    hit_run,
-    offset,
-    pair_candidate,
-    pair_query,
-    floor,
-    n_hits,
-    n,
-    n_candidates,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    RUN: tl.constexpr,
-    SCALE: tl.constexpr,
-    HAS_STOPS: tl.constexpr,
-):
-    """List these candidates, and the query beside each, from the hit's offset on."""
-    farthest = tl.load(largest.to(tl.pointer_type(tl.int32))).to(tl.float32, bitcast=True)
-    for hit in range(tl.program_id(0), n_hits, tl.num_programs(0)):
-        query, first = tl.load(hit_query + hit), tl.load(hit_run + hit)
-        candidate, left = _left(
-            queries,
-            candidates,
-            residual,
-            farthest,
-            stops,
-            query,
-            first,
-            floor,
-            n,
-            n_candidates,
-            SIZE,
-            PADDED,
-            RUN,
-            SCALE,
-            HAS_STOPS,
-        )
-        number = left.to(tl.int32)
-        slot = tl.load(offset + hit) + tl.cumsum(number, axis=0) - number
-        tl.store(pair_candidate + slot, candidate.to(tl.int64), mask=left)
-        tl.store(pair_query + slot, (query + candidate * 0).to(tl.int64), mask=left)

@@ -175,15 +175,16 @@ def test_deduplicate(cudf, frame):
     assert len(ours) == N // 2
 
 
-@pytest.mark.parametrize("k", [0, 12])
+@pytest.mark.parametrize(("k", "share"), [(0, 4), (12, 4), (12, 1 << 40), (1, 1 << 40)])
 @pytest.mark.parametrize("which_to_keep", ["hard", "random"])
 @pytest.mark.parametrize("duplicate_of", ["any", "kept"])
-def test_compared_with_all_others(cudf, frame, k, which_to_keep, duplicate_of):
-    """By one search, or by sketches and cells: the bits are the same as on pandas partitions."""
+def test_compared_with_all_others(cudf, frame, k, share, which_to_keep, duplicate_of):
+    """By one search, or by sketches and cells that stay on the GPU or do not: the bits are those of the CPU's cells."""
     rows = np.array(frame["embeddings"].tolist(), np.float32)
     wide = frame.assign(embeddings=arrow_lists(np.hstack([rows, 0.3 * rows[:, ::-1]] * 2), pa.float32()))
     options = {"which_to_keep": which_to_keep, "duplicate_of": duplicate_of, "cluster_field": None, "eps": 0.05}
-    with indexed(k), patch("dask_semdedup.lazy.join._has_gpu", lambda *_: not k):
+    device = lambda ddf, options: "cuda" if is_cudf(ddf._meta) else "cpu"  # noqa: E731
+    with indexed(k, GPU_SHARE=share), patch("dask_semdedup.lazy.join._device", device):
         scores = [ddf.semdedup.pairwise(**options) for ddf in (on_gpu(cudf, wide), on_cpu(wide))]
         near = [
             make(wide[N // 2 :]).semdedup.against(make(wide[: N // 2]), eps=0.05)

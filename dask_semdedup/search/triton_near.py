@@ -110,7 +110,8 @@ class Comparison:
                 ROWS=VISITS[0],
             )
             cell, row = visits.nonzero().T
-            yield _Batch((row + chunk.start).int(), _host(torch.bincount(cell, minlength=k)))
+            ends = torch.searchsorted(cell.contiguous(), torch.arange(k, device=self.device), right=True)
+            yield _Batch((row + chunk.start).int(), np.diff(_host(ends), prepend=0))
 
     def _meet(
         self, queries: _Side, batch: _Batch, candidates: _Side, cells: slice

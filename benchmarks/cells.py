@@ -138,7 +138,7 @@ def main(n: int, data: str, eps: float, cells: tuple[int, ...], gpus: int, repea
             rows = part_of(number, n, data)
             torch.cuda.synchronize()
             start = time.perf_counter()
-            parts.append(sketch_part(number, rows, index, stays=gpus == 1))
+            parts.append(sketch_part(number, rows, index, stays=True))
             torch.cuda.synchronize()
             sketched += time.perf_counter() - start
         del rows
@@ -151,7 +151,7 @@ def main(n: int, data: str, eps: float, cells: tuple[int, ...], gpus: int, repea
                 # Each with each takes long.
                 if way and turn:
                     continue
-                for count in {1, gpus}:
+                for count in sorted({1, gpus}):
                     seconds, links = compare(some, by, count)
                     times.setdefault((way, count), []).append(seconds)
                     found[way] = links

@@ -111,9 +111,8 @@ class _Staging(threading.local):
         self.sent: torch.cuda.Event | None = None
         self.device: torch.device | None = None
 
-    def send(self, arrays: list[np.ndarray], like: torch.Tensor) -> list[torch.Tensor]:
-        """Return int32 arrays on a tensor's device, sent in one copy; the host waits only for the copy before it."""
-        device = like.device
+    def send(self, arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+        """Return int32 arrays on a device, sent in one copy; the host waits only for the copy before it."""
         sizes = [aligned(array.size) for array in arrays]
         if self.sent is not None:
             self.sent.synchronize()
@@ -174,12 +173,12 @@ def upload(tiles: Tiling, stops: torch.Tensor | None, rows: torch.Tensor) -> Tab
     of_group = np.arange(len(groups) - 1, dtype=np.int32)
     of_tile, of_block = (np.repeat(of_group, groups[1:, field] - groups[:-1, field]) for field in (0, 5))
     ends = NO_STOPS if stops is None else stops.numpy().astype(np.int32)
-    return Table(*send([ZERO, ZERO, ZERO, groups.ravel(), of_tile, of_block, ends], rows))
+    return Table(*send([ZERO, ZERO, ZERO, groups.ravel(), of_tile, of_block, ends], rows.device))
 
 
 _staging = _Staging()
 
 
-def send(arrays: list[np.ndarray], like: torch.Tensor) -> list[torch.Tensor]:
-    """Return int32 arrays on a tensor's device, sent in one copy; the host waits only for the copy before it."""
-    return _staging.send(arrays, like)
+def send(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Return int32 arrays on a device, sent in one copy; the host waits only for the copy before it."""
+    return _staging.send(arrays, device)

@@ -21,7 +21,7 @@ from dask_semdedup.search.sketch import SCALE
 from dask_semdedup.search.torch_sketch import rounded
 from dask_semdedup.search.triton_launch import launcher_for
 from dask_semdedup.search.triton_near_kernels import count_kernel, pair_kernel, visit_kernel
-from dask_semdedup.search.triton_sketch import WORD_BYTES, Filter, Shape, choose_shape, records
+from dask_semdedup.search.triton_sketch import FIELDS, Blocks, Filter, Launch, Shape, checked, choose_shape, planned
 
 __all__ = ["Comparison"]
 
@@ -30,6 +30,9 @@ ELEMENTS = 1 << 28
 
 HITS = 1 << 20
 """Hits whose pairs are listed at once."""
+
+WORD_BYTES = 1 << 28
+"""Bytes of device memory for the bits of one launch."""
 
 PROGRAMS = 4096
 """Programs that look at hits."""
@@ -111,28 +114,29 @@ class Comparison:
             )
             cell, row = visits.nonzero().T
             ends = torch.searchsorted(cell.contiguous(), torch.arange(k, device=self.device), right=True)
-            yield _Batch((row + chunk.start).int(), np.diff(_host(ends), prepend=0))
+            yield _Batch((row + chunk.start).int(), ends.diff(prepend=ends.new_zeros(1)))
 
     def _meet(
         self, queries: _Side, batch: _Batch, candidates: _Side, cells: slice
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the pairs of queries with the candidates of their cells; of rows of one batch, each pair once."""
-        start, limit = candidates.offsets[cells], candidates.offsets[1:][cells]
-        shape = choose_shape(np.concatenate([[0], (limit - start).cumsum()]))
+        first, last = candidates.offsets[cells], candidates.offsets[1:][cells]
+        shape = choose_shape(np.concatenate([[0], (last - first).cumsum()]))
+        start, limit = (_uploaded(ends, self.device) for ends in (first, last))
         among = batch.are_members and queries is candidates
-        blocks = _blocks(batch.counts, start, limit, shape, among=among)
-        if len(blocks) == 1:
+        blocks = _blocks(batch.counts, start, limit, shape, among=among, word_bytes=WORD_BYTES)
+        if not blocks.launches:
             return
-        ends = _uploaded(limit, self.device).repeat_interleave(_uploaded(batch.counts, self.device)).int()
-        filter_ = self._filter(queries, batch.rows, batch.rows if among else ends, candidates, shape)
+        ends = batch.rows if among else limit.repeat_interleave(batch.counts).int()
+        filter_ = self._filter(queries, batch.rows, ends, candidates, shape)
         filter_.hits(blocks, candidates.sketches)
         n_hits = min(int(filter_.totals[0]), filter_.capacity)
-        for first in range(0, n_hits, HITS):
-            candidate, query = self._listed(filter_, candidates, first, min(HITS, n_hits - first))
+        for hit in range(0, n_hits, HITS):
+            candidate, query = self._listed(filter_, candidates, hit, min(HITS, n_hits - hit))
             yield listed_or_bundled(_host(self._of_longer(candidates, candidate, queries, batch.rows[query].long())))
         crowded = (filter_.count < 0).nonzero().flatten()
         if len(crowded):
-            edges = self._edges(filter_, candidates, batch.counts, start, limit, crowded)
+            edges = self._edges(filter_, candidates, _host(batch.counts), first, last, crowded)
             keys = torch.cat([candidates.key, queries.key[batch.rows]])
             yield np.empty((0, 2), np.int64), _host(keys[edges])
 
@@ -264,7 +268,7 @@ class _Side:
         """Return the members of some cells."""
         first, last = self.offsets[cells.start], self.offsets[cells.stop]
         rows = torch.arange(first, last, dtype=torch.int32, device=self.key.device)
-        return _Batch(rows, np.diff(self.offsets)[cells], are_members=True)
+        return _Batch(rows, _uploaded(np.diff(self.offsets)[cells], rows.device), are_members=True)
 
 
 PADDING = max(Shape().candidates, choose_shape(np.array([0, 1 << 20])).candidates)
@@ -278,39 +282,50 @@ class _Batch:
     ----------
     rows : torch.Tensor
         (q,) int32 rows of a side.
-    counts : numpy.ndarray
+    counts : torch.Tensor
         (c,) int64 queries of each cell.
     are_members : bool
         Whether these are the members of the cells.
     """
 
     rows: torch.Tensor
-    counts: np.ndarray
+    counts: torch.Tensor
     are_members: bool = False
 
 
-def _blocks(counts: np.ndarray, start: np.ndarray, limit: np.ndarray, shape: Shape, *, among: bool) -> np.ndarray:
+def _blocks(
+    counts: torch.Tensor, start: torch.Tensor, limit: torch.Tensor, shape: Shape, *, among: bool, word_bytes: int
+) -> Blocks:
     """Return the blocks of queries of cells, which meet candidates: see `triton_sketch.block_table`.
+
+    They are made on the device: the host would take longer to make them than the device to multiply.
 
     Parameters
     ----------
-    counts, start, limit : numpy.ndarray
+    counts, start, limit : torch.Tensor
         (c,) int64 queries of each cell, and candidates from `start` to `limit`.
     shape : Shape
     among : bool
         Whether the queries are the candidates, which meet those before them.
+    word_bytes : int
+        Bytes of device memory for the bits.
     """
-    n_blocks = np.where(limit > start, -(-counts // shape.queries), 0)
-    cell = np.repeat(np.arange(len(counts)), n_blocks)
-    first = (np.arange(len(cell)) - (np.cumsum(n_blocks) - n_blocks)[cell]) * shape.queries
-    begin, members = (np.cumsum(counts) - counts)[cell], (limit - start)[cell]
-    last = np.minimum(first + shape.queries, counts[cell]) - 1
+    n_blocks = torch.where(limit > start, (counts + shape.queries - 1) // shape.queries, 0)
+    cell = torch.arange(len(counts), device=counts.device).repeat_interleave(n_blocks)
+    first = (torch.arange(len(cell), device=counts.device) - (n_blocks.cumsum(0) - n_blocks)[cell]) * shape.queries
+    begin, members = (counts.cumsum(0) - counts)[cell], (limit - start)[cell]
+    last = torch.minimum(first + shape.queries, counts[cell]) - 1
     full = (first if among else members) // shape.candidates
-    tiles = -(-(last if among else members) // shape.candidates)
-    query, end, candidate, full, tiles = (
-        field[tiles > 0] for field in (begin + first, begin + counts[cell], start[cell], full, tiles)
-    )
-    return records(query, end, candidate, full, tiles, shape)
+    tiles = ((last if among else members) + shape.candidates - 1) // shape.candidates
+    # The last record holds the total of the words.
+    table = torch.zeros(len(cell) + 1, FIELDS, dtype=torch.int64, device=counts.device)
+    table[:-1, :5] = torch.stack([begin + first, begin + counts[cell], start[cell], full, tiles], dim=1)
+    bits = tiles * (shape.candidates // shape.run)
+    torch.cumsum((bits + 31) // 32, 0, out=table[1:, 5])
+    words, most = torch.stack([table[-1, 5], table[:, 4].max()]).tolist()
+    if words * 4 * shape.queries > word_bytes:
+        return planned(checked(_host(table)), shape, word_bytes, counts.device)
+    return Blocks(table.int().flatten(), [Launch(0, len(cell), 0, words, most)] if words else [])
 
 
 def _united(label: torch.Tensor, query: torch.Tensor, candidates: slice, reached: torch.Tensor) -> list[torch.Tensor]:

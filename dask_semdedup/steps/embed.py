@@ -1,4 +1,4 @@
-"""Texts to embeddings, one partition at a time, by any model that sentence-transformers can load."""
+"""Embed texts, one partition at a time, with any model that sentence-transformers can load."""
 
 from __future__ import annotations
 
@@ -60,32 +60,32 @@ def embed_partition(
     Parameters
     ----------
     texts : pandas.Series or cudf.Series
-        Of strings, without nulls. Empty strings are texts.
+        Strings, without nulls. Empty strings are texts.
     model : str, path-like or sentence_transformers.SentenceTransformer
-        A name or folder is loaded once a process.
+        Name, folder or loaded model. A name or folder is loaded once in each process.
     batch_size : int
-        Texts that go through the model at once. It sorts them by length first.
+        Number of texts that the model embeds at once. It sorts texts by length first.
     device : {"auto", "cpu", "cuda"}
-        Where the model runs. "auto" is where a loaded model is, or else a GPU where torch sees one.
+        Device of the model. "auto" is the device of a loaded model, or else a GPU if torch sees one.
     encode_kwargs : mapping, optional
         Further arguments of the model's ``encode``.
 
     Returns
     -------
     Series
-        Of Arrow or cuDF lists of float32, with the index of `texts`.
+        Arrow or cuDF lists of float32, with the index of `texts`.
 
     Raises
     ------
     EmbeddingError
-        If a text is null, or not a string.
+        If a text is null or not a string.
     InvalidArgumentError
         If the model cannot be loaded, or `device` is "cuda" and torch sees none.
 
     Notes
     -----
-    On a CPU a partition waits for as many cores as torch has threads, as a search does, so that Dask's threads and
-    torch's do not multiply; on a GPU partitions take turns.
+    On a CPU, a partition waits for as many cores as torch has threads, like a search, so that the threads of Dask and
+    torch do not multiply. On a GPU, partitions take turns.
     """
     import torch
 
@@ -108,14 +108,14 @@ def embed_partition(
 
 
 def embed_meta(texts: Any) -> Any:
-    """Build the empty series that has exactly the dtype of `embed_partition`'s."""
+    """Return an empty series with exactly the dtype of `embed_partition`."""
     return to_embeddings(np.empty((0, 1), np.float32), texts.iloc[:0])
 
 
 def check_embed_arguments(
     texts: Any, model: Any, batch_size: object = None, encode_kwargs: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise for what can be told before any text is there.
+    """Check arguments before any text is read.
 
     Parameters
     ----------
@@ -127,9 +127,9 @@ def check_embed_arguments(
     Raises
     ------
     InvalidArgumentError
-        If the column cannot hold strings, or an argument is not one of those allowed.
+        If the column cannot hold strings, or an argument is invalid.
     MissingDependencyError
-        If `model` is a name, and sentence-transformers, which would load it, is not installed.
+        If `model` is a name or a folder, and sentence-transformers is not installed.
     """
     check_positive("batch_size", batch_size)
     if not is_string(texts) and texts.dtype != np.dtype(object):
@@ -196,7 +196,7 @@ def _load(name: str, device: str) -> Any:
 
 
 def _reach_hub() -> bool:
-    """Return whether the Hugging Face hub answers, with whatever."""
+    """Return whether the Hugging Face hub gives any answer."""
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.utils import get_session
 

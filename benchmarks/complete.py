@@ -3,10 +3,12 @@
     python benchmarks/complete.py --rows 40000 --data debian
     python benchmarks/complete.py --rows 200000 --repeats 1
     python benchmarks/complete.py --rows 1000000 --no-exact
+    python benchmarks/complete.py --rows 1048576 --no-exact --backend cudf
 
 Both go from Parquet files to the ids of the rows that are dropped, each in a process of its own, in turns. The exact
 search multiplies whole rows, all with all, as one cluster is searched that holds them; its duplicates are what recall
-is measured by. Rows with smaller ids are preferred. Data are the descriptions of Debian's packages (at most 40,000),
+is measured by. Rows with smaller ids are preferred. With cuDF, an untimed run comes first: CUDA, RAPIDS and the kernels
+take seconds to start. Data are the descriptions of Debian's packages (at most 40,000),
 or mixtures of the sentence embeddings of `examples/data`, with near-copies: see `search_data.text_rows`.
 """
 
@@ -51,14 +53,14 @@ def make_files(folder: Path, n: int, data: str) -> None:
         pq.write_table(table.slice(start, ROWS_A_FILE), folder / f"{number:05}.parquet")
 
 
-def run_once(folder: Path, way: str, eps: float, duplicate_of: str, scheduler: str) -> dict[str, float]:
+def run_once(folder: Path, way: str, eps: float, duplicate_of: str, scheduler: str, backend: str) -> dict[str, float]:
     """Find the rows to drop, in this process."""
     import dask
 
     import dask_semdedup
 
     start = time.perf_counter()
-    ddf = dask_semdedup.read_table(folder)
+    ddf = dask_semdedup.read_table(folder, backend=backend)
     options = {"ranking_strategy": dask_semdedup.RankingStrategy(["id"])}
     with dask.config.set(scheduler=scheduler):
         if way == "exact":
@@ -81,6 +83,7 @@ def run_once(folder: Path, way: str, eps: float, duplicate_of: str, scheduler: s
 @click.option("--exact/--no-exact", default=True, help="Run the exact search as well.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--scheduler", default="threads", show_default=True)
+@click.option("--backend", type=click.Choice(["pandas", "cudf"]), default="pandas", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("~/.cache/dask-semdedup"), show_default=True)
 @click.option("--way", type=click.Choice(["complete", "exact"]), hidden=True)
 def main(
@@ -91,13 +94,17 @@ def main(
     exact: bool,
     repeats: int,
     scheduler: str,
+    backend: str,
     folder: Path,
     way: str | None,
 ) -> None:
     """Measure the complete comparison."""
     folder = folder.expanduser() / f"{data}-{rows}"
     if way:
-        print(json.dumps(run_once(folder, way, eps, duplicate_of, scheduler)))
+        arguments = folder, way, eps, duplicate_of, scheduler, backend
+        if backend == "cudf":
+            run_once(*arguments)
+        print(json.dumps(run_once(*arguments)))
         return
     make_files(folder, rows, data)
     ways = ["complete", "exact"] if exact else ["complete"]

@@ -15,6 +15,8 @@ Dask DataFrame has no public way to write an expression. What each name is for, 
     peer-to-peer shuffle fails on Arrow lists.
 `DelayedOperand`
     A delayed value as an operand. The centroids would be in the graph once a task.
+`MapPartitions`
+    What makes embeddings of texts: who reads them several times is warned.
 `FromMap`
     What ``dd.from_map`` makes of `read_table`'s files, whose schemas and metadata are written back.
 `FromPandas`, `BackendData`
@@ -46,6 +48,7 @@ from dask.dataframe.dask_expr._expr import (
     Isin,
     Lengths,
     Literal,
+    MapPartitions,
     PartitionsFiltered,
     Projection,
     Unaryop,
@@ -79,6 +82,7 @@ __all__ = [
     "Len",
     "Lengths",
     "Literal",
+    "MapPartitions",
     "Merge",
     "OwnExpr",
     "PartitionsFiltered",

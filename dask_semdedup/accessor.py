@@ -811,8 +811,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Returns
         -------
         dask.dataframe.DataFrame
-            All columns and the new one: lists of float32. A partition is embedded whenever it is computed, if the new
-            column is needed.
+            All columns and the new one: lists of float32. Each task embeds one partition. Partitions of Parquet files
+            that `read_table` reads are split first, into parts of 2,048 rows at most.
 
         Raises
         ------
@@ -831,8 +831,13 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Embeddings need not have unit length: every comparison normalises them. The model truncates texts to its own
         maximum length: 256 tokens for the default model, about 200 words of English.
 
-        The result is lazy: each result that uses it embeds the texts again, and `deduplicate` uses it several times.
-        Write the embeddings first with `to_parquet`, and continue with `dask_semdedup.read_table`.
+        The result is lazy and is not stored: the texts are embedded each time that their embeddings are read.
+        `deduplicate` and comparisons of all rows read them several times, and warn of it. Write the embeddings first,
+        with `to_parquet` of this accessor, and continue with `dask_semdedup.read_table`; or call ``persist()`` if they
+        fit into memory.
+
+        A task of many texts shows no progress and runs on one worker. A CPU embeds tens of texts in a second, and 2,000
+        of them take a minute or two: for frames from other sources, call ``repartition(npartitions=...)`` first.
 
         Examples
         --------

@@ -40,7 +40,7 @@ __all__ = [
 class ClusterWiseFilePartitioningStage(
     ProcessingStage[EmptyTask, FileGroupTask], stages.ClusterWiseFilePartitioningStage
 ):
-    """From the k-means layout to one task of NeMo Curator a cluster.
+    """Make one task of NeMo Curator per cluster of the k-means layout.
 
     Its parameters are those of `dask_semdedup.stages.ClusterWiseFilePartitioningStage`.
     """
@@ -49,7 +49,7 @@ class ClusterWiseFilePartitioningStage(
     resources = Resources(cpus=0.5)
 
     def num_workers(self) -> int:
-        """Number of workers: one, since there is one task."""
+        """Return the number of workers: one, since there is one task."""
         return 1
 
     def process(self, _: EmptyTask | None = None) -> list[FileGroupTask]:
@@ -66,16 +66,16 @@ class ClusterWiseFilePartitioningStage(
 class PairwiseCosineSimilarityStage(
     ProcessingStage[FileGroupTask, FileGroupTask], stages.PairwiseCosineSimilarityStage
 ):
-    """From the files of a cluster to its scores. A worker takes a GPU where torch sees one when the stage is made.
+    """Score the files of a cluster. A worker takes a GPU if torch sees one when the stage is made.
 
     Parameters
     ----------
     id_field, embedding_field, output_path : str
         As for `dask_semdedup.stages.PairwiseCosineSimilarityStage`.
     ranking_strategy : RankingStrategy
-        Which rows of a cluster are preferred; this package's, or NeMo Curator's.
+        Which rows of a cluster are preferred: a strategy of this package or of NeMo Curator.
     **arguments
-        The others of `dask_semdedup.stages.PairwiseCosineSimilarityStage`.
+        Further arguments of `dask_semdedup.stages.PairwiseCosineSimilarityStage`.
     """
 
     name = stages.PairwiseCosineSimilarityStage.name
@@ -91,7 +91,7 @@ class PairwiseCosineSimilarityStage(
         return stages.PairwiseCosineSimilarityStage.process(self, task)
 
     def process_batch(self, tasks: Sequence[FileGroupTask]) -> list[FileGroupTask]:
-        """Score several clusters at once, which is faster where they are small."""
+        """Score several clusters at once, which is faster for small ones."""
         return stages.PairwiseCosineSimilarityStage.process_batch(self, tasks)
 
 
@@ -111,12 +111,12 @@ class PairwiseStage(CompositeStage[EmptyTask, FileGroupTask], stages.PairwiseSta
         super().__post_init__()
 
     def decompose(self) -> list[ProcessingStage]:
-        """Build the two stages that this one is made of."""
+        """Return the two stages of which this one consists."""
         return stages.PairwiseStage.decompose(self)
 
 
 def _as_ours(strategy: Any) -> Any:
-    """Make a ranking strategy of NeMo Curator ours, and leave anything else as it is."""
+    """Convert a ranking strategy of NeMo Curator to ours. Return anything else unchanged."""
     # Their module imports only where cuDF is installed. Nobody has a strategy of theirs who has not imported it.
     theirs = sys.modules.get("nemo_curator.stages.deduplication.semantic.ranking")
     # A subclass may rank in another way.

@@ -1,8 +1,8 @@
 """Stage classes of NeMo Curator's ``semantic.pairwise`` module, name for name, run by Dask.
 
-For those who switch from there: the same arguments, defaults, life cycle and file layout. What differs is that scores
-are exact, are those of normalised rows, may be negative, and do not depend on the order of files; and that no GPU is
-needed. `dask_semdedup.curator` has the same stages for NeMo Curator's own pipelines.
+Arguments, defaults, life cycle and file layout are the same, for users who switch from there. Scores differ: they are
+exact, are those of normalised rows, may be negative, and do not depend on the order of files. No GPU is needed.
+`dask_semdedup.curator` has the same stages for NeMo Curator's own pipelines.
 """
 
 from __future__ import annotations
@@ -71,21 +71,21 @@ logger = logging.getLogger("dask_semdedup")
 
 
 def pairwise_cosine_similarity_batched(cluster_reps: torch.Tensor, batch_size: int = 1024) -> tuple[Any, Any]:
-    """Find for every row of a ranked cluster its most similar earlier row.
+    """For every row of a ranked cluster, find the most similar earlier row.
 
     Parameters
     ----------
     cluster_reps : (n, d) floating-point tensor
         The cluster's rows in rank order, on any device. They need not be of unit length.
     batch_size : int, default 1024
-        Rows that are compared with all earlier ones at once: memory is O(n · batch_size).
+        Number of rows that are compared with all earlier ones at once. Memory is O(n · batch_size).
 
     Returns
     -------
     max_similarity : (n,) float32 array
-        Cosine similarities, exact and in [-1, 1]; 0 for the first row. Of CuPy for a CUDA tensor, of NumPy else.
+        Exact cosine similarities in [-1, 1]; 0 for the first row. A CuPy array for a CUDA tensor, else a NumPy array.
     max_indices : (n,) int64 array
-        Of the rows that have them, among equals the first; 0 for the first row.
+        Positions of the most similar rows, the first among equals; 0 for the first row.
 
     Raises
     ------
@@ -115,20 +115,20 @@ def pairwise_cosine_similarity_batched(cluster_reps: torch.Tensor, batch_size: i
 
 @dataclass
 class FileGroupTask:
-    """Files to be worked on together, and what is known of them.
+    """Files that are processed together, and their metadata.
 
     Parameters
     ----------
     dataset_name : str
-        Name of the data set that the files are part of.
+        Name of the dataset of the files.
     data : list of str
         The files.
     _stage_perf : list
-        Statistics of earlier stages, handed on as they are.
+        Statistics of earlier stages, passed on unchanged.
     _metadata : dict
         For pairwise similarity ``{"centroid_id": 3, "filetype": "parquet"}``.
     reader_config : dict
-        Handed on as it is.
+        Passed on unchanged.
     task_id : str
         Name of the task.
 
@@ -153,7 +153,7 @@ class FileGroupTask:
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of a worker of a stage, for executors that ask. Dask is told when it starts its workers.
+    """Resources of a worker of a stage, for executors that ask. Dask takes them from its workers instead.
 
     Parameters
     ----------
@@ -186,11 +186,11 @@ class _Stage:
     batch_size = 1
 
     def inputs(self) -> tuple[list[str], list[str]]:
-        """Attributes of a task, and columns of its data, that the stage reads."""
+        """Return the attributes of a task, and the columns of its data, that the stage reads."""
         return ["data"], []
 
     def outputs(self) -> tuple[list[str], list[str]]:
-        """Attributes of a task, and columns of its data, that the stage sets."""
+        """Return the attributes of a task, and the columns of its data, that the stage sets."""
         return ["data"], []
 
     def setup_on_node(self, node_info: Any = None, worker_metadata: Any = None) -> None:
@@ -200,10 +200,10 @@ class _Stage:
         """Prepare a worker: nothing to do."""
 
     def teardown(self) -> None:
-        """Put away what `setup` prepared: nothing to do."""
+        """Clean up after `setup`: nothing to do."""
 
     def with_(self, name: str | None = None, resources: Any = None, batch_size: int | None = None) -> Self:
-        """Give a copy of the stage with other attributes; None leaves one as it is."""
+        """Return a copy of the stage with other attributes. None leaves an attribute unchanged."""
         changed = copy(self)
         changes = {"name": name, "resources": resources, "batch_size": batch_size}
         vars(changed).update({attribute: value for attribute, value in changes.items() if value is not None})
@@ -211,12 +211,12 @@ class _Stage:
 
 
 class ClusterWiseFilePartitioningStage(_Stage):
-    """From the k-means layout, ``<input_path>/centroid=<k>/*.parquet``, to one task a cluster.
+    """Make one task per cluster of the k-means layout, ``<input_path>/centroid=<k>/*.parquet``.
 
     Parameters
     ----------
     input_path : str
-        The folder; local, or a URL that fsspec understands.
+        Folder: a local path or an fsspec URL.
     storage_options : dict, optional
         Arguments of the fsspec file system.
 
@@ -242,12 +242,12 @@ class ClusterWiseFilePartitioningStage(_Stage):
         Returns
         -------
         list of FileGroupTask
-            One a cluster, ascending.
+            One per cluster, in ascending order.
 
         Raises
         ------
         DataNotFoundError, ClusterError
-            If there are no files, or none in that layout.
+            If there are no files, or none of them is in that layout.
 
         Examples
         --------
@@ -302,34 +302,33 @@ class _Footers:
 
 
 class PairwiseCosineSimilarityStage(_Stage):
-    """From the files of a cluster to its scores, ``<output_path>/cluster_<k>.parquet``.
+    """Score the files of a cluster, and write ``<output_path>/cluster_<k>.parquet``.
 
     Parameters
     ----------
     id_field, embedding_field : str
         Columns of ids and embeddings.
     output_path : str
-        Folder of the results; local, or a URL that fsspec understands.
+        Folder of the results: a local path or an fsspec URL.
     ranking_strategy : RankingStrategy
         Which rows of a cluster are preferred.
     pairwise_batch_size : int, default 1024
-        Queries that are multiplied at once, with as many candidates as memory allows.
+        Number of queries that are multiplied at once, with as many candidates as memory allows.
     verbose : bool, default False
         Log rows and time to the logger ``dask_semdedup``, at level INFO.
     embedding_dim : int, optional
         Length that every embedding must have.
     read_kwargs, write_kwargs : dict, optional
-        Arguments of ``read_parquet`` of pandas (of cuDF, where Dask's configuration ``dataframe.backend`` says so)
-        and of ``to_parquet`` of pandas, and ``storage_options`` for the fsspec file system.
+        Arguments of ``read_parquet`` of pandas, or of cuDF if that is Dask's ``dataframe.backend``, and of
+        ``to_parquet`` of pandas. Both may hold ``storage_options`` for the fsspec file system.
     compute_dtype : {"auto", "float16", "float32"}, default "float32"
-        Taken as NeMo Curator's stage takes it, and without effect: the answer is always the exact one, at the speed of
-        half precision.
+        Accepted as by NeMo Curator's stage, and without effect: the result is always exact, at the speed of half
+        precision.
 
     Raises
     ------
     InvalidArgumentError
-        If an argument has a value that is not allowed, `read_kwargs` hold ``columns`` or ``assign_id``, or
-        `write_kwargs` ``index``.
+        If an argument is invalid, `read_kwargs` holds ``columns`` or ``assign_id``, or `write_kwargs` holds ``index``.
     """
 
     name = "PairwiseCosineSimilarityStage"
@@ -377,30 +376,30 @@ class PairwiseCosineSimilarityStage(_Stage):
         Returns
         -------
         FileGroupTask
-            The file of its scores: ``id``, ``max_id`` and ``cosine_sim_score``. No file for a task without any, which
-            gives a warning.
+            The file of scores: ``id``, ``max_id`` and ``cosine_sim_score``. A task without files gives a warning and no
+            file.
 
         Raises
         ------
         InvalidArgumentError
             If the task has no ``centroid_id``, or its ``filetype`` is not parquet.
         MissingColumnsError, EmbeddingError, DataReadError
-            If the files cannot be read or compared. There is then no file of scores.
+            If the files cannot be read or compared. No file of scores is written.
         """
         return self._process_batch([task])[0]
 
     def process_batch(self, tasks: Sequence[FileGroupTask]) -> list[FileGroupTask]:
-        """Score several clusters at once, which is faster where they are small.
+        """Score several clusters at once, which is faster for small ones.
 
         Parameters
         ----------
         tasks : sequence of FileGroupTask
-            As for `process`, each of another cluster.
+            As for `process`, each for a different cluster.
 
         Returns
         -------
         list of FileGroupTask
-            As `process` returns them, in the same order.
+            The results of `process`, in the same order.
         """
         return self._process_batch(tasks)
 
@@ -416,21 +415,21 @@ class PairwiseCosineSimilarityStage(_Stage):
         return self._process(tasks, self._scan(self._locate(full)) if full else None)
 
     def batches(self, tasks: Sequence[FileGroupTask]) -> list[list[FileGroupTask]]:
-        """Share tasks out to batches for `process_batch`, of about equal cost, by what the files' footers say.
+        """Group tasks into batches of about equal cost for `process_batch`, planned by the footers of the files.
 
-        They are as large as the partitions of `read_clusters`.
+        The batches are as large as the partitions of `read_clusters`.
 
         Parameters
         ----------
         tasks : sequence of FileGroupTask
-            As for `process`, each of another cluster, and with files.
+            As for `process`, each with files and for a different cluster.
 
         Raises
         ------
         MissingColumnsError
             If the files lack a column that is needed.
         EmbeddingError
-            If the embedding column is of a type that cannot hold embeddings.
+            If the type of the embedding column cannot hold embeddings.
         DataReadError
             If a file cannot be read as Parquet, or files disagree about a column.
         """
@@ -462,7 +461,7 @@ class PairwiseCosineSimilarityStage(_Stage):
         return int(cluster) if isinstance(cluster, Integral) else cluster
 
     def _process(self, tasks: Sequence[FileGroupTask], footers: _Footers | None) -> list[FileGroupTask]:
-        """Score tasks whose footers have been read; None if none has files."""
+        """Score tasks whose footers have been read. Return None if none has files."""
         clusters = [self._cluster(task) for task in tasks]
         written = {}
         if footers is not None:
@@ -478,7 +477,7 @@ class PairwiseCosineSimilarityStage(_Stage):
         ]
 
     def _score(self, files: Mapping[Any, list[str]], footers: _Footers) -> dict[Any, str]:
-        """Score clusters that have files, and write each its own; their paths."""
+        """Score clusters that have files, write a file for each, and return the paths."""
         start = time.perf_counter()
         backend = self._backend_for(footers)
         if self.backend == "cudf":
@@ -569,7 +568,7 @@ class PairwiseCosineSimilarityStage(_Stage):
         self._fields.check_dtypes(meta, "id", "embedding", embedding_dim=self.embedding_dim)
 
     def _write(self, scores: Any, files: Mapping[Any, list[str]]) -> dict[Any, str]:
-        """Write each cluster its file; one without rows gets an empty one."""
+        """Write a file for each cluster, an empty one if it has no rows."""
         runs = pc.run_end_encode(to_arrow(scores[[CLUSTER_FIELD]])[CLUSTER_FIELD].combine_chunks())
         ranges = starmap(range, pairwise([0, *runs.run_ends.to_pylist()]))
         rows = dict(zip(runs.values.to_pylist(), ranges, strict=True))
@@ -599,24 +598,25 @@ class PairwiseStage(_Stage):
     embedding_dim : int, optional
         Length that every embedding must have.
     pairwise_batch_size : int, default 1024
-        Queries that are multiplied at once, with as many candidates as memory allows.
+        Number of queries that are multiplied at once, with as many candidates as memory allows.
     verbose : bool, default False
         Log rows and times to the logger ``dask_semdedup``, at level INFO.
     read_kwargs, write_kwargs : dict, optional
         As for `PairwiseCosineSimilarityStage`.
     which_to_keep : {"hard", "easy", "random"}, default "hard"
-        Rows far from their centroid, near to it, or any.
+        Prefer rows far from their centroid, rows near it, or a random choice.
     sim_metric : {"cosine", "l2"}, default "cosine"
-        Whether distances are in the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``.
+        Rank by the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``.
     random_seed : int, default 42
-        Of ``which_to_keep="random"``.
+        Seed of ``which_to_keep="random"``.
     compute_dtype : {"auto", "float16", "float32"}, default "float32"
         As for `PairwiseCosineSimilarityStage`.
 
     Raises
     ------
     InvalidArgumentError
-        As `PairwiseCosineSimilarityStage` does, and for unknown words or a seed that is no integer.
+        As for `PairwiseCosineSimilarityStage`, and if `which_to_keep` or `sim_metric` is unknown or the seed is not an
+        integer.
 
     Examples
     --------
@@ -661,7 +661,7 @@ class PairwiseStage(_Stage):
         self.decompose()
 
     def decompose(self) -> list[Any]:
-        """Build the two stages that this one is made of.
+        """Return the two stages of which this one consists.
 
         Returns
         -------
@@ -693,17 +693,17 @@ class PairwiseStage(_Stage):
         return [stage.with_(**self._changes.get(stage.name, {})) for stage in stages]
 
     def with_(self, changes: Mapping[str, dict[str, Any]]) -> Self:  # type: ignore[override]
-        """Give a copy of the stage whose parts have other attributes.
+        """Return a copy of the stage whose parts have other attributes.
 
         Parameters
         ----------
         changes : mapping
-            From names of the stages that it is made of to arguments of their ``with_``.
+            From the name of a part to the arguments of its ``with_``.
 
         Raises
         ------
         InvalidArgumentError
-            If no part has one of the names.
+            If a name is not that of a part.
 
         Examples
         --------
@@ -719,27 +719,26 @@ class PairwiseStage(_Stage):
         return changed
 
     def run(self, client: Any = None) -> list[FileGroupTask]:
-        """Score all clusters with Dask. Small clusters share a task of it.
+        """Score all clusters with Dask. Small clusters share a Dask task.
 
         Parameters
         ----------
         client : distributed.Client, optional
-            Where to run. By default where Dask is configured to: with the current client if there is one, else with
-            threads.
+            Client to run on. By default the current client, if there is one; otherwise threads of this process.
 
         Returns
         -------
         list of FileGroupTask
-            One a cluster, ascending, with the file of its scores.
+            One per cluster, in ascending order, with the file of its scores.
 
         Raises
         ------
         InvalidArgumentError
-            If `output_path` is `input_path`, or within it.
+            If `output_path` is `input_path` or inside it.
         DataNotFoundError, ClusterError
-            As `ClusterWiseFilePartitioningStage.process` does.
+            As for `ClusterWiseFilePartitioningStage.process`.
         DataReadError, EmbeddingError, MissingColumnsError
-            As `PairwiseCosineSimilarityStage.process` does. Columns are checked before anything runs.
+            As for `PairwiseCosineSimilarityStage.process`. Columns are checked before anything runs.
         """
         partitioning, similarity = self.decompose()
         listing = partitioning._list()
@@ -762,7 +761,7 @@ class PairwiseStage(_Stage):
 
 
 def _allowed(name: str, arguments: dict[str, Any] | None, *disallowed: str) -> dict[str, Any]:
-    """A copy of keyword arguments, none of which may be one that the stage sets itself."""
+    """Return a copy of keyword arguments. Raise if the stage itself sets one of them."""
     arguments = dict(arguments or {})
     if found := [key for key in disallowed if key in arguments]:
         raise InvalidArgumentError(f"{name} may not hold {', '.join(map(repr, found))}: the stage sets that itself.")

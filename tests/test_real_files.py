@@ -578,7 +578,7 @@ def test_other_formats_are_refused_with_the_line_that_converts_them(tmp_path: Pa
     (tmp_path / "dataset_info.json").write_text("{}")
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(
-            DataReadError, match=f"{name} is an? .*, which is not read. Convert it first: .*{conversion}"
+            DataReadError, match=f"{name} is an? .*, which is not supported. Convert it first: .*{conversion}"
         ):
             read_table(path)
     # Beside Parquet they are no data.

@@ -490,9 +490,16 @@ class Run:
     # --- The steps: each writes files to a folder, and returns counts ---
 
     def _embed(self, folder: str) -> dict[str, int]:
+        from dask_semdedup.lazy.embed import TEXTS_OF_PART
+        from dask_semdedup.lazy.sampling import partition_lengths
+        from dask_semdedup.lazy.split import split_rows
+
         self._check_ids()
         needed = list(dict.fromkeys([self.id_field, str(self.text_field), *self._ranked_by()]))
-        frame = self._read_input(needed).semdedup.embed(
+        rows = self._read_input(needed)
+        with show_tasks(self.progress, "Counting rows", client=self.client):
+            lengths = partition_lengths(rows, Columns(self.id_field, self.embedding_field))
+        frame = split_rows(rows, lengths, TEXTS_OF_PART).semdedup.embed(
             self.text_field, model=self.model, embedding_field=self.embedding_field, device=self.device
         )
         unneeded = {self.text_field} - {self.id_field, *self._ranked_by()}

@@ -37,7 +37,7 @@ __all__ = [
 
 
 def check_plain_dtype(meta_column: Any, parameter: str) -> None:
-    """Raise if a column holds lists, structs or maps, which can be neither ids nor clusters.
+    """Raise if a column holds lists, structs or maps, which cannot be ids or clusters.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def check_plain_dtype(meta_column: Any, parameter: str) -> None:
     Raises
     ------
     InvalidArgumentError
-        Naming the column and its dtype.
+        With the column and its dtype.
     """
     dtype = meta_column.dtype
     arrow = isinstance(dtype, pd.ArrowDtype) and pa.types.is_nested(dtype.pyarrow_dtype)
@@ -115,7 +115,7 @@ def take(column: Any, positions: Any) -> Any:
     column : Series
         Of pandas or cuDF.
     positions : (m,) int64 array
-        Of NumPy or CuPy, all within the column.
+        A NumPy or CuPy array of positions within the column.
     """
     if not is_cudf(column):
         return column.iloc[positions].reset_index(drop=True)
@@ -127,9 +127,9 @@ def take(column: Any, positions: Any) -> Any:
 
 
 def _cudf_take(column: Any, positions: Any) -> Any:
-    """Return rows of a cuDF column; positions are not checked, as the host would have to wait for the device.
+    """Return rows of a cuDF column. Positions are not checked, since the host would have to wait for the device.
 
-    A dtype that libcudf does not know, such as categories, is lost.
+    A dtype that libcudf does not have, such as categories, is lost.
     """
     import cudf
     import pylibcudf as plc
@@ -167,7 +167,7 @@ def to_arrow(frame: Any) -> pa.Table:
 
 
 def to_host(frame: Any) -> pd.DataFrame:
-    """Return a pandas or cuDF frame as a pandas frame; integers with nulls do not become floats."""
+    """Return a pandas or cuDF frame as a pandas frame. Integers with nulls stay integers."""
     return frame.to_pandas(nullable=_has_integer_nulls(frame)) if is_cudf(frame) else frame
 
 
@@ -176,7 +176,7 @@ def _has_integer_nulls(frame: Any) -> bool:
 
 
 def is_cudf(frame: Any) -> bool:
-    """Return whether a frame or column is of cuDF, without importing cuDF."""
+    """Return whether a frame or column is a cuDF one, without importing cuDF."""
     return type(frame).__module__.partition(".")[0] == "cudf"
 
 
@@ -214,5 +214,5 @@ def concat(columns: Sequence[Any]) -> Any:
 
 
 def published(frame: Any) -> Any:
-    """Return a cuDF frame that was made in a stream of this thread in memory of the current stream."""
+    """Return a cuDF frame, made in a stream of this thread, in memory of the current stream."""
     return frame.copy() if is_cudf(frame) else frame

@@ -1,4 +1,4 @@
-"""Ordered categories: which types hold them, and in which order dictionaries have them."""
+"""Ordered categories: the types that hold them, and the order that dictionaries define."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns: the names that users give, checked once, and the names that the package makes."""
+"""Columns: names given by users, which are checked once, and names that the package makes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Columns:
     Parameters
     ----------
     id, embedding, cluster : str
-        What the parameters `id_field`, `embedding_field` and `cluster_field` name.
+        Values of the parameters `id_field`, `embedding_field` and `cluster_field`.
     """
 
     id: str = "id"
@@ -47,23 +47,23 @@ class Columns:
     cluster: str = "centroid"
 
     def require(self, present: Iterable[Any], *held: str, where: str = "") -> None:
-        """Raise unless columns are there.
+        """Raise unless columns are present.
 
         Parameters
         ----------
         present : iterable of str
-            The columns that there are.
+            Columns that are present.
         *held : {"id", "embedding", "cluster"}
-            Which columns are needed.
+            Columns that are needed.
         where : str
-            What has them, for the message: as " in a.parquet".
+            Place of the columns for the message, such as " in a.parquet".
 
         Raises
         ------
         MissingColumnsError
             If one is missing.
         InvalidArgumentError
-            If scores would have two columns of one name.
+            If two columns of scores would have the same name.
         """
         present, names = list(present), [getattr(self, attribute) for attribute in held]
         if not set(names) <= set(present):
@@ -84,21 +84,21 @@ class Columns:
             )
 
     def check_dtypes(self, meta: Any, *held: str, embedding_dim: int | None = None) -> None:
-        """Raise unless columns are of dtypes that can hold what they shall.
+        """Raise unless the dtypes of columns can hold ids, embeddings and clusters.
 
         Parameters
         ----------
         meta : pandas.DataFrame or cudf.DataFrame
             A frame of these dtypes, which may be empty.
         *held : {"id", "embedding", "cluster"}
-            Which columns to check.
+            Columns to check.
         embedding_dim : int, optional
             Length of the embeddings.
 
         Raises
         ------
         EmbeddingError, InvalidArgumentError
-            Naming the column and its dtype.
+            With the column and its dtype.
         """
         for attribute in held:
             column = meta[getattr(self, attribute)]
@@ -119,15 +119,15 @@ class SearchOptions:
     embedding_dim : int, optional
         The length that every embedding must have.
     device : {"auto", "cpu", "cuda"}
-        Where the work is done. "auto" is where the frame is, or a GPU where there is one and enough work for it.
+        Device that does the work. "auto" is the device of the frame, or a GPU if there is one and enough work for it.
     duplicate_of : {"any", "kept"}
-        Whether rows are compared with all rows that are preferred over them, or only with those that are kept
-        themselves: with `at_least`, those that are not that similar to a kept row.
+        Whether rows are compared with all rows that are preferred over them, or only with kept ones: with `at_least`,
+        rows that are not that similar to a kept row.
 
     Raises
     ------
     InvalidArgumentError
-        If an option is not one of those allowed.
+        If an option is invalid.
     """
 
     compute_dtype: str = "auto"
@@ -146,7 +146,7 @@ class SearchOptions:
 
 
 def unique_columns(frame: Any) -> list[Any]:
-    """Return the names of a frame's columns, or raise if two columns have one name."""
+    """Return the names of a frame's columns, or raise if two columns have the same name."""
     columns = frame.columns
     if not columns.is_unique:
         repeated = list(columns[columns.duplicated()].unique())

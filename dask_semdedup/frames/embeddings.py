@@ -1,8 +1,8 @@
 """Conversion of embedding columns of any layout, in pandas or cuDF, to validated (n, d) tensors and back.
 
-Each backend yields its column as *pieces*: flat NumPy or CuPy arrays of whole rows that alias the column's own memory
-where its layout allows. Conversion to float32, gathering in rank order and the check for NaN are shared. On a CPU it is
-NumPy that converts and gathers: torch's threads would compete with those of Dask.
+Each backend yields its column as *pieces*: flat NumPy or CuPy arrays of whole rows, which alias the memory of the
+column if its layout allows. Conversion to float32, gathering in rank order and the check for NaN are shared. On a CPU,
+NumPy converts and gathers: torch's threads would compete with those of Dask.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ACCEPTED = "lists of float16, float32, float64 or small integers, or of uint16 t
 
 
 def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None = None) -> None:
-    """Raise `EmbeddingError` unless a column's dtype can hold embeddings; no data are needed.
+    """Raise `EmbeddingError` unless the dtype of a column can hold embeddings. No data are needed.
 
     Parameters
     ----------
@@ -63,13 +63,13 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
     name : str
         The column's name, for the message.
     embedding_dim : int, optional
-        The width that every row must have; checked if the dtype has a fixed one.
+        Width that every row must have. It is checked if the dtype has a fixed width.
 
     Raises
     ------
     EmbeddingError
-        For strings (to which Dask converts object columns), numbers, lists of anything but numbers, and lists of a
-        fixed size other than `embedding_dim`.
+        If the column holds strings, to which Dask converts object columns; numbers; lists of other elements than
+        numbers; or lists of a fixed size other than `embedding_dim`.
     """
     dtype = meta_column.dtype
     if is_cudf(meta_column) and len(meta_column) == 0 and dtype == np.dtype(object):
@@ -101,7 +101,7 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
 
 
 def list_type(column: pd.Series) -> pa.DataType | None:
-    """Return the Arrow type of a column of lists or arrays of numbers, or None if it holds anything else."""
+    """Return the Arrow type of a column of lists or arrays of numbers, or None for any other column."""
     try:
         type_ = pa.array(column).type
     except pa.ArrowException:
@@ -178,7 +178,7 @@ def to_tensor(
     ids, clusters : Series, optional
         The rows' ids and clusters, for messages.
     embedding_dim : int, optional
-        The width that every row must have. By default that of most rows.
+        Width that every row must have. By default that of most rows.
     order : (n,) int64 array, optional
         A NumPy or CuPy permutation: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy that
         gathering afterwards would take.
@@ -195,8 +195,8 @@ def to_tensor(
     Raises
     ------
     EmbeddingError
-        For null rows, null, NaN or infinite elements, rows of different or unexpected width, empty rows, and columns
-        that do not hold embeddings at all.
+        If rows are null, empty or of different or unexpected width, if elements are null, NaN or infinite, or if the
+        column does not hold embeddings.
 
     Warns
     -----

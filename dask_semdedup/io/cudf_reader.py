@@ -22,7 +22,7 @@ from dask_semdedup.io.listing import is_local
 
 
 def in_cudf(type_: pa.DataType) -> pa.DataType:
-    """Return the type of a file's column in cuDF, which has no fixed-size lists, extension types or binaries."""
+    """Return the type of a file's column in cuDF, which lacks fixed-size lists, extension types and binaries."""
     types = pa.types
     if isinstance(type_, pa.BaseExtensionType):
         return in_cudf(type_.storage_type)
@@ -42,7 +42,7 @@ def in_cudf(type_: pa.DataType) -> pa.DataType:
 
 @cache
 def import_cudf() -> Any:
-    """Return the cuDF module, once the libraries that read and write for it are configured.
+    """Configure the libraries that read and write for cuDF, and return the cuDF module.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def import_cudf() -> Any:
         import cudf
     except ImportError as error:
         raise MissingDependencyError(
-            f"Frames of cuDF need cuDF, which cannot be imported ({error}). Run pip install '.[cu13]', or "
+            f"cuDF partitions need cuDF, which cannot be imported ({error}). Run pip install '.[cu13]', or "
             "'.[cu12]' for CUDA 12, in a clone of dask-semdedup, or use backend='pandas'."
         ) from error
     return cudf

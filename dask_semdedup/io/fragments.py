@@ -1,4 +1,4 @@
-"""Fragments of files: what planning knows about them, and how one is read into an Arrow table."""
+"""Fragments of files: what planning knows about them, and reading one into an Arrow table."""
 
 from __future__ import annotations
 
@@ -139,10 +139,10 @@ def read_fragment(
 
 
 def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Sequence[str]) -> pa.Table:
-    """Return those of the columns that a fragment has. Raise if it no longer has the rows that were planned.
+    """Return the columns that a fragment has. Raise if its number of rows is not the planned one.
 
-    Files are read one after another and without Arrow's threads, since Dask already runs a partition per core. They
-    are not mapped into memory: a process that touches a page of a file that was cut meanwhile is killed.
+    Files are read one after another and without Arrow's threads, since Dask already runs a partition per core. They are
+    not mapped into memory: reading a page of a file that was truncated meanwhile would kill the process.
     """
     path = fragment.path
     try:
@@ -188,9 +188,9 @@ def _read_row_groups(source: Any, file: pq.ParquetFile, fragment: Fragment, name
 def _most_bytes_of_text(
     source: Any, file: pq.ParquetFile, fragment: Fragment, groups: Sequence[int], names: Sequence[str]
 ) -> int:
-    """Return how many bytes texts take at most, one a row: a dictionary may hold a long one once for all rows.
+    """Return the maximum size of texts, one per row: a dictionary may hold one long text for all rows.
 
-    Dictionaries are read only where that may be more than UNSUSPECTED. Arrow's metadata of column chunks is not asked:
+    Dictionaries are read only if the size may exceed UNSUSPECTED. Arrow's metadata of column chunks is not used:
     impossible statistics in it end the process.
     """
     if fragment.rows * max(fragment.nbytes, fragment.state.size) <= UNSUSPECTED:
@@ -255,14 +255,14 @@ def state_now(fs: fsspec.AbstractFileSystem, path: str, source: Any = None) -> S
 
 
 def check_state(path: str, planned: State, found: State, read: str = "footers") -> None:
-    """Raise if a file is not what it was when it was listed, as far as both states are known."""
+    """Raise if the state of a file has changed since it was listed, as far as both states are known."""
     if any(before and now and before != now for before, now in zip(planned, found, strict=True)):
         raise changed([path], read)
 
 
 def changed(paths: Sequence[str], read: str = "footers") -> DataReadError:
-    """Return the error for files that are not what they were when they were planned by their footers or lines."""
+    """Return the error for files that have changed since their footers or lines were planned."""
     return DataReadError(
-        f"{some(paths)} changed since the {read} were read: the number of bytes or rows is another, or the time of the "
-        "last change. Read the files again. Copies on other machines need the same times."
+        f"{some(paths)} changed since the {read} were read: the number of bytes or rows is different, or the time "
+        "of the last change. Read the files again. Copies on other machines need the same times."
     )

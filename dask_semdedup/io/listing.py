@@ -1,4 +1,4 @@
-"""Listing the files of paths, folders and patterns, and the state that they are in."""
+"""List the files of paths, folders and patterns, with their states."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STATE_KEYS = {
 
 
 class State(NamedTuple):
-    """The bytes of a file when it was listed and, if it is local, the nanoseconds of its last change; 0 if unknown."""
+    """The size of a file when it was listed and, if it is local, the time of its last change in ns; 0 if unknown."""
 
     size: int = 0
     mtime: int = 0
@@ -48,10 +48,10 @@ def list_files(
     suffixes: tuple[str, ...] = PARQUET_SUFFIXES,
     kind: str = "Parquet",
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, dict[str, Any]]]:
-    """Return the file system, and the info of each file under a path, a pattern or a list of either.
+    """Return the file system, and the info of each file under a path, a pattern or a list of them.
 
     In folders, only files with one of the suffixes are data. Files and folders whose names begin with a dot or an
-    underscore are left out, even if a pattern matches them. A path that exists is not taken for a pattern.
+    underscore are left out, even if a pattern matches them. An existing path is not treated as a pattern.
 
     Raises
     ------
@@ -189,7 +189,7 @@ def is_hidden(path: str, root: str) -> bool:
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    """Return whether Arrow can open paths of this file system itself."""
+    """Return whether Arrow itself can open paths of this file system."""
     return isinstance(fs, LocalFileSystem)
 
 

@@ -1,4 +1,4 @@
-"""One run at a time works on an output: a file names the process, and no longer counts when that is dead."""
+"""Locks: one run at a time works on an output. A file names the process, and is void once that process is dead."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Holder:
         return cls(socket.gethostname(), os.getpid(), started, datetime.now().isoformat(" ", "seconds"))
 
     def is_dead(self) -> bool:
-        """Return whether the process has ended. That of another host is taken to be alive."""
+        """Return whether the process has ended. A process on another host is assumed to be alive."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -54,21 +54,21 @@ class Holder:
 def only_run(fs: fsspec.AbstractFileSystem, path: str, output: str) -> Iterator[None]:
     """Hold a file, which names this process, while the block runs.
 
-    On a local disk the system keeps two processes from holding it. Object storage knows no such promise: of two that
-    begin within a second, both may.
+    On a local disk, the system prevents two processes from holding it. Object storage has no such guarantee: two that
+    begin within a second may both hold it.
 
     Parameters
     ----------
     fs : fsspec file system
     path : str
-        The file, whose folder exists or is made.
+        The file. Its folder is created if it is missing.
     output : str
-        What the process writes, for the message.
+        Output of the process, for the message.
 
     Raises
     ------
     OutputExistsError
-        If another process holds it, naming that.
+        If another process holds it. The message names that process.
     """
     with _flock(path, output) if is_local(fs) else nullcontext():
         holder = _read(fs, path)
@@ -86,7 +86,7 @@ def only_run(fs: fsspec.AbstractFileSystem, path: str, output: str) -> Iterator[
 
 @contextmanager
 def _flock(path: str, output: str) -> Iterator[None]:
-    """Lock a local file. The system unlocks it when the process ends, however that ends."""
+    """Lock a local file. The system unlocks it when the process ends, for any reason."""
     while True:
         with writing(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)

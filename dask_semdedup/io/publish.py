@@ -1,4 +1,4 @@
-"""A finished folder takes the place of its output, which is replaced only if it is as it was when it was looked at."""
+"""Give a finished folder the name of its output, which is replaced only if it has not changed since it was checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def listing(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, A
 def publish(
     fs: fsspec.AbstractFileSystem, new: str, final: str, aside: str, seen: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Let a finished folder take the place of another one.
+    """Replace a folder by a finished one.
 
     Parameters
     ----------
@@ -41,15 +41,15 @@ def publish(
     new, final : str
         The two folders.
     aside : str
-        Where the old folder goes until the new one has its name. It stays there if this is killed in between:
-        see `put_back`.
+        Place of the old folder until the new one has its name. It stays there if the process is killed in between: see
+        `put_back`.
     seen : mapping
-        The `listing` of the old folder when it was looked at.
+        The `listing` of the old folder when it was checked.
 
     Raises
     ------
     OutputExistsError
-        If the old folder is no longer as it was. It stays.
+        If the old folder has changed. It stays.
     """
     if is_local(fs) or type(fs).mv is not fsspec.AbstractFileSystem.mv:
         _swap(fs, new, final, aside, seen)
@@ -71,7 +71,7 @@ def _rename(fs: fsspec.AbstractFileSystem, source: str, target: str) -> None:
 def _swap(
     fs: fsspec.AbstractFileSystem, new: str, final: str, aside: str, seen: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Move a folder to the name of another one, which is first moved aside and then looked at once more."""
+    """Rename a folder to the name of another one, which is first moved aside and then checked once more."""
     if is_local(fs):
         for path, _, names in os.walk(new):
             for name in [*names, "."]:
@@ -92,9 +92,10 @@ def _swap(
 
 
 def _copy(fs: fsspec.AbstractFileSystem, new: str, final: str, seen: Mapping[str, Mapping[str, Any]]) -> None:
-    """Copy a folder file by file, as object stores do. Until all is there, a file says so; readers of ours look for it.
+    """Copy a folder file by file, as object stores require.
 
-    The new folder stays until then, so that the same can be done again. The manifest comes last.
+    A marker file, which our readers check, stays until the end. The new folder stays until then, so that the copy can
+    be repeated. The manifest comes last.
     """
     before = listing(fs, final)
     _refuse_others(final, before, seen)
@@ -138,7 +139,7 @@ def put_back(fs: fsspec.AbstractFileSystem, final: str, aside: str) -> None:
 
 
 def _sync(path: str) -> None:
-    """Wait until a file or a folder is on the disk: it may not be when another name says that it is whole."""
+    """Wait until a file or folder is on disk. It must be before a name declares it complete."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -147,7 +148,7 @@ def _sync(path: str) -> None:
 
 
 def remove(fs: fsspec.AbstractFileSystem, path: str) -> None:
-    """Remove a file or a folder, without an error that would hide another one."""
+    """Remove a file or folder. Failures are warnings, so that they do not hide another error."""
     try:
         if fs.exists(path):
             fs.rm(path, recursive=True)

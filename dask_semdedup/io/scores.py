@@ -1,4 +1,4 @@
-"""Files of scores: what their folder may hold, the clusters in their names, and the rows that have no score in them."""
+"""Files of scores: the contents of their folder, the clusters in their names, and the number of rows compared."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def clusters_of_files(files: Collection[str], key: str) -> Keys | None:
 
 @dataclass(frozen=True)
 class Compared:
-    """The rows that were compared, where scores were kept of the most similar ones only.
+    """The rows that were compared, if only scores up to an eps were stored.
 
     Parameters
     ----------
     eps : float
-        The eps up to which scores were kept.
+        The eps up to which scores were stored.
     rows : pandas.Series of int64, or int
         The number of rows of each cluster; without clusters, of all rows.
     """
@@ -94,7 +94,7 @@ def write_compared(compared: Compared, folder: str, storage_options: Mapping[str
 
 
 def read_compared(folder: str, storage_options: Mapping[str, Any] | None = None) -> Compared | None:
-    """Read what was compared for a folder of scores; None where they are those of all rows."""
+    """Read what was compared for a folder of scores. None if it holds the scores of all rows."""
     fs, path = fsspec.url_to_fs(folder, **(storage_options or {}))
     name = f"{path.rstrip('/')}/{COMPARED}"
     if not fs.exists(name):

@@ -1,11 +1,11 @@
-"""Output folders that appear completely or not at all, and go on from where a stopped run has left them.
+"""Output folders that appear completely or not at all, and resume from where a stopped run has left them.
 
-Until all of ``OUTPUT`` is written, ``OUTPUT.partial`` is there. It holds
+Until all of ``OUTPUT`` is written, ``OUTPUT.partial`` exists. It holds
 
-- a lock, which names the process that works there, and is void when that is dead;
-- a folder of what is written, which gets the name ``OUTPUT`` when it is whole;
-- a description of the work, if that folder is worth to be kept: the same work goes on with the files in it;
-- the old files, while the new ones take their place.
+- a lock, which names the process that works there and is void once that process is dead;
+- a folder of the written files, which is renamed to ``OUTPUT`` once it is complete;
+- a description of the work, if that folder is worth keeping: the same work resumes with its files;
+- the old files, while the new ones replace them.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ def staged_folder(
     work: Mapping[str, Any] | None = None,
     anew: bool | None = None,
 ) -> Iterator[str]:
-    """Yield the URL of a folder that takes the place of ``output_path`` if the block succeeds.
+    """Yield the URL of a folder that replaces ``output_path`` if the block succeeds.
 
-    If the block fails, ``output_path`` stays as it was. What was written is removed, unless the same work can go on
-    with it: after an interrupt or a failure of the machine, but not after errors that only other input or other
-    parameters would mend.
+    If the block fails, ``output_path`` stays the same. The written files are removed, unless the same work can resume
+    with them: after an interrupt or a failure of the machine, but not after errors that only another input or other
+    parameters would fix.
 
     Parameters
     ----------
     output_path : str
-        The folder: local, or a URL that fsspec understands. Of a link, the target is replaced.
+        The folder: a local path or an fsspec URL. If it is a link, its target is replaced.
     input_path : str, optional
-        Path of the data that is read meanwhile. It must not overlap.
+        Path of the data that is read meanwhile. It must not overlap the output.
     contents : Contents
         The kind of files that are written.
     overwrite : bool
@@ -60,18 +60,18 @@ def staged_folder(
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     work : mapping, optional
-        All that the files depend on, by the names that messages give it, as JSON. Files that a stopped run has left
-        in the folder are there again if it is the same. By default none are.
+        Everything that the files depend on, as JSON, by the names used in messages. If it is the same, the folder holds
+        the files that a stopped run has left. By default the folder is empty.
     anew : bool, optional
-        Whether to drop what a run of other work has left. By default as `overwrite`; otherwise that is an error.
+        Whether to remove the files of different work. Otherwise they are an error. By default as `overwrite`.
 
     Raises
     ------
     OutputExistsError
-        If ``output_path`` is a file, or holds files that may not be replaced; if another run writes there, or a run
-        of other work has left files.
+        If ``output_path`` is a file, or holds files that may not be replaced; if another run writes there, or a run of
+        different work has left files.
     OutputError
-        If ``output_path`` cannot be replaced. All that was written stays.
+        If ``output_path`` cannot be replaced. The written files stay.
     InvalidArgumentError
         If ``output_path`` and ``input_path`` overlap.
     """
@@ -108,7 +108,7 @@ def staged_folder(
 
 
 def restore(fs: fsspec.AbstractFileSystem, final: str) -> None:
-    """Put back what a run that was killed had moved aside, and remove what no run can use again.
+    """Restore what a killed run had moved aside, and remove what no run can reuse.
 
     The lock of `final`, or of the folder that it is in, must be held.
     """
@@ -127,7 +127,7 @@ def _partial(final: str) -> str:
 
 @contextmanager
 def _partial_folder(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[None]:
-    """Hold the lock, and remove the folder that it is in if nothing else is left."""
+    """Hold the lock, and remove its folder if nothing else is left in it."""
     partial = _partial(final)
     try:
         with only_run(fs, f"{partial}/{LOCK}", final):
@@ -138,7 +138,7 @@ def _partial_folder(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[None]
 
 
 def _begin(fs: fsspec.AbstractFileSystem, final: str, work: Mapping[str, Any] | None, *, anew: bool) -> str:
-    """Return the folder to write to, after removing that of other work. It is there only if there is a file in it."""
+    """Return the folder to write to, after removing that of different work. It exists only if it holds a file."""
     partial = _partial(final)
     # Writers of a run that was killed may still be at it: those of other work have another folder.
     token = secrets.token_hex(8) if work is None else hashlib.sha256(_encoded(work)).hexdigest()[:16]
@@ -172,7 +172,7 @@ def _write_work(fs: fsspec.AbstractFileSystem, partial: str, work: Mapping[str, 
 
 
 def _clear(fs: fsspec.AbstractFileSystem, partial: str) -> None:
-    """Remove all but the lock; the description first, without which the rest is of no use."""
+    """Remove everything except the lock, first the description, without which the rest is useless."""
     if not fs.exists(partial):
         return
     paths = {path.rstrip("/") for path in fs.ls(partial, detail=False)} - {f"{partial}/{LOCK}"}
@@ -181,7 +181,7 @@ def _clear(fs: fsspec.AbstractFileSystem, partial: str) -> None:
 
 
 def _is_passing(error: BaseException) -> bool:
-    """Return whether the same work may succeed another time: files come back, and disks get room."""
+    """Return whether the same work may succeed later: files reappear, and disks get space."""
     return isinstance(error, OSError) or not isinstance(error, SemDedupError)
 
 

@@ -1,4 +1,4 @@
-"""Output folders before they are written: what may be in them, and what they may not overlap."""
+"""Checks of output folders before they are written: what they may hold, and what they may not overlap."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ LITTER = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|\.nfs[^/]*|\.ipynb_checkpoints(
 
 
 class Contents(NamedTuple):
-    """A kind of files, which may be replaced if a folder holds nothing else.
+    """A kind of files. A folder that holds nothing else may be replaced.
 
-    `strangers` takes a file system, a folder and the names of its files, and returns those that are of another kind.
+    `strangers` takes a file system, a folder and the names of its files, and returns the names of other kinds.
     """
 
     name: str
@@ -52,7 +52,7 @@ def real_path(fs: fsspec.AbstractFileSystem, path: str) -> str:
 
 
 def is_within(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> bool:
-    """Return whether a path is a folder or lies in it, by whatever name."""
+    """Return whether a path is a folder or inside it, under any name."""
     return f"{real_path(fs, path)}/".startswith(f"{real_path(fs, folder).rstrip('/')}/")
 
 
@@ -73,12 +73,12 @@ def _without_caches(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
 def refuse_overlap(
     fs: fsspec.AbstractFileSystem, output: str, input_path: str, storage_options: Mapping[str, Any]
 ) -> None:
-    """Raise if output and input overlap, by whatever names: the input could be removed, or the output be read.
+    """Raise if output and input overlap under any names. Otherwise the input could be removed, or the output read.
 
     Raises
     ------
     InvalidArgumentError
-        If one of them is the other, or lies in it.
+        If one of them is the other or inside it.
     """
     source_fs, source = fsspec.url_to_fs(input_path, **storage_options)
     fs, source_fs = _without_caches(fs), _without_caches(source_fs)
@@ -96,7 +96,7 @@ def refuse_file(fs: fsspec.AbstractFileSystem, output: str) -> None:
 
 
 def refuse_place(fs: fsspec.AbstractFileSystem, output: str) -> None:
-    """Raise if a path cannot be that of an output folder, whatever is in it."""
+    """Raise if a path cannot be an output folder, regardless of its contents."""
     refuse_file(fs, output)
     if is_local(fs) and (os.path.ismount(output) or is_within(fs, os.getcwd(), output)):
         raise OutputError(
@@ -107,9 +107,9 @@ def refuse_place(fs: fsspec.AbstractFileSystem, output: str) -> None:
 
 
 def refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Contents, *, overwrite: bool) -> None:
-    """Raise if an output folder is not free; with ``overwrite``, if it holds any other files.
+    """Raise if an output folder is not empty; with ``overwrite``, if it holds files of another kind.
 
-    What a run of ours began to put there, and did not finish, may be replaced.
+    Files that one of our runs has left unfinished may be replaced.
     """
     names = [file.removeprefix(f"{output}/") for file in fs.find(output)]
     if names and not overwrite and UNFINISHED not in names:
@@ -122,12 +122,12 @@ def refuse_occupied(fs: fsspec.AbstractFileSystem, output: str, contents: Conten
 
 
 def refuse_strangers(fs: fsspec.AbstractFileSystem, folder: str, contents: Contents, names: Sequence[str]) -> None:
-    """Raise if a folder that is to be replaced holds files of any other kind.
+    """Raise if a folder to be replaced holds files of another kind.
 
     Raises
     ------
     OutputExistsError
-        Naming a few of the other files.
+        With a few of these files.
     """
     own = [name for name in names if name != UNFINISHED and not LITTER.fullmatch(name)]
     if UNFINISHED in names:

@@ -215,7 +215,7 @@ def write_part(
 ) -> pd.DataFrame:
     """Write one partition to a file of a folder, completely or not at all, and return its number of rows.
 
-    A part that has its name is on the disk and whole, so that a later run can rely on it.
+    A part with its final name is complete and on disk, so a later run can rely on it.
     """
     fs, root = fsspec.url_to_fs(folder, **storage_options)
     final = f"{root}/{part_name(number)}"
@@ -259,16 +259,16 @@ def finished_parts(folder: str, storage_options: Mapping[str, Any], plan: str) -
     Parameters
     ----------
     folder : str
-        It is made if it is missing.
+        Created if it is missing.
     storage_options : mapping
         Arguments of the fsspec file system.
     plan : str
-        What tells the partitions from others. It is kept in a file next to the folder.
+        Identifies the partitions. It is stored in a file next to the folder.
 
     Raises
     ------
     OutputExistsError
-        If the parts are of other partitions.
+        If the parts belong to other partitions.
     """
     fs, root = fsspec.url_to_fs(folder, **storage_options)
     fs.makedirs(root, exist_ok=True)

@@ -65,9 +65,9 @@ def read_clusters(
         Arguments of the fsspec file system.
     partition_size : str or int, optional
         Maximum size of the columns of a partition in memory, unless a single cluster is larger. By default "128MiB" for
-        pandas, and up to "2GiB" for cuDF, since a GPU reads many files at once fast. It is less if five partitions
-        would fill more than half of the GPU. If there would be too few partitions to keep all cores, or all GPUs of
-        this process, busy, partitions are smaller: down to 16 MiB for pandas and 128 MiB for cuDF.
+        pandas, and up to "2GiB" for cuDF, since a GPU is fastest if it reads many files at once. Five partitions
+        fill at most half of the GPU. Partitions are smaller, down to 16 MiB for pandas and 128 MiB for cuDF, if that is
+        needed to keep all cores, or all GPUs of this process, busy.
 
     Returns
     -------

@@ -7,6 +7,7 @@ from typing import Any
 import dask.dataframe as dd
 
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
+from dask_semdedup.lazy.embed import warn_of_passes
 from dask_semdedup.lazy.kmeans import cluster
 from dask_semdedup.lazy.removal import remove_duplicates
 from dask_semdedup.lazy.scores import check_rows, score_completely, score_pairwise
@@ -54,6 +55,7 @@ def keep_one_of_each_in_clusters(
     made = [columns.cluster, *DISTANCE_COLUMNS.values()] if are_made else []
     ranking.check_columns([*ddf.columns, *made])
     check_sources(ddf, [columns.id, columns.embedding, *ranking.required_columns], ranking)
+    warn_of_passes(ddf)
     ddf = writable(ddf, columns)
     clustered = cluster(ddf, columns, n_clusters, centroids, fit, options) if are_made else ddf
     # The optimiser may lower an eps; that by which rows are kept, it may not.

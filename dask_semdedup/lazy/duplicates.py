@@ -26,15 +26,15 @@ def eps_curve(scores: dd.DataFrame, eps: Sequence[float]) -> dd.DataFrame:
     Parameters
     ----------
     scores : dask.dataframe.DataFrame
-        With the column ``cosine_sim_score``, the only one that is read.
+        Frame with the column ``cosine_sim_score``. No other column is read.
     eps : sequence of float
         Cosine distances, from 0 to 2.
 
     Returns
     -------
     dask.dataframe.DataFrame
-        Lazy, of one partition: ``eps`` (float64), ``duplicates`` (int64) and ``share`` of all rows (float64), in the
-        order of `eps`.
+        Lazy frame of one partition: ``eps`` (float64), ``duplicates`` (int64) and ``share`` of all rows (float64), in
+        the order of `eps`.
 
     Raises
     ------
@@ -57,13 +57,13 @@ def eps_curve(scores: dd.DataFrame, eps: Sequence[float]) -> dd.DataFrame:
 
 
 def _count(scores: Any, grid: Sequence[float]) -> Any:
-    """The duplicates at each eps, and the rows, of one partition."""
+    """Count the duplicates at each eps, and the rows, of one partition."""
     duplicates = [int(is_duplicate(scores, value).sum()) for value in grid]
     return frame_like({"duplicates": duplicates, "rows": [len(scores)] * len(grid)}, scores)
 
 
 def _add(counts: Any) -> Any:
-    """Sum the counts of several partitions, whose rows stand below one another and are labelled alike."""
+    """Sum the counts of several partitions, which are concatenated and have the same labels."""
     return counts.groupby(level=0, sort=True).sum()
 
 

@@ -1,8 +1,8 @@
-"""Groups of duplicates: the document that is kept in the end for each of them.
+"""Groups of duplicates: for each duplicate, the document that is kept in the end.
 
-The row that makes another one a duplicate (its ``max_id``) may be a duplicate itself, of a third. Such chains end at a
-row that is kept. They are followed by *pointer jumping*: each row points to its preferred row, and in each pass every
-pointer is replaced by the pointer of the row that it points to, which doubles how far it reaches.
+The ``max_id`` of a duplicate may itself be a duplicate of a third row. Such chains end at a kept row. They are followed
+by *pointer jumping*: each row points to its preferred row, and each pass replaces every pointer by the pointer of the
+row that it points to. So each pass doubles the distance that a pointer covers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""K-means: fitted to a sample now, and rows assigned to centroids lazily."""
+"""K-means: fit to a sample now, and assign rows to centroids lazily."""
 
 from __future__ import annotations
 

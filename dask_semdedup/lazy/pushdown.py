@@ -1,8 +1,8 @@
-"""The lowest score that a graph needs: where scores are only filtered, the others need not be searched for.
+"""The lowest score that a graph needs: if scores are only filtered, lower ones need not be searched for.
 
-A search with `at_least` gives the rows that reach it their scores and neighbours, bit for bit, and all others score 0
-and their own id. Ids, clusters, and the number and the order of rows stay as they are. So does which rows reach a
-threshold of `at_least` or more, and with it all that a filter by such a threshold leaves.
+A search with `at_least` gives rows that reach it the same scores and neighbours, bit for bit, and all others the score
+0 and their own id. Ids, clusters, and the number and order of rows stay the same. So any filter by a threshold of
+`at_least` or more selects the same rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHANGED = {"max_id", SCORE_COLUMN}
 
 
 class OfDuplicates(OwnExpr, Blockwise):
-    """A function of each partition of scores that needs only ids of rows whose score is below `at_least`."""
+    """A function of each partition of scores that needs only the ids of rows with a score below `at_least`."""
 
     _parameters = ["frame", "function", "argument", "at_least"]  # noqa: RUF012
 
@@ -60,7 +60,7 @@ class OfDuplicates(OwnExpr, Blockwise):
 
 
 class Searched(OwnExpr):
-    """Scores that are searched for with `SearchOptions`, and only as far down as the graph needs them."""
+    """Scores of a search with `SearchOptions`, only as low as the graph needs them."""
 
     def _simplify_up(self, parent: Expr, dependents: dict[str, Any]) -> AnyExpr | None:
         at_least = None if self.options.at_least else lowest_score(self, parent, dependents)
@@ -81,15 +81,15 @@ def lowest_score(scores: Searched, parent: AnyExpr, dependents: Mapping[str, Any
     scores : Searched
         Scores of all rows.
     parent : Expr
-        The expression that is to depend on other scores. If it needs some below and Dask has made it just now, what it
-        is for is not known yet, and it has to wait for Dask's next pass.
+        Expression whose scores are to be replaced. If Dask has just made it, its purpose may not be known yet; then it
+        waits for Dask's next pass.
     dependents : mapping
-        The expressions that depend on each one, by its name.
+        Dependents of each expression, by its name.
 
     Returns
     -------
     float or None
-        A float32 above 0 and up to 1; None where scores of all rows are needed.
+        A float32 above 0 and up to 1, or None if the scores of all rows are needed.
     """
     lowest = []
     seen: set[str] = set()
@@ -113,12 +113,12 @@ def lowest_score(scores: Searched, parent: AnyExpr, dependents: Mapping[str, Any
 
 
 def _is_unchanged(expr: AnyExpr) -> bool:
-    """Return whether an expression selects what is the same after any search: ids, clusters or the index."""
+    """Return whether an expression selects only what does not depend on the search: ids, clusters or the index."""
     return isinstance(expr, Index) or (isinstance(expr, Projection) and CHANGED.isdisjoint(expr.columns))
 
 
 def _score_needed(expr: AnyExpr, scores: Searched) -> float | None:
-    """Return the score from which on an expression needs the rows; None where it needs more of those below."""
+    """Return the lowest score whose rows an expression needs, or None if it needs more of lower ones."""
     if isinstance(expr, OfDuplicates):
         return float(expr.at_least)
     if isinstance(expr, Filter):
@@ -137,7 +137,7 @@ def _score_needed(expr: AnyExpr, scores: Searched) -> float | None:
 
 
 def _searched(column: Any) -> Searched | None:
-    """Return the scores of which this is the column; None if it is anything else."""
+    """Return the scores of which this is the score column, or None for any other expression."""
     if not isinstance(column, Projection) or column.operand("columns") != SCORE_COLUMN:
         return None
     while isinstance(column, Projection):

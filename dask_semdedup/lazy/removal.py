@@ -1,7 +1,7 @@
-"""Removal of duplicates from the data that they were found in: an anti-join on ids that keeps everything else.
+"""Removal of duplicates from the data: an anti-join on ids that keeps everything else.
 
-The ids to remove are brought to every partition of the data, or both are shuffled by id. Besides, one pass over the
-ids alone makes sure that none of those to remove stands in two rows; no partition is given out before it is through.
+The ids to remove are sent to every partition of the data, or both frames are shuffled by id. One pass over the ids
+alone checks that no id to remove occurs in two rows. No partition is returned before that pass is done.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def remove_duplicates(
 
 
 def check_ids(ids: dd.Series) -> None:
-    """Look at a column of ids now, and raise if rows have none, or share one.
+    """Check a column of ids now, and raise if an id is null or occurs twice.
 
-    Eight bytes a row come together in this process.
+    This process holds eight bytes per row.
 
     Raises
     ------
     IdError
-        Naming a few of the ids.
+        With a few of the ids.
     """
     meta = hash_column(ids._meta)
     missing, hashes = compute(ids.isna().sum(), ids.dropna().map_partitions(hash_column, meta=meta))
@@ -116,7 +116,7 @@ def _to_dask(duplicates: Any) -> dd.DataFrame:
 
 
 def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFrame:
-    """Return the ids to remove, from a frame of duplicates at one eps, at several, or of scores."""
+    """Return the ids to remove from a frame of scores, or of duplicates at one eps or several."""
     _check_id_column(duplicates, ids, "duplicates_id_field", "the duplicates")
     flags = [name for name in duplicates.columns if str(name).startswith("eps=")]
     if eps is None and flags:
@@ -151,14 +151,14 @@ def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFra
 def _by_itself(ids: dd.DataFrame) -> dd.DataFrame:
     """Return the frame with its projection pushed down now.
 
-    Otherwise Dask finds later that the rest of the graph needs the other columns of the same file, reads them all once
-    for both, and holds them in memory until all ids are checked.
+    Otherwise Dask would read all columns once for this pass and for the rest of the graph, and hold them in memory
+    until all ids are checked.
     """
     return new_collection(ids.expr.simplify())
 
 
 def _shuffle_by_id(frame: dd.DataFrame, name: str, npartitions: int) -> dd.DataFrame:
-    """Bring equal ids of whatever dtypes into partitions of equal number, which Dask's own hash of them may not."""
+    """Bring equal ids of any dtypes into partitions of the same number, which Dask's own hash may not do."""
     ids = frame[name]
     hashes = ids.map_partitions(hash_column, meta=hash_column(ids._meta))
     hashed = frame.assign(**{HASH_COLUMN: hashes})

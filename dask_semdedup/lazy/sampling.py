@@ -1,7 +1,7 @@
 """A sample of a frame's embeddings, drawn evenly over its rows, and reproducibly.
 
-Rows are counted first: from the footers of Parquet files where the frame is read from them. Which rows are drawn then
-depends on the counts and the seed alone, and only the partitions that hold some of them are read, one column each.
+Rows are counted first, from the footers if the frame is read from Parquet files. The choice of rows depends only on the
+counts and the seed. Only the partitions that hold some of these rows are read, one column each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIN_PARTITIONS = 32
 
 
 def partition_lengths(ddf: dd.DataFrame, columns: Columns) -> list[int]:
-    """Count the rows of each partition: from footers, or by a column other than that of embeddings if there is one."""
+    """Count the rows of each partition, from footers or else from a column, if possible not that of embeddings."""
     known = lengths_in_footers(ddf)
     if known is not None:
         return known
@@ -40,26 +40,26 @@ def partition_lengths(ddf: dd.DataFrame, columns: Columns) -> list[int]:
 
 
 def draw(lengths: list[int], size: int, seed: int) -> dict[int, np.ndarray]:
-    """Draw rows without replacement, each with the same chance, from few partitions.
+    """Draw rows without replacement and with equal probability, from few partitions.
 
     Parameters
     ----------
     lengths : list of int
-        The rows of each partition.
+        Number of rows of each partition.
     size : int
-        The rows to draw, at most all.
+        Number of rows to draw, at most all.
     seed : int
 
     Returns
     -------
     dict
-        From a partition's number to the positions of its rows, both ascending.
+        From the number of a partition to the positions of its rows, both ascending.
 
     Notes
     -----
-    Where partitions are more than 32, about as many of them are read as would hold four times the sample if all were of
-    the mean size, but at least 32. They are chosen in proportion to their rows, small ones several together, and as
-    many rows are drawn from each choice [1]_.
+    Of more than 32 partitions, at least 32 are read, and about as many as hold four times the sample at the mean size.
+    They are chosen in proportion to their rows, with small ones grouped, and the same number of rows is drawn from each
+    choice [1]_.
 
     References
     ----------
@@ -86,7 +86,7 @@ def draw(lengths: list[int], size: int, seed: int) -> dict[int, np.ndarray]:
 
 
 def _units(order: np.ndarray, counts: np.ndarray, least: int) -> list[np.ndarray]:
-    """Partitions in this order, as many together as have so many rows."""
+    """Return partitions in this order, grouped so that each group has at least so many rows."""
     bounds, rows = [0], 0
     for place, number in enumerate(order.tolist(), 1):
         rows += int(counts[number])
@@ -98,7 +98,7 @@ def _units(order: np.ndarray, counts: np.ndarray, least: int) -> list[np.ndarray
 
 
 def _shared_out(total: int, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Whole numbers that sum to a total, each in proportion to its weight but for a random rounding."""
+    """Return whole numbers that sum to a total, in proportion to weights up to random rounding."""
     # Those of Python do not overflow.
     bounds = np.concatenate([[0], np.cumsum(weights)]).astype(object)
     start = int(rng.integers(bounds[-1])) if len(weights) else 0
@@ -116,14 +116,14 @@ def sample_embeddings(
     picks : dict
         What `draw` returned.
     columns : Columns
-        The column of embeddings, and that of ids, which is for messages and need not be there.
+        Columns of embeddings and of ids. The ids are for messages and may be missing.
     embedding_dim : int, optional
-        The width that every embedding must have.
+        Width that every embedding must have.
 
     Returns
     -------
     (n, d) float32 array
-        In the frame's order, not normalised.
+        Rows in the order of the frame, not normalised.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def take_embeddings(frame: Any, positions: np.ndarray, columns: Columns, embeddi
 
 
 def _stack(parts: list[np.ndarray], columns: Columns) -> np.ndarray:
-    """Put the parts together, letting go of each as soon as it is copied."""
+    """Concatenate the parts, and release each as soon as it is copied."""
     widths = sorted({part.shape[1] for part in parts})
     if len(widths) > 1:
         raise EmbeddingError(

@@ -13,6 +13,7 @@ from dask.dataframe.api import new_collection
 from dask_semdedup.errors import ClusterError, InvalidArgumentError
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
+from dask_semdedup.lazy.embed import warn_of_passes
 from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
 from dask_semdedup.lazy.join import Plan, compare_all, compare_all_with, make_plan
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
@@ -65,13 +66,14 @@ def score_completely(
     by_mean: bool,
     eps: float | None = None,
 ) -> dd.DataFrame:
-    """Score rows among all of the frame: see `SemDedupAccessor.pairwise`."""
+    """Score every row among all rows of the frame: see `SemDedupAccessor.pairwise`."""
     options = up_to(eps, options)
     check_rows(ddf, columns, options)
     made = set(DISTANCE_COLUMNS.values()) if by_mean else set()
     ranking.check_columns([*ddf.columns, *made])
     needed = {columns.id, columns.embedding, *ranking.required_columns} - made
     check_sources(ddf, sorted(needed), ranking)
+    warn_of_passes(ddf)
     scores = compare_all(
         ddf[[name for name in ddf.columns if name in needed]], columns, ranking, options, by_mean=by_mean
     )
@@ -89,24 +91,24 @@ def plan_completely(ddf: dd.DataFrame, columns: Columns, options: SearchOptions,
 
 
 def _duplicates_alone(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
-    """Return the duplicates with an index of their own: which other rows there are depends on how they were found."""
+    """Return the duplicates with a new index, since the rows between them depend on how they were found."""
     return find_duplicates(scores, eps).reset_index(drop=True)
 
 
 def up_to(eps: float | None, options: SearchOptions) -> SearchOptions:
-    """Return options of a search for duplicates at eps; for all scores if there is none, or one that all reach.
+    """Return options of a search for duplicates at eps, or for all scores if all rows reach eps or it is None.
 
     Raises
     ------
     InvalidArgumentError
-        If eps is no cosine distance, or rows that are kept are asked for without an eps below 1.
+        If eps is not a cosine distance, or ``duplicate_of="kept"`` lacks an eps below 1.
     """
     if eps is not None:
         check_eps(eps)
     if options.duplicate_of == "kept" and not (eps is not None and eps < 1):
         raise InvalidArgumentError(
-            f"duplicate_of='kept' needs an eps below 1, not {eps}: which rows are kept depends on it, and rows that "
-            "are not similar at all cannot stand for each other.",
+            f"duplicate_of='kept' needs an eps below 1, not {eps}: which rows are kept depends on eps, and from 1 on "
+            "even rows that are not similar at all would be duplicates.",
             parameters=["duplicate_of", "eps"],
         )
     return options if eps is None or eps >= 1 else replace(options, at_least=float(threshold(eps)))
@@ -125,11 +127,11 @@ def score_against(
     *,
     completely: bool,
 ) -> dd.DataFrame:
-    """Score every row against the reference rows, all or those of its cluster: see `SemDedupAccessor.against`."""
+    """Score every row against all reference rows or those of its cluster: see `SemDedupAccessor.against`."""
     bounded = up_to(eps, options)
     if not isinstance(reference, dd.DataFrame):
         raise InvalidArgumentError(
-            f"reference must be a Dask DataFrame, not a {type(reference).__name__}: for one of pandas, "
+            f"reference must be a Dask DataFrame, not a {type(reference).__name__}. Convert a pandas DataFrame with "
             "dd.from_pandas(reference, npartitions=1).",
             parameters=["reference"],
         )
@@ -139,6 +141,8 @@ def score_against(
     check_rows(reference, of_reference, options)
     queries, candidates = ddf, reference
     if completely:
+        for frame in (ddf, reference):
+            warn_of_passes(frame)
         narrow = ddf[[columns.id, columns.embedding]], reference[[reference_id_field, columns.embedding]]
         scores = compare_all_with(*narrow, columns, reference_id_field, bounded)
         return scores if eps is None else _duplicates_alone(scores, eps)
@@ -162,19 +166,19 @@ def score_against(
 
 
 def is_complete(clusters: str | None, n_clusters: int | None, centroids: Any, fit: Iterable[str]) -> bool:
-    """Return whether rows are compared with all others, as neither clusters nor what makes them is given.
+    """Return whether rows are compared with all others, because no clusters and no way to make them are given.
 
     Raises
     ------
     InvalidArgumentError
-        If there are options of a fit that nothing would use.
+        If there are options of a fit, and no fit.
     """
     if n_clusters is not None or centroids is not None:
         return False
     if unused := list(fit):
         raise InvalidArgumentError(
-            f"No clusters are fitted, so that {', '.join(unused)} would mean nothing. Pass n_clusters too to compare "
-            "rows within clusters of k-means, which misses duplicates.",
+            f"No clusters are fitted, so {', '.join(unused)} would have no effect. To compare rows within k-means "
+            "clusters, which misses duplicates, pass n_clusters too.",
             parameters=unused,
         )
     return clusters is None
@@ -187,13 +191,13 @@ def count_rows(ddf: dd.DataFrame, columns: Columns) -> pd.Series:
 
 
 def check_rows(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:
-    """Raise unless a frame has ids and embeddings, of dtypes that can hold them."""
+    """Raise unless a frame has ids and embeddings, with suitable dtypes."""
     columns.require(unique_columns(ddf), "id", "embedding")
     columns.check_dtypes(ddf._meta, "id", "embedding", embedding_dim=options.embedding_dim)
 
 
 def _check_clustered(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:
-    """Raise unless a frame has ids, embeddings and clusters, of dtypes that can hold them."""
+    """Raise unless a frame has ids, embeddings and clusters, with suitable dtypes."""
     check_rows(ddf, columns, options)
     if columns.cluster not in ddf.columns:
         raise no_cluster_column(columns.cluster, "the frame", ddf.columns)
@@ -202,7 +206,7 @@ def _check_clustered(ddf: dd.DataFrame, columns: Columns, options: SearchOptions
 
 
 def _check_clusters_of_both(ddf: dd.DataFrame, reference: dd.DataFrame, columns: Columns) -> None:
-    """Raise if one of two frames has clusters, and the other has none."""
+    """Raise if only one of two frames has clusters."""
     have_clusters = [columns.cluster in frame.columns for frame in (ddf, reference)]
     if any(have_clusters) and not all(have_clusters):
         raise ClusterError(

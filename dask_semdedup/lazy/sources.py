@@ -1,4 +1,4 @@
-"""Sources of lazy frames: the readers that this package put there, and what they know of columns."""
+"""Sources of lazy frames: this package's readers in their graphs, and what these know about columns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lengths_in_footers(ddf: dd.DataFrame) -> list[int] | None:
 
 
 def bytes_in_footers(ddf: dd.DataFrame) -> int | None:
-    """Return the uncompressed bytes of all columns of those files, of which a frame may have fewer."""
+    """Return the uncompressed bytes of all columns of those files, even if the frame has fewer columns."""
     partitions = _fragments(ddf)
     return None if partitions is None else sum(piece.nbytes for pieces in partitions for piece in pieces)
 
@@ -50,15 +50,15 @@ def _fragments(ddf: dd.DataFrame) -> list[Sequence[Fragment]] | None:
 
 
 def stored_schema(ddf: dd.DataFrame) -> pa.Schema:
-    """Return the schema of those files that most of a frame's columns come from; an empty one where there are none."""
+    """Return the schema of the files that most columns of a frame come from, or an empty one without files."""
     schemas = [pa.schema([]), *(reader.schema for reader in readers_of(ddf))]
     return max(schemas, key=lambda schema: len(set(schema.names).intersection(ddf.columns)))
 
 
 def check_sources(ddf: dd.DataFrame, columns: Sequence[str], ranking: RankingStrategy | None = None) -> None:
-    """Raise, before anything runs, for columns of a frame that its files do not let be read, or ranked by.
+    """Raise, before anything runs, if the files of a frame do not allow to read or rank by these columns.
 
-    A column that has the name and dtype of one in the files is taken to be that one.
+    A column with the name and dtype of a column in the files is assumed to be that column.
 
     Raises
     ------

@@ -1,6 +1,6 @@
-"""Plain tables, Parquet or JSON lines, as lazy frames, and a few of their rows by id.
+"""Tables without clusters, Parquet or JSON lines, as lazy frames; and a few of their rows by id.
 
-Nothing here knows about clusters as `clusters` does: partitions are runs of rows in the files' order.
+Partitions are runs of rows in the order of the files.
 """
 
 from __future__ import annotations
@@ -59,53 +59,54 @@ def read_table(
 ) -> dd.DataFrame:
     """Read Parquet or JSON lines as a lazy frame of pandas or cuDF partitions.
 
-    Only Parquet footers are read now, and a sample of JSON lines, from which the types are taken.
+    The call lists files and reads Parquet footers, or a sample of JSON lines, from which it infers the types. The data
+    are read when the frame is computed.
 
     Parameters
     ----------
     path : str, path-like or list of them
-        A file, a folder, a pattern, or a list of them: local, or a URL that fsspec understands. JSON lines are files
-        that end in .jsonl, .ndjson or .json, or in one of these and .gz or .zst; there is an object on each line.
+        A file, a folder, a pattern, or a list of them. A local path or an fsspec URL. Files of JSON lines hold an
+        object on each line. Their names end in .jsonl, .ndjson or .json, optionally followed by .gz or .zst.
     columns : sequence of str, optional
-        The columns to read; by default all that the files hold, and those in the names of folders, as ``lang=en``.
+        Columns to read. By default all columns of the files, and the keys in folder names, such as ``lang=en``.
     id_field : str, default "id"
-        Column that may not be null in JSON, or that is made.
+        Column of ids. In JSON lines it may not be null. With `make_ids`, the name of the column that is made.
     embedding_field : str, default "embeddings"
-        Column that becomes float32 where it is lists of numbers in JSON.
+        Column of embeddings. In JSON lines, its lists of numbers become float32.
     make_ids : bool, default False
-        Make ids, as the first column, `id_field`: strings of the file's path below the folder that is read, and the
-        row's number in the file, as ``en/part-3.parquet:17``. They stay the same as long as the file does, whatever
-        other files there are.
+        Make a first column `id_field` of strings such as ``en/part-3.parquet:17``: the path of the file relative to the
+        folder that is read, and the number of the row in the file. The ids of a file do not depend on other files.
     backend : {"pandas", "cudf"}, optional
-        What partitions are. By default Dask's configuration ``dataframe.backend``. JSON lines are always pandas.
+        Type of the partitions. By default Dask's configuration ``dataframe.backend``. JSON lines are always read into
+        pandas.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     partition_size : str or int, optional
-        About how much memory a partition takes. By default 128 MiB, and more on a GPU: see `read_clusters`.
+        Approximate size of a partition in memory. By default "128MiB", and more on a GPU, as for `read_clusters`.
 
     Returns
     -------
     dask.dataframe.DataFrame
-        Lists are Arrow's, as are floats, categories that have an order, and integers that may be null: what is read is
-        what stands in the files, and `to_parquet` of the accessor writes it back with the same types. Numbers in JSON
-        that neither int64 nor uint64 nor float64 gives back, as integers from 2⁶⁴ on or decimals of more than 17
-        digits, make their column text.
+        Lists, floats, ordered categories and nullable integers have Arrow types, so that values stay as they are in the
+        files. `to_parquet` of the accessor writes them with the types of the files. A column of JSON numbers becomes
+        text if int64, uint64 and float64 cannot represent one of them exactly: integers from 2⁶⁴ on, or decimals of
+        more than 17 digits.
 
     Raises
     ------
     DataReadError
-        If there are no files, one cannot be read, or two disagree about one of `columns`. If two disagree about another
-        column, that is an error when it is computed.
+        If there are no files, one cannot be read, or two disagree about a column in `columns`. If two disagree about
+        another column, an error follows when that column is computed.
     MissingColumnsError
-        If a column is not there.
+        If a column in `columns` does not exist.
     InvalidArgumentError
-        If ids are to be made under a name that is taken.
+        If `make_ids` is set and the files have a column `id_field`.
 
     Notes
     -----
-    Files need not have one schema. Columns that a file lacks, or that are null in all of it, are null; integers,
-    floats, decimals and their lists are read as the widest type that there is [1]_. What disagrees beyond that, as
-    integers with strings, is an error.
+    Files may have different schemas. A column that a file lacks is null for its rows. Integers, floats, decimals and
+    lists of them are read as the widest of their types [1]_. Types that cannot be unified are an error, such as
+    integers and strings.
 
     References
     ----------
@@ -148,30 +149,30 @@ def read_scores(
     storage_options: Mapping[str, Any] | None = None,
     partition_size: str | int = "32MiB",
 ) -> dd.DataFrame:
-    """Read scores as a lazy frame: those that the command writes, or the files of the stages.
+    """Read scores that the command or the stages have written, as a lazy frame.
 
     Parameters
     ----------
     path : str or path-like
         A folder of Parquet files.
     cluster_field : str, default "centroid"
-        Column of clusters. Where the files have none, it is taken from names such as ``cluster_7.parquet``.
+        Column of clusters. If the files lack it, it comes from file names such as ``cluster_7.parquet``.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     partition_size : str or int, default "32MiB"
-        About how much memory a partition takes: a million rows or so, to be sorted.
+        Approximate size of a partition in memory. The default holds about a million rows.
 
     Returns
     -------
     dask.dataframe.DataFrame
-        With ``id``, ``max_id`` and ``cosine_sim_score``, and the cluster where it is known.
+        With ``id``, ``max_id`` and ``cosine_sim_score``, and the cluster if it is known.
 
     Raises
     ------
     DataReadError
         If there are no files, or one cannot be read as Parquet.
     MissingColumnsError
-        If one of the three columns is not there.
+        If one of the three columns is missing.
     """
     size = check_bytes("partition_size", partition_size)
     fs, files = list_files(path, storage_options)
@@ -195,18 +196,18 @@ def find_rows(
     make_ids: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """Fetch the rows of a few ids from a table, partition by partition.
+    """Fetch the rows of a few ids from a table.
 
-    Only these columns are read, and of each partition only those rows are kept.
+    Only these columns are read. Of each partition, only the wanted rows stay in memory.
 
     Parameters
     ----------
     path : str or path-like
         As for `read_table`.
     ids : collection
-        The ids that are wanted, of the column's type.
+        The wanted ids, of the type of the column.
     columns : sequence of str
-        What is wanted of them.
+        The wanted columns.
     id_field : str, default "id"
         Column of ids.
     make_ids, storage_options
@@ -215,12 +216,12 @@ def find_rows(
     Returns
     -------
     pandas.DataFrame
-        The rows found, indexed by id, each id once.
+        The rows that exist, indexed by id, each id once.
 
     Raises
     ------
     MissingColumnsError
-        If a column is not there.
+        If a column does not exist.
     """
     needed = list(dict.fromkeys([id_field, *columns]))
     options: dict[str, Any] = {"id_field": id_field, "make_ids": make_ids, "storage_options": storage_options}
@@ -232,7 +233,7 @@ def find_rows(
 
 
 def table_token(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> str:
-    """A token of a table's files, their names and states: it changes when one of them does."""
+    """Return a token of the names and states of a table's files, which changes when a file changes."""
     _, files, _ = _list_table(path, storage_options)
     return checksum(files)
 
@@ -240,7 +241,7 @@ def table_token(path: str | os.PathLike[str], storage_options: Mapping[str, Any]
 def _list_table(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], storage_options: Mapping[str, Any] | None
 ) -> tuple[fsspec.AbstractFileSystem, dict[str, Any], bool]:
-    """Return a table's files, and whether they are JSON lines; among Parquet, .json files are about the data."""
+    """Return a table's files, and whether they are JSON lines. Beside Parquet, .json files are taken for metadata."""
     kinds = (*PARQUET_SUFFIXES, *JSON_SUFFIXES, *CONVERSIONS)
     fs, files = list_files(path, storage_options, kinds, kind="Parquet or JSON-lines")
     others = {name for name in files if name.endswith(tuple(CONVERSIONS))}
@@ -251,7 +252,7 @@ def _list_table(
     if others and not parquet and not lines:
         name = min(others)
         what, conversion = next(found for suffix, found in CONVERSIONS.items() if name.endswith(suffix))
-        raise DataReadError(f"{name} is {what}, which is not read. Convert it first: {conversion}.")
+        raise DataReadError(f"{name} is {what}, which is not supported. Convert it first: {conversion}.")
     if lines and parquet:
         raise DataReadError(
             f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(lines, 1)}). Split them into two folders."
@@ -266,13 +267,13 @@ def _select_ids(rows: pd.DataFrame, name: str, wanted: pd.Index) -> pd.DataFrame
 
 
 def _as_objects(ids: pd.Series) -> pd.Series:
-    """Ids of an extension type of Arrow, as UUIDs, as Python objects, which can be looked up."""
+    """Return ids of an Arrow extension type, such as UUIDs, as Python objects, which can be looked up."""
     type_ = getattr(ids.dtype, "pyarrow_dtype", None)
     return pd.Series(list(ids), ids.index, object) if isinstance(type_, pa.BaseExtensionType) else ids
 
 
 def _group(fragments: Sequence[Fragment], most: int) -> list[tuple[Fragment, ...]]:
-    """Runs of fragments of at most so many bytes, or of one fragment."""
+    """Return runs of fragments, each of at most so many bytes or of one fragment."""
     groups: list[list[Fragment]] = []
     total = 0
     for fragment in fragments:
@@ -291,7 +292,7 @@ def _scan(
     keys: Keys | None = None,
     **options: Any,
 ) -> tuple[Reader, list[Fragment]]:
-    """A reader of the files, and their row groups. What is in the files comes before what stands in names."""
+    """Return a reader of the files, and their row groups. Columns of files take precedence over keys of folders."""
     scan = scan_files(fs, files, columns, nulls=options.get("backend") != "cudf")
     made = taken_for_ids(options.get("make_ids"), scan.names)
     named = keys.fields if keys else pa.schema([])
@@ -305,13 +306,13 @@ def _scan(
 
 
 def _roots(fs: fsspec.AbstractFileSystem, path: Any, options: Mapping[str, Any]) -> list[str]:
-    """The folders that paths or patterns stand for; those of files are the files themselves."""
+    """Return the folders that paths and patterns refer to. For a file, it is the file itself."""
     paths = [path] if isinstance(path, str | os.PathLike) else path
     return [above_pattern(fs, fsspec.url_to_fs(os.fspath(entry), **options)[1]) for entry in paths]
 
 
 def _common_root(roots: Sequence[str]) -> str:
-    """The folder of all files."""
+    """Return the folder that holds all files."""
     if len(roots) == 1:
         return roots[0] if not roots[0].endswith(PARQUET_SUFFIXES + JSON_SUFFIXES) else roots[0].rpartition("/")[0]
     return os.path.commonpath(roots)

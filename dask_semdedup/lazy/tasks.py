@@ -1,4 +1,4 @@
-"""Results that are needed now, and tasks that write files: when one has failed, none of them writes any more."""
+"""Results that are needed now, and tasks that write files: after one has failed, none of them writes any more."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["compute", "compute_to_the_end", "results_of"]
 
 
 def compute(*collections: Any) -> tuple[Any, ...]:
-    """Return the results of collections, computed where Dask does by default.
+    """Return the results of collections, computed on Dask's default scheduler.
 
     Raises
     ------
     InvalidArgumentError
-        If that is an asynchronous client, which cannot be waited for.
+        If the scheduler is that of an asynchronous client, which cannot be waited for.
     """
     _scheduler_of(collections)
     return dask.compute(*collections)
@@ -50,12 +50,12 @@ def _scheduler_of(collections: Iterable[Any]) -> Any:
 
 
 def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
-    """Compute a frame whose tasks write files, where `compute` would.
+    """Compute a frame whose tasks write files, on the same scheduler as `compute`.
 
     Parameters
     ----------
     frame : dask.dataframe.DataFrame
-        Of small pandas partitions: what is known of the files.
+        Frame of small pandas partitions, which describe the files.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
     Raises
     ------
     Exception
-        The first of a task, when no other task runs any more: what is written can be removed.
+        The first error of a task, once no other task runs, so that the written files can be removed.
     """
     get = _scheduler_of([frame])
     distributed = sys.modules.get("distributed")
@@ -82,7 +82,7 @@ def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
 
 @contextmanager
 def _out_of_the_way() -> Iterator[None]:
-    """Leave the worker's thread to others while this task, if it is one, waits for them, as `compute` does."""
+    """If this is a task, free the worker's thread for other tasks while it waits, as `compute` does."""
     from distributed import rejoin, secede
 
     try:
@@ -97,16 +97,16 @@ def _out_of_the_way() -> Iterator[None]:
 
 
 def results_of(client: Client, futures: Iterable[Future], advance: Callable[[], None] = lambda: None) -> list[Any]:
-    """Wait for futures, and return their results in their order.
+    """Wait for futures, and return their results in order.
 
-    At the first error all are stopped, and it is raised when none of their tasks runs any more.
+    After the first error, all are stopped. The error is raised once none of their tasks runs any more.
 
     Parameters
     ----------
     client : distributed.Client
     futures : iterable of distributed.Future
     advance : callable
-        Called whenever one is done.
+        Called each time a future is done.
     """
     from distributed import as_completed
 

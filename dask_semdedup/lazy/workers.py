@@ -1,4 +1,4 @@
-"""Workers of a distributed cluster: whether they can do the work, and what they wait for."""
+"""Workers of a distributed cluster: whether they can do the work, and why they do not go on."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ PATIENCE = 60
 
 
 def check_workers(client: Client, version: str, timeout: float = FIRST_WORKER) -> None:
-    """Raise unless a cluster has workers, all with a version of the package.
+    """Raise unless a cluster has workers, all with the given version of the package.
 
     Parameters
     ----------
     client : distributed.Client
     version : str
-        That of this process.
+        Version of this process.
     timeout : float
         Seconds to wait for the first worker.
 
     Raises
     ------
     ClusterUnavailableError
-        Naming the workers that cannot do the work.
+        With the workers that cannot do the work.
     """
     address = _address(client)
     try:
@@ -71,9 +71,9 @@ def check_workers(client: Client, version: str, timeout: float = FIRST_WORKER) -
 
 
 def check_memory(client: Client, ddf: dd.DataFrame) -> None:
-    """Raise if workers cannot hold the largest partition of whole clusters that a frame is read in.
+    """Raise if workers cannot hold the largest partition of a frame that is read in whole clusters.
 
-    A worker would be killed, and the next one, until Dask gives up.
+    Otherwise worker after worker would be killed, until Dask gives up.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def check_memory(client: Client, ddf: dd.DataFrame) -> None:
     Raises
     ------
     InvalidArgumentError
-        Naming the bytes that are needed, and those that there are.
+        With the bytes that are needed and available.
     """
     sources = [read.source for read in ddf.expr.find_operations(ReadClusters) if read.source.reader.backend == "pandas"]
     partitions = [fragments for source in sources for fragments in source.partitions]
@@ -115,12 +115,12 @@ def lost(client: Client) -> ClusterUnavailableError:
 
 @contextmanager
 def watched(client: Client) -> Iterator[Callable[[], None]]:
-    """Warn when nothing has moved for a while and the workers cannot go on; yield what says that something has moved.
+    """Warn if nothing has finished for a while and the workers cannot go on. Yield a function that reports progress.
 
     Warns
     -----
     UserWarning
-        If there are no workers, or all have paused. Once until something moves.
+        If there are no workers, or all have paused. It is repeated only after progress.
     """
     last, told, over = time.monotonic(), False, threading.Event()
 
@@ -149,7 +149,7 @@ def watched(client: Client) -> Iterator[Callable[[], None]]:
 
 
 def _why_nothing_moves(client: Client) -> str | None:
-    """Return why no worker goes on, or None if some do."""
+    """Return why no worker goes on, or None if some worker does."""
     if not is_connected(client):
         return None
     workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]

@@ -1,4 +1,4 @@
-"""Frames as Parquet files, one a partition, with the types and the metadata of the files that they were read from."""
+"""Write frames as Parquet, one file per partition, with the types and metadata of the files they were read from."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = ["Parts", "parts", "writable", "write_clusters_of", "write_layout", "w
 
 
 class Parts(NamedTuple):
-    """The files of a frame's partitions: those that are there, and those that are written when it is computed.
+    """The files of a frame's partitions: those that exist, and those that are written when `rest` is computed.
 
     Parameters
     ----------
     found : dict
-        From the number of a partition to its rows, for each whose file is there.
+        From the number of a partition to its rows, for each existing file.
     rest : dask.dataframe.DataFrame or None
-        Writes the others, and holds the number of rows of each; None if there are no others.
+        Frame that writes the others, and holds their numbers of rows. None if all files exist.
     """
 
     found: dict[int, int]
@@ -53,7 +53,7 @@ def parts(ddf: dd.DataFrame, folder: str, storage_options: Mapping[str, Any] | N
     ----------
     ddf : dask.dataframe.DataFrame
     folder : str
-        It is made now, unless it holds parts of the same frame already.
+        Created now, unless it already holds parts of the same frame.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     """
@@ -82,14 +82,14 @@ def _itself(number: int) -> int:
 
 
 def writable(ddf: dd.DataFrame, columns: Columns) -> dd.DataFrame:
-    """Return the frame with its embeddings as Arrow lists, where they are objects: Dask cannot write these to Parquet.
+    """Return the frame with object embeddings as Arrow lists, since Dask cannot write objects to Parquet.
 
-    Which lists they are, their first row tells.
+    The type of the lists is that of the first row.
 
     Warns
     -----
     UserWarning
-        If Dask cannot write other columns either.
+        If there are other columns that Dask cannot write.
     """
     meta = ddf._meta
     objects = [] if is_cudf(meta) else [name for name, dtype in meta.dtypes.items() if dtype == np.dtype(object)]
@@ -118,7 +118,7 @@ def writable(ddf: dd.DataFrame, columns: Columns) -> dd.DataFrame:
 def write_parts_of(
     ddf: dd.DataFrame, path: str | os.PathLike[str], *, overwrite: bool, storage_options: Mapping[str, Any] | None
 ) -> None:
-    """Write a frame to Parquet, one file a partition: see `SemDedupAccessor.to_parquet`."""
+    """Write a frame to Parquet, one file per partition: see `SemDedupAccessor.to_parquet`."""
     unique_columns(ddf)
     final = os.fspath(path)
     with staged_folder(final, contents=PARTS, overwrite=overwrite, storage_options=storage_options) as folder:
@@ -182,15 +182,15 @@ def write_layout(
     Parameters
     ----------
     ddf : dask.dataframe.DataFrame
-        Aligned: no cluster spans two partitions.
+        Aligned frame: no cluster spans two partitions.
     folder : str
         A path or URL. It must not exist.
     key : str
         The cluster column. It becomes the folders' names and is not in the files.
     max_file_size : int
-        Bytes in memory of what goes to one file; a cluster of more has several.
+        Maximum size in memory of the rows of a file. Larger clusters have several files.
     stored : pyarrow.Schema, optional
-        Of the files that the columns come from: they get its types, and the files its metadata.
+        Schema of the files that the columns come from. It gives the types of columns and the metadata of files.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
 

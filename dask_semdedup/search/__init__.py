@@ -1,7 +1,7 @@
 """Exact search for the nearest earlier neighbour within each segment, at half-precision speed.
 
-This package takes and returns tensors only, and can be used by itself. `nearest_earlier` is its entry point. `certify`
-holds the error bounds and the exact rescoring; the engines do the coarse pass.
+This package takes and returns only tensors, and can be used by itself. `nearest_earlier` is its entry point. `certify`
+holds the error bounds and the exact rescoring. The engines do the coarse pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def nearest_earlier(
     compute_dtype: str = "auto",
     batch_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the most similar earlier row of the same segment for every row.
+    """For every row, return the most similar earlier row of its segment.
 
     Parameters
     ----------
@@ -47,15 +47,15 @@ def nearest_earlier(
         ``rows[segments[s]:segments[s + 1]]``.
     stops : torch.Tensor, optional
         (n,) integers: row ``i`` of a segment that starts at ``s`` is compared with ``rows[s:stops[i]]``, where
-        ``s <= stops[i] <= i``. A row with ``stops[i] == s`` is only a candidate of others. To compare a set of queries
-        with a set of candidates, make a segment of the candidates followed by the queries, whose stops are all the end
-        of the candidates. By default ``stops[i] == i``.
+        ``s <= stops[i] <= i``. A row with ``stops[i] == s`` is only a candidate for others. To compare queries with
+        candidates, make a segment of the candidates followed by the queries, and let the stops of all queries be the
+        end of the candidates. By default ``stops[i] == i``.
     at_least : float, optional
-        A cosine similarity in (0, 1], rounded to float32. Rows whose most similar candidate is at least so similar get
-        the same answers as without it, bit for bit; the others are answered as rows without candidates are.
+        A cosine similarity in (0, 1], rounded to float32. Rows whose most similar candidate reaches it get the same
+        answers as without it, bit for bit. All others are answered like rows without candidates.
     compute_dtype : {"auto", "float32", "float16", "bfloat16"}, default "auto"
-        "auto" is exact: a coarse pass in half precision, if the hardware has it, a certificate, and rescoring of the
-        candidates that it leaves. The others are plain searches for the largest score as computed in that dtype.
+        "auto" is exact: a coarse pass, in half precision if the hardware has it; a certificate; and rescoring of the
+        remaining candidates. The others are plain searches for the largest score as computed in that dtype.
     batch_size : int, optional
         Queries multiplied at once by the torch engine, at most 8,192; by default 512, or 4,096 on a GPU. They are
         multiplied by as many candidates at a time as memory allows. The Triton engine ignores it.
@@ -73,8 +73,8 @@ def nearest_earlier(
     TypeError
         If `rows` or `segments` is not a tensor.
     ValueError
-        If `compute_dtype`, `batch_size` or `at_least` is not allowed, `segments` do not cover `rows`, or one of `stops`
-        is outside its segment or after its row.
+        If `compute_dtype`, `batch_size` or `at_least` is invalid, `segments` do not cover `rows`, or a stop is outside
+        its segment or after its row.
 
     Examples
     --------
@@ -82,12 +82,12 @@ def nearest_earlier(
     >>> nearest_earlier(rows, torch.tensor([0, 3, 4]))
     (tensor([0.0000, 0.0000, 0.8000, 0.0000]), tensor([0, 0, 1, 3]))
 
-    The last two rows as queries against the first two:
+    Compare the last two rows, as queries, with the first two:
 
     >>> nearest_earlier(rows, torch.tensor([0, 4]), stops=torch.tensor([0, 0, 2, 2]))
     (tensor([0.0000, 0.0000, 0.8000, 0.7071]), tensor([0, 1, 1, 0]))
 
-    Only rows that are at least 0.75 similar to one of these:
+    Answer only rows that are at least 0.75 similar to one of these:
 
     >>> nearest_earlier(rows, torch.tensor([0, 4]), stops=torch.tensor([0, 0, 2, 2]), at_least=0.75)
     (tensor([0.0000, 0.0000, 0.8000, 0.0000]), tensor([0, 1, 1, 3]))
@@ -108,13 +108,13 @@ def nearest_earlier(
 
 
 MAX_UNEXPECTED = 0.125
-"""Share of the rows that may be crowded though the sample does not show it, before larger sketches are tried."""
+"""Share of rows that may be crowded beyond what the sample shows, before larger sketches are tried."""
 
 
 def _by_sketches(
     rows: torch.Tensor, segments: torch.Tensor, stops: torch.Tensor | None, at_least: float, search: Search
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Answer the rows that reach `at_least`, and some others; None if `search`, which answers all, takes less."""
+    """Answer the rows that reach `at_least`, and some others. Return None if `search`, which answers all, is faster."""
     if has_triton(rows.device):
         from dask_semdedup.search import triton_sketch as engine
     elif rows.is_cuda:

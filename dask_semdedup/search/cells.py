@@ -1,9 +1,9 @@
-"""Cells: regions of the sketches, and which of them a pair of near rows can stand in.
+"""Cells: regions of sketches, such that every pair of near rows meets in one of them.
 
-A sketch belongs to the cell of its nearest centroid. Between two centroids ``c_a`` and ``c_b`` stands the plane of what
-is equally far from both. Two sketches on different sides of it are at least as far apart as their distances to the
-plane add up to. So if they are no farther apart than `Cells.reach`, one of the two is within half of that of the plane.
-Every row *visits* the cells behind the planes that it is so near to. Each near pair then meets in a cell: as two of its
+A sketch is a member of the cell of its nearest centroid. The plane between two centroids ``c_a`` and ``c_b`` holds all
+points that are equally far from both. Two sketches on different sides are at least as far apart as the sum of their
+distances to the plane. So if they are at most `Cells.reach` apart, one of them is within half of that of the plane.
+Every row *visits* the cells behind all planes to which it is that near. Each near pair then meets in a cell: as two
 members, or as a member and a visitor.
 
 References
@@ -34,14 +34,14 @@ ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 @dataclass(frozen=True)
 class Visits:
-    """The cells that sketches belong to and visit.
+    """The cells that sketches are members of and visit.
 
     Attributes
     ----------
     cell : numpy.ndarray
         (n,) int64.
     visitor, visited : numpy.ndarray
-        (v,) int64 sketches, ascending, and the cells that they visit.
+        (v,) int64 sketches in ascending order, and the cells that they visit.
     """
 
     cell: np.ndarray
@@ -51,14 +51,14 @@ class Visits:
 
 @dataclass(frozen=True)
 class Cells:
-    """Centroids of cells, and how near to the planes between them a sketch visits.
+    """Centroids of cells, and the distance within which sketches are near.
 
     Attributes
     ----------
     centroids : torch.Tensor
         (k, h) float32.
     reach : float
-        Sketches of rows that are as similar as is asked for are at most so far apart.
+        Maximum distance of the sketches of two rows that reach the threshold.
     """
 
     centroids: torch.Tensor
@@ -95,7 +95,7 @@ class Cells:
         return cell
 
     def visits(self, sketches: torch.Tensor) -> Visits:
-        """Return the cells that (n, h) float32 sketches on the CPU belong to and visit."""
+        """Return the cells that (n, h) float32 sketches on the CPU are members of and visit."""
         k = len(self)
         if k == 1:
             none = np.empty(0, np.int64)
@@ -123,7 +123,7 @@ class Cells:
 
 
 def reach_of(sketcher: Sketcher) -> float:
-    """Return how far apart sketches of rows can be that are as similar as is asked for.
+    """Return the maximum distance of the sketches of two rows that reach the threshold.
 
     Their product is at least `Sketcher.floor`. Their squared lengths exceed 1 by `Sketcher.tail` and rounding.
     """
@@ -140,8 +140,8 @@ def fit_cells(sketches: torch.Tensor, k: int, reach: float) -> Cells:
     k : int
         Number of cells.
     reach : float
-        What `reach_of` returned. Of centroids that are nearer to each other than half of it, one is left: the members
-        of one of them would visit the other.
+        Result of `reach_of`. Of centroids that are nearer to each other than half of it, one is kept: members of one
+        would visit the other.
     """
     centroids = sketches[:k].clone()
     for _ in range(ITERATIONS):

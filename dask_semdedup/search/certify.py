@@ -67,12 +67,12 @@ class UnitRows:
 
 
 def scaled(rows: Any, peaks: Any) -> Any:
-    """Return float64 rows, those whose norms may exceed the range of float32 divided by their largest element.
+    """Return float64 rows. Rows whose norms may exceed the range of float32 are divided by their largest element.
 
     Parameters
     ----------
     rows : (n, d) array or torch.Tensor
-        Of NumPy, CuPy or torch.
+        A NumPy, CuPy or torch array.
     peaks : (n,) array or torch.Tensor
         The largest absolute element of each row.
     """
@@ -99,12 +99,12 @@ def chunks(n: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES["cpu"]) -> lis
 
 
 def pieces(rows: torch.Tensor, row_bytes: int) -> list[slice]:
-    """Return slices of rows, as many bytes of them as suits their device."""
+    """Return slices of rows, of a size that suits their device."""
     return chunks(len(rows), row_bytes, CHUNK_BYTES[rows.device.type])
 
 
 def measure(rows: torch.Tensor) -> UnitRows:
-    """Return `rows` with their norms; rows of extreme length are rescaled first.
+    """Return `rows` with their norms. Rows of extreme length are rescaled first.
 
     Parameters
     ----------
@@ -212,8 +212,8 @@ def rescore(
 ) -> None:
     """Write the exact best candidate of each query, the first among equals, and its score.
 
-    Float32 decides the queries whose candidates differ by more than its error; the candidates of the others are scored
-    in float64.
+    Float32 decides queries whose candidates differ by more than its error. Candidates of the others are scored in
+    float64.
 
     Parameters
     ----------
@@ -244,7 +244,7 @@ def _put(
 def _settle(
     unit: UnitRows, query: torch.Tensor, candidate: torch.Tensor, scores: torch.Tensor, index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the (query, candidate) pairs that float32 decides; write the answers of the other queries."""
+    """Return the (query, candidate) pairs that float32 decides, and write the answers of the other queries."""
     if not len(query):
         return query, candidate
     query, order = query.sort(stable=True)

@@ -1,8 +1,8 @@
-"""Rows that have many rows nearly like them: a search among those alone.
+"""Crowded rows: rows with many near-copies, searched only among those.
 
-Templates and copies are similar to thousands of rows. To list all of these pairs would take memory without bounds, so
-such rows are gathered, with all that they may be similar to, and searched by themselves. Of rows that are equal bit by
-bit only the first is a candidate: the others are as similar to anything as it is, and come later.
+Templates and copies are similar to thousands of rows. A list of all of these pairs would take unbounded memory. So such
+rows are gathered, with all rows that they may be similar to, and searched separately. Of rows that are equal bit by
+bit, only the first is a candidate: the others have the same similarities and come later.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def answer_crowded(
     scores: torch.Tensor,
     index: torch.Tensor,
 ) -> None:
-    """Write the answers of crowded rows; those of all other rows are there already.
+    """Write the answers of crowded rows. Those of all other rows are already written.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def answer_crowded(
     crowded : torch.Tensor
         (c,) int64 rows, ascending.
     candidates_of : callable
-        Of some of these, returns all rows that can be their answers.
+        Function of some of these rows that returns all rows that can be their answers.
     search : callable
         The exact search of rows, segments, stops, and `Centred` rows if there are any.
     scores, index : torch.Tensor
@@ -91,7 +91,7 @@ def answer_crowded(
 
 
 def first_copies(rows: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-    """Return for each row the first of its segment that is equal to it bit by bit.
+    """For each row, return the first row of its segment that is equal to it bit by bit.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def first_copies(rows: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some rows, in the order of all, with the segments and stops that they have among themselves.
+    """A subset of the rows, in their order, with segments and stops among themselves.
 
     Attributes
     ----------
@@ -181,7 +181,7 @@ def _answer_groups(
     scores: torch.Tensor,
     index: torch.Tensor,
 ) -> torch.Tensor:
-    """Answer large groups of rows that are nearly alike, one after the other; return the queries that remain.
+    """Answer large groups of near-copies, one after the other, and return the remaining queries.
 
     Two rows within an angle ``t`` of the mean of a group are within ``2 t`` of each other. So a row of the group that
     has such a row among its candidates is nearest to a row within ``3 t`` of the mean.
@@ -225,7 +225,7 @@ def _most_alike(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
 
 
 class Centred(NamedTuple):
-    """Rows in float16 whose products order candidates more finely than those of the rows themselves.
+    """Float16 rows whose products order candidates more finely than the products of the rows themselves.
 
     Let ``m`` be the mean of some rows that are nearly alike, ``u = m + a`` and ``v = m + b``. For a given ``u`` ::
 
@@ -248,7 +248,7 @@ class Centred(NamedTuple):
 
 
 def centred(rows: torch.Tensor, mean: torch.Tensor) -> Centred | None:
-    """Return rows relative to a mean, or None if products are hardly smaller for it.
+    """Return rows relative to a mean, or None if that makes products hardly smaller.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
-"""Which rows stay, if each row that is dropped must be like one that stays.
+"""Which rows are kept, if each dropped row must be similar to a kept one.
 
-In rank order, a row is dropped if and only if a kept, earlier row is at least so similar to it. The kept rows are then
-the first maximal independent set, in lexicographic order, of the graph of similar pairs. It is found in few rounds and
-without a list of the pairs: rows without an earlier neighbour are kept, rows near one of these are dropped, and what
-is left goes round again.
+In rank order, a row is dropped if and only if a kept, earlier row is at least `at_least` similar to it. The kept rows
+are then the lexicographically first maximal independent set of the graph of similar pairs. A few rounds find it without
+a list of the pairs: rows without an earlier neighbour are kept, rows near one of these are dropped, and the rest takes
+another round.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ __all__ = ["nearest_kept"]
 def nearest_kept(
     rows: torch.Tensor, segments: torch.Tensor, *, at_least: float, search: Search = nearest_earlier
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the most similar kept, earlier row of the same segment for every row that is dropped.
+    """For every dropped row, return the most similar kept, earlier row of its segment.
 
     Parameters
     ----------
     rows, segments : torch.Tensor
         As of `dask_semdedup.search.nearest_earlier`.
     at_least : float
-        A cosine similarity in (0, 1]: rows that are so similar to a kept, earlier row are dropped.
+        A cosine similarity in (0, 1]. Rows that are at least this similar to a kept, earlier row are dropped.
     search : callable
-        The search to use: `nearest_earlier`, with options of its own.
+        The search to use: `nearest_earlier` with options.
 
     Returns
     -------
     scores : torch.Tensor
-        (n,) float32, at least `at_least` for rows that are dropped, and 0.0 for those that are kept.
+        (n,) float32, at least `at_least` for dropped rows, and 0.0 for kept ones.
     index : torch.Tensor
-        (n,) int64 positions in `rows`: of the nearest kept row, the first among equals, or of the kept row itself.
+        (n,) int64 positions in `rows`: the nearest kept row, the first among equals, or the kept row itself.
 
     Examples
     --------
-    The second row is like the first one and is dropped; the third is only like the second, and stays:
+    The second row is similar to the first and is dropped. The third is similar only to the second, and is kept:
 
     >>> angle = torch.tensor([0.0, 20.0, 40.0]).deg2rad()
     >>> rows = torch.stack([angle.cos(), angle.sin()], dim=1)

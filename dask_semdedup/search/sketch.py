@@ -1,13 +1,13 @@
-"""Sketches: short rows whose products are never below the similarities of the rows themselves.
+"""Sketches: short rows whose products are never less than the similarities of the rows.
 
 Let ``B`` be an orthonormal basis of some directions, ``c = B'u`` the coordinates of a unit row ``u`` in it, and ``t``
-the length of what is left of the row. By Cauchy-Schwarz ::
+the length of the remainder of the row. By Cauchy-Schwarz ::
 
     u.v  =  c(u).c(v) + (u - Bc(u)).(v - Bc(v))  <=  c(u).c(v) + t(u) t(v)
 
-The sketch of a row is ``(c, t)``. Two rows can only be as similar as is asked for if the product of their sketches is,
-whatever the basis: a poor one costs time, never an answer. The leading principal axes of a sample leave few pairs. What
-rounding adds is bounded, or measured row by row, and subtracted from the similarity that is asked for.
+The sketch of a row is ``(c, t)``. Two rows can reach a threshold only if the product of their sketches does. This holds
+for any basis: a poor one costs time, never an answer. The leading principal axes of a sample leave few pairs. The
+errors of rounding are bounded, or measured row by row, and subtracted from the threshold.
 
 References
 ----------

@@ -1,4 +1,4 @@
-"""One partition of rows and one of reference rows: for every row its most similar reference row of the same cluster."""
+"""Compare a partition of rows with one of reference rows: the most similar reference row of each row's cluster."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ __all__ = ["against_meta", "against_partition"]
 def against_partition(
     frame: Any, reference: Any, columns: Columns, reference_id_field: str, options: SearchOptions | None = None
 ) -> Any:
-    """Find for every row its most similar reference row of the same cluster.
+    """For every row, find the most similar reference row of its cluster.
 
     Parameters
     ----------
     frame, reference : pandas.DataFrame or cudf.DataFrame
         The rows, and all reference rows of their clusters.
     columns : Columns
-        Columns of both, but for the reference's ids.
+        Columns of both frames, except for the ids of the reference.
     reference_id_field : str
-        The reference's column of ids.
+        Column of ids of the reference.
     options : SearchOptions, optional
         How to search.
 
     Returns
     -------
     DataFrame
-        Of the same backend: ``id``, ``max_id`` (of the reference's ids), ``cosine_sim_score`` (float32) and the rows'
-        clusters. Rows without a reference row are left out. Clusters ascend, and ids within each. Among equally similar
-        reference rows the one of the smallest id is named.
+        A frame of the same backend: ``id``, ``max_id`` (the id of a reference row), ``cosine_sim_score`` (float32) and
+        the cluster. Rows without a reference row are left out. Clusters ascend, and so do ids within each. Among
+        equally similar reference rows, the one with the smallest id wins.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def _to_tensor(side: Any, columns: Columns, ids: str, **options: Any) -> Any:
 
 
 def against_meta(meta: Any, reference: Any, columns: Columns, reference_id_field: str) -> Any:
-    """Build the empty frame that has exactly the dtypes of `against_partition`'s."""
+    """Return an empty frame with exactly the dtypes of `against_partition`."""
     empty, other = meta.iloc[:0], reference.iloc[:0]
     return score_frame(empty[columns.id], other[reference_id_field], np.empty(0, np.float32), empty[columns.cluster])
 

@@ -1,4 +1,4 @@
-"""From scores to duplicates: what eps decides, for one eps or several, and how many duplicates each would give."""
+"""From scores to duplicates: the decision by eps, for one eps or several."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_eps(eps: float) -> None:
 
 
 def threshold(eps: Any) -> Any:
-    """Compute the score from which rows are duplicates, rounded as the scores are.
+    """Return the score from which rows are duplicates, rounded like the scores.
 
     Parameters
     ----------
@@ -47,19 +47,19 @@ def threshold(eps: Any) -> Any:
 
     Notes
     -----
-    Compared with a Python float, a float32 score would be one side of the threshold in pandas and the other side where
-    a filter is pushed into a Parquet reader, which compares in float64. A float32 is the same to both.
+    With a threshold that is a Python float, a float32 score could be on one side of it in pandas, and on the other side
+    in a Parquet reader that filters, which compares in float64. A float32 threshold means the same to both.
     """
     return np.subtract(1, np.asarray(eps, np.float64)).astype(np.float32)
 
 
 def is_duplicate(scores: Any, eps: float) -> Any:
-    """Decide for each score whether its row is a duplicate: the one place that does.
+    """Decide for each score whether its row is a duplicate. No other code decides this.
 
     Parameters
     ----------
     scores : pandas, cuDF or Dask Series
-        Cosine similarities. Those that are not float32 are rounded to it.
+        Cosine similarities. Other dtypes are rounded to float32.
     eps : float
         Cosine distance.
 
@@ -86,13 +86,13 @@ def find_duplicates(scores: Any, eps: float | Sequence[float]) -> Any:
     Returns
     -------
     DataFrame
-        For one eps, the selected rows, with all columns. For several, all rows, with one more column of bool for each,
-        which is named as ``eps=0.01``. Lazy where `scores` is.
+        For one eps, the selected rows with all columns. For several, all rows, with a Boolean column for each eps,
+        named like ``eps=0.01``. The result is lazy if `scores` is.
 
     Raises
     ------
     InvalidArgumentError
-        If `eps` is not a number from 0 to 2, or a sequence of such that is empty or repeats one.
+        If `eps` is not a number from 0 to 2, or is a sequence that is empty or has repeats.
     MissingColumnsError
         If there is no column of scores.
     """
@@ -106,7 +106,7 @@ def find_duplicates(scores: Any, eps: float | Sequence[float]) -> Any:
 
 
 def without_first_rows(duplicates: Any) -> Any:
-    """Drop the first rows of clusters, which are their own ``max_id``, with score 0, and are kept whatever eps is.
+    """Drop the first rows of clusters, which are their own ``max_id`` with score 0, and are kept at any eps.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def without_first_rows(duplicates: Any) -> Any:
     Raises
     ------
     IdError
-        If rows that are not the first of their cluster are their own ``max_id``: two rows have one id.
+        If another row is its own ``max_id``: two rows have the same id.
     """
     is_own = are_equal(duplicates["id"], duplicates["max_id"])
     repeated = duplicates["id"][is_own & (duplicates[SCORE_COLUMN] != 0)]
@@ -130,7 +130,7 @@ def without_first_rows(duplicates: Any) -> Any:
 
 
 def eps_column(eps: float) -> str:
-    """Name the column that says which rows are duplicates at one of several eps, as the original SemDeDup does."""
+    """Return the name of the column of duplicates at one of several eps, as in the original SemDeDup."""
     return f"eps={float(eps):g}"
 
 
@@ -142,7 +142,7 @@ def check_score_columns(scores: Any, required: Iterable[str]) -> None:
 
 
 def is_one_eps(eps: Any) -> bool:
-    """Return whether this is meant as one eps, good or bad, rather than as several."""
+    """Return whether this is one eps, valid or not, rather than several."""
     return isinstance(eps, (str, bytes)) or not isinstance(eps, Iterable) or getattr(eps, "ndim", 1) == 0
 
 

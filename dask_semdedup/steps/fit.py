@@ -35,16 +35,16 @@ ROWS_WORTH_SPLITTING = 50_000
 
 
 def default_n_clusters(n_rows: int) -> int:
-    """Choose a number of clusters: of 50,000 rows each, but no more than a quarter of the square root of the rows.
+    """Return a number of clusters: one per 50,000 rows, but at most a quarter of the square root of the rows.
 
-    Clusters separate some duplicates, so that below 100,000 rows there is but one. Assigning n rows to k
-    centroids costs in proportion to n·k and searching the clusters to n²/k, so that the sum is least where k is in
-    proportion to √n: that bounds the number from 160 million rows on. ``benchmarks/recall.py`` measures what is lost.
+    Clusters separate some duplicates, so there is only one below 100,000 rows. Assigning n rows to k centroids costs in
+    proportion to n·k, and searching the clusters in proportion to n²/k. The sum is least if k is in proportion to √n,
+    which bounds the number from 160 million rows on. ``benchmarks/recall.py`` measures what is lost.
 
     Parameters
     ----------
     n_rows : int
-        The rows that are to be clustered.
+        Number of rows to cluster.
 
     Returns
     -------
@@ -61,16 +61,16 @@ class KMeansOptions:
     Parameters
     ----------
     fit_data_fraction : float, optional
-        The share of all rows that is the sample.
+        Share of all rows that is in the sample.
     max_iter, tol, random_state, init, n_init
-        As in scikit-learn. "k-means++" and "k-means||" both mean the one of them that the library has.
+        As in scikit-learn. Both "k-means++" and "k-means||" select the one that the library has.
     oversampling_factor, max_samples_per_batch
-        Of cuML: see there.
+        As in cuML.
 
     Raises
     ------
     InvalidArgumentError
-        If an option is not one of those allowed.
+        If an option is invalid.
     """
 
     fit_data_fraction: float | None = None
@@ -113,18 +113,18 @@ def fit_centroids(
     Parameters
     ----------
     rows : (n, d) float32 array
-        They are brought to unit length first, in place where they are not.
+        Rows. Those not of unit length are normalised first, in place.
     n_clusters : int
-        The number of centroids.
+        Number of centroids.
     options : KMeansOptions, optional
         How to fit.
     device : {"cpu", "cuda"}
-        On "cuda" it is cuML that fits, where it is installed.
+        On "cuda", cuML fits if it is installed.
 
     Returns
     -------
     (n_clusters, d) float32 array
-        The centroids: means of unit rows, which are not of unit length themselves.
+        Centroids. They are means of unit rows and do not have unit length.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def fit_centroids(
 
     Notes
     -----
-    On a CPU, where rows times clusters are more than 2²⁸, the fit is on mini-batches of 16,384 rows
+    On a CPU, if rows times clusters exceed 2²⁸, the fit uses mini-batches of 16,384 rows
     (`sklearn.cluster.MiniBatchKMeans`).
     """
     import torch
@@ -168,7 +168,7 @@ def _fit_with_sklearn(rows: np.ndarray, n_clusters: int, options: KMeansOptions)
 def _means(rows: np.ndarray, labels: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Return the mean of the rows of each centroid, as one more step of Lloyd's algorithm.
 
-    Threads of scikit-learn add rows up in any order, so that its centroids differ in their last bits from run to run.
+    Threads of scikit-learn sum rows in any order, so its centroids differ in their last bits from run to run.
     """
     order = np.argsort(labels, kind="stable")
     bounds = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
@@ -194,7 +194,7 @@ def _fit_with_cuml(rows: np.ndarray, n_clusters: int, options: KMeansOptions) ->
 
 
 def too_many_clusters(n_clusters: int, n_rows: int, where: str) -> InvalidArgumentError:
-    """The error for more clusters than rows."""
+    """Return the error for more clusters than rows."""
     return InvalidArgumentError(
         f"n_clusters is {n_clusters:,}, but there are only {n_rows:,} {where}. Ask for fewer clusters.",
         parameters=["n_clusters"],

@@ -1,4 +1,4 @@
-"""Groups of duplicates in memory: chains of preferred rows, followed to the one that is kept."""
+"""Groups of duplicates in memory: follow chains of preferred rows to the kept row."""
 
 from __future__ import annotations
 
@@ -43,24 +43,22 @@ def resolve_groups(duplicates: Any) -> Any:
     Parameters
     ----------
     duplicates : pandas.DataFrame or cudf.DataFrame
-        All duplicates, with the columns ``id`` and ``max_id``. Rows that are their own ``max_id``, which are the first
-        of their clusters, are kept rows and no duplicates.
+        All duplicates, with the columns ``id`` and ``max_id``. Rows that are their own ``max_id`` are the first of
+        their clusters: they are kept and are not duplicates.
 
     Returns
     -------
     DataFrame
-        Of the same backend, a row for each duplicate, in the same order: ``id``, ``kept_id`` (both of the ids' dtype)
-        and ``n_duplicates`` (int64), the number of duplicates that the kept document stands for.
+        A frame of the same backend with a row for each duplicate, in the same order: ``id`` and ``kept_id``, both of
+        the dtype of the ids, and ``n_duplicates`` (int64), the number of duplicates that the kept document replaces.
 
     Raises
     ------
     IdError
-        If ids are null or repeat, or chains close to a circle.
+        If ids are null or repeat, or a chain forms a circle.
 
-    Notes
-    -----
-    Takes ``ceil(log2(n))`` passes for chains of n duplicates. A chain that has not ended by the pass in which one of
-    all duplicates would have is a circle.
+    Notes ----- Chains of n duplicates take ``ceil(log2(n))`` passes. A chain is a circle if it has not ended after the
+    passes that a chain of all duplicates would take.
 
     References
     ----------

@@ -2,7 +2,7 @@
 
 The fit is that of scikit-learn on a CPU and of cuML on a GPU. Assignment is ours, so that its memory is bounded:
 products of a block of rows with a block of centroids, of which only the nearest are kept. All of it works on rows of
-unit length; only `kmeans_partition` and `kmeans_meta` know of frames.
+unit length. Only `kmeans_partition` and `kmeans_meta` handle frames.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 @dataclass(frozen=True)
 class Centroids:
-    """Centroids as they go to the tasks of a graph.
+    """Centroids in the form that tasks of a graph take.
 
     Parameters
     ----------
     values : (k, d) float32 array
-        One centroid a row.
+        One centroid per row.
     """
 
     values: np.ndarray
@@ -63,7 +63,7 @@ class Centroids:
 
     @cached_property
     def token(self) -> str:
-        """Changes when the centroids do."""
+        """Token that changes with the centroids."""
         return tokenize(self.values)
 
     def __dask_tokenize__(self) -> str:
@@ -74,12 +74,12 @@ class Centroids:
 
 
 def check_centroids(centroids: Any) -> Centroids:
-    """Read centroids, or take those that are given, and check them.
+    """Read centroids if a path is given, and check them.
 
     Parameters
     ----------
     centroids : (k, d) array_like, str or path-like
-        Of NumPy or CuPy, or the path of a ``.npy`` file: local, or a URL that fsspec understands.
+        An array of NumPy or CuPy, or the path of a ``.npy`` file: a local path or an fsspec URL.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def _load(path: str) -> np.ndarray:
 
 
 def normalise(rows: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
-    """Bring rows to unit length.
+    """Normalise rows to unit length.
 
     Parameters
     ----------
@@ -129,8 +129,8 @@ def normalise(rows: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
     Returns
     -------
     (n, d) float32 tensor
-        `rows` itself where all are of unit length already, to within 2⁻²⁰. Such rows, and all-zero ones, stay as they
-        are, bit for bit.
+        `rows` itself if all have unit length to within 2⁻²⁰. Such rows, and all-zero rows, stay the same, bit for
+        bit.
     """
     import torch
 
@@ -152,25 +152,25 @@ def normalise(rows: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
 
 
 def assign(rows: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Find for every row its nearest centroid by Euclidean distance.
+    """For every row, find the nearest centroid by Euclidean distance.
 
     Parameters
     ----------
     rows : (n, d) float32 tensor
-        On any device; they are sent block by block to that of the centroids.
+        Rows on any device. They are sent block by block to the device of the centroids.
     centroids : (k, d) float32 tensor
-        Distinct: of two that are equal, either may be found.
+        Distinct centroids. Of two equal ones, either may be found.
 
     Returns
     -------
-    (n,) int32 tensor, where the rows are
-        The number of each row's nearest centroid; of those equally near, the lowest.
+    (n,) int32 tensor, on the device of the rows
+        Number of the nearest centroid of each row, the lowest among equally near ones.
 
     Notes
     -----
-    ``|x - c|²`` is least where ``x·c - |c|²/2`` is largest. That is computed in float32 for a block of rows and a
-    block of centroids at a time, of which the best is kept, so that memory beyond the result does not depend on the
-    number of rows or centroids: less than 64 MB on a CPU, 256 MB on a GPU.
+    ``|x - c|²`` is least where ``x·c - |c|²/2`` is largest. This is computed in float32 for a block of rows and a block
+    of centroids at a time, and only the best is kept. So memory beyond the result does not depend on the number of rows
+    or centroids: it is less than 64 MB on a CPU, and 256 MB on a GPU.
     """
     import torch
 
@@ -189,7 +189,7 @@ def assign(rows: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
 
 def _half_squares(centroids: torch.Tensor) -> torch.Tensor:
-    """Half the squared length of each centroid, by float64, without a copy of them all."""
+    """Return half the squared length of each centroid, computed in float64 without a copy of all of them."""
     import torch
 
     from dask_semdedup.search.certify import chunks
@@ -204,7 +204,7 @@ def _half_squares(centroids: torch.Tensor) -> torch.Tensor:
 def _nearest(
     rows: torch.Tensor, centroids: torch.Tensor, half_squares: torch.Tensor, step: int, memory: torch.Tensor
 ) -> torch.Tensor:
-    """The numbers of the nearest centroids of a block of rows."""
+    """Return the numbers of the nearest centroids of a block of rows."""
     import torch
 
     best = torch.full((len(rows),), -torch.inf, device=rows.device)
@@ -222,19 +222,19 @@ def _nearest(
 
 
 def distances(rows: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measure how far rows are from their centroids.
+    """Measure the distances of rows to their centroids.
 
     Parameters
     ----------
     rows : (n, d) float32 tensor
-        On any device; they are sent block by block to that of the centroids.
+        Rows on any device. They are sent block by block to the device of the centroids.
     centroids : (k, d) float32 tensor
     labels : (n,) integer tensor
-        Each row's centroid.
+        Number of the centroid of each row.
 
     Returns
     -------
-    l2, cosine : (n,) float32 tensors, where the rows are
+    l2, cosine : (n,) float32 tensors, on the device of the rows
         The Euclidean distance of the normalised row to its centroid, and 1 minus the cosine similarity of the two.
         Both are computed in float64. The cosine distance of an all-zero row, or to an all-zero centroid, is 1.
     """
@@ -256,7 +256,7 @@ def distances(rows: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor)
 
 
 def _unit(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of float64 brought to unit length, and which of them are zero."""
+    """Return float64 rows normalised to unit length, and which of them are zero."""
     norms = rows.norm(dim=1, keepdim=True)
     is_zero = norms == 0
     return rows / norms.masked_fill(is_zero, 1.0), is_zero.flatten()
@@ -270,15 +270,14 @@ def kmeans_partition(frame: Any, centroids: Centroids, columns: Columns, options
     frame : pandas.DataFrame or cudf.DataFrame
     centroids : Centroids
     columns : Columns
-        The column of embeddings, and that of clusters to make. The column of ids is for messages, and need not be
-        there.
+        Columns of embeddings, and of clusters, which is made. The column of ids is for messages and may be missing.
     options : SearchOptions, optional
-        The width of the embeddings, and the device.
+        Width of the embeddings, and the device.
 
     Returns
     -------
     DataFrame
-        Of the same backend, in the frame's order and with its index: see `SemDedupAccessor.kmeans`.
+        A frame of the same backend, order and index: see `SemDedupAccessor.kmeans`.
 
     Raises
     ------
@@ -324,7 +323,7 @@ def kmeans_partition(frame: Any, centroids: Centroids, columns: Columns, options
 
 
 def kmeans_meta(meta: Any, columns: Columns) -> Any:
-    """Build the empty frame that has exactly the dtypes of `kmeans_partition`'s.
+    """Return an empty frame with exactly the dtypes of `kmeans_partition`.
 
     Parameters
     ----------
@@ -347,7 +346,7 @@ def kmeans_meta(meta: Any, columns: Columns) -> Any:
 def _assign_and_measure(
     rows: torch.Tensor, centroids: torch.Tensor, distinct: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The numbers of the rows' nearest centroids, of equal ones the first, and the distances to them."""
+    """Return the nearest centroid of each row, the first among equals, and the distances to it."""
     import torch
 
     if len(distinct) == len(centroids):

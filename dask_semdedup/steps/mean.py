@@ -1,4 +1,4 @@
-"""The mean of all rows, by which rows without clusters are ranked: the same bits in any order and partitioning."""
+"""The mean of all rows, which ranks rows without clusters: the same bits for any order and partitioning."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def mean_of(totals: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
 
 
 def with_distances(frame: Any, parts: Sequence[torch.Tensor], mean: np.ndarray, device: str) -> Any:
-    """Return a frame with the distances of its rows to the mean, as k-means has them to centroids.
+    """Return a frame with the distances of its rows to the mean, in the columns of k-means.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def with_distances(frame: Any, parts: Sequence[torch.Tensor], mean: np.ndarray, 
     mean : numpy.ndarray
         (d,) float64.
     device : {"cpu", "cuda"}
-        Where the distances are computed.
+        Device that computes the distances.
     """
     import torch
 

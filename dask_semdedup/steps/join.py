@@ -74,6 +74,10 @@ class Sketched:
     total: np.ndarray | None
     count: int
 
+    def __sizeof__(self) -> int:
+        """Return the bytes of the sketches, by which Dask decides what to write to disk."""
+        return self.part.__sizeof__()
+
 
 def sketch_partition(
     frame: Any,

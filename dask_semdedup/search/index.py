@@ -219,7 +219,7 @@ class _Trial:
         self.costs, self.pace = costs, pace
         self.sketches, self.judged = found.sketches(rows[len(judges) :]), found.sketches(judges)
         # The shorter ones are multiplied in the dtype that suits the device, the longer ones were rounded to float16.
-        lost = rounding_of(found.size, rows.device)
+        lost = _rounding(found.size, rows.device)
         self.reached = _left(self.judged, found, lost) * work.pairs
         self.left = _left(longer.sketches(judges), longer, 2.0**-10) * work.pairs
 
@@ -244,7 +244,7 @@ class _Trial:
         return 1e-12 * (multiplied + assigned + gathered + rotated + verified)
 
 
-def rounding_of(size: int, device: torch.device) -> float:
+def _rounding(size: int, device: torch.device) -> float:
     """Return about what the bound on the rounding of two sketches takes from the similarity that is asked for."""
     from dask_semdedup.search.torch_sketch import sketch_dtype
 

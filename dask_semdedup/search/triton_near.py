@@ -85,13 +85,16 @@ class Comparison:
         """Yield the rows of a side that visit some cells: see `cells.Cells.visits`."""
         if len(self.cells) == 1:
             return
-        here, half_norms = self.cells.centroids[cells].contiguous(), self.cells.half_norms[cells].contiguous()
-        limits = self.cells.limits[:, cells].contiguous()
+        # Slices of tensors may begin where kernels do not expect it: see `Launcher`.
+        here, half_norms, limits = (
+            part.clone(memory_format=torch.contiguous_format)
+            for part in (self.cells.centroids[cells], self.cells.half_norms[cells], self.cells.limits[:, cells])
+        )
         k, size = here.shape
         launch = launcher_for(self.device, "visits", size)
         chunks = certify.chunks(len(side.key), k, ELEMENTS)
         for chunk in chunks:
-            sketches, own = side.short(chunk, size), side.cell[chunk].contiguous()
+            sketches, own = side.short(chunk, size), side.cell[chunk].clone()
             least = self.cells.half_norms[own] - (sketches * self.cells.centroids[own]).sum(dim=1)
             n = len(own)
             visits = torch.empty(k, n, dtype=torch.int8, device=self.device)
@@ -168,9 +171,10 @@ class Comparison:
         count = torch.empty(n_hits, dtype=torch.int32, device=self.device)
         filter_.launch(count_kernel, PROGRAMS, *arguments, *hits, count, *numbers, **constants)
         ends = count.cumsum(0)
-        pairs = torch.empty(2, int(ends[-1]), dtype=torch.int64, device=self.device)
-        filter_.launch(pair_kernel, PROGRAMS, *arguments, *hits, ends - count, *pairs, *numbers, **constants)
-        return pairs[0], pairs[1]
+        candidate, query = (torch.empty(int(ends[-1]), dtype=torch.int64, device=self.device) for _ in range(2))
+        listed = *arguments, *hits, ends - count, candidate, query
+        filter_.launch(pair_kernel, PROGRAMS, *listed, *numbers, **constants)
+        return candidate, query
 
     def _of_longer(
         self, candidates: _Side, candidate: torch.Tensor, queries: _Side, query: torch.Tensor

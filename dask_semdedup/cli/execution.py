@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import dask
+from dask import threaded
 from dask.callbacks import Callback
 from dask.system import CPU_COUNT
 from rich.console import Console
@@ -52,7 +53,14 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
         # A pool of its own, since its exit waits for running tasks: none writes after a failed run was cleaned up.
         with (
             ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool,
-            dask.config.set(scheduler="threads", pool=pool),
+            # What Dask would choose, too, but only after it has loaded distributed.
+            dask.config.set(
+                {
+                    "scheduler": threaded.get,
+                    "pool": pool,
+                    "dataframe.shuffle.method": dask.config.get("dataframe.shuffle.method", None) or "disk",
+                }
+            ),
         ):
             yield None
         return

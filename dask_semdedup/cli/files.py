@@ -38,7 +38,7 @@ def write_frame(
         return rows
     if client is None:
         with show_tasks(progress, title, client=None):
-            counts = rest.compute(scheduler="threads")["rows"]
+            counts = rest.compute()["rows"]
     else:
         check_memory(client, frame)
         counts = pd.concat(follow_futures(client, client.persist(rest), progress, title))["rows"]

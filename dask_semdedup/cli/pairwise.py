@@ -173,8 +173,8 @@ def summarise(folder: str, storage_options: dict[str, Any], *, cluster_field: st
     eps = DEFAULT_EPS
     scores = read_scores(folder, cluster_field=cluster_field, storage_options=storage_options)
     duplicates = scores.semdedup.duplicates(eps=eps)
-    clusters, rows, dropped = dask.compute(scores[cluster_field].nunique(), scores["id"].size, duplicates["id"].size)
-    return Summary(clusters=int(clusters), rows=int(rows), duplicates=int(dropped), eps=eps)
+    rows, dropped = dask.compute(scores[cluster_field].value_counts(), duplicates["id"].size)
+    return Summary(clusters=len(rows), rows=int(rows.sum()), duplicates=int(dropped), eps=eps)
 
 
 def summary_table(summary: Summary, *, seconds: float) -> Table:

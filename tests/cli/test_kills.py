@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -40,25 +39,17 @@ def command(arguments: list[str], log: str) -> None:
     cli.main(arguments)
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    """What starts processes that have the libraries loaded already: seconds are saved for each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dask_semdedup.cli.run", "dask_semdedup.search", "distributed", "pyarrow.parquet"])
-    return context
-
-
 class Runs:
     """Runs of one command in processes of their own."""
 
-    def __init__(self, server: Any, folder: Path, *arguments: object) -> None:
-        self.server, self.log, self.arguments = server, folder / "log", list(map(str, arguments))
+    def __init__(self, processes: Any, folder: Path, *arguments: object) -> None:
+        self.processes, self.log, self.arguments = processes, folder / "log", list(map(str, arguments))
         self.seconds = 0.0
 
     def run(self, kill_after: float = 60, number: signal.Signals = signal.SIGKILL) -> int:
         """Run it, killed after some seconds if it takes longer, and return its exit status."""
         start = time.monotonic()
-        process = self.server.Process(target=command, args=(self.arguments, str(self.log)))
+        process = self.processes.Process(target=command, args=(self.arguments, str(self.log)))
         process.start()
         process.join(kill_after)
         if process.is_alive():
@@ -95,14 +86,14 @@ def finished_parts(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_scores(server: Any, tmp_path: Path, seed: int) -> None:
+def test_scores(loaded_processes: Any, tmp_path: Path, seed: int) -> None:
     frame = write_random_layout(tmp_path / "in", {cluster: [60] for cluster in range(CLUSTERS)})
     options = ["--partition-size", "1kB", "--quiet"]
-    whole = Runs(server, tmp_path, "pairwise", tmp_path / "in", tmp_path / "whole", *options)
+    whole = Runs(loaded_processes, tmp_path, "pairwise", tmp_path / "in", tmp_path / "whole", *options)
     whole.finish()
     expected = contents(tmp_path / "whole")
     assert len(expected) == CLUSTERS
-    killed = Runs(server, tmp_path, "pairwise", tmp_path / "in", tmp_path / "out", *options)
+    killed = Runs(loaded_processes, tmp_path, "pairwise", tmp_path / "in", tmp_path / "out", *options)
     found: dict[Path, tuple[int, int]] = {}
     for _ in killed.kill(random.Random(seed), whole.seconds / 4, whole.seconds):
         # Whatever has the final name is whole, and no part is made twice.
@@ -118,17 +109,17 @@ def test_scores(server: Any, tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_old_scores(server: Any, tmp_path: Path, seed: int) -> None:
+def test_old_scores(loaded_processes: Any, tmp_path: Path, seed: int) -> None:
     """Until the new scores have their name, the old ones are whole: there, or aside and put back by the next run."""
     write_random_layout(tmp_path / "in", {cluster: [30] for cluster in range(10)})
     arguments = ["pairwise", tmp_path / "in", tmp_path / "out", "--partition-size", "1kB", "--quiet", "--overwrite"]
-    runs = Runs(server, tmp_path, *arguments, "--eps", 0.5)
+    runs = Runs(loaded_processes, tmp_path, *arguments, "--eps", 0.5)
     runs.finish()
     old, seconds = contents(tmp_path / "out"), runs.seconds
-    runs = Runs(server, tmp_path, *arguments)
+    runs = Runs(loaded_processes, tmp_path, *arguments)
     runs.finish()
     new = contents(tmp_path / "out")
-    Runs(server, tmp_path, *arguments, "--eps", 0.5).finish()
+    Runs(loaded_processes, tmp_path, *arguments, "--eps", 0.5).finish()
     for _ in runs.kill(random.Random(seed), seconds / 2, 1.2 * seconds):
         there = [path for path in (tmp_path / "out", tmp_path / "out.partial" / "old") if path.exists()]
         assert contents(there[0]) in (old, new), runs.said()
@@ -138,7 +129,7 @@ def test_old_scores(server: Any, tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_all_steps(server: Any, tmp_path: Path, seed: int) -> None:
+def test_all_steps(loaded_processes: Any, tmp_path: Path, seed: int) -> None:
     embeddings = np.random.default_rng(seed).normal(size=(600, 8)).astype(np.float32)
     embeddings[300:] = embeddings[:300] + 1e-4
     (tmp_path / "in").mkdir()
@@ -147,9 +138,9 @@ def test_all_steps(server: Any, tmp_path: Path, seed: int) -> None:
         frame = pd.DataFrame({"id": np.arange(600)[rows], "embeddings": list(embeddings[rows])})
         frame.to_parquet(tmp_path / "in" / f"{part}.parquet")
     options = ["--n-clusters", 5, "--eps", 0.001, "--partition-size", "1kB", "--quiet"]
-    whole = Runs(server, tmp_path, "run", tmp_path / "in", tmp_path / "whole", *options)
+    whole = Runs(loaded_processes, tmp_path, "run", tmp_path / "in", tmp_path / "whole", *options)
     whole.finish()
-    killed = Runs(server, tmp_path, "run", tmp_path / "in", tmp_path / "out", *options)
+    killed = Runs(loaded_processes, tmp_path, "run", tmp_path / "in", tmp_path / "out", *options)
     for _ in killed.kill(random.Random(seed), whole.seconds / 4, whole.seconds):
         pass
     killed.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import signal
 import subprocess
 import sys
@@ -78,18 +79,19 @@ def read(folder: str | Path) -> pd.DataFrame:
     return pd.read_parquet(folder).sort_values("id", ignore_index=True)
 
 
-def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    script = Path(sys.executable).with_name("dask-semdedup")
-    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
 # --- The entry point -------------------------------------------------------------------------------------------------
 
 
 def test_command_writes_the_scores_and_sums_them_up(clusters: str, tmp_path: Path) -> None:
-    finished = run_script("pairwise", clusters, tmp_path / "scores")
+    script = [Path(sys.executable).with_name("dask-semdedup"), "pairwise", clusters, tmp_path / "scores"]
+    # Python prints what it loads to the standard error.
+    finished = subprocess.run(
+        [sys.executable, "-X", "importtime", *script], capture_output=True, text=True, check=False
+    )
     assert finished.returncode == 0, finished.stderr
-    assert finished.stderr == ""
+    loaded = [line for line in finished.stderr.splitlines() if line.startswith("import time:")]
+    assert len(loaded) == len(finished.stderr.splitlines())
+    assert not any(line.endswith("| distributed") for line in loaded), "threads do not need it, and it takes a second"
     words = finished.stdout.split()
     assert words[words.index("Clusters") + 1] == "3"
     assert words[words.index("Rows") + 1] == "60"
@@ -140,17 +142,19 @@ def test_duplicates_are_replaced_by_scores(clusters: str, tmp_path: Path, invoke
     assert len(read(tmp_path / "found")) == CLUSTERS * ROWS
 
 
-def test_command_fails_in_one_line(clusters: str, tmp_path: Path) -> None:
-    finished = run_script("pairwise", clusters, tmp_path / "scores", "--embedding-field", "vectors")
-    assert finished.returncode == 2
-    assert_one_line(finished.stderr, "vectors", "embeddings")
-    assert finished.stdout == ""
+def test_command_fails_in_one_line(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke(clusters, tmp_path / "scores", "--embedding-field", "vectors")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "vectors", "embeddings")
+    assert result.stdout == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
 
 
-def test_module_runs_as_the_command_does() -> None:
-    finished = subprocess.run([sys.executable, "-m", "dask_semdedup", "--version"], capture_output=True, text=True)
-    assert finished.stdout == f"dask-semdedup {dask_semdedup.__version__}\n"
+def test_module_runs_as_the_command_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dask_semdedup", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("dask_semdedup", run_name="__main__")
+    assert capsys.readouterr().out == f"dask-semdedup {dask_semdedup.__version__}\n"
 
 
 def test_help_names_every_parameter_of_the_library() -> None:

@@ -27,6 +27,8 @@ from dask_semdedup.lazy import writing
 from dask_semdedup.steps import embed
 from tests.data import assert_one_line, write_random_layout
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 CLUSTERS = 6
 SMALL = ["--partition-size", "1kB"]
 

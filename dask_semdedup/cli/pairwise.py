@@ -104,15 +104,15 @@ def command(
 
     Both may be local paths or fsspec URLs.
     """
-    import dask_semdedup
     from dask_semdedup.frames.columns import Columns
     from dask_semdedup.io.listing import checksum, list_files
     from dask_semdedup.io.scores import SCORES, Compared, write_compared
+    from dask_semdedup.lazy.clusters import read_listed
     from dask_semdedup.lazy.scores import count_rows
 
     refuse_contradictions(ctx)
     refuse_memory_output(output_path)
-    _, files = list_files(input_path, storage_options)
+    fs, files = list_files(input_path, storage_options)
     with (
         staged_folder(
             output_path,
@@ -126,13 +126,7 @@ def command(
     ):
         start = time.perf_counter()
         # Before a cluster is started, which takes longer than to find that INPUT is missing.
-        embeddings = dask_semdedup.read_clusters(
-            input_path,
-            cluster_field=cluster_field,
-            backend=backend,
-            storage_options=storage_options or None,
-            partition_size=partition_size,
-        )
+        embeddings = read_listed(fs, files, cluster_field=cluster_field, backend=backend, partition_size=partition_size)
         refuse_strings(embeddings, search_options["embedding_field"])
         scores = embeddings.semdedup.pairwise(
             eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options

@@ -135,6 +135,19 @@ def test_rows_in_no_folders_are_counted_too(tmp_path: Path, invoke: Callable[...
     assert words[words.index("Rows") + 1] == "60"
 
 
+def test_input_is_listed_once(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], calls: list[tuple[str, str]]
+) -> None:
+    """Where there are many files, that takes long."""
+    fs = fsspec.filesystem("memory")
+    fs.put(clusters, "/in", recursive=True)
+    calls.clear()
+    assert invoke("memory://in", tmp_path / "scores").exit_code == 0
+    assert [name for name, _ in calls].count("find") == 1
+    fs.rm("/in", recursive=True)
+    assert len(read(tmp_path / "scores")) == CLUSTERS * ROWS
+
+
 def test_duplicates_are_replaced_by_scores(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     assert invoke(clusters, tmp_path / "found", "--eps", "0.001").exit_code == 0
     assert invoke(clusters, tmp_path / "found", "--overwrite").exit_code == 0

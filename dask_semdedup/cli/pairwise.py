@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dask_semdedup.cli.application import Command, options_of_output, refuse_contradictions
 from dask_semdedup.cli.checks import refuse_strings
-from dask_semdedup.cli.execution import connect, log_to, show_progress
+from dask_semdedup.cli.execution import log_to, on_cluster, show_progress
 from dask_semdedup.cli.files import refuse_memory_output, versions, write_frame
 from dask_semdedup.cli.options import (
     DEFAULT_EPS,
@@ -30,6 +30,8 @@ from dask_semdedup.cli.options import (
 from dask_semdedup.io.staging import staged_folder
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from dask_semdedup.steps.ranking import RankingStrategy
 
 EXAMPLES = """
@@ -132,19 +134,22 @@ def command(
             eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
         )
         listed = time.perf_counter() - start
-        with connect(scheduler, workers, [input_path, output_path]) as client:
+
+        def write(client: Client | None) -> tuple[Summary, float]:
             start = time.perf_counter() - listed
             if verbose:
-                log_to(progress.console)
                 progress.console.print(f"{scores.npartitions:,} partitions, on {client or 'threads of this process'}")
             written = write_frame(scores, folder, storage_options, client=client, progress=progress, title="Comparing")
             seconds = time.perf_counter() - start
             if eps is None:
-                summary = summarise(folder, storage_options, cluster_field=cluster_field)
-            else:
-                rows = count_rows(embeddings, Columns(cluster=cluster_field))
-                write_compared(Compared(eps, rows), folder, storage_options)
-                summary = Summary(clusters=len(rows), rows=int(rows.sum()), duplicates=written, eps=eps)
+                return summarise(folder, storage_options, cluster_field=cluster_field), seconds
+            rows = count_rows(embeddings, Columns(cluster=cluster_field))
+            write_compared(Compared(eps, rows), folder, storage_options)
+            return Summary(clusters=len(rows), rows=int(rows.sum()), duplicates=written, eps=eps), seconds
+
+        if verbose:
+            log_to(progress.console)
+        summary, seconds = on_cluster(write, scheduler, workers, [input_path, output_path], progress)
     if not quiet:
         Console().print(summary_table(summary, seconds=seconds))
         click.echo(f"  {'Scores' if eps is None else 'Duplicates'} in {output_path}")

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.checks import refuse_strings
-from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
+from dask_semdedup.cli.execution import log_to, on_cluster, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output, write_frame
 from dask_semdedup.cli.options import (
     cluster_option,
@@ -194,11 +194,10 @@ def command(
                 return
             outcomes: dict[str, Outcome] = {}
             start = time.perf_counter()
-            paths = [run.input_path, output_path]
-            with connect(scheduler, workers, paths) if any(reasons.values()) else nullcontext() as run.client:
-                if verbose:
-                    log_to(progress.console)
-                for step in steps:
+
+            def make(client: Client | None) -> None:
+                run.client = client
+                for step in steps[len(outcomes) :]:
                     outcome = make_step(
                         step,
                         run.output,
@@ -209,6 +208,13 @@ def command(
                     )
                     outcomes[step.name] = outcome
                     run.counts[step.name] = outcome.manifest.counts
+
+            if verbose:
+                log_to(progress.console)
+            if any(reasons.values()):
+                on_cluster(make, scheduler, workers, [run.input_path, output_path], progress)
+            else:
+                make(None)
         seconds = time.perf_counter() - start
     if report_json is not None:
         with writing(report_json), fsspec.open(report_json, "w", **storage_options) as file:

@@ -6,15 +6,18 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from tests.data import write_random_layout
+
+if TYPE_CHECKING:
+    from dask_semdedup.io.fragments import Fragment
 
 # Of each test here, and how often a command is killed in one at most: 'make test-kills' asks for more.
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))
@@ -25,7 +28,7 @@ CLUSTERS = 40
 
 
 def command(arguments: list[str], log: str) -> None:
-    """The command in a process of its own, as its script does it."""
+    """The command in a process of its own, as its script does it. It notes the files of each part that it begins."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
@@ -33,7 +36,16 @@ def command(arguments: list[str], log: str) -> None:
     import torch
 
     from dask_semdedup import cli
+    from dask_semdedup.io.reader import Reader
 
+    read = Reader.read
+
+    def noted(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+        with open(f"{log}.begun", "a") as file:
+            file.write("".join(f"{fragment.path}\n" for fragment in fragments))
+        return read(reader, fragments, columns)
+
+    Reader.read = noted
     torch.set_num_threads(1)
     dask.config.set(num_workers=THREADS)
     cli.main(arguments)
@@ -94,15 +106,21 @@ def test_scores(loaded_processes: Any, tmp_path: Path, seed: int) -> None:
     expected = contents(tmp_path / "whole")
     assert len(expected) == CLUSTERS
     killed = Runs(loaded_processes, tmp_path, "pairwise", tmp_path / "in", tmp_path / "out", *options)
+    (tmp_path / "log.begun").unlink()
     found: dict[Path, tuple[int, int]] = {}
+    kills = 0
     for _ in killed.kill(random.Random(seed), whole.seconds / 4, whole.seconds):
         # Whatever has the final name is whole, and no part is made twice.
         assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == expected, killed.said()
         now = finished_parts(tmp_path)
         assert found.items() <= now.items() or (tmp_path / "out").exists(), killed.said()
         found = now
+        kills += 1
     if not (tmp_path / "out").exists():
         killed.finish()
+    begun = [path for path in (tmp_path / "log.begun").read_text().split() if "/in/" in path]
+    assert len(set(begun)) == CLUSTERS
+    assert len(begun) <= CLUSTERS + kills * THREADS, "a kill repeats more than one part of each thread"
     assert contents(tmp_path / "out") == expected
     scores = pd.concat(pd.read_parquet(path) for path in (tmp_path / "out").iterdir())
     assert sorted(scores["id"]) == sorted(frame["id"])
@@ -125,7 +143,7 @@ def test_old_scores(loaded_processes: Any, tmp_path: Path, seed: int) -> None:
         assert contents(there[0]) in (old, new), runs.said()
     runs.finish()
     assert contents(tmp_path / "out") == new
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "log", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "log", "log.begun", "out"]
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))

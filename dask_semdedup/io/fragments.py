@@ -251,7 +251,7 @@ def state_now(fs: fsspec.AbstractFileSystem, path: str, source: Any = None) -> S
     if is_local(fs):
         stat = os.stat(path)
         return State(stat.st_size, stat.st_mtime_ns)
-    return State(getattr(source, "size", None) or 0)
+    return State.of(fs, getattr(source, "details", None) or {"size": getattr(source, "size", None)})
 
 
 def check_state(path: str, planned: State, found: State, read: str = "footers") -> None:
@@ -263,6 +263,6 @@ def check_state(path: str, planned: State, found: State, read: str = "footers") 
 def changed(paths: Sequence[str], read: str = "footers") -> DataReadError:
     """Return the error for files that have changed since their footers or lines were planned."""
     return DataReadError(
-        f"{some(paths)} changed since the {read} were read: the number of bytes or rows is different, or the time "
-        "of the last change. Read the files again. Copies on other machines need the same times."
+        f"{some(paths)} changed since the {read} were read: the number of bytes or rows is different, the time of the "
+        "last change, or the ETag. Read the files again. Copies on other machines need the same times."
     )

@@ -15,10 +15,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup import ClusterError, read_clusters
 from dask_semdedup.errors import DataReadError, SemDedupError
-from dask_semdedup.io import fragments, jsonlines, listing, scan
+from dask_semdedup.io import cudf_reader, fragments, jsonlines, listing, scan
+from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.lazy.tables import read_table
 from tests.data import in_partitions
 from tests.fuzz import Noting, varint
@@ -175,6 +177,17 @@ class TestChanges:
         assert path.stat().st_size == before.st_size
         with pytest.raises(DataReadError, match=rf"{path.name} changed since the .* were read: .*Read the files again"):
             table.compute()
+
+    @pytest.mark.parametrize("groups", [None, (0,)])
+    def test_a_replaced_file_is_noticed_before_cudf_reads_it(
+        self, tmp_path: Path, groups: tuple[int, ...] | None
+    ) -> None:
+        (path := tmp_path / "a.parquet").write_bytes(file_of(pa.table({"id": [1]})))
+        _, files = listing.list_files(path)
+        (state,) = (listing.State.of(LocalFileSystem(), info) for info in files.values())
+        os.utime(path, ns=(0, state.mtime + 10**6))
+        with pytest.raises(DataReadError, match=r"a.parquet changed since"):
+            cudf_reader._read_with_cudf(LocalFileSystem(), [Fragment(str(path), 1, groups, state=state)], ["id"])
 
     def test_a_file_that_shrinks(self, file: Callable[[int], Path]) -> None:
         path = file(10)

@@ -14,7 +14,7 @@ from rich.table import Table
 from dask_semdedup.cli.application import Command, options_of_output, refuse_contradictions
 from dask_semdedup.cli.checks import refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress
-from dask_semdedup.cli.files import refuse_memory_output, versions, write_frame
+from dask_semdedup.cli.files import refuse_memory_output, work_of, write_frame
 from dask_semdedup.cli.options import (
     DEFAULT_EPS,
     cluster_option,
@@ -115,6 +115,13 @@ def command(
     refuse_contradictions(ctx)
     refuse_memory_output(output_path)
     fs, files = list_files(input_path, storage_options)
+    start = time.perf_counter()
+    embeddings = read_listed(fs, files, cluster_field=cluster_field, backend=backend, partition_size=partition_size)
+    refuse_strings(embeddings, search_options["embedding_field"])
+    scores = embeddings.semdedup.pairwise(
+        eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
+    )
+    listed = time.perf_counter() - start
     with (
         staged_folder(
             output_path,
@@ -122,18 +129,10 @@ def command(
             contents=SCORES,
             overwrite=overwrite,
             storage_options=storage_options,
-            work={"files": checksum(files), **options_of_output(ctx), "versions": versions()},
+            work={"files": checksum(files), **options_of_output(ctx), **work_of(scores)},
         ) as folder,
         show_progress(enabled=not quiet) as progress,
     ):
-        start = time.perf_counter()
-        # Before a cluster is started, which takes longer than to find that INPUT is missing.
-        embeddings = read_listed(fs, files, cluster_field=cluster_field, backend=backend, partition_size=partition_size)
-        refuse_strings(embeddings, search_options["embedding_field"])
-        scores = embeddings.semdedup.pairwise(
-            eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
-        )
-        listed = time.perf_counter() - start
 
         def write(client: Client | None) -> tuple[Summary, float]:
             start = time.perf_counter() - listed

@@ -27,7 +27,7 @@ from rich.progress import Progress
 
 import dask_semdedup
 from dask_semdedup import cli
-from dask_semdedup.cli import application, files, options, pairwise
+from dask_semdedup.cli import application, execution, files, options, pairwise
 from dask_semdedup.errors import InvalidArgumentError, OutputError
 from dask_semdedup.io import publish, write
 from dask_semdedup.io.scores import read_compared
@@ -654,7 +654,7 @@ def test_missing_input_is_named(tmp_path: Path, invoke: Callable[..., Result]) -
 def test_missing_input_starts_no_cluster(
     tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairwise, "connect", lambda *_: pytest.fail("connected"))
+    monkeypatch.setattr(execution, "connect", lambda *_: pytest.fail("connected"))
     result = invoke(tmp_path / "nowhere", tmp_path / "scores", "--workers", "1")
     assert_one_line(result.stderr, "nowhere")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dask
 import fsspec
 import pandas as pd
 import pytest
@@ -15,6 +16,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
     from tests.data import ObjectStore
 
 # Their assertions say what they compared, as those of tests do.
@@ -40,6 +43,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def loaded_processes() -> Iterator[BaseContext]:
+    """New processes, those of clusters among them, have the libraries loaded already: seconds are saved for each."""
+    from distributed.utils import get_mp_context
+
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        context = get_mp_context()
+        packages = ["cli.run", "search", "report.page", "report.plots"]
+        libraries = ["distributed", "matplotlib.backends.backend_svg", "pyarrow.parquet", "sklearn.cluster"]
+        context.set_forkserver_preload([*(f"dask_semdedup.{name}" for name in packages), *libraries])
+        # It waits until they are loaded, so that no test does.
+        (first := context.Process(target=int)).start()
+        first.join()
+        yield context
 
 
 @pytest.fixture

@@ -249,14 +249,21 @@ def read_theirs(case: Case, folder: Path) -> list[dict[str, Any]]:
 
 def rows_of(table: pa.Table) -> list[dict[str, Any]]:
     """Return the rows with text as bytes, since it may be no UTF-8."""
-    columns = []
-    for column in table.columns:
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            column = column.cast(pa.large_binary())
-        columns.append(column.to_pylist())
+    columns = [column.cast(of_bytes(column.type)).to_pylist() for column in table.columns]
     return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def of_bytes(type_: pa.DataType) -> pa.DataType:
+    """Return a type with bytes for text and its dictionaries, at any depth."""
+    if pa.types.is_dictionary(type_):
+        return of_bytes(type_.value_type)
+    if pa.types.is_struct(type_):
+        return pa.struct([field.with_type(of_bytes(field.type)) for field in type_])
+    if pa.types.is_fixed_size_list(type_):
+        return pa.list_(of_bytes(type_.value_type), type_.list_size)
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        return pa.large_list(of_bytes(type_.value_type))
+    return pa.large_binary() if pa.types.is_string(type_) or pa.types.is_large_string(type_) else type_
 
 
 def are_alike(ours: Any, theirs: Any) -> bool:

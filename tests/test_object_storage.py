@@ -189,6 +189,30 @@ def test_damage_is_named(store: Store, local: Path, remote: str) -> None:
         read_table(f"{remote}/damaged", storage_options=store.options)
 
 
+@pytest.mark.parametrize("is_same_process", [True, False])
+@pytest.mark.parametrize("name", ["0.parquet", "0.jsonl"])
+def test_another_file_of_the_same_length_is_noticed(
+    store: Store, remote: str, name: str, is_same_process: bool
+) -> None:
+    first, second = (
+        encoded(table)
+        if name.endswith("parquet")
+        else "".join(f"{json.dumps(row)}\n" for row in table.to_pylist()).encode()
+        for table in (pa.table({"id": [number, 1], "embeddings": [[1.0, 2.0], [3.0, 4.0]]}) for number in (2, 3))
+    )
+    assert len(first) == len(second)
+    path = f"{remote}/replaced/{name}"
+    store.fs.pipe_file(path, first)
+    frame = read_table(path, storage_options=store.options)
+    assert frame["id"].compute().tolist() == [2, 1]
+    # Another client, whose writes the cache of this one does not see.
+    fsspec.filesystem("s3", skip_instance_cache=True, **store.options).pipe_file(path, second)
+    if not is_same_process:
+        store.fs.invalidate_cache()
+    with pytest.raises(DataReadError, match=r"changed since the .* were read|Cannot read .*/replaced/0"):
+        frame.compute()
+
+
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 

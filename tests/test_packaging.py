@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -35,21 +36,38 @@ def test_imports_where_there_is_no_gpu_software() -> None:
     assert run_python(code) == "imported"
 
 
-def test_import_starts_nothing() -> None:
-    code = f"""
-        import sys, threading
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """The modules that are there after one import after the other, in one process."""
+    code = """
+        import json, sys, threading
         import psutil
+        loaded = {}
         import dask_semdedup
+        loaded["package"] = list(sys.modules)
         assert threading.active_count() == 1, threading.enumerate()
         assert not psutil.Process().children(recursive=True)
-        print(sorted(set({[*GPU_MODULES, "click", "matplotlib", "rich"]!r}) & set(sys.modules)))
+        import dask_semdedup.cli
+        loaded["command"] = list(sys.modules)
+        import dask_semdedup.plots
+        loaded["plots"] = list(sys.modules)
+        print(json.dumps(loaded))
     """
-    assert run_python(code) == "[]"
+    return json.loads(run_python(code))
 
 
-def test_command_imports_only_what_its_help_needs() -> None:
-    heavy = ["matplotlib", "PIL", "pyarrow.json", "sentence_transformers", "sklearn", "torch"]
-    assert run_python(f"import sys, dask_semdedup.cli; print(sorted(set({heavy!r}) & set(sys.modules)))") == "[]"
+@pytest.mark.parametrize(
+    ("imported", "slow"),
+    [
+        ("package", [*GPU_MODULES, "click", "distributed", "matplotlib", "rich", "torch"]),
+        ("command", ["distributed", "matplotlib", "PIL", "pyarrow.json", "sentence_transformers", "sklearn", "torch"]),
+        ("plots", ["matplotlib.pyplot"]),
+    ],
+)
+def test_importing_leaves_alone_what_is_slow_to_load(
+    loaded: dict[str, list[str]], imported: str, slow: list[str]
+) -> None:
+    assert not set(slow).intersection(loaded[imported])
 
 
 def test_version_is_the_distributions() -> None:

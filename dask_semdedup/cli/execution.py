@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import dask
+from dask import threaded
 from dask.callbacks import Callback
 from dask.system import CPU_COUNT
 from rich.console import Console
@@ -27,7 +29,7 @@ from rich.progress import (
 )
 
 from dask_semdedup.cli.options import tls_files
-from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError
+from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError, counted
 from dask_semdedup.lazy.tasks import results_of
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 # Seconds that a client has to take leave of its scheduler.
 CLOSING = 10
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -52,12 +56,19 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
         # A pool of its own, since its exit waits for running tasks: none writes after a failed run was cleaned up.
         with (
             ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool,
-            dask.config.set(scheduler="threads", pool=pool),
+            # What Dask would choose, too, but only after it has loaded distributed.
+            dask.config.set(
+                {
+                    "scheduler": threaded.get,
+                    "pool": pool,
+                    "dataframe.shuffle.method": dask.config.get("dataframe.shuffle.method", None) or "disk",
+                }
+            ),
         ):
             yield None
         return
     _refuse_memory(paths, "--workers" if scheduler is None else "--scheduler")
-    from distributed import Client, LocalCluster, Security
+    from distributed import LocalCluster, Security, Status
 
     import dask_semdedup
     from dask_semdedup.lazy.workers import check_workers
@@ -71,11 +82,46 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
             yield client
         return
     # A worker's failure reaches the user through its future: its own log would only repeat it.
-    with (
-        LocalCluster(n_workers=workers, dashboard_address=":0", silence_logs=logging.CRITICAL) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    cluster = LocalCluster(n_workers=workers, dashboard_address=":0", silence_logs=logging.CRITICAL)
+    try:
+        with _client(cluster.scheduler_address, None) as client:
+            yield client
+    finally:
+        # It would wait for a scheduler that is gone.
+        cluster.shutdown_scheduler = getattr(cluster.scheduler, "status", None) == Status.running
+        cluster.close()
+
+
+def on_cluster(
+    attempt: Callable[[Client | None], T],
+    scheduler: str | None,
+    workers: int | None,
+    paths: Iterable[str | None],
+    progress: Progress,
+) -> T:
+    """Return what a function returns for the client that `connect` yields.
+
+    If the processes of ``--workers`` are lost, they are started again, and the function is called again, which must go
+    on with what is finished. If nothing was finished since their start, that is an error.
+    """
+    while True:
+        before = _finished(progress)
+        try:
+            with connect(scheduler, workers, paths) as client:
+                return attempt(client)
+        except ClusterUnavailableError:
+            finished = _finished(progress) - before
+            if workers is None or not finished:
+                raise
+            warnings.warn(
+                f"The scheduler of --workers has stopped after {counted(finished, 'task')}: starting it again.",
+                stacklevel=2,
+            )
+
+
+def _finished(progress: Progress) -> int:
+    """Return the number of tasks that are done, of all bars."""
+    return sum(int(task.completed) for task in progress.tasks)
 
 
 @contextmanager

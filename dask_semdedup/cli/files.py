@@ -38,20 +38,23 @@ def write_frame(
         return rows
     if client is None:
         with show_tasks(progress, title, client=None):
-            counts = rest.compute(scheduler="threads")["rows"]
+            counts = rest.compute()["rows"]
     else:
         check_memory(client, frame)
         counts = pd.concat(follow_futures(client, client.persist(rest), progress, title))["rows"]
     return rows + int(counts.sum())
 
 
-def versions() -> str:
-    """Return the versions of what decides on the bytes of a file."""
+def work_of(frame: dd.DataFrame) -> dict[str, str]:
+    """Return what decides on the bytes of a frame's files, beside the options: its partitions, and versions."""
     import pyarrow as pa
 
     import dask_semdedup
 
-    return f"dask-semdedup {dask_semdedup.__version__}, pyarrow {pa.__version__}"
+    return {
+        "versions": f"dask-semdedup {dask_semdedup.__version__}, pyarrow {pa.__version__}",
+        "partitions": f"{frame._name} of {frame.npartitions}",
+    }
 
 
 def refuse_memory_output(path: str) -> None:

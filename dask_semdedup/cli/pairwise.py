@@ -13,8 +13,8 @@ from rich.table import Table
 
 from dask_semdedup.cli.application import Command, options_of_output, refuse_contradictions
 from dask_semdedup.cli.checks import refuse_strings
-from dask_semdedup.cli.execution import connect, log_to, show_progress
-from dask_semdedup.cli.files import refuse_memory_output, versions, write_frame
+from dask_semdedup.cli.execution import log_to, on_cluster, show_progress
+from dask_semdedup.cli.files import refuse_memory_output, work_of, write_frame
 from dask_semdedup.cli.options import (
     DEFAULT_EPS,
     cluster_option,
@@ -30,6 +30,8 @@ from dask_semdedup.cli.options import (
 from dask_semdedup.io.staging import staged_folder
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from dask_semdedup.steps.ranking import RankingStrategy
 
 EXAMPLES = """
@@ -104,15 +106,22 @@ def command(
 
     Both may be local paths or fsspec URLs.
     """
-    import dask_semdedup
     from dask_semdedup.frames.columns import Columns
     from dask_semdedup.io.listing import checksum, list_files
     from dask_semdedup.io.scores import SCORES, Compared, write_compared
+    from dask_semdedup.lazy.clusters import read_listed
     from dask_semdedup.lazy.scores import count_rows
 
     refuse_contradictions(ctx)
     refuse_memory_output(output_path)
-    _, files = list_files(input_path, storage_options)
+    fs, files = list_files(input_path, storage_options)
+    start = time.perf_counter()
+    embeddings = read_listed(fs, files, cluster_field=cluster_field, backend=backend, partition_size=partition_size)
+    refuse_strings(embeddings, search_options["embedding_field"])
+    scores = embeddings.semdedup.pairwise(
+        eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
+    )
+    listed = time.perf_counter() - start
     with (
         staged_folder(
             output_path,
@@ -120,37 +129,26 @@ def command(
             contents=SCORES,
             overwrite=overwrite,
             storage_options=storage_options,
-            work={"files": checksum(files), **options_of_output(ctx), "versions": versions()},
+            work={"files": checksum(files), **options_of_output(ctx), **work_of(scores)},
         ) as folder,
         show_progress(enabled=not quiet) as progress,
     ):
-        start = time.perf_counter()
-        # Before a cluster is started, which takes longer than to find that INPUT is missing.
-        embeddings = dask_semdedup.read_clusters(
-            input_path,
-            cluster_field=cluster_field,
-            backend=backend,
-            storage_options=storage_options or None,
-            partition_size=partition_size,
-        )
-        refuse_strings(embeddings, search_options["embedding_field"])
-        scores = embeddings.semdedup.pairwise(
-            eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
-        )
-        listed = time.perf_counter() - start
-        with connect(scheduler, workers, [input_path, output_path]) as client:
+
+        def write(client: Client | None) -> tuple[Summary, float]:
             start = time.perf_counter() - listed
             if verbose:
-                log_to(progress.console)
                 progress.console.print(f"{scores.npartitions:,} partitions, on {client or 'threads of this process'}")
             written = write_frame(scores, folder, storage_options, client=client, progress=progress, title="Comparing")
             seconds = time.perf_counter() - start
             if eps is None:
-                summary = summarise(folder, storage_options, cluster_field=cluster_field)
-            else:
-                rows = count_rows(embeddings, Columns(cluster=cluster_field))
-                write_compared(Compared(eps, rows), folder, storage_options)
-                summary = Summary(clusters=len(rows), rows=int(rows.sum()), duplicates=written, eps=eps)
+                return summarise(folder, storage_options, cluster_field=cluster_field), seconds
+            rows = count_rows(embeddings, Columns(cluster=cluster_field))
+            write_compared(Compared(eps, rows), folder, storage_options)
+            return Summary(clusters=len(rows), rows=int(rows.sum()), duplicates=written, eps=eps), seconds
+
+        if verbose:
+            log_to(progress.console)
+        summary, seconds = on_cluster(write, scheduler, workers, [input_path, output_path], progress)
     if not quiet:
         Console().print(summary_table(summary, seconds=seconds))
         click.echo(f"  {'Scores' if eps is None else 'Duplicates'} in {output_path}")
@@ -173,8 +171,8 @@ def summarise(folder: str, storage_options: dict[str, Any], *, cluster_field: st
     eps = DEFAULT_EPS
     scores = read_scores(folder, cluster_field=cluster_field, storage_options=storage_options)
     duplicates = scores.semdedup.duplicates(eps=eps)
-    clusters, rows, dropped = dask.compute(scores[cluster_field].nunique(), scores["id"].size, duplicates["id"].size)
-    return Summary(clusters=int(clusters), rows=int(rows), duplicates=int(dropped), eps=eps)
+    rows, dropped = dask.compute(scores[cluster_field].value_counts(), duplicates["id"].size)
+    return Summary(clusters=len(rows), rows=int(rows.sum()), duplicates=int(dropped), eps=eps)
 
 
 def summary_table(summary: Summary, *, seconds: float) -> Table:

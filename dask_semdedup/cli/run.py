@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.checks import refuse_strings
-from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
+from dask_semdedup.cli.execution import log_to, on_cluster, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output, write_frame
 from dask_semdedup.cli.options import (
     cluster_option,
@@ -194,11 +194,10 @@ def command(
                 return
             outcomes: dict[str, Outcome] = {}
             start = time.perf_counter()
-            paths = [run.input_path, output_path]
-            with connect(scheduler, workers, paths) if any(reasons.values()) else nullcontext() as run.client:
-                if verbose:
-                    log_to(progress.console)
-                for step in steps:
+
+            def make(client: Client | None) -> None:
+                run.client = client
+                for step in steps[len(outcomes) :]:
                     outcome = make_step(
                         step,
                         run.output,
@@ -209,6 +208,13 @@ def command(
                     )
                     outcomes[step.name] = outcome
                     run.counts[step.name] = outcome.manifest.counts
+
+            if verbose:
+                log_to(progress.console)
+            if any(reasons.values()):
+                on_cluster(make, scheduler, workers, [run.input_path, output_path], progress)
+            else:
+                make(None)
         seconds = time.perf_counter() - start
     if report_json is not None:
         with writing(report_json), fsspec.open(report_json, "w", **storage_options) as file:
@@ -294,22 +300,24 @@ class Run:
         parts = files_of_run(PART_FILE)
         scores = files_of_run(re.compile(f"{PART_FILE.pattern}|{re.escape(COMPARED)}"))
         clusters = files_of_run(re.compile(f"[^/=]+=[^/]*/{PART_FILE.pattern}"))
-        first = [Step("embeddings", source | embedding, self._embed, parts, costly=True)] if self.embed else []
+        first = (
+            [Step("embeddings", source | embedding, self._embed, parts, plan=self._embedded, costly=True)]
+            if self.embed
+            else []
+        )
         before = tuple(step.name for step in first)
         if self.is_complete:
             scoring |= source | self._parameters("embedding_dim") | {"rank_by": self._rank_by()}
         else:
-            first.append(
-                Step("clusters", source | clustering, self._cluster, clusters, before, costly=True, in_parts=False)
-            )
+            first.append(Step("clusters", source | clustering, self._cluster, clusters, before, costly=True))
             before = ("clusters",)
         return [
             *first,
-            Step("scores", scoring, self._score, scores, before, costly=True),
+            Step("scores", scoring, self._score, scores, before, plan=self._scores, costly=True),
             # All else that duplicates depend on, the scores do too.
-            Step("duplicates", deciding, self._find_duplicates, parts, ("scores",)),
-            Step("deduplicated", source | kept, self._deduplicate, parts, ("duplicates",)),
-            Step("report", source | deciding | shown, self._report, REPORT, ("scores", "duplicates"), in_parts=False),
+            Step("duplicates", deciding, self._find_duplicates, parts, ("scores",), plan=self._duplicates),
+            Step("deduplicated", source | kept, self._deduplicate, parts, ("duplicates",), plan=self._kept_rows),
+            Step("report", source | deciding | shown, self._report, REPORT, ("scores", "duplicates")),
         ]
 
     def _parameters(self, *names: str) -> dict[str, Any]:
@@ -487,9 +495,9 @@ class Run:
     def _write(self, frame: dd.DataFrame, folder: str, title: str) -> int:
         return write_frame(frame, folder, self.storage_options, client=self.client, progress=self.progress, title=title)
 
-    # --- The steps: each writes files to a folder, and returns counts ---
+    # --- The steps: each writes files to a folder, of a frame that was planned if it has parts, and returns counts ---
 
-    def _embed(self, folder: str) -> dict[str, int]:
+    def _embedded(self) -> dd.DataFrame:
         from dask_semdedup.lazy.embed import TEXTS_OF_PART
         from dask_semdedup.lazy.sampling import partition_lengths
         from dask_semdedup.lazy.split import split_rows
@@ -503,9 +511,12 @@ class Run:
             self.text_field, model=self.model, embedding_field=self.embedding_field, device=self.device
         )
         unneeded = {self.text_field} - {self.id_field, *self._ranked_by()}
-        return {"rows": self._write(frame.drop(columns=list(unneeded)), folder, "Embedding")}
+        return frame.drop(columns=list(unneeded))
 
-    def _cluster(self, folder: str) -> dict[str, int]:
+    def _embed(self, folder: str, frame: dd.DataFrame) -> dict[str, int]:
+        return {"rows": self._write(frame, folder, "Embedding")}
+
+    def _cluster(self, folder: str, _: None) -> dict[str, int]:
         from dask_semdedup.io.layout import cluster_files
 
         self._check_ids()
@@ -528,19 +539,21 @@ class Run:
         files = cluster_files(folder, self.storage_options, cluster_field=self.cluster_field)
         return {"clusters": len(files)}
 
-    def _score(self, folder: str) -> dict[str, int]:
+    def _scores(self) -> dd.DataFrame:
+        self._check_ids()  # The clusters may have been made with another column of ids.
+        return self._compare(self._read_rows(), None if self.keeps_all else self.max_eps)
+
+    def _score(self, folder: str, frame: dd.DataFrame) -> dict[str, int]:
         from dask_semdedup.io.scores import Compared, write_compared
 
-        self._check_ids()  # The clusters may have been made with another column of ids.
-        rows = self._read_rows()
-        kept = self._write(self._compare(rows, None if self.keeps_all else self.max_eps), folder, "Comparing")
+        kept = self._write(frame, folder, "Comparing")
         if self.keeps_all:
             return {"rows": kept, "kept": kept}
-        compared = Compared(self.max_eps, self._count(rows))
+        compared = Compared(self.max_eps, self._count(self._read_rows()))
         write_compared(compared, folder, self.storage_options)
         return {"rows": compared.total, "kept": kept}
 
-    def _find_duplicates(self, folder: str) -> dict[str, int]:
+    def _duplicates(self) -> dd.DataFrame:
         from dask_semdedup.steps.duplicates import without_first_rows
 
         if self.duplicate_of == "any":
@@ -549,15 +562,19 @@ class Run:
             # Which rows are kept depends on eps: no scores can tell.
             duplicates = self._compare(self._read_rows(), self.eps, "kept")
         # If eps is 1 or more, they include the first rows of clusters, which are kept.
-        duplicates = duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
-        return {"duplicates": self._write(duplicates, folder, "Finding duplicates")}
+        return duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
 
-    def _deduplicate(self, folder: str) -> dict[str, int]:
+    def _find_duplicates(self, folder: str, frame: dd.DataFrame) -> dict[str, int]:
+        return {"duplicates": self._write(frame, folder, "Finding duplicates")}
+
+    def _kept_rows(self) -> dd.DataFrame:
         from dask_semdedup.lazy.tables import read_table
 
         duplicates = read_table(self._folder("duplicates"), backend="pandas", storage_options=self.storage_options)
-        kept = self._read_input(self._kept()).semdedup.remove(duplicates, self.id_field)
-        rows = self._write(kept, folder, "Removing")
+        return self._read_input(self._kept()).semdedup.remove(duplicates, self.id_field)
+
+    def _deduplicate(self, folder: str, frame: dd.DataFrame) -> dict[str, int]:
+        rows = self._write(frame, folder, "Removing")
         scored, dropped = self.counts["scores"]["rows"], self.counts["duplicates"]["duplicates"]
         if rows + dropped != scored:
             raise InvalidArgumentError(
@@ -566,7 +583,7 @@ class Run:
             )
         return {"rows": rows}
 
-    def _report(self, folder: str) -> dict[str, int]:
+    def _report(self, folder: str, _: None) -> dict[str, int]:
         from dask_semdedup.io.scores import COMPARED, read_compared
         from dask_semdedup.report.page import Documents, write_report
 

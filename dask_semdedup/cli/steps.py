@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from dask_semdedup.cli.files import versions
+from dask_semdedup.cli.files import work_of
 from dask_semdedup.errors import DataNotFoundError, InvalidArgumentError, OutputExistsError, some
 from dask_semdedup.io.listing import PARQUET_SUFFIXES, UNFINISHED, is_hidden, is_local
 from dask_semdedup.io.locks import only_run
 from dask_semdedup.io.staging import differences, restore, staged_folder
 from dask_semdedup.io.targets import MANIFEST, Contents, count_files, refuse_file, refuse_strangers
 from dask_semdedup.io.write import writing
+
+if TYPE_CHECKING:
+    import dask.dataframe as dd
 
 NO_REASON, ASKED_FOR = "", "asked for"
 # The lock of the folder of all steps.
@@ -39,24 +42,25 @@ class Step:
     parameters
         The parameters on which its files depend, as JSON values.
     make
-        Function that writes the files to a given folder, and returns counts.
+        Function that writes the files to a given folder, of the frame that was planned, and returns counts.
     contents
         The kind of files that its folder may hold to be replaced.
     needs
         The steps whose files it reads.
+    plan
+        Function that returns the frame to write, one file a partition, so that a run goes on with the files that a
+        stopped one has left; None if no file can be made by itself.
     costly
         Whether other parameters are an error, unless the step is redone on request.
-    in_parts
-        Whether each of its files can be made by itself, so that a run goes on with those that a stopped one has left.
     """
 
     name: str
     parameters: dict[str, Any]
-    make: Callable[[str], dict[str, int]]
+    make: Callable[[str, Any], dict[str, int]]
     contents: Contents
     needs: tuple[str, ...] = ()
+    plan: Callable[[], dd.DataFrame] | None = None
     costly: bool = False
-    in_parts: bool = True
 
 
 @dataclass(frozen=True)
@@ -259,15 +263,16 @@ def make_step(
     start = time.perf_counter()
     tokens = {name: needs[name].token for name in step.needs}
     options = {option_of(name): value for name, value in (step.parameters | settings).items()}
+    frame = None if step.plan is None else step.plan()
     with staged_folder(
         f"{output}/{step.name}",
         contents=step.contents,
         overwrite=True,
         storage_options=storage_options,
-        work=options | tokens | {"versions": versions()} if step.in_parts else None,
+        work=None if frame is None else options | tokens | work_of(frame),
         anew=not step.costly or reason == ASKED_FOR,
     ) as staged:
-        counts = step.make(staged)
+        counts = step.make(staged, frame)
         seconds = time.perf_counter() - start
         _, path = fsspec.url_to_fs(staged, **storage_options)
         files, nbytes = _measure(fs, path)

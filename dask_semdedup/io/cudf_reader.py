@@ -107,9 +107,7 @@ def _read_with_cudf(fs: fsspec.AbstractFileSystem, fragments: Sequence[Fragment]
         with _readers:
             if is_local(fs):
                 for fragment in fragments:
-                    # For whole files, the number of rows is check enough.
-                    if fragment.row_groups is not None:
-                        check_state(fragment.path, fragment.state, state_now(fs, fragment.path))
+                    check_state(fragment.path, fragment.state, state_now(fs, fragment.path))
                 return _read_with_libcudf(fragments, columns, groups)
             with default_stream("cuda"):
                 return import_cudf().read_parquet(

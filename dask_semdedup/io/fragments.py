@@ -22,15 +22,13 @@ from dask_semdedup.io.schemas import conform
 # decode more than 2 GiB of strings within lists at once.
 BATCH_BYTES, BATCH_ROWS = 2**25, 2**16
 
-# Bytes of a column that are read from a file at once.
-BUFFER = 2**20
+# Bytes of a column that are read from a file at once, and of its first pages where no more is wanted.
+BUFFER, FIRST_PAGES = 2**20, 2**16
 
 TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
 
-# Rows that are looked at for a dictionary, and bytes read at once.
+# Rows that are looked at for a dictionary.
 FIRST_ROWS = 64
-
-BUFFER_BYTES = 2**16
 
 # A file may ask for EXPANSION times its bytes in memory, and for UNSUSPECTED bytes in any case. A table with ids asks
 # for 1,000 times its bytes even if all of its embeddings are equal.
@@ -148,8 +146,8 @@ def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Seque
     try:
         with nullcontext(path) if is_local(fs) else fs.open(path) as source:
             check_state(path, fragment.state, state_now(fs, path, source))
-            options = {"pre_buffer": not is_local(fs), "buffer_size": BUFFER, "page_checksum_verification": True}
-            with pq.ParquetFile(source, **options) as file:
+            buffered = {"pre_buffer": not is_local(fs), "buffer_size": _buffer_size(fragment, BUFFER)}
+            with pq.ParquetFile(source, page_checksum_verification=True, **buffered) as file:
                 table = _read_row_groups(source, file, fragment, names)
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         if isinstance(error, SemDedupError):
@@ -199,17 +197,26 @@ def _most_bytes_of_text(
     texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     wanted = [path for path in texts if any(f"{path}.".startswith(f"{name}.") for name in names)]
     return sum(
-        file.metadata.row_group(group).num_rows * _longest_text(source, file.metadata, group, path)
+        file.metadata.row_group(group).num_rows * _longest_text(source, file.metadata, fragment, group, path)
         for group in groups
         for path in wanted
     )
 
 
-def _longest_text(source: Any, metadata: pq.FileMetaData, group: int, path: str) -> int:
+def _buffer_size(fragment: Fragment, size: int) -> int:
+    """Return the size of the buffer through which a file is read; 0 stands for column by column.
+
+    Through a buffer, Arrow takes as many bytes as the header of a page asks for, up to 2 GiB. Those of a column of a
+    small file are no more than the file has.
+    """
+    return size if fragment.state.size > BATCH_BYTES else 0
+
+
+def _longest_text(source: Any, metadata: pq.FileMetaData, fragment: Fragment, group: int, path: str) -> int:
     """Return the bytes of the longest text in the dictionary of a leaf column."""
     options = {"read_dictionary": [path], "page_checksum_verification": True}
-    # So only the first pages are read.
-    buffered = {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
+    # So only the first pages of large files are read.
+    buffered = {"pre_buffer": False, "buffer_size": _buffer_size(fragment, FIRST_PAGES)}
     with pq.ParquetFile(source, metadata=metadata, **options, **buffered) as file:
         for batch in file.iter_batches(FIRST_ROWS, [group], [path], use_threads=False):
             leaves = list(_leaves(batch.column(0)))
@@ -251,7 +258,7 @@ def state_now(fs: fsspec.AbstractFileSystem, path: str, source: Any = None) -> S
     if is_local(fs):
         stat = os.stat(path)
         return State(stat.st_size, stat.st_mtime_ns)
-    return State(getattr(source, "size", None) or 0)
+    return State.of(fs, getattr(source, "details", None) or {"size": getattr(source, "size", None)})
 
 
 def check_state(path: str, planned: State, found: State, read: str = "footers") -> None:
@@ -263,6 +270,6 @@ def check_state(path: str, planned: State, found: State, read: str = "footers") 
 def changed(paths: Sequence[str], read: str = "footers") -> DataReadError:
     """Return the error for files that have changed since their footers or lines were planned."""
     return DataReadError(
-        f"{some(paths)} changed since the {read} were read: the number of bytes or rows is different, or the time "
-        "of the last change. Read the files again. Copies on other machines need the same times."
+        f"{some(paths)} changed since the {read} were read: the number of bytes or rows is different, the time of the "
+        "last change, or the ETag. Read the files again. Copies on other machines need the same times."
     )

@@ -31,15 +31,23 @@ STATE_KEYS = {
 
 
 class State(NamedTuple):
-    """The size of a file when it was listed and, if it is local, the time of its last change in ns; 0 if unknown."""
+    """The size of a file when it was listed; the time of its last change in ns if it is local, else its ETag.
+
+    What is unknown is 0 or empty.
+    """
 
     size: int = 0
     mtime: int = 0
+    etag: str = ""
 
     @classmethod
     def of(cls, fs: fsspec.AbstractFileSystem, info: Mapping[str, Any]) -> State:
-        """Return the state in the info that a listing gives."""
-        return cls(info["size"], info.get("mtime", 0) if is_local(fs) else 0)
+        """Return the state in the info that a listing or an open file gives."""
+        size = info.get("size") or 0
+        if is_local(fs):
+            return cls(size, info.get("mtime", 0))
+        # Some servers quote it in one answer, and not in another.
+        return cls(size, etag=str(info.get("ETag") or info.get("etag") or "").strip('"'))
 
 
 def list_files(

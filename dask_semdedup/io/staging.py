@@ -27,6 +27,12 @@ from dask_semdedup.io.write import writing
 
 __all__ = ["differences", "restore", "staged_folder"]
 
+# Differences whose values would tell a reader nothing.
+IN_WORDS = {
+    "files": "the files of INPUT have changed",
+    "partitions": "partitions are planned otherwise, for other cores or GPUs, or by another version of Dask",
+}
+
 LOCK, WORK, OLD = "lock.json", "work.json", "old"
 
 
@@ -188,7 +194,6 @@ def _is_passing(error: BaseException) -> bool:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what differs between two descriptions, in words."""
     changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
-    return [
-        "the files of INPUT have changed" if name == "files" else f"{name} {before.get(name)} → {now.get(name)}"
-        for name in changed
-    ]
+    # What follows from other changes needs no words of its own.
+    changed = [name for name in changed if name != "partitions"] or changed
+    return [IN_WORDS.get(name) or f"{name} {before.get(name)} → {now.get(name)}" for name in changed]

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from dask.system import CPU_COUNT
 
-from dask_semdedup.errors import OutputError, OutputExistsError
+from dask_semdedup.errors import OutputError
 from dask_semdedup.frames.backend import is_cudf, to_arrow, to_host
 from dask_semdedup.io.footers import fetch_footers, read_metadata
 from dask_semdedup.io.listing import THREADS, is_local
@@ -253,38 +253,18 @@ def _write_rows(rows: Any, file: Any, stored: pa.Schema | None) -> None:
         write_table(pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None), file, stored)
 
 
-def finished_parts(folder: str, storage_options: Mapping[str, Any], plan: str) -> dict[int, int]:
+def finished_parts(folder: str, storage_options: Mapping[str, Any]) -> dict[int, int]:
     """Return the number of rows of each part that a stopped run has left in a folder, by the number of its partition.
 
-    Parameters
-    ----------
-    folder : str
-        Created if it is missing.
-    storage_options : mapping
-        Arguments of the fsspec file system.
-    plan : str
-        Identifies the partitions. It is stored in a file next to the folder.
-
-    Raises
-    ------
-    OutputExistsError
-        If the parts belong to other partitions.
+    The folder is created if it is missing.
     """
     fs, root = fsspec.url_to_fs(folder, **storage_options)
     fs.makedirs(root, exist_ok=True)
     files = {
         path: info for path, info in fs.find(root, detail=True).items() if PART_FILE.fullmatch(path[len(root) + 1 :])
     }
-    note = f"{root}.plan"
     if not files:
-        with writing(note):
-            fs.pipe_file(note, plan.encode())
         return {}
-    if fs.cat_file(note).decode() != plan:
-        raise OutputExistsError(
-            f"{root!r} holds {len(files)} parts that a stopped run has finished, of partitions that were planned "
-            "otherwise: it saw other cores or GPUs, or another version of Dask. Remove that folder to begin anew."
-        )
     footers = fetch_footers(fs, {path: info["size"] for path, info in files.items()})
     rows = [read_metadata(fs, path, footer).num_rows for path, footer in zip(files, footers, strict=True)]
     return {int(path.rpartition("/")[2].split(".")[1]): count for path, count in zip(files, rows, strict=True)}

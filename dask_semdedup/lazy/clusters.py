@@ -32,7 +32,7 @@ from dask_semdedup.lazy.alignment import align, no_cluster_column
 from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.planning import CUDF_ELEMENTS, arrange, check_backend, cut_into_runs, default_size, fitting_size
 
-__all__ = ["read_clusters"]
+__all__ = ["read_clusters", "read_listed"]
 
 
 def read_clusters(
@@ -111,10 +111,25 @@ def read_clusters(
     1   2         0
     2   3         1
     """
+    fs, files = list_files(path, storage_options)
+    return read_listed(
+        fs, files, cluster_field=cluster_field, backend=backend, columns=columns, partition_size=partition_size
+    )
+
+
+def read_listed(
+    fs: fsspec.AbstractFileSystem,
+    files: Mapping[str, Mapping[str, Any]],
+    *,
+    cluster_field: str,
+    backend: str | None,
+    partition_size: str | int | None,
+    columns: Sequence[str] | None = None,
+) -> dd.DataFrame:
+    """Read files as `read_clusters` does, once they are listed."""
     backend = check_backend(backend)
     check_names("columns", columns)
     size = default_size(backend) if partition_size is None else check_bytes("partition_size", partition_size)
-    fs, files = list_files(path, storage_options)
     folders = clusters_of_folders(files, cluster_field)
     source = _scan(fs, files, folders, cluster_field, columns, size, backend)
     wanted = source.reader.columns if columns is None else list(dict.fromkeys(columns))

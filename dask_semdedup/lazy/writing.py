@@ -53,12 +53,12 @@ def parts(ddf: dd.DataFrame, folder: str, storage_options: Mapping[str, Any] | N
     ----------
     ddf : dask.dataframe.DataFrame
     folder : str
-        Created now, unless it already holds parts of the same frame.
+        Created now, unless it exists: then it may hold parts of the same frame, and of no other.
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     """
     options = dict(storage_options or {})
-    found = finished_parts(folder, options, f"{ddf._name} of {ddf.npartitions}")
+    found = finished_parts(folder, options)
     missing = [number for number in range(ddf.npartitions) if number not in found]
     if not missing:
         return Parts(found, None)

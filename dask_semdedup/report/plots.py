@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from dask_semdedup.errors import MissingColumnsError, counted
 from dask_semdedup.report.gallery import check_pairs
@@ -85,7 +85,7 @@ def score_histogram(
         axes.set_ylim(0, 1)
         axes.set_yticks([0, 1])
     axes.yaxis.set_major_formatter(THOUSANDS)
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     if eps is None:
         _title(axes, f"Scores of {counted(summary.compared, 'compared row')}")
         return figure

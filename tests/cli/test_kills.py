@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from tests.data import write_random_layout
+
+if TYPE_CHECKING:
+    from dask_semdedup.io.fragments import Fragment
 
 # Of each test here, and how often a command is killed in one at most: 'make test-kills' asks for more.
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))
@@ -26,7 +28,7 @@ CLUSTERS = 40
 
 
 def command(arguments: list[str], log: str) -> None:
-    """The command in a process of its own, as its script does it."""
+    """The command in a process of its own, as its script does it. It notes the files of each part that it begins."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
@@ -34,31 +36,32 @@ def command(arguments: list[str], log: str) -> None:
     import torch
 
     from dask_semdedup import cli
+    from dask_semdedup.io.reader import Reader
 
+    read = Reader.read
+
+    def noted(reader: Reader, fragments: Sequence[Fragment], columns: Sequence[str]) -> Any:
+        with open(f"{log}.begun", "a") as file:
+            file.write("".join(f"{fragment.path}\n" for fragment in fragments))
+        return read(reader, fragments, columns)
+
+    Reader.read = noted
     torch.set_num_threads(1)
     dask.config.set(num_workers=THREADS)
     cli.main(arguments)
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    """What starts processes that have the libraries loaded already: seconds are saved for each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dask_semdedup.cli.run", "dask_semdedup.search", "distributed", "pyarrow.parquet"])
-    return context
-
-
 class Runs:
     """Runs of one command in processes of their own."""
 
-    def __init__(self, server: Any, folder: Path, *arguments: object) -> None:
-        self.server, self.log, self.arguments = server, folder / "log", list(map(str, arguments))
+    def __init__(self, processes: Any, folder: Path, *arguments: object) -> None:
+        self.processes, self.log, self.arguments = processes, folder / "log", list(map(str, arguments))
         self.seconds = 0.0
 
     def run(self, kill_after: float = 60, number: signal.Signals = signal.SIGKILL) -> int:
         """Run it, killed after some seconds if it takes longer, and return its exit status."""
         start = time.monotonic()
-        process = self.server.Process(target=command, args=(self.arguments, str(self.log)))
+        process = self.processes.Process(target=command, args=(self.arguments, str(self.log)))
         process.start()
         process.join(kill_after)
         if process.is_alive():
@@ -95,50 +98,56 @@ def finished_parts(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_scores(server: Any, tmp_path: Path, seed: int) -> None:
+def test_scores(loaded_processes: Any, tmp_path: Path, seed: int) -> None:
     frame = write_random_layout(tmp_path / "in", {cluster: [60] for cluster in range(CLUSTERS)})
     options = ["--partition-size", "1kB", "--quiet"]
-    whole = Runs(server, tmp_path, "pairwise", tmp_path / "in", tmp_path / "whole", *options)
+    whole = Runs(loaded_processes, tmp_path, "pairwise", tmp_path / "in", tmp_path / "whole", *options)
     whole.finish()
     expected = contents(tmp_path / "whole")
     assert len(expected) == CLUSTERS
-    killed = Runs(server, tmp_path, "pairwise", tmp_path / "in", tmp_path / "out", *options)
+    killed = Runs(loaded_processes, tmp_path, "pairwise", tmp_path / "in", tmp_path / "out", *options)
+    (tmp_path / "log.begun").unlink()
     found: dict[Path, tuple[int, int]] = {}
+    kills = 0
     for _ in killed.kill(random.Random(seed), whole.seconds / 4, whole.seconds):
         # Whatever has the final name is whole, and no part is made twice.
         assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == expected, killed.said()
         now = finished_parts(tmp_path)
         assert found.items() <= now.items() or (tmp_path / "out").exists(), killed.said()
         found = now
+        kills += 1
     if not (tmp_path / "out").exists():
         killed.finish()
+    begun = [path for path in (tmp_path / "log.begun").read_text().split() if "/in/" in path]
+    assert len(set(begun)) == CLUSTERS
+    assert len(begun) <= CLUSTERS + kills * THREADS, "a kill repeats more than one part of each thread"
     assert contents(tmp_path / "out") == expected
     scores = pd.concat(pd.read_parquet(path) for path in (tmp_path / "out").iterdir())
     assert sorted(scores["id"]) == sorted(frame["id"])
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_old_scores(server: Any, tmp_path: Path, seed: int) -> None:
+def test_old_scores(loaded_processes: Any, tmp_path: Path, seed: int) -> None:
     """Until the new scores have their name, the old ones are whole: there, or aside and put back by the next run."""
     write_random_layout(tmp_path / "in", {cluster: [30] for cluster in range(10)})
     arguments = ["pairwise", tmp_path / "in", tmp_path / "out", "--partition-size", "1kB", "--quiet", "--overwrite"]
-    runs = Runs(server, tmp_path, *arguments, "--eps", 0.5)
+    runs = Runs(loaded_processes, tmp_path, *arguments, "--eps", 0.5)
     runs.finish()
     old, seconds = contents(tmp_path / "out"), runs.seconds
-    runs = Runs(server, tmp_path, *arguments)
+    runs = Runs(loaded_processes, tmp_path, *arguments)
     runs.finish()
     new = contents(tmp_path / "out")
-    Runs(server, tmp_path, *arguments, "--eps", 0.5).finish()
+    Runs(loaded_processes, tmp_path, *arguments, "--eps", 0.5).finish()
     for _ in runs.kill(random.Random(seed), seconds / 2, 1.2 * seconds):
         there = [path for path in (tmp_path / "out", tmp_path / "out.partial" / "old") if path.exists()]
         assert contents(there[0]) in (old, new), runs.said()
     runs.finish()
     assert contents(tmp_path / "out") == new
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "log", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "log", "log.begun", "out"]
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_all_steps(server: Any, tmp_path: Path, seed: int) -> None:
+def test_all_steps(loaded_processes: Any, tmp_path: Path, seed: int) -> None:
     embeddings = np.random.default_rng(seed).normal(size=(600, 8)).astype(np.float32)
     embeddings[300:] = embeddings[:300] + 1e-4
     (tmp_path / "in").mkdir()
@@ -147,9 +156,9 @@ def test_all_steps(server: Any, tmp_path: Path, seed: int) -> None:
         frame = pd.DataFrame({"id": np.arange(600)[rows], "embeddings": list(embeddings[rows])})
         frame.to_parquet(tmp_path / "in" / f"{part}.parquet")
     options = ["--n-clusters", 5, "--eps", 0.001, "--partition-size", "1kB", "--quiet"]
-    whole = Runs(server, tmp_path, "run", tmp_path / "in", tmp_path / "whole", *options)
+    whole = Runs(loaded_processes, tmp_path, "run", tmp_path / "in", tmp_path / "whole", *options)
     whole.finish()
-    killed = Runs(server, tmp_path, "run", tmp_path / "in", tmp_path / "out", *options)
+    killed = Runs(loaded_processes, tmp_path, "run", tmp_path / "in", tmp_path / "out", *options)
     for _ in killed.kill(random.Random(seed), whole.seconds / 4, whole.seconds):
         pass
     killed.finish()

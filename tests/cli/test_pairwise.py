@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from rich.progress import Progress
 
 import dask_semdedup
 from dask_semdedup import cli
-from dask_semdedup.cli import application, files, options, pairwise
+from dask_semdedup.cli import application, execution, files, options, pairwise
 from dask_semdedup.errors import InvalidArgumentError, OutputError
 from dask_semdedup.io import publish, write
 from dask_semdedup.io.scores import read_compared
@@ -78,18 +79,19 @@ def read(folder: str | Path) -> pd.DataFrame:
     return pd.read_parquet(folder).sort_values("id", ignore_index=True)
 
 
-def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    script = Path(sys.executable).with_name("dask-semdedup")
-    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
 # --- The entry point -------------------------------------------------------------------------------------------------
 
 
 def test_command_writes_the_scores_and_sums_them_up(clusters: str, tmp_path: Path) -> None:
-    finished = run_script("pairwise", clusters, tmp_path / "scores")
+    script = [Path(sys.executable).with_name("dask-semdedup"), "pairwise", clusters, tmp_path / "scores"]
+    # Python prints what it loads to the standard error.
+    finished = subprocess.run(
+        [sys.executable, "-X", "importtime", *script], capture_output=True, text=True, check=False
+    )
     assert finished.returncode == 0, finished.stderr
-    assert finished.stderr == ""
+    loaded = [line for line in finished.stderr.splitlines() if line.startswith("import time:")]
+    assert len(loaded) == len(finished.stderr.splitlines())
+    assert not any(line.endswith("| distributed") for line in loaded), "threads do not need it, and it takes a second"
     words = finished.stdout.split()
     assert words[words.index("Clusters") + 1] == "3"
     assert words[words.index("Rows") + 1] == "60"
@@ -133,6 +135,19 @@ def test_rows_in_no_folders_are_counted_too(tmp_path: Path, invoke: Callable[...
     assert words[words.index("Rows") + 1] == "60"
 
 
+def test_input_is_listed_once(
+    clusters: str, tmp_path: Path, invoke: Callable[..., Result], calls: list[tuple[str, str]]
+) -> None:
+    """Where there are many files, that takes long."""
+    fs = fsspec.filesystem("memory")
+    fs.put(clusters, "/in", recursive=True)
+    calls.clear()
+    assert invoke("memory://in", tmp_path / "scores").exit_code == 0
+    assert [name for name, _ in calls].count("find") == 1
+    fs.rm("/in", recursive=True)
+    assert len(read(tmp_path / "scores")) == CLUSTERS * ROWS
+
+
 def test_duplicates_are_replaced_by_scores(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     assert invoke(clusters, tmp_path / "found", "--eps", "0.001").exit_code == 0
     assert invoke(clusters, tmp_path / "found", "--overwrite").exit_code == 0
@@ -140,17 +155,19 @@ def test_duplicates_are_replaced_by_scores(clusters: str, tmp_path: Path, invoke
     assert len(read(tmp_path / "found")) == CLUSTERS * ROWS
 
 
-def test_command_fails_in_one_line(clusters: str, tmp_path: Path) -> None:
-    finished = run_script("pairwise", clusters, tmp_path / "scores", "--embedding-field", "vectors")
-    assert finished.returncode == 2
-    assert_one_line(finished.stderr, "vectors", "embeddings")
-    assert finished.stdout == ""
+def test_command_fails_in_one_line(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    result = invoke(clusters, tmp_path / "scores", "--embedding-field", "vectors")
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "vectors", "embeddings")
+    assert result.stdout == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clusters"]
 
 
-def test_module_runs_as_the_command_does() -> None:
-    finished = subprocess.run([sys.executable, "-m", "dask_semdedup", "--version"], capture_output=True, text=True)
-    assert finished.stdout == f"dask-semdedup {dask_semdedup.__version__}\n"
+def test_module_runs_as_the_command_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dask_semdedup", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("dask_semdedup", run_name="__main__")
+    assert capsys.readouterr().out == f"dask-semdedup {dask_semdedup.__version__}\n"
 
 
 def test_help_names_every_parameter_of_the_library() -> None:
@@ -637,7 +654,7 @@ def test_missing_input_is_named(tmp_path: Path, invoke: Callable[..., Result]) -
 def test_missing_input_starts_no_cluster(
     tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairwise, "connect", lambda *_: pytest.fail("connected"))
+    monkeypatch.setattr(execution, "connect", lambda *_: pytest.fail("connected"))
     result = invoke(tmp_path / "nowhere", tmp_path / "scores", "--workers", "1")
     assert_one_line(result.stderr, "nowhere")
 

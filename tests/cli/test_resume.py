@@ -20,12 +20,15 @@ from click.testing import CliRunner, Result
 
 from dask_semdedup import cli
 from dask_semdedup.cli import pairwise
+from dask_semdedup.cli.files import work_of
 from dask_semdedup.io import write
 from dask_semdedup.io.scores import COMPARED
 from dask_semdedup.lazy import embed as lazy_embed
 from dask_semdedup.lazy import writing
 from dask_semdedup.steps import embed
 from tests.data import assert_one_line, write_random_layout
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 CLUSTERS = 6
 SMALL = ["--partition-size", "1kB"]
@@ -212,6 +215,25 @@ def test_other_input_is_noticed(source: Path, writer: Writer) -> None:
     os.utime(file, (1, 1))
     result = invoke("pairwise", source, source.parent / "out", *SMALL)
     assert_one_line(result.stderr, "the files of INPUT have changed")
+
+
+def test_other_partitions_are_named_or_begin_anew(
+    source: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another folder, so that workers that are still at the old ones do not meddle."""
+    stopped(source, writer)
+    out, old = source.parent / "out", set((source.parent / "out.partial").iterdir())
+    monkeypatch.setattr(pairwise, "work_of", lambda frame: work_of(frame) | {"partitions": "of twice as many cores"})
+    result = invoke("pairwise", source, out, *SMALL)
+    assert result.exit_code == 2
+    assert_one_line(result.stderr, "but partitions are planned otherwise", "(--overwrite)")
+    assert set((source.parent / "out.partial").iterdir()) == old
+    writer.stop(2)
+    assert invoke("pairwise", source, out, *SMALL, "--overwrite").exit_code == 130
+    (folder,) = (path for path in (source.parent / "out.partial").iterdir() if path.is_dir())
+    assert folder not in old
+    writer.go_on()
+    assert "2 of 6 parts" in done(invoke("pairwise", source, out, *SMALL, "--overwrite")).stderr
 
 
 # --- What is in the way -----------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from dask_semdedup.io.targets import MANIFEST
 from dask_semdedup.steps.duplicates import find_duplicates
 from tests.data import ObjectStore, assert_one_line
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 ROWS, COPIES = 200, 20
 STEPS = ["deduplicated", "duplicates", "report", "scores"]
 STEPS_WITH_CLUSTERS = ["clusters", *STEPS]

@@ -24,7 +24,7 @@ from tests.lazy.test_join import clustered, indexed
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def client(loaded_processes: object) -> Iterator[Client]:
     with (
         LocalCluster(
             n_workers=2,

@@ -15,10 +15,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from dask_semdedup import ClusterError, read_clusters
 from dask_semdedup.errors import DataReadError, SemDedupError
-from dask_semdedup.io import fragments, jsonlines, listing, scan
+from dask_semdedup.io import cudf_reader, fragments, jsonlines, listing, scan
+from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.lazy.tables import read_table
 from tests.data import in_partitions
 from tests.fuzz import Noting, varint
@@ -43,6 +45,12 @@ def file_of(table: pa.Table, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def resident(which: str) -> int:
+    """Return bytes of memory of this process: those that it has, or the most that it had."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return 1024 * int(line.split()[1])
+
+
 class TestMemory:
     def test_rows_that_a_file_has_not_bytes_for_are_refused(self, tmp_path: Path) -> None:
         file = file_of(pa.table({"id": range(ROWS), "x": [[1.0]] * ROWS}), write_statistics=False)
@@ -57,6 +65,20 @@ class TestMemory:
         (tmp_path / "a.parquet").write_bytes(with_numbers(file, ROWS, number, which))
         with pytest.raises(DataReadError, match=r"a\.parquet"):
             read_table(tmp_path).compute()
+
+    def test_a_page_that_asks_for_much_gets_no_more_than_the_file_has(self, tmp_path: Path) -> None:
+        file = file_of(pa.table({"id": range(ROWS)}), use_dictionary=False, compression="none")
+        # Behind the magic: the kind of page, its size, and its compressed size. There are 7 bytes of levels.
+        size = varint(2 * (8 * ROWS + 7))
+        start = b"PAR1\x15\x00\x15" + size + b"\x15"
+        assert file.startswith(start + size)
+        (tmp_path / "a.parquet").write_bytes(start + varint(2 * (2**31 - 1)) + file[len(start + size) :])
+        table = read_table(tmp_path)
+        Path("/proc/self/clear_refs").write_text("5")  # The peak starts again from here.
+        before = resident("VmRSS")
+        with pytest.raises(DataReadError, match=r"a\.parquet .*expected \(2147483647\)"):
+            table.compute(scheduler="sync")
+        assert resident("VmHWM") - before < 2**28
 
     def test_what_is_sound_and_compresses_well_is_read(self, tmp_path: Path) -> None:
         rows = pa.table(
@@ -175,6 +197,17 @@ class TestChanges:
         assert path.stat().st_size == before.st_size
         with pytest.raises(DataReadError, match=rf"{path.name} changed since the .* were read: .*Read the files again"):
             table.compute()
+
+    @pytest.mark.parametrize("groups", [None, (0,)])
+    def test_a_replaced_file_is_noticed_before_cudf_reads_it(
+        self, tmp_path: Path, groups: tuple[int, ...] | None
+    ) -> None:
+        (path := tmp_path / "a.parquet").write_bytes(file_of(pa.table({"id": [1]})))
+        _, files = listing.list_files(path)
+        (state,) = (listing.State.of(LocalFileSystem(), info) for info in files.values())
+        os.utime(path, ns=(0, state.mtime + 10**6))
+        with pytest.raises(DataReadError, match=r"a.parquet changed since"):
+            cudf_reader._read_with_cudf(LocalFileSystem(), [Fragment(str(path), 1, groups, state=state)], ["id"])
 
     def test_a_file_that_shrinks(self, file: Callable[[int], Path]) -> None:
         path = file(10)

@@ -139,10 +139,10 @@ def test_jobs_fit_and_meet_every_pair_of_rows_once(sizes: list[int], most: int) 
         host = job.host_rows(torch.arange(job.n_rows)).numpy()
         np.testing.assert_array_equal(host[-len(range(n)[job.answers]) :], range(n)[job.answers])
         stops = job.stops(None)
-        stops = range(job.n_rows) if stops is None else stops.tolist()
+        stops = np.arange(job.n_rows) if stops is None else stops.numpy()
         for start, stop in pairwise(job.segments.tolist()):
-            for query in range(start, stop):
-                met[host[query], host[start : stops[query]]] += 1
+            segment = np.arange(start, stop)
+            met[np.ix_(host[segment], host[segment])] += segment < stops[segment, None]
     segment = np.repeat(np.arange(len(sizes)), sizes)
     np.testing.assert_array_equal(met, np.tril(segment[:, None] == segment, k=-1))
 

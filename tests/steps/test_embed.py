@@ -73,7 +73,7 @@ def test_a_loaded_model_may_go_to_workers(
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def client(loaded_processes: object) -> Iterator[Client]:
     quiet = {"dashboard": False}
     with (
         LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0", scheduler_kwargs=quiet) as cluster,

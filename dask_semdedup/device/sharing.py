@@ -15,7 +15,7 @@ from dask_semdedup.device.queues import PARTITIONS_ON_GPU
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["partitions_per_gpu"]
+__all__ = ["default_client", "partitions_per_gpu"]
 
 
 def partitions_per_gpu(client: Client | None = None) -> int:
@@ -37,7 +37,7 @@ def partitions_per_gpu(client: Client | None = None) -> int:
 
 def _sharing_a_gpu(client: Client | None) -> list[tuple[int, int]]:
     """Return, for each machine, the processes per GPU and the threads of one of them."""
-    client = client or _default_client()
+    client = client or default_client()
     # An asynchronous client cannot be asked here.
     if client is None or client.asynchronous or client.status != "running":
         return [(1, CPU_COUNT)]
@@ -57,7 +57,7 @@ def _share(threads: Sequence[int], gpus: int) -> tuple[int, int]:
     return 1, max(threads) if len(threads) == gpus else sum(threads)
 
 
-def _default_client() -> Client | None:
+def default_client() -> Client | None:
     distributed = sys.modules.get("distributed.client")
     if distributed is None:
         return None

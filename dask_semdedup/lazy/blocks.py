@@ -1,0 +1,185 @@
+"""Clusters that are too large for the memory of a worker: their scores, by tasks that each hold two blocks of rows.
+
+One task ranks the rows of a partition by their metadata. One for each block finds the answers of its rows: it reads
+that block, and then all others one after the other, so that no block waits in memory for another task.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+import psutil
+from dask.system import CPU_COUNT
+from dask.typing import Key
+
+from dask_semdedup._dask import DataNode, Expr, OwnExpr, Task, TaskList, TaskRef
+from dask_semdedup.device.sharing import default_client
+from dask_semdedup.frames.columns import Columns, SearchOptions
+from dask_semdedup.io.fragments import Fragment
+from dask_semdedup.io.reader import Reader
+from dask_semdedup.steps.blocks import BlockScores, Ranked, rank_rows, score_block
+from dask_semdedup.steps.ranking import RankingStrategy
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+logger = logging.getLogger("dask_semdedup")
+
+__all__ = ["Blocks", "blocks_of_partitions", "bytes_at_once", "task_bytes"]
+
+# Bytes of a process before it reads any rows: Python with torch, pandas and Dask.
+PROCESS_BYTES = 400 << 20
+
+# Share of its memory that a worker may fill. At 95% it is killed.
+FILLED = 0.9
+
+# Times that rows are in memory while they are compared: as read, in rank order, and for the search. 4.4 were measured.
+COPIES = 5
+
+# Times that a block is in memory: by itself, beside another one, and as much again, of which little was seen to be used.
+BLOCK_COPIES = 8
+
+# Bytes of the smallest block, and of the rows that are converted at once.
+LEAST_BLOCK = 1 << 22
+
+BATCH_BYTES = 1 << 21
+
+# Bytes that a task needs at least.
+LEAST_BYTES = BLOCK_COPIES * LEAST_BLOCK
+
+
+def task_bytes(client: Client | None = None) -> float:
+    """Return the bytes that a task may take on the smallest worker, or in a thread of this process without workers.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        The client that will run the work; by default the default client, if there is one.
+    """
+    client = client or default_client()
+    if client is None:
+        return (FILLED * psutil.virtual_memory().total - PROCESS_BYTES) / CPU_COUNT
+    # An asynchronous client cannot be asked here.
+    workers = {} if client.asynchronous else client.scheduler_info(n_workers=-1)["workers"]
+    # A worker without a limit has None or 0.
+    limits = ((worker["memory_limit"] or math.inf, worker["nthreads"]) for worker in workers.values())
+    return min(((FILLED * limit - PROCESS_BYTES) / threads for limit, threads in limits), default=math.inf)
+
+
+def bytes_at_once(reader: Reader, fragments: Sequence[Fragment], columns: Columns) -> float:
+    """Return the bytes of the rows of a partition that must be in memory together: those of its largest cluster."""
+    # As float32, what is stored in fewer bits takes more.
+    bits = getattr(reader.schema.field(columns.embedding).type, "value_type", None)
+    factor = max(1.0, 32 / bits.bit_width) if bits is not None else 1.0
+    if columns.cluster not in reader.folders.names:
+        return factor * sum(piece.nbytes for piece in fragments)
+    clusters = (list(pieces) for _, pieces in itertools.groupby(fragments, attrgetter("keys")))
+    return factor * max((sum(piece.nbytes for piece in pieces) for pieces in clusters), default=0)
+
+
+def blocks_of_partitions(
+    reader: Reader, partitions: Mapping[int, Sequence[Fragment]], columns: Columns, options: SearchOptions
+) -> dict[int, int]:
+    """Return the partitions, by number, that tasks cannot hold, and how many blocks each is to be searched in.
+
+    Those of a GPU's frames are not searched in blocks; nor are rows of which only those that are kept are compared.
+    """
+    if reader.backend != "pandas" or options.duplicate_of == "kept":
+        return {}
+    found = {number: bytes_at_once(reader, fragments, columns) for number, fragments in partitions.items()}
+    large = {number: nbytes for number, nbytes in found.items() if nbytes > LEAST_BLOCK}
+    memory = task_bytes() if large else math.inf
+    size = max(LEAST_BLOCK, memory / BLOCK_COPIES)
+    return {
+        number: math.ceil(sum(piece.nbytes for piece in partitions[number]) / size)
+        for number, nbytes in large.items()
+        if COPIES * nbytes > memory
+    }
+
+
+class Files(NamedTuple):
+    """A partition, as what reads it knows it, and the columns that its scores need."""
+
+    reader: Reader
+    fragments: Sequence[Fragment]
+    reading: Sequence[str]
+
+
+def rank_files(files: Files, columns: Columns, ranking: RankingStrategy) -> Ranked:
+    """Read a partition without its embeddings, and rank its rows."""
+    names = [name for name in files.reading if name != columns.embedding]
+    return rank_rows(files.reader.read(files.fragments, names), columns, ranking)
+
+
+def score_block_of_files(
+    files: Files, ranked: Ranked, number: int, count: int, columns: Columns, options: SearchOptions, *, verbose: bool
+) -> BlockScores:
+    """Find the answers of one of the blocks of a partition, and log how long it took."""
+    start = time.perf_counter()
+    n = len(ranked.ranks)
+    blocks = [slice(n * block // count, n * (block + 1) // count) for block in range(count)]
+    nbytes = sum(piece.nbytes for piece in files.fragments)
+    read = functools.partial(
+        files.reader.read_slices, files.fragments, [columns.embedding], step=max(1, BATCH_BYTES * n // nbytes)
+    )
+    answers = score_block(read, ranked, blocks[number], blocks, columns, options)
+    if verbose:
+        seconds = time.perf_counter() - start
+        logger.info("pairwise: block %d of %d, %d rows, took %.3f s", number + 1, count, len(answers.ranks), seconds)
+    return answers
+
+
+class Blocks(OwnExpr, Expr):
+    """Answers of the rows of some partitions of files, block by block.
+
+    It is no `Blockwise`, and has a partition for each block. What a partition's scores are made of, `parts` refers to.
+    """
+
+    _parameters = ["source", "reading", "fields", "ranking", "options", "verbose", "counts"]  # noqa: RUF012
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"pairwise-blocks-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return pd.DataFrame()
+
+    def _divisions(self) -> tuple[None, ...]:
+        return (None,) * (sum(self.counts.values()) + 1)
+
+    def parts(self, partition: int) -> tuple[TaskRef, TaskList]:
+        """Return what refers to the ranks of a partition's rows, and to the answers of its blocks."""
+        return TaskRef((f"ranks-{self._name}", partition)), TaskList(*map(TaskRef, self._keys[partition]))
+
+    @functools.cached_property
+    def _keys(self) -> dict[int, list[Key]]:
+        numbers = itertools.count()
+        return {
+            partition: [(self._name, next(numbers)) for _ in range(count)] for partition, count in self.counts.items()
+        }
+
+    def _layer(self) -> dict[Key, Any]:
+        graph: dict[Key, Any] = {}
+        for partition, keys in self._keys.items():
+            # Once for all blocks: there may be thousands of files.
+            files = DataNode(
+                (f"files-{self._name}", partition),
+                Files(self.source.reader, self.source.partitions[partition], self.reading),
+            )
+            rank = (f"ranks-{self._name}", partition)
+            refs = TaskRef(files.key), TaskRef(rank)
+            graph[files.key] = files
+            graph[rank] = Task(rank, rank_files, refs[0], self.fields, self.ranking)
+            last = len(keys), self.fields, self.options
+            for number, key in enumerate(keys):
+                graph[key] = Task(key, score_block_of_files, *refs, number, *last, verbose=self.verbose)
+        return graph

@@ -127,7 +127,7 @@ class Reader:
     def read_slices(
         self, fragments: Sequence[Fragment], columns: Sequence[str], slices: Sequence[slice], step: int
     ) -> Iterator[pd.DataFrame]:
-        """Yield some rows of the fragments as `read` returns them, in pandas frames of at most `step` rows of one slice.
+        """Yield some rows as `read` returns them, in pandas frames of at most `step` rows of one slice.
 
         Parameters
         ----------

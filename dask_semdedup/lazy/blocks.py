@@ -11,12 +11,13 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import psutil
+import pyarrow as pa
 from dask.system import CPU_COUNT
 from dask.typing import Key
 
@@ -25,7 +26,7 @@ from dask_semdedup.device.sharing import default_client
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.io.reader import Reader
-from dask_semdedup.steps.blocks import BlockScores, Ranked, rank_rows, score_block
+from dask_semdedup.steps.blocks import BlockScores, Ranked, kept_in_blocks, rank_rows, score_block
 from dask_semdedup.steps.ranking import RankingStrategy
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ FILLED = 0.9
 # Times that rows are in memory while they are compared: as read, in rank order, and for the search. 4.4 were measured.
 COPIES = 5
 
-# Times that a block is in memory: by itself, beside another one, and as much again, of which little was seen to be used.
+# Times that a block is in memory: three times by itself and beside another one, and what reading and searching take.
 BLOCK_COPIES = 8
 
 # Bytes of the smallest block, and of the rows that are converted at once.
@@ -76,30 +77,35 @@ def task_bytes(client: Client | None = None) -> float:
 
 def bytes_at_once(reader: Reader, fragments: Sequence[Fragment], columns: Columns) -> float:
     """Return the bytes of the rows of a partition that must be in memory together: those of its largest cluster."""
-    # As float32, what is stored in fewer bits takes more.
-    bits = getattr(reader.schema.field(columns.embedding).type, "value_type", None)
-    factor = max(1.0, 32 / bits.bit_width) if bits is not None else 1.0
     if columns.cluster not in reader.folders.names:
-        return factor * sum(piece.nbytes for piece in fragments)
+        return _nbytes(reader, fragments, columns)
     clusters = (list(pieces) for _, pieces in itertools.groupby(fragments, attrgetter("keys")))
-    return factor * max((sum(piece.nbytes for piece in pieces) for pieces in clusters), default=0)
+    return max((_nbytes(reader, pieces, columns) for pieces in clusters), default=0)
+
+
+def _nbytes(reader: Reader, fragments: Sequence[Fragment], columns: Columns) -> float:
+    """Return the bytes of rows in memory, where their embeddings are float32 even if they are stored in fewer bits."""
+    numbers = getattr(reader.schema.field(columns.embedding).type, "value_type", pa.float32())
+    return max(1.0, 32 / numbers.bit_width) * sum(piece.nbytes for piece in fragments)
 
 
 def blocks_of_partitions(
-    reader: Reader, partitions: Mapping[int, Sequence[Fragment]], columns: Columns, options: SearchOptions
+    reader: Reader, partitions: Mapping[int, Sequence[Fragment]], columns: Columns
 ) -> dict[int, int]:
     """Return the partitions, by number, that tasks cannot hold, and how many blocks each is to be searched in.
 
-    Those of a GPU's frames are not searched in blocks; nor are rows of which only those that are kept are compared.
+    Those of a GPU's frames are not searched in blocks.
     """
-    if reader.backend != "pandas" or options.duplicate_of == "kept":
+    if reader.backend != "pandas":
         return {}
     found = {number: bytes_at_once(reader, fragments, columns) for number, fragments in partitions.items()}
     large = {number: nbytes for number, nbytes in found.items() if nbytes > LEAST_BLOCK}
+    # Workers are not asked if all is small.
     memory = task_bytes() if large else math.inf
     size = max(LEAST_BLOCK, memory / BLOCK_COPIES)
+    rows = {number: sum(piece.rows for piece in partitions[number]) for number in large}
     return {
-        number: math.ceil(sum(piece.nbytes for piece in partitions[number]) / size)
+        number: min(rows[number], math.ceil(_nbytes(reader, partitions[number], columns) / size))
         for number, nbytes in large.items()
         if COPIES * nbytes > memory
     }
@@ -124,17 +130,28 @@ def score_block_of_files(
 ) -> BlockScores:
     """Find the answers of one of the blocks of a partition, and log how long it took."""
     start = time.perf_counter()
-    n = len(ranked.ranks)
-    blocks = [slice(n * block // count, n * (block + 1) // count) for block in range(count)]
-    nbytes = sum(piece.nbytes for piece in files.fragments)
-    read = functools.partial(
-        files.reader.read_slices, files.fragments, [columns.embedding], step=max(1, BATCH_BYTES * n // nbytes)
-    )
+    read, blocks = _in_blocks(files, ranked, count, columns)
     answers = score_block(read, ranked, blocks[number], blocks, columns, options)
     if verbose:
         seconds = time.perf_counter() - start
         logger.info("pairwise: block %d of %d, %d rows, took %.3f s", number + 1, count, len(answers.ranks), seconds)
     return answers
+
+
+def find_kept(
+    files: Files, ranked: Ranked, answers: Sequence[BlockScores], columns: Columns, options: SearchOptions
+) -> BlockScores:
+    """Find the answers that depend on which rows are kept, given those of all blocks."""
+    read, blocks = _in_blocks(files, ranked, len(answers), columns)
+    return kept_in_blocks(read, ranked, blocks, answers, columns, options)
+
+
+def _in_blocks(files: Files, ranked: Ranked, count: int, columns: Columns) -> tuple[Callable[..., Any], list[slice]]:
+    """Return what reads embeddings of a partition, and its blocks."""
+    n = len(ranked.ranks)
+    step = max(1, BATCH_BYTES * n // sum(piece.nbytes for piece in files.fragments))
+    read = functools.partial(files.reader.read_slices, files.fragments, [columns.embedding], step=step)
+    return read, [slice(n * block // count, n * (block + 1) // count) for block in range(count)]
 
 
 class Blocks(OwnExpr, Expr):
@@ -157,11 +174,17 @@ class Blocks(OwnExpr, Expr):
         return (None,) * (sum(self.counts.values()) + 1)
 
     def parts(self, partition: int) -> tuple[TaskRef, TaskList]:
-        """Return what refers to the ranks of a partition's rows, and to the answers of its blocks."""
-        return TaskRef((f"ranks-{self._name}", partition)), TaskList(*map(TaskRef, self._keys[partition]))
+        """Return what refers to the ranks of a partition's rows, and to all answers."""
+        kept = [self._key("kept", partition)] if self.options.duplicate_of == "kept" else []
+        answers = [*self._keys[partition], *kept]
+        return TaskRef(self._key("ranks", partition)), TaskList(*map(TaskRef, answers))
+
+    def _key(self, stage: str, partition: int) -> Key:
+        return f"{stage}-{self._name}", partition
 
     @functools.cached_property
     def _keys(self) -> dict[int, list[Key]]:
+        """The tasks of the blocks of each partition."""
         numbers = itertools.count()
         return {
             partition: [(self._name, next(numbers)) for _ in range(count)] for partition, count in self.counts.items()
@@ -169,17 +192,22 @@ class Blocks(OwnExpr, Expr):
 
     def _layer(self) -> dict[Key, Any]:
         graph: dict[Key, Any] = {}
+
+        def add(key: Key, function: Callable[..., Any], *args: Any, **kwargs: Any) -> TaskRef:
+            graph[key] = Task(key, function, *args, **kwargs)
+            return TaskRef(key)
+
+        last = self.fields, self.options
         for partition, keys in self._keys.items():
             # Once for all blocks: there may be thousands of files.
-            files = DataNode(
-                (f"files-{self._name}", partition),
-                Files(self.source.reader, self.source.partitions[partition], self.reading),
-            )
-            rank = (f"ranks-{self._name}", partition)
-            refs = TaskRef(files.key), TaskRef(rank)
-            graph[files.key] = files
-            graph[rank] = Task(rank, rank_files, refs[0], self.fields, self.ranking)
-            last = len(keys), self.fields, self.options
-            for number, key in enumerate(keys):
-                graph[key] = Task(key, score_block_of_files, *refs, number, *last, verbose=self.verbose)
+            files = self._key("files", partition)
+            graph[files] = DataNode(files, Files(self.source.reader, self.source.partitions[partition], self.reading))
+            ranks = add(self._key("ranks", partition), rank_files, TaskRef(files), self.fields, self.ranking)
+            both = TaskRef(files), ranks
+            answers = [
+                add(key, score_block_of_files, *both, number, len(keys), *last, verbose=self.verbose)
+                for number, key in enumerate(keys)
+            ]
+            if self.options.duplicate_of == "kept":
+                add(self._key("kept", partition), find_kept, *both, TaskList(*answers), *last)
         return graph

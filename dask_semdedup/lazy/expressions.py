@@ -208,8 +208,10 @@ class PairwiseScores(Searched, _ByCluster):
         claims = self.unique_partition_mapping_columns_from_shuffle
         scoring = files.source, files.columns, *self.operands[1:]
         partitions = {number: files.source.partitions[number] for number in files._partitions}
-        counts = blocks_of_partitions(files.source.reader, partitions, self.fields, self.options)
-        return ScoresOfFiles(*scoring, claims, Blocks(*scoring, counts) if counts else None, files.operand("_partitions"))
+        counts = blocks_of_partitions(files.source.reader, partitions, self.fields)
+        return ScoresOfFiles(
+            *scoring, claims, Blocks(*scoring, counts) if counts else None, files.operand("_partitions")
+        )
 
 
 class ScoresOfFiles(Searched, PartitionsFiltered, BlockwiseIO):
@@ -263,7 +265,9 @@ class ScoresOfFiles(Searched, PartitionsFiltered, BlockwiseIO):
         counts = {} if self.blocks is None else self.blocks.counts
         reader, partitions = self.source.reader, self.source.partitions
         return [
-            bytes_at_once(reader, partitions[number], self.fields) for number in self._partitions if number not in counts
+            bytes_at_once(reader, partitions[number], self.fields)
+            for number in self._partitions
+            if number not in counts
         ]
 
     def _filtered_task(self, name: Key, index: int) -> Task:

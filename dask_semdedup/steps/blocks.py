@@ -12,21 +12,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from dask_semdedup.device.devices import check_device, choose_device
-from dask_semdedup.device.queues import cores_for
+from dask_semdedup.device.queues import ONE_CORE, cores_for
 from dask_semdedup.frames.backend import take, tensor_like
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import to_tensor
-from dask_semdedup.steps.pairwise import cluster_codes, check_clusters, score_frame, search_segments, segments_of
+from dask_semdedup.steps.pairwise import check_clusters, cluster_codes, score_frame, search_segments, segments_of
 from dask_semdedup.steps.ranking import RankingStrategy
 
 if TYPE_CHECKING:
     import torch
 
-    from dask_semdedup.search.merging import Answers
-
-__all__ = ["BlockScores", "Ranked", "rank_rows", "score_block", "scores_of_blocks"]
+__all__ = ["BlockScores", "Ranked", "kept_in_blocks", "rank_rows", "score_block", "scores_of_blocks"]
 
 Reads = Callable[[Sequence[slice]], Iterator[Any]]
 """Reads some rows of a partition, in ascending slices: yields frames, each of rows of one of these."""
@@ -87,7 +86,7 @@ def score_block(
     Parameters
     ----------
     read : callable
-        Reads rows of the partition with their embeddings: given ascending slices, it yields frames, each of rows of one.
+        Reads embeddings of the partition: given ascending slices, it yields frames, each of rows of one of them.
     ranked : Ranked
         All rows.
     block : slice
@@ -95,59 +94,86 @@ def score_block(
     blocks : sequence of slice
         All blocks, among them this one.
     columns, options
-        As of `steps.pairwise.pairwise_partition`.
+        As of `steps.pairwise.pairwise_partition`. Whether rows are kept is not asked: see `kept_in_blocks`.
 
     Raises
     ------
     EmbeddingError
         If embeddings cannot be compared.
     """
-    from dask_semdedup.search.merging import Answers
-
     check_device(options.device)
     ranks = np.sort(ranked.ranks[block])
-    answers = Answers(tensor_like(ranks))
-    place = np.searchsorted(ranks, ranked.ranks[block])
-    own = _load(read([block]), ranked, block, place, columns, options)
-    options = replace(options, embedding_dim=own.shape[1])
-    _search(own, _Rows.of_block(ranks, ranked.segments), options, answers)
-    pairs = {
-        number: _Rows.of_both(np.sort(ranked.ranks[other]), ranks, ranked.segments)
-        for number, other in enumerate(blocks)
-        if other != block
-    }
-    pairs = {number: rows for number, rows in pairs.items() if rows.have_pairs}
-    frames = read([blocks[number] for number in pairs])
-    for number, rows in pairs.items():
-        # Not held here: the next ones take as much memory.
-        _search(_beside(own, frames, ranked, blocks[number], rows, columns, options), rows, options, answers)
-    return BlockScores(ranks, answers.where.numpy(), answers.scores.numpy())
+    # Every block is read again for each of the others.
+    search = _Search(read, ranked, ranks, [block], columns, options, warn_of_zeros=True)
+    search.among_themselves()
+    others = [other for other in blocks if other != block]
+    search.among(others, [np.sort(ranked.ranks[other]) for other in others])
+    return search.answers()
+
+
+def kept_in_blocks(
+    read: Reads,
+    ranked: Ranked,
+    blocks: Sequence[slice],
+    answers: Sequence[BlockScores],
+    columns: Columns,
+    options: SearchOptions,
+) -> BlockScores:
+    """Find the nearest kept rows of those rows whose nearest row of all may be dropped.
+
+    A row is kept if no row that is preferred over it is near. Which of the others are kept, only those decide whose
+    nearest row is one of them: they are held in memory together, and compared with what is kept. See `search.kept`.
+
+    Parameters
+    ----------
+    answers : sequence of BlockScores
+        Of all blocks.
+    read, ranked, blocks, columns, options
+        As of `score_block`.
+    """
+    nearest, _ = _joined(ranked, answers)
+    is_kept = nearest == np.arange(len(nearest))
+    queries = np.flatnonzero(~is_kept & ~is_kept[nearest])
+    if not len(queries):
+        return BlockScores(queries, queries, np.empty(0, np.float32))
+    search = _Search(read, ranked, queries, blocks, columns, options)
+    ranks = [np.sort(ranked.ranks[block]) for block in blocks]
+    search.among(blocks, [candidates[is_kept[candidates]] for candidates in ranks])
+    search.among_kept()
+    return search.answers()
 
 
 def scores_of_blocks(ranked: Ranked, answers: Sequence[BlockScores]) -> Any:
-    """Return the frame of scores of a partition, as `steps.pairwise.pairwise_partition` does, from those of blocks."""
+    """Return the frame of scores of a partition, as `steps.pairwise.pairwise_partition` does, from the blocks' answers.
+
+    Of several answers of a row the last one holds.
+    """
+    nearest, scores = _joined(ranked, answers)
+    return score_frame(ranked.ids, take(ranked.ids, nearest), scores, ranked.clusters)
+
+
+def _joined(ranked: Ranked, answers: Sequence[BlockScores]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows nearest to all rows, and their scores."""
     nearest, scores = np.empty(len(ranked.ranks), np.int64), np.empty(len(ranked.ranks), np.float32)
     for found in answers:
         nearest[found.ranks], scores[found.ranks] = found.nearest, found.scores
-    return score_frame(ranked.ids, take(ranked.ids, nearest), scores, ranked.clusters)
+    return nearest, scores
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of one search: those of a block, or those of another one too, before them in each cluster.
+    """The rows of one search: queries, and before them in each cluster their candidates, if these are other rows.
 
     Attributes
     ----------
     ranks : numpy.ndarray
         (n,) int64.
     queries, candidates : numpy.ndarray
-        Places of the rows of the block, and of those of the other one, each in the order of their ranks.
+        Places of the queries and of the candidates, each in the order of their ranks.
     segments : numpy.ndarray
         (k + 1,) int64 offsets of the clusters.
     stops : numpy.ndarray or None
         (n,) int64 ends of the candidates of each row; None where these are all that are preferred over it.
-    have_pairs : bool
-        Whether any row is to be compared with another one.
     """
 
     ranks: np.ndarray
@@ -155,96 +181,163 @@ class _Rows:
     candidates: np.ndarray
     segments: np.ndarray
     stops: np.ndarray | None
-    have_pairs: bool
 
     @classmethod
-    def of_block(cls, ranks: np.ndarray, segments: np.ndarray) -> _Rows:
+    def of_one(cls, ranks: np.ndarray, segments: np.ndarray) -> _Rows:
+        """Return rows, by ascending ranks, that are compared with each other."""
         every = np.arange(len(ranks))
-        return cls(ranks, every, every[:0], np.searchsorted(ranks, segments), None, True)
+        return cls(ranks, every, every[:0], np.searchsorted(ranks, segments), None)
 
     @classmethod
-    def of_both(cls, candidates: np.ndarray, queries: np.ndarray, segments: np.ndarray) -> _Rows:
-        of_candidates, of_queries = (np.searchsorted(ranks, segments) for ranks in (candidates, queries))
-        offsets = of_candidates + of_queries
-        numbers = np.arange(len(segments) - 1)
-        cluster = np.repeat(numbers, np.diff(of_queries))
-        of_cluster = np.repeat(numbers, np.diff(of_candidates))
+    def of_both(cls, queries: np.ndarray, candidates: np.ndarray, segments: np.ndarray) -> _Rows:
+        """Return rows, by ascending ranks, that are compared with candidates."""
+        of_queries, of_candidates = (np.searchsorted(ranks, segments) for ranks in (queries, candidates))
+        offsets, clusters = of_queries + of_candidates, np.arange(len(segments) - 1)
+        cluster, of_cluster = (np.repeat(clusters, np.diff(cuts)) for cuts in (of_queries, of_candidates))
         place = np.arange(len(queries)) + of_candidates[cluster + 1]
         before = np.arange(len(candidates)) + of_queries[of_cluster]
-        preferred = np.searchsorted(candidates, queries) - of_candidates[cluster]
         ranks, stops = np.empty((2, offsets[-1]), np.int64)
         ranks[place], ranks[before] = queries, candidates
-        stops[place], stops[before] = offsets[cluster] + preferred, offsets[of_cluster]
-        return cls(ranks, place, before, offsets, stops, bool(preferred.any()))
+        stops[place] = offsets[cluster] + _preferred(queries, candidates, segments)
+        stops[before] = offsets[of_cluster]
+        return cls(ranks, place, before, offsets, stops)
 
 
-def _load(
-    frames: Iterator[Any],
-    ranked: Ranked,
-    block: slice,
-    place: np.ndarray,
-    columns: Columns,
-    options: SearchOptions,
-    rows: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Read the embeddings of a block to some places of a matrix, by default of a new one.
+def _preferred(queries: np.ndarray, candidates: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """Return how many candidates are preferred over each query of their cluster, all by ascending ranks."""
+    starts = segments[np.searchsorted(segments, queries, side="right") - 1]
+    return np.searchsorted(candidates, queries) - np.searchsorted(candidates, starts)
 
-    Batches are converted one by one, so that hardly more than the matrix is in memory.
+
+class _Search:
+    """Some rows, and the best of the answers that have been found for them.
+
+    Parameters
+    ----------
+    read, ranked, columns, options
+        As of `score_block`.
+    ranks : numpy.ndarray
+        The rows, ascending.
+    blocks : sequence of slice
+        Where they are.
     """
-    import torch
 
-    width, start, is_first = options.embedding_dim, 0, rows is None
-    while start < len(place):
-        frame = next(frames)
-        where = slice(start, start + len(frame))
-        ranks = ranked.ranks[block][where]
-        batch = to_tensor(
-            frame[columns.embedding],
-            name=columns.embedding,
-            ids=ranked.ids.iloc[ranks],
-            clusters=ranked.clusters.iloc[ranks],
-            embedding_dim=width,
-            # Every block is read again for each of the others.
-            warn_of_zeros=is_first,
-        )
-        if rows is None:
-            width = batch.shape[1]
-            rows = torch.empty((len(place), width))
-        rows[tensor_like(place[where])] = batch
-        start += len(frame)
-    assert rows is not None
-    return rows
+    def __init__(
+        self,
+        read: Reads,
+        ranked: Ranked,
+        ranks: np.ndarray,
+        blocks: Sequence[slice],
+        columns: Columns,
+        options: SearchOptions,
+        *,
+        warn_of_zeros: bool = False,
+    ) -> None:
+        from dask_semdedup.search.merging import Answers
 
+        self.read, self.ranked, self.columns, self.options = read, ranked, columns, options
+        self.ranks = ranks
+        self.embeddings = self._load(read(blocks), blocks, ranks, warn_of_zeros=warn_of_zeros)
+        self.best = Answers(tensor_like(ranks))
 
-def _beside(
-    own: torch.Tensor,
-    frames: Iterator[Any],
-    ranked: Ranked,
-    other: slice,
-    rows: _Rows,
-    columns: Columns,
-    options: SearchOptions,
-) -> torch.Tensor:
-    """Return the rows of a block and those of another one, which are read."""
-    both = own.new_empty((len(rows.ranks), own.shape[1]))
-    both[tensor_like(rows.queries)] = own
-    ranks = ranked.ranks[other]
-    place = rows.candidates[np.searchsorted(np.sort(ranks), ranks)]
-    return _load(frames, ranked, other, place, columns, options, both)
+    def answers(self) -> BlockScores:
+        return BlockScores(self.ranks, self.best.where.numpy(), self.best.scores.numpy())
 
+    def among_themselves(self) -> None:
+        """Compare the rows with each other."""
+        self._compare(_Rows.of_one(self.ranks, self.ranked.segments), self.embeddings)
 
-def _search(embeddings: torch.Tensor, rows: _Rows, options: SearchOptions, answers: Answers) -> None:
-    """Search rows for their nearest candidates, and keep the answers that are better than those so far."""
-    from dask_semdedup.search.merging import cosines
+    def among(self, blocks: Sequence[slice], candidates: Sequence[np.ndarray]) -> None:
+        """Compare the rows with candidates, by their ascending ranks, of blocks that are read one after the other."""
+        segments = self.ranked.segments
+        pairs = zip(blocks, candidates, strict=True)
+        needed = [(block, ranks) for block, ranks in pairs if _preferred(self.ranks, ranks, segments).any()]
+        frames = self.read([block for block, _ in needed])
+        for block, ranks in needed:
+            rows = _Rows.of_both(self.ranks, ranks, segments)
+            # Not held here: those of the next block take as much memory.
+            self._compare(rows, self._load(frames, [block], ranks, rows))
 
-    device = choose_device(options.device, "cpu", rows.segments)
-    with cores_for(device, rows.segments):
-        scores, index = search_segments(embeddings, rows.segments, rows.stops, replace(options, device=device))
+    def among_kept(self) -> None:
+        """Compare the rows with those of them that are kept, as far as no answer has been found for them."""
+        undecided = np.flatnonzero(self.best.where.numpy() == self.ranks)
+        rows = _Rows.of_one(self.ranks[undecided], self.ranked.segments)
+        _, index = _search(self.embeddings[tensor_like(undecided)], rows, self.options)
+        kept = undecided[index.numpy() == rows.queries]
+        rows = _Rows.of_both(self.ranks, self.ranks[kept], self.ranked.segments)
+        both = self._beside(rows)
+        both[tensor_like(rows.candidates)] = self.embeddings[tensor_like(kept)]
+        self._compare(rows, both)
+
+    def _compare(self, rows: _Rows, embeddings: torch.Tensor) -> None:
+        """Search the rows' nearest candidates, and keep the answers that are better than those before."""
+        from dask_semdedup.search.merging import cosines
+
+        scores, index = _search(embeddings, rows, replace(self.options, duplicate_of="any"))
         query = tensor_like(rows.queries)
         nearest = index[query]
 
         def exactly(row: torch.Tensor) -> torch.Tensor:
             return cosines(embeddings, query[row], nearest[row])
 
-        is_exact = options.compute_dtype == "auto"
-        answers.add(scores[query], tensor_like(rows.ranks)[nearest], exactly if is_exact else None)
+        is_exact = self.options.compute_dtype == "auto"
+        self.best.add(scores[query], tensor_like(rows.ranks)[nearest], exactly if is_exact else None)
+
+    def _beside(self, rows: _Rows) -> torch.Tensor:
+        """Return the matrix of a search, in which those of the candidates are still missing."""
+        both = self.embeddings.new_empty((len(rows.ranks), self.embeddings.shape[1]))
+        both[tensor_like(rows.queries)] = self.embeddings
+        return both
+
+    def _load(
+        self,
+        frames: Iterator[Any],
+        blocks: Sequence[slice],
+        wanted: np.ndarray,
+        rows: _Rows | None = None,
+        *,
+        warn_of_zeros: bool = False,
+    ) -> torch.Tensor:
+        """Take the frames of some blocks, and return the wanted rows, in rank order or as the candidates of `rows`.
+
+        Frames are converted one by one, so that hardly more than the matrix is in memory.
+        """
+        import torch
+
+        into = None if rows is None else self._beside(rows)
+        width = self.options.embedding_dim if into is None else into.shape[1]
+        ranks = np.concatenate([self.ranked.ranks[block] for block in blocks])
+        places = np.full(len(ranks), -1)
+        is_wanted = np.isin(ranks, wanted)
+        places[is_wanted] = np.searchsorted(wanted, ranks[is_wanted])
+        if rows is not None:
+            places[is_wanted] = rows.candidates[places[is_wanted]]
+        start = 0
+        while start < len(ranks):
+            frame = next(frames)
+            of_frame = slice(start, start + len(frame))
+            with cores_for("cpu", ONE_CORE):
+                batch = to_tensor(
+                    frame[self.columns.embedding],
+                    name=self.columns.embedding,
+                    ids=self.ranked.ids.iloc[ranks[of_frame]],
+                    clusters=self.ranked.clusters.iloc[ranks[of_frame]],
+                    embedding_dim=width,
+                    warn_of_zeros=warn_of_zeros,
+                )
+            if into is None:
+                width = batch.shape[1]
+                into = torch.empty((len(wanted), width))
+            into[tensor_like(places[of_frame][is_wanted[of_frame]])] = batch[tensor_like(is_wanted[of_frame])]
+            start = of_frame.stop
+        assert into is not None
+        # Arrow keeps what it has read with, as much as a block takes, and a worker that is full does not go on.
+        pa.default_memory_pool().release_unused()
+        return into
+
+
+def _search(embeddings: torch.Tensor, rows: _Rows, options: SearchOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """Search on the device of `options`."""
+    device = choose_device(options.device, "cpu", rows.segments)
+    with cores_for(device, rows.segments):
+        return search_segments(embeddings, rows.segments, rows.stops, replace(options, device=device))

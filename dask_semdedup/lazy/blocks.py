@@ -22,7 +22,7 @@ from dask.system import CPU_COUNT
 from dask.typing import Key
 
 from dask_semdedup._dask import DataNode, Expr, OwnExpr, Task, TaskList, TaskRef
-from dask_semdedup.device.sharing import default_client
+from dask_semdedup.device.sharing import workers_of
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.io.reader import Reader
@@ -65,11 +65,9 @@ def task_bytes(client: Client | None = None) -> float:
     client : distributed.Client, optional
         The client that will run the work; by default the default client, if there is one.
     """
-    client = client or default_client()
-    if client is None:
+    workers = workers_of(client)
+    if workers is None:
         return (FILLED * psutil.virtual_memory().total - PROCESS_BYTES) / CPU_COUNT
-    # An asynchronous client cannot be asked here.
-    workers = {} if client.asynchronous else client.scheduler_info(n_workers=-1)["workers"]
     # A worker without a limit has None or 0.
     limits = ((worker["memory_limit"] or math.inf, worker["nthreads"]) for worker in workers.values())
     return min(((FILLED * limit - PROCESS_BYTES) / threads for limit, threads in limits), default=math.inf)
@@ -98,17 +96,15 @@ def blocks_of_partitions(
     """
     if reader.backend != "pandas":
         return {}
-    found = {number: bytes_at_once(reader, fragments, columns) for number, fragments in partitions.items()}
-    large = {number: nbytes for number, nbytes in found.items() if nbytes > LEAST_BLOCK}
-    # Workers are not asked if all is small.
+    sizes = {number: _nbytes(reader, fragments, columns) for number, fragments in partitions.items()}
+    large = [number for number, nbytes in sizes.items() if nbytes > LEAST_BLOCK]
+    # Workers are not asked if all is small, and clusters are not looked at if all of a partition fits.
     memory = task_bytes() if large else math.inf
+    held = [number for number in large if COPIES * sizes[number] > memory]
+    oversized = [number for number in held if COPIES * bytes_at_once(reader, partitions[number], columns) > memory]
     size = max(LEAST_BLOCK, memory / BLOCK_COPIES)
-    rows = {number: sum(piece.rows for piece in partitions[number]) for number in large}
-    return {
-        number: min(rows[number], math.ceil(_nbytes(reader, partitions[number], columns) / size))
-        for number, nbytes in large.items()
-        if COPIES * nbytes > memory
-    }
+    rows = {number: sum(piece.rows for piece in partitions[number]) for number in oversized}
+    return {number: min(rows[number], math.ceil(sizes[number] / size)) for number in oversized}
 
 
 class Files(NamedTuple):

@@ -89,7 +89,8 @@ def check_memory(client: Client, ddf: dd.DataFrame) -> None:
     # A worker without a limit has None or 0.
     limit = min((worker["memory_limit"] or math.inf for worker in workers.values()), default=math.inf)
     # What surely does not fit is refused.
-    needed = (COPIES - 1) * max((nbytes for files in read for nbytes in files.bytes_at_once()), default=0)
+    in_host = [files.bytes_at_once() for files in read if files.source.reader.backend == "pandas"]
+    needed = (COPIES - 1) * max((nbytes for partitions in in_host for nbytes in partitions), default=0)
     if needed > limit:
         raise InvalidArgumentError(
             f"The largest partition takes about {format_bytes(needed)} of memory while its rows are compared, and a "

@@ -187,12 +187,8 @@ class TestMemory:
         info = {
             "workers": {number: {"memory_limit": limit, "nthreads": n} for number, (limit, n) in enumerate(workers)}
         }
-        client: Any = SimpleNamespace(asynchronous=False, scheduler_info=lambda n_workers: info)
+        client: Any = SimpleNamespace(asynchronous=False, status="running", scheduler_info=lambda n_workers: info)
         assert task_bytes(client) == pytest.approx(expected)
-
-    def test_an_asynchronous_client_cannot_be_asked(self) -> None:
-        client: Any = SimpleNamespace(asynchronous=True)
-        assert task_bytes(client) == np.inf
 
     def test_threads_share_the_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         machine = SimpleNamespace(total=16 << 30)

@@ -24,7 +24,7 @@ Dask DataFrame has no public way to write an expression. What each name is for, 
     whole process, which other threads would see.
 `Task`, `TaskRef`, `TaskList`, `DataNode`, `GraphNode`, `AnyExpr`
     Graphs made by hand: `ReadClusters` reads only the chosen partitions, in `CheckedIds` all wait for one check, and
-    `CompleteScores` compares blocks of partitions with each other.
+    `CompleteScores` and `Blocks` compare blocks of rows with each other.
 
 The tests of ``lazy/`` run against the oldest and the newest Dask that are claimed: ``make test-dask``.
 """

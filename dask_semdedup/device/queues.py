@@ -17,11 +17,14 @@ from dask_semdedup.device.devices import only_on
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.streams import reading_stream
 
-__all__ = ["cores", "cores_for", "gpu_slot", "gpu_turn"]
+__all__ = ["ONE_CORE", "cores", "cores_for", "gpu_slot", "gpu_turn"]
 
 # Clusters of at least this many rows are searched one at a time on all of torch's threads: these then lose less time
 # waiting for each other than is gained by one search per thread of Dask.
 ROWS_WORTH_ALL_THREADS = 8192
+
+# Offsets of a search that takes one core: other partitions take the others.
+ONE_CORE = np.array([0, 1])
 
 
 @only_on("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dask.system import CPU_COUNT
 
@@ -15,7 +15,7 @@ from dask_semdedup.device.queues import PARTITIONS_ON_GPU
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["gpus_at_work", "partitions_per_gpu"]
+__all__ = ["gpus_at_work", "partitions_per_gpu", "workers_of"]
 
 
 def partitions_per_gpu(client: Client | None = None) -> int:
@@ -50,18 +50,14 @@ def gpus_at_work(client: Client | None = None) -> int:
 def _sharing_a_gpu(client: Client | None) -> list[tuple[int, int]]:
     """Return, for each machine, the processes per GPU and the threads of one of them."""
     gpus = visible_gpus()
-    machines = _machines(client)
-    return [_share(processes, gpus) for processes in machines] or [(1, CPU_COUNT)]
+    return [_share(processes, gpus) for processes in _machines(client)] or [(1, CPU_COUNT)]
 
 
 def _machines(client: Client | None) -> list[list[int]]:
     """Return the threads of each process of each machine of a cluster; none without a cluster that can be asked."""
-    client = client or _default_client()
-    # An asynchronous client cannot be asked here.
-    if client is None or client.asynchronous or client.status != "running":
-        return []
+    workers = workers_of(client) or {}
     machines: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
+    for address, worker in workers.items():
         process = "this" if address.startswith("inproc://") else address
         machines[worker["host"]][process] += worker["nthreads"]
     return [list(processes.values()) for processes in machines.values()]
@@ -73,6 +69,21 @@ def _share(threads: Sequence[int], gpus: int) -> tuple[int, int]:
         return len(threads), max(threads)
     # Fewer processes than GPUs may have a GPU each, or all the same one.
     return 1, max(threads) if len(threads) == gpus else sum(threads)
+
+
+def workers_of(client: Client | None = None) -> dict[str, Any] | None:
+    """Return what the scheduler knows of each worker, by its address; None where no scheduler can be asked.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        By default the default client, if there is one.
+    """
+    client = client or _default_client()
+    # An asynchronous client cannot be asked here.
+    if client is None or client.asynchronous or client.status != "running":
+        return None
+    return client.scheduler_info(n_workers=-1)["workers"]
 
 
 def _default_client() -> Client | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate, groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -129,7 +129,46 @@ def read_fragment(
     fs: fsspec.AbstractFileSystem, fragment: Fragment, schema: pa.Schema, orders: Mapping[str, pa.Array] | None = None
 ) -> pa.Table:
     """Return a fragment as an Arrow table of exactly this schema, with ordered categories in these orders."""
-    table = read_checked(fs, fragment, schema.names)
+    return _conformed(read_checked(fs, fragment, schema.names), fragment, schema, orders)
+
+
+def read_slices(
+    fs: fsspec.AbstractFileSystem,
+    fragment: Fragment,
+    schema: pa.Schema,
+    slices: Sequence[slice],
+    step: int,
+    orders: Mapping[str, pa.Array] | None = None,
+) -> Iterator[pa.Table]:
+    """Yield some rows of a fragment as `read_fragment` returns them, in tables of at most `step` rows of one slice.
+
+    Slices ascend. Row groups without any of their rows are not read, and of a large one only a batch is in memory.
+    """
+    # What is read ahead would be all of a row group.
+    with _opened(fs, fragment, pre_buffer=False) as (_, file):
+        present = [name for name in file.schema_arrow.names if name in schema.names]
+        end = 0
+        for group in _groups_of(fragment, file):
+            start, end = end, end + file.metadata.row_group(group).num_rows
+            wanted = [rows for rows in slices if rows.start < end and start < rows.stop]
+            if not wanted:
+                continue
+            for batch in file.iter_batches(step, [group], present, use_threads=False):
+                for rows in wanted:
+                    first, last = max(rows.start - start, 0), min(rows.stop - start, len(batch))
+                    if first < last:
+                        table = pa.Table.from_batches([batch.slice(first, last - first)])
+                        yield _conformed(table, fragment, schema, orders)
+                start += len(batch)
+                if start >= wanted[-1].stop:
+                    break
+    if end != fragment.rows:
+        raise changed([fragment.path])
+
+
+def _conformed(
+    table: pa.Table, fragment: Fragment, schema: pa.Schema, orders: Mapping[str, pa.Array] | None
+) -> pa.Table:
     try:
         return conform(table, schema, orders or {})
     except DataReadError as error:
@@ -137,7 +176,19 @@ def read_fragment(
 
 
 def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Sequence[str]) -> pa.Table:
-    """Return the columns that a fragment has. Raise if its number of rows is not the planned one.
+    """Return those of the columns that a fragment has. Raise if it no longer has the rows that were planned."""
+    with _opened(fs, fragment, pre_buffer=not is_local(fs)) as (source, file):
+        table = _read_row_groups(source, file, fragment, names)
+    if len(table) != fragment.rows:
+        raise changed([fragment.path])
+    return table
+
+
+@contextmanager
+def _opened(
+    fs: fsspec.AbstractFileSystem, fragment: Fragment, *, pre_buffer: bool
+) -> Iterator[tuple[Any, pq.ParquetFile]]:
+    """Open the file of a fragment. Raise if it is not the one that was planned, or cannot be read.
 
     Files are read one after another and without Arrow's threads, since Dask already runs a partition per core. They are
     not mapped into memory: reading a page of a file that was truncated meanwhile would kill the process.
@@ -146,20 +197,21 @@ def read_checked(fs: fsspec.AbstractFileSystem, fragment: Fragment, names: Seque
     try:
         with nullcontext(path) if is_local(fs) else fs.open(path) as source:
             check_state(path, fragment.state, state_now(fs, path, source))
-            buffered = {"pre_buffer": not is_local(fs), "buffer_size": _buffer_size(fragment, BUFFER)}
+            buffered = {"pre_buffer": pre_buffer, "buffer_size": _buffer_size(fragment, BUFFER)}
             with pq.ParquetFile(source, page_checksum_verification=True, **buffered) as file:
-                table = _read_row_groups(source, file, fragment, names)
+                yield source, file
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         if isinstance(error, SemDedupError):
             raise
         raise unreadable(path, error) from error
-    if len(table) != fragment.rows:
-        raise changed([path])
-    return table
+
+
+def _groups_of(fragment: Fragment, file: pq.ParquetFile) -> list[int]:
+    return list(range(file.metadata.num_row_groups) if fragment.row_groups is None else fragment.row_groups)
 
 
 def _read_row_groups(source: Any, file: pq.ParquetFile, fragment: Fragment, names: Sequence[str]) -> pa.Table:
-    groups = list(range(file.metadata.num_row_groups) if fragment.row_groups is None else fragment.row_groups)
+    groups = _groups_of(fragment, file)
     present = [name for name in file.schema_arrow.names if name in names]
     if not present:
         rows = sum(file.metadata.row_group(index).num_rows for index in groups)

@@ -6,7 +6,7 @@ both come from the same conversion.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
@@ -24,7 +24,7 @@ from dask_semdedup.errors import DataReadError, InvalidArgumentError, have, some
 from dask_semdedup.frames.backend import take
 from dask_semdedup.frames.categories import is_ordered
 from dask_semdedup.io.cudf_reader import cupy_repeat, import_cudf, in_cudf, read_fragments_cudf
-from dask_semdedup.io.fragments import Fragment, read_fragment
+from dask_semdedup.io.fragments import Fragment, read_fragment, read_slices
 from dask_semdedup.io.scan import COLUMNS_ADVICE, Scan, is_integer
 from dask_semdedup.io.schemas import conform, in_frames, refuse
 
@@ -123,6 +123,36 @@ class Reader:
         if self.backend == "cudf":
             return self._read_cudf(fragments, columns)
         return self.to_pandas(self._read_arrow(fragments, columns), fragments, columns)
+
+    def read_slices(
+        self, fragments: Sequence[Fragment], columns: Sequence[str], slices: Sequence[slice], step: int
+    ) -> Iterator[pd.DataFrame]:
+        """Yield some rows as `read` returns them, in pandas frames of at most `step` rows of one slice.
+
+        Parameters
+        ----------
+        fragments, columns
+            As of `read`.
+        slices : sequence of slice
+            Which rows, counted through all fragments; they ascend.
+        step : int
+            The most rows of a frame. No more are in memory.
+
+        Raises
+        ------
+        DataReadError
+            As of `read`.
+        """
+        refuse(self.problems, columns, COLUMNS_ADVICE)
+        schema = self._schema_in_frames(columns)
+        end = 0
+        for piece in fragments:
+            start, end = end, end + piece.rows
+            within = [slice(rows.start - start, rows.stop - start) for rows in slices if start < rows.stop]
+            within = [slice(max(rows.start, 0), rows.stop) for rows in within if rows.start < piece.rows]
+            if within:
+                for table in read_slices(self.fs, piece, schema, within, step, self.orders):
+                    yield self.to_pandas(table, [piece._replace(rows=len(table))], columns)
 
     def _read_arrow(self, fragments: Sequence[Fragment], columns: Sequence[str]) -> pa.Table:
         schema = self._schema_in_frames(columns)

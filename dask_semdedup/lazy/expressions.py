@@ -41,8 +41,10 @@ from dask_semdedup.frames.embeddings import first_width
 from dask_semdedup.frames.ids import is_in
 from dask_semdedup.io.fragments import Fragment, in_runs
 from dask_semdedup.io.reader import Reader
+from dask_semdedup.lazy.blocks import Blocks, blocks_of_partitions, bytes_at_once
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.steps.against import against_meta, against_partition
+from dask_semdedup.steps.blocks import scores_of_blocks
 from dask_semdedup.steps.kmeans import kmeans_meta, kmeans_partition
 from dask_semdedup.steps.pairwise import pairwise_meta, pairwise_partition
 from dask_semdedup.steps.ranking import RankingStrategy
@@ -204,11 +206,19 @@ class PairwiseScores(Searched, _ByCluster):
         if not isinstance(files, ReadClusters):
             return None
         claims = self.unique_partition_mapping_columns_from_shuffle
-        return ScoresOfFiles(files.source, files.columns, *self.operands[1:], claims, files.operand("_partitions"))
+        scoring = files.source, files.columns, *self.operands[1:]
+        partitions = {number: files.source.partitions[number] for number in files._partitions}
+        counts = blocks_of_partitions(files.source.reader, partitions, self.fields)
+        return ScoresOfFiles(
+            *scoring, claims, Blocks(*scoring, counts) if counts else None, files.operand("_partitions")
+        )
 
 
 class ScoresOfFiles(Searched, PartitionsFiltered, BlockwiseIO):
-    """Scores of files, read and scored in one task: `PairwiseScores` of `ReadClusters` is lowered to it."""
+    """Scores of files, read and scored in one task: `PairwiseScores` of `ReadClusters` is lowered to it.
+
+    Where `blocks` searches a partition, the task puts together what that has found.
+    """
 
     _parameters = [  # noqa: RUF012
         "source",
@@ -218,6 +228,7 @@ class ScoresOfFiles(Searched, PartitionsFiltered, BlockwiseIO):
         "options",
         "verbose",
         "claims",
+        "blocks",
         "_partitions",
     ]
     _defaults = {"_partitions": None}  # noqa: RUF012
@@ -243,7 +254,25 @@ class ScoresOfFiles(Searched, PartitionsFiltered, BlockwiseIO):
             return parent.substitute(self, self.substitute_parameters({"claims": set()}))
         return super()._simplify_up(parent, dependents)
 
+    def with_at_least(self, at_least: float | None) -> AnyExpr:
+        scores = super().with_at_least(at_least)
+        if self.blocks is None:
+            return scores
+        return scores.substitute(self.blocks, self.blocks.substitute_parameters({"options": scores.options}))
+
+    def bytes_at_once(self) -> list[float]:
+        """Return the bytes that each partition holds at once, without those that are searched in blocks."""
+        counts = {} if self.blocks is None else self.blocks.counts
+        reader, partitions = self.source.reader, self.source.partitions
+        return [
+            bytes_at_once(reader, partitions[number], self.fields)
+            for number in self._partitions
+            if number not in counts
+        ]
+
     def _filtered_task(self, name: Key, index: int) -> Task:
+        if self.blocks is not None and index in self.blocks.counts:
+            return Task(name, scores_of_blocks, *self.blocks.parts(index))
         return Task(
             name,
             score_files,
@@ -354,6 +383,13 @@ class ReadClusters(OwnExpr, PartitionsFiltered, BlockwiseIO):
         if isinstance(parent, Len):
             return Literal(sum(self._lengths()))
         return super()._simplify_up(parent, dependents)
+
+    blocks = None
+
+    def bytes_at_once(self) -> list[float]:
+        """Return the bytes of each partition."""
+        partitions = self.source.partitions
+        return [float(sum(piece.nbytes for piece in partitions[number])) for number in self._partitions]
 
     def _lengths(self) -> tuple[int, ...]:
         partitions = self.source.partitions

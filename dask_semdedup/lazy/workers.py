@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dask.utils import format_bytes
 
 from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError, some
-from dask_semdedup.lazy.expressions import ReadClusters
+from dask_semdedup.lazy.blocks import COPIES, LEAST_BYTES, PROCESS_BYTES, task_bytes
+from dask_semdedup.lazy.expressions import ReadClusters, ScoresOfFiles
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -23,10 +24,6 @@ __all__ = ["check_memory", "check_workers", "is_connected", "lost", "watched"]
 
 # Seconds that a cluster has to get its first worker.
 FIRST_WORKER = 60
-
-# Times that rows are in memory while they are compared: as read, in rank order, and for the search. 4.3 times their
-# bytes were measured; what surely does not fit is refused.
-COPIES = 4
 
 # Seconds without a finished task after which the workers are looked at.
 PATIENCE = 60
@@ -71,7 +68,7 @@ def check_workers(client: Client, version: str, timeout: float = FIRST_WORKER) -
 
 
 def check_memory(client: Client, ddf: dd.DataFrame) -> None:
-    """Raise if workers cannot hold the largest partition of a frame that is read in whole clusters.
+    """Raise if workers cannot hold what a frame of whole clusters is read in: partitions, or blocks of large ones.
 
     Otherwise worker after worker would be killed, until Dask gives up.
 
@@ -85,18 +82,27 @@ def check_memory(client: Client, ddf: dd.DataFrame) -> None:
     InvalidArgumentError
         With the bytes that are needed and available.
     """
-    sources = [read.source for read in ddf.expr.find_operations(ReadClusters) if read.source.reader.backend == "pandas"]
-    partitions = [fragments for source in sources for fragments in source.partitions]
-    needed = COPIES * max((sum(piece.nbytes for piece in fragments) for fragments in partitions), default=0)
+    if not any(True for _ in ddf.expr.find_operations(ReadClusters)):
+        return
+    read = list(ddf.optimize(fuse=False).expr.find_operations((ReadClusters, ScoresOfFiles)))
     workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
     # A worker without a limit has None or 0.
     limit = min((worker["memory_limit"] or math.inf for worker in workers.values()), default=math.inf)
+    # What surely does not fit is refused.
+    in_host = [files.bytes_at_once() for files in read if files.source.reader.backend == "pandas"]
+    needed = (COPIES - 1) * max((nbytes for partitions in in_host for nbytes in partitions), default=0)
     if needed > limit:
         raise InvalidArgumentError(
             f"The largest partition takes about {format_bytes(needed)} of memory while its rows are compared, and a "
             f"worker has {format_bytes(int(limit))}. Choose a smaller partition size; if one cluster is that large, "
             "make more clusters, or give workers more memory.",
             parameters=["partition_size"],
+        )
+    if any(files.blocks is not None for files in read) and task_bytes(client) < LEAST_BYTES:
+        raise InvalidArgumentError(
+            f"Workers have {format_bytes(int(limit))} of memory. They need {format_bytes(PROCESS_BYTES)}, and "
+            f"{format_bytes(LEAST_BYTES)} for each of their threads, to compare the rows of a large cluster. Give "
+            "workers more memory, or fewer threads."
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dask_semdedup.search import certify, checked_arguments, nearest_earlier
+from dask_semdedup.search.merging import MARGIN, cosines
 
 __all__ = ["nearest_earlier_from_host"]
 
@@ -33,9 +34,6 @@ WORKSPACE = 256 << 20
 
 MIN_ROWS = 4096
 """Rows of a job even if too little memory is free for them."""
-
-MARGIN = 4e-6
-"""Two scores, each within 2e-6 of float64, are in the right order if they differ by more than this."""
 
 
 def nearest_earlier_from_host(
@@ -240,15 +238,10 @@ def _keep_better(
     if is_exact:
         close = (((found - held).abs() <= MARGIN) & is_contest).nonzero().flatten()
         query = close + job.answers.start
-        cosine, held_cosine = (_cosines(rows, query, candidate[close]) for candidate in (where, held_where))
+        cosine, held_cosine = (cosines(rows, query, candidate[close]) for candidate in (where, held_where))
         is_better[close] = (cosine > held_cosine) | ((cosine == held_cosine) & (where[close] < held_where[close]))
     scores[job.answers] = torch.where(is_better, found, held)
     index[job.answers] = torch.where(is_better, where, held_where)
-
-
-def _cosines(rows: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """Return float64 cosine similarities, rounded as in the search."""
-    return certify.snap(certify.cosines64(rows, query, candidate))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from dask.dataframe.dispatch import concat
 
 from dask_semdedup.device.devices import check_device, choose_device
 from dask_semdedup.device.memory import share_memory_pool
-from dask_semdedup.device.queues import cores_for, gpu_turn
+from dask_semdedup.device.queues import ONE_CORE, cores_for, gpu_turn
 from dask_semdedup.device.streams import reading_stream, search_stream
 from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, take, tensor_like, to_numpy
 from dask_semdedup.frames.columns import Columns, SearchOptions
@@ -48,9 +48,6 @@ __all__ = [
     "take_involved",
     "total_of_part",
 ]
-
-# Offsets of a search that takes one core: other partitions take the others.
-ONE_CORE = np.array([0, 1])
 
 # The column of components, where they are searched as clusters are.
 COMPONENT = "_semdedup_component"

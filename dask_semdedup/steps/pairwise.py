@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_clusters",
+    "cluster_codes",
     "pairwise_meta",
     "pairwise_partition",
     "score_frame",
@@ -88,7 +89,7 @@ def pairwise_partition(
     with reading_stream(frame_device):
         check_clusters(clusters, ids)
         order = ranking.order(frame, cluster_field=columns.cluster, id_field=columns.id)
-        segments = segments_of(_codes(clusters, order))
+        segments = segments_of(cluster_codes(clusters, order))
         scores, index = _search_frame(frame, order, segments, columns, options, clusters)
         nearest = order[array_like(index, frame)]
         found = take(ids, order), take(ids, nearest), array_like(scores, frame), take(clusters, order)
@@ -152,7 +153,7 @@ def _nulls(column: Any) -> Any:
     return None if knows else column.isna()
 
 
-def _codes(clusters: Any, order: Any) -> Any:
+def cluster_codes(clusters: Any, order: Any) -> Any:
     """Numbers of rows in order, equal where their clusters are."""
     if clusters.dtype.kind in "iu":
         return (clusters.values if is_cudf(clusters) else clusters.to_numpy())[order]

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from distributed import Client, LocalCluster
 
@@ -92,10 +93,28 @@ def test_a_partition_that_no_worker_holds_is_refused(idle: Client, tmp_path: Pat
     rows = np.zeros((1000, 256), np.float32)
     frame = pd.DataFrame({"id": range(1000), "embeddings": arrow_lists(rows)})
     scores = read_clusters(write_layout(tmp_path, {0: [frame]})).semdedup.pairwise(which_to_keep="random")
-    info = {"workers": {"tcp://0": {"memory_limit": limit}, "tcp://1": {"memory_limit": 1 << 40}}}
+    limits = {"tcp://0": limit, "tcp://1": 1 << 40}
+    info = {"workers": {address: {"memory_limit": least, "nthreads": 1} for address, least in limits.items()}}
     with patch.object(idle, "scheduler_info", return_value=info):
         if is_enough:
             check_memory(idle, scores)
             return
         with pytest.raises(InvalidArgumentError, match=r"takes about 3\.9.* MiB .* a worker has 3\.00 MiB"):
+            check_memory(idle, scores)
+
+
+@pytest.mark.parametrize(("limit", "threads", "is_enough"), [(600 << 20, 1, True), (600 << 20, 9, False)])
+def test_workers_need_memory_for_blocks(
+    idle: Client, tmp_path: Path, limit: int, threads: int, is_enough: bool
+) -> None:
+    """A cluster too large for a worker is searched in blocks, unless not even these fit."""
+    rows = pa.FixedSizeListArray.from_arrays(np.zeros(20_000 * 512, np.float32), 512)
+    table = pa.table({"id": range(20_000), "embeddings": rows})
+    scores = read_clusters(write_layout(tmp_path, {0: [table]})).semdedup.pairwise(which_to_keep="random")
+    info = {"workers": {"tcp://0": {"memory_limit": limit, "nthreads": threads}}}
+    with patch.object(idle, "scheduler_info", return_value=info):
+        if is_enough:
+            check_memory(idle, scores)
+            return
+        with pytest.raises(InvalidArgumentError, match=r"600.00 MiB .* 32.00 MiB for each of their threads"):
             check_memory(idle, scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from dask_semdedup.device.memory import device_bytes, share_memory_pool
 from dask_semdedup.device.sharing import gpus_at_work
 from dask_semdedup.frames.backend import is_cudf, tensor_like
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
+from dask_semdedup.lazy.blocks import task_bytes
 from dask_semdedup.lazy.expressions import ScoresAgainst
 from dask_semdedup.lazy.planning import CUDF_ELEMENTS
 from dask_semdedup.lazy.pushdown import Searched
@@ -55,8 +57,8 @@ SEED = 42
 SHARES = 16
 """Tasks that cells are shared out over: each takes about as long as any other."""
 
-BLOCK_BYTES = 2 << 30
-"""Bytes of sketches that a task takes at most; a partition is not split."""
+BLOCK_BYTES, BLOCK_COPIES = 2 << 30, 4
+"""Bytes of sketches that a block takes at most; a partition is not split. A task compares two, and gathers some."""
 
 GPU_SHARE = 4
 """A block of sketches takes one in this many bytes of a GPU: two are compared, and a part of them is gathered."""
@@ -64,8 +66,14 @@ GPU_SHARE = 4
 BLOCK_ROWS = 1 << 17
 """Rows that a task compares with as many, where there is one cell."""
 
-BIN_BYTES = 8 << 30
-"""Bytes of all rows, of which few are involved, for each partition of the result."""
+BIN_BYTES, INVOLVED = 8 << 30, 0.05
+"""Bytes of all rows, and the share that is involved, as a rule, for each partition of the result."""
+
+COPIES_OF_INVOLVED = 5
+"""Times that involved rows are in memory: as taken, together, in rank order, and what searches take."""
+
+LEAST_BLOCK = 1 << 24
+"""Bytes of the smallest block of sketches, and of the rows of a partition of the result."""
 
 COPIES = 2
 """Times that rows which one task searches are in memory: as read, and in rank order."""
@@ -249,7 +257,7 @@ def make_plan(
         sum(blocks, ()),
         _shares(index.loads, n_shares),
         tuple(sum(counts[number] for number in block) for block in sum(blocks, ())),
-        -(-4 * sum(rows) * width // BIN_BYTES),
+        math.ceil(4 * sum(rows) * width / _bin_bytes()),
         0 if reference is None else len(blocks[-1]),
         sum(rows[1:]),
         device,
@@ -265,11 +273,21 @@ def _device(ddf: dd.DataFrame, options: SearchOptions) -> str:
 def _limits(index: Index, rows: Sequence[int], device: str) -> tuple[float, int]:
     """Return how many rows a block has at most, and over how many tasks cells are shared out."""
     if device == "cpu":
-        return (BLOCK_BYTES / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS), SHARES
+        return (_block_bytes() / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS), SHARES
     # A GPU is filled by one task.
     gpus = gpus_at_work()
     fitting = (device_bytes() or 0) / GPU_SHARE / row_bytes(index)
     return (fitting if len(index.cells) > 1 else min(fitting, -(-sum(rows) // gpus))), gpus
+
+
+def _block_bytes() -> float:
+    """Return the bytes of sketches that a block takes at most: workers must hold two, and what is gathered of them."""
+    return min(BLOCK_BYTES, max(LEAST_BLOCK, task_bytes() / BLOCK_COPIES))
+
+
+def _bin_bytes() -> float:
+    """Return the bytes of all rows for each partition of the result, whose involved rows are in memory some times."""
+    return min(BIN_BYTES, max(LEAST_BLOCK, task_bytes() / (INVOLVED * COPIES_OF_INVOLVED)))
 
 
 def _fits_gpu(n_values: Sequence[Any]) -> bool:

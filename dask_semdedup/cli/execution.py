@@ -81,8 +81,10 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
             check_workers(client, dask_semdedup.__version__)
             yield client
         return
-    # A worker's failure reaches the user through its future: its own log would only repeat it.
-    cluster = LocalCluster(n_workers=workers, dashboard_address=":0", silence_logs=logging.CRITICAL)
+    # A worker's failure reaches the user through its future: its own log would only repeat it. The profiles that it
+    # keeps of an hour take up to 200 MB.
+    with dask.config.set({"distributed.worker.profile.enabled": False}):
+        cluster = LocalCluster(n_workers=workers, dashboard_address=":0", silence_logs=logging.CRITICAL)
     try:
         with _client(cluster.scheduler_address, None) as client:
             yield client

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dask_semdedup")
 
-__all__ = ["Blocks", "blocks_of_partitions", "bytes_at_once", "task_bytes"]
+__all__ = ["Blocks", "blocks_of_partitions", "bytes_at_once", "least_memory", "task_bytes"]
 
 # Bytes of a process before it reads any rows: Python with torch, pandas and Dask.
 PROCESS_BYTES = 400 << 20
@@ -53,9 +53,6 @@ LEAST_BLOCK = 1 << 22
 
 BATCH_BYTES = 1 << 21
 
-# Bytes that a task needs at least.
-LEAST_BYTES = BLOCK_COPIES * LEAST_BLOCK
-
 
 def task_bytes(client: Client | None = None) -> float:
     """Return the bytes that a task may take on the smallest worker, or in a thread of this process without workers.
@@ -71,6 +68,11 @@ def task_bytes(client: Client | None = None) -> float:
     # A worker without a limit has None or 0.
     limits = ((worker["memory_limit"] or math.inf, worker["nthreads"]) for worker in workers.values())
     return min(((FILLED * limit - PROCESS_BYTES) / threads for limit, threads in limits), default=math.inf)
+
+
+def least_memory(threads: int) -> int:
+    """Return the bytes that a worker of so many threads needs to search in blocks."""
+    return math.ceil((PROCESS_BYTES + threads * BLOCK_COPIES * LEAST_BLOCK) / FILLED)
 
 
 def bytes_at_once(reader: Reader, fragments: Sequence[Fragment], columns: Columns) -> float:

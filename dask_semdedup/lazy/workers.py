@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from dask.utils import format_bytes
 
-from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError, some
-from dask_semdedup.lazy.blocks import COPIES, LEAST_BYTES, PROCESS_BYTES, task_bytes
+from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError, counted, some
+from dask_semdedup.lazy.blocks import COPIES, least_memory
 from dask_semdedup.lazy.expressions import ReadClusters, ScoresOfFiles
 
 if TYPE_CHECKING:
@@ -98,12 +98,16 @@ def check_memory(client: Client, ddf: dd.DataFrame) -> None:
             "make more clusters, or give workers more memory.",
             parameters=["partition_size"],
         )
-    if any(files.blocks is not None for files in read) and task_bytes(client) < LEAST_BYTES:
-        raise InvalidArgumentError(
-            f"Workers have {format_bytes(int(limit))} of memory. They need {format_bytes(PROCESS_BYTES)}, and "
-            f"{format_bytes(LEAST_BYTES)} for each of their threads, to compare the rows of a large cluster. Give "
-            "workers more memory, or fewer threads."
-        )
+    if not any(files.blocks is not None for files in read):
+        return
+    for address, worker in workers.items():
+        least = least_memory(worker["nthreads"])
+        if (worker["memory_limit"] or math.inf) < least:
+            raise InvalidArgumentError(
+                f"The worker at {address} has {format_bytes(worker['memory_limit'])} of memory for "
+                f"{counted(worker['nthreads'], 'thread')}, and needs {format_bytes(least)} to compare the rows of a "
+                "large cluster. Give workers more memory, or fewer threads."
+            )
 
 
 def is_connected(client: Client) -> bool:

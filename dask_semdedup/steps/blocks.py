@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +31,7 @@ Reads = Callable[[Sequence[slice]], Iterator[Any]]
 """Reads some rows of a partition, in ascending slices: yields frames, each of rows of one of these."""
 
 
-@dataclass(frozen=True)
-class Ranked:
+class Ranked(NamedTuple):
     """What is known of the rows of a partition without their embeddings.
 
     Attributes
@@ -51,8 +50,7 @@ class Ranked:
     segments: np.ndarray
 
 
-@dataclass(frozen=True)
-class BlockScores:
+class BlockScores(NamedTuple):
     """Answers of the rows of a block.
 
     Attributes

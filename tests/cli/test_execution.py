@@ -161,3 +161,11 @@ def test_no_scheduler() -> None:
         pytest.raises(ClusterUnavailableError, match="Cannot connect to the scheduler at tcp://127"),
     ):
         run(lambda _: None, "tcp://127.0.0.1:1")
+
+
+def test_own_workers_keep_no_profiles() -> None:
+    with connect(None, 1) as client:
+        assert client is not None
+        kept = client.run(lambda: dask.config.get("distributed.worker.profile.enabled"))
+    assert list(kept.values()) == [False]
+    assert dask.config.get("distributed.worker.profile.enabled")

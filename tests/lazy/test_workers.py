@@ -116,5 +116,7 @@ def test_workers_need_memory_for_blocks(
         if is_enough:
             check_memory(idle, scores)
             return
-        with pytest.raises(InvalidArgumentError, match=r"600.00 MiB .* 32.00 MiB for each of their threads"):
+        with pytest.raises(
+            InvalidArgumentError, match=r"at tcp://0 has 600.00 MiB of memory for 9 threads, and needs 764.44 MiB"
+        ):
             check_memory(idle, scores)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock, patch
 
@@ -189,7 +190,14 @@ def test_pandas_frames_install_none(gpu: Gpu) -> None:
     assert gpu.is_untouched()
 
 
-def test_it_is_there_before_cudf_reads(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A file that is there: whether it has changed is looked at before cuDF reads."""
+    (tmp_path / "a.parquet").touch()
+    return str(tmp_path / "a.parquet")
+
+
+def test_it_is_there_before_cudf_reads(gpu: Gpu, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*arguments: object, **options: object) -> pd.DataFrame:
         assert gpu.shares(gpu.resource)
         return pd.DataFrame({"id": range(3)})
@@ -201,7 +209,7 @@ def test_it_is_there_before_cudf_reads(gpu: Gpu, monkeypatch: pytest.MonkeyPatch
     schema = pa.schema({"id": pa.int64()})
     folders = pa.schema({"centroid": pa.int64()})
     clusters = reader.Reader(LocalFileSystem(), schema, folders=folders, backend="cudf")
-    assert len(clusters.read([fragments.Fragment("a.parquet", 3, keys=(0,))], ["id", "centroid"])) == 3
+    assert len(clusters.read([fragments.Fragment(file, 3, keys=(0,))], ["id", "centroid"])) == 3
 
 
 @pytest.mark.parametrize(
@@ -210,12 +218,12 @@ def test_it_is_there_before_cudf_reads(gpu: Gpu, monkeypatch: pytest.MonkeyPatch
     ids=["of the GPU", "of the file"],
 )
 def test_files_are_not_blamed_for_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, message: str, error: type[Exception]
+    file: str, monkeypatch: pytest.MonkeyPatch, message: str, error: type[Exception]
 ) -> None:
     monkeypatch.setattr(cudf_reader, "import_cudf", Mock())
     monkeypatch.setattr(cudf_reader, "_read_with_libcudf", Mock(side_effect=RuntimeError(message)))
     with pytest.raises(error, match=message) as raised:
-        cudf_reader.read_fragments_cudf(LocalFileSystem(), [fragments.Fragment("a.parquet", 3)], ["id"])
+        cudf_reader.read_fragments_cudf(LocalFileSystem(), [fragments.Fragment(file, 3)], ["id"])
     assert ("a.parquet" in str(raised.value)) == (error is DataReadError)
 
 

@@ -1,7 +1,8 @@
 """Sketches of all rows compared on GPUs, with cells and without: time, pairs, and whether a near pair is missed.
 
-    python benchmarks/cells.py --rows 16000000
-    python benchmarks/cells.py --rows 16000000 --gpus 2
+    python examples/debian.py descriptions.parquet --limit 20000
+    python benchmarks/cells.py --rows 16000000 --texts descriptions.parquet
+    python benchmarks/cells.py --rows 16000000 --texts descriptions.parquet --gpus 2
 
 Rows are made, sketched and dropped, a part at a time; the sketches of all parts are then compared, in turns, by cells
 and each with each. A pair that only the latter finds must be of rows that are not near: all these are made again, and
@@ -13,18 +14,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import combinations_with_replacement
+from pathlib import Path
 from unittest.mock import patch
 
 import click
 import numpy as np
 import torch
+from real_data import read_rows
 from rich.console import Console
 from rich.table import Table
-from search_data import DATA
+from search_data import real_like_rows, text_rows
 
 from dask_semdedup.search import index as indexes
 from dask_semdedup.search.cells import Cells
@@ -35,10 +39,21 @@ WIDTH = 384
 PART = 1 << 20
 
 
-def part_of(number: int, n: int, data: str) -> torch.Tensor:
-    """The rows of a part: always the same."""
-    torch.manual_seed(number)
-    return DATA[data](min(PART, n - number * PART), WIDTH, "cuda")
+Parts = Callable[[int], torch.Tensor]
+
+
+def parts_of(n: int, texts: Path | None) -> Parts:
+    """What makes the rows of a part, given its number: always the same."""
+    make: Callable[..., torch.Tensor] = real_like_rows
+    if texts is not None:
+        rows = torch.from_numpy(read_rows(texts)[1].copy()).float().cuda()
+        make = partial(text_rows, texts=torch.nn.functional.normalize(rows, dim=1))
+
+    def part(number: int) -> torch.Tensor:
+        torch.manual_seed(number)
+        return make(min(PART, n - number * PART), WIDTH, "cuda")
+
+    return part
 
 
 def without_cells(index: Index) -> Index:
@@ -89,11 +104,11 @@ def only_in(complete: Sequence[Links], ours: Sequence[Links]) -> np.ndarray:
     return pairs[label[:, 0] != label[:, 1]]
 
 
-def most_similar(pairs: np.ndarray, n: int, data: str) -> float:
+def most_similar(pairs: np.ndarray, part_of: Parts) -> float:
     """The largest similarity of pairs of rows, in float64; -1 if there are none."""
     sides = [torch.empty(len(pairs), WIDTH, dtype=torch.float64) for _ in range(2)]
     for number in np.unique(pairs >> 32):
-        rows = part_of(int(number), n, data)
+        rows = part_of(int(number))
         for side, keys in zip(sides, pairs.T, strict=True):
             mine = np.flatnonzero(keys >> 32 == number)
             side[torch.from_numpy(mine)] = rows[torch.from_numpy(keys[mine] & 0xFFFFFFFF).cuda()].double().cpu()
@@ -103,15 +118,21 @@ def most_similar(pairs: np.ndarray, n: int, data: str) -> float:
 
 @click.command()
 @click.option("--rows", "n", type=click.IntRange(1), default=16_000_000, show_default=True)
-@click.option("--data", type=click.Choice(["texts", "real-like"]), default="texts", show_default=True)
+@click.option(
+    "--texts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file of embeddings, of which rows are mixtures.  [default: rows with the spectrum of such]",
+)
 @click.option("--eps", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 @click.option("--cells", multiple=True, type=int, help="Numbers of cells to try.  [default: as the plan chooses]")
 @click.option("--gpus", type=int, default=1, show_default=True)
 @click.option("--repeats", type=int, default=3, show_default=True)
 @click.option("--without/--no-without", default=True, show_default=True, help="Compare each with each, too.")
-def main(n: int, data: str, eps: float, cells: tuple[int, ...], gpus: int, repeats: int, without: bool) -> None:
+def main(
+    n: int, texts: Path | None, eps: float, cells: tuple[int, ...], gpus: int, repeats: int, without: bool
+) -> None:
     """Compare the sketches of all rows on GPUs."""
-    numbers = range(-(-n // PART))
+    numbers, part_of = range(-(-n // PART)), parts_of(n, texts)
     rng = np.random.default_rng(0)
     table = Table(
         "cells", "visits", "sketch", "GPUs", "fit s", "sketch s", "compare s", "pairs", "multiplied", "missed"
@@ -122,7 +143,7 @@ def main(n: int, data: str, eps: float, cells: tuple[int, ...], gpus: int, repea
             sample = torch.cat(
                 [
                     rows[torch.from_numpy(rng.choice(len(rows), min(per_part, len(rows)), replace=False)).cuda()]
-                    for rows in (part_of(number, n, data) for number in numbers)
+                    for rows in map(part_of, numbers)
                 ]
             )
             start = time.perf_counter()
@@ -135,7 +156,7 @@ def main(n: int, data: str, eps: float, cells: tuple[int, ...], gpus: int, repea
         )
         sketched, parts = 0.0, []
         for number in numbers:
-            rows = part_of(number, n, data)
+            rows = part_of(number)
             torch.cuda.synchronize()
             start = time.perf_counter()
             parts.append(sketch_part(number, rows, index, stays=True))
@@ -159,8 +180,8 @@ def main(n: int, data: str, eps: float, cells: tuple[int, ...], gpus: int, repea
             missed = ""
             if way == 0 and without:
                 only = only_in(found[1], found[0])
-                missed = f"{len(only)} only without, at most {most_similar(only, n, data):.4f}"
-                assert most_similar(only, n, data) < 1 - eps, "a near pair is missed"
+                missed = f"{len(only)} only without, at most {most_similar(only, part_of):.4f}"
+                assert most_similar(only, part_of) < 1 - eps, "a near pair is missed"
             by = ways[way][1]
             table.add_row(
                 str(len(by.cells)),

@@ -88,12 +88,14 @@ class UnavailableError(click.ClickException):
     """A data set cannot be made here."""
 
 
-def text_rows(n: int, d: int, device: str, length: int | None = None) -> torch.Tensor:
-    """Mixtures of the sentence embeddings s of `examples/data`, and 5% near-copies.
+def text_rows(
+    n: int, d: int, device: str, length: int | None = None, texts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mixtures of sentence embeddings s, by default those of `examples/data`, and 5% near-copies.
 
     A row is w s_i + (1 - w) s_j + 0.45 (s_k - s_l), normalised, with i, j, k, l and w drawn at random.
     """
-    texts = embedded_texts(device)
+    texts = embedded_texts(device) if texts is None else texts
     if texts.shape[1] != d:
         raise UnavailableError(f"embeddings of texts are {texts.shape[1]} wide, not {d}")
     rows = torch.empty(n, d, device=device)

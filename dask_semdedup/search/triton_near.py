@@ -111,7 +111,7 @@ class Comparison:
                 k,
                 n,
                 SIZE=size,
-                DEPTH=32,
+                DEPTH=min(32, size & -size),
                 CELLS=VISITS[1],
                 ROWS=VISITS[0],
             )

@@ -175,7 +175,7 @@ def test_deduplicate(cudf, frame):
     assert len(ours) == N // 2
 
 
-@pytest.mark.parametrize(("k", "share"), [(0, 4), (12, 4), (12, 1 << 40), (1, 1 << 40)])
+@pytest.mark.parametrize(("k", "share"), [(0, 6), (12, 6), (12, 1 << 40), (1, 1 << 40)])
 @pytest.mark.parametrize("which_to_keep", ["hard", "random"])
 @pytest.mark.parametrize("duplicate_of", ["any", "kept"])
 def test_compared_with_all_others(cudf, frame, k, share, which_to_keep, duplicate_of):

@@ -60,7 +60,7 @@ SHARES = 16
 BLOCK_BYTES, BLOCK_COPIES = 2 << 30, 4
 """Bytes of sketches that a block takes at most; a partition is not split. A task compares two, and gathers some."""
 
-GPU_SHARE = 4
+GPU_SHARE = 6
 """A block of sketches takes one in this many bytes of a GPU: two are compared, and a part of them is gathered."""
 
 BLOCK_ROWS = 1 << 17
@@ -261,7 +261,7 @@ def make_plan(
         0 if reference is None else len(blocks[-1]),
         sum(rows[1:]),
         device,
-        device == "cuda" and sum(rows) <= 2 * most,
+        device == "cuda" and sum(rows) <= most,
     )
 
 

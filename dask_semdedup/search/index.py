@@ -53,7 +53,7 @@ PACES = {
     "cpu": Pace(cell=2600, visit=0, check=2.5e6, again=5e11, again_value=0),
     "cuda": Pace(cell=9, visit=150, check=1e4, again=2e11, again_value=100),
 }
-"""Measured on two cores with AVX2, and on an H200."""
+"""Measured on two cores with AVX2, and on an H200; what a GPU reads again, or checks, is estimated."""
 
 
 @dataclass(frozen=True)

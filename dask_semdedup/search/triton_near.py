@@ -63,7 +63,8 @@ class Comparison:
         self.own = _Side(parts, index, device)
         self.guests = None if others is None else _Side(others, index, device)
         # Sketches in float16 may be farther from the planes by what they have lost.
-        lost = max(float(side.residual[:, 0].max()) for side in (self.own, self.guests) if side and len(side.key))
+        sides = [side for side in (self.own, self.guests) if side and len(side.key)]
+        lost = max((float(side.residual[:, 0].max()) for side in sides), default=0.0)
         cells = index.cells.to(device)
         self.cells = replace(cells, reach=(cells.reach + 2 * lost) * (1 + 2.0**-20))
 

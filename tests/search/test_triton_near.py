@@ -132,6 +132,17 @@ def test_rows_that_are_far_apart_are_in_no_pair() -> None:
     assert not len(links.bundles)
 
 
+@interpreted
+def test_zero_rows_are_in_no_pair() -> None:
+    index = index_of(np.random.default_rng(0).standard_normal((60, 64)).astype(np.float32), 0.95, 4)
+    assert index is not None
+    parts = parts_of(np.zeros((6, 64), np.float32), [2], index)
+    with patch.object(near, "has_triton", lambda device: True):
+        links = near_pairs(parts, None, slice(0, len(index.cells)), index)
+        between = near_pairs(parts[:1], parts[1:], slice(0, len(index.cells)), index)
+    assert not any(len(found) for one in (links, between) for found in (one.pairs, one.bundles))
+
+
 def real_like(rng: np.random.Generator, n: int, d: int = 256) -> np.ndarray:
     """Rows around centres, a twentieth of them near-copies, in random order."""
     weights = np.arange(1, d + 1) ** -0.5

@@ -7,7 +7,8 @@
 Rows are made, sketched and dropped, a part at a time; the sketches of all parts are then compared, in turns, by cells
 and each with each. A pair that only the latter finds must be of rows that are not near: all these are made again, and
 scored in float64. Bundles of rows are not looked into. With several GPUs each has all sketches, and a share of the
-cells; without cells, of the blocks of rows.
+cells; without cells, of the blocks of rows. On a machine with fewer GPUs the shares run one after another, and the time
+is that of the longest: what several would take, if they did not disturb each other.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def in_one_cell(part: Part) -> Part:
 
 
 def compare(parts: Sequence[Part], index: Index, gpus: int) -> tuple[float, list[Links]]:
-    """Seconds that a comparison takes on so many GPUs, and what each found."""
+    """Seconds that a comparison takes on so many GPUs, or the longest of as many shares, and what each found."""
     k = len(index.cells)
     if k > 1:
         ends = np.cumsum(index.loads)
@@ -84,14 +85,18 @@ def compare(parts: Sequence[Part], index: Index, gpus: int) -> tuple[float, list
         if gpus == 1:
             tasks = [[(parts, None, slice(0, 1))]]
 
-    def work(gpu: int) -> list[Links]:
-        with torch.cuda.device(gpu):
-            return [near_pairs(*task, index, f"cuda:{gpu}") for task in tasks[gpu]]
+    there = torch.cuda.device_count() >= gpus
 
-    start = time.perf_counter()
-    with ThreadPoolExecutor(gpus) as pool:
-        found = [links for some in pool.map(work, range(gpus)) for links in some]
-    return time.perf_counter() - start, found
+    def work(share: int) -> tuple[float, list[Links]]:
+        gpu = share if there else 0
+        start = time.perf_counter()
+        with torch.cuda.device(gpu):
+            found = [near_pairs(*task, index, f"cuda:{gpu}") for task in tasks[share]]
+        return time.perf_counter() - start, found
+
+    with ThreadPoolExecutor(gpus if there else 1) as pool:
+        seconds, found = zip(*pool.map(work, range(gpus)), strict=True)
+    return max(seconds), [links for some in found for links in some]
 
 
 def only_in(complete: Sequence[Links], ours: Sequence[Links]) -> np.ndarray:

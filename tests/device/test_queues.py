@@ -250,19 +250,19 @@ def test_a_gpu_has_its_share_of_the_cores(monkeypatch, gpus, expected):
 
 
 @pytest.mark.parametrize(
-    ("workers", "gpus", "expected"),
+    ("workers", "gpus", "expected", "at_work"),
     [
-        ({}, 1, 12),
-        ({"tcp://a:1": 4}, 1, 10),
-        ({"tcp://a:1": 14}, 1, 14),
-        ({"tcp://a:1": 14}, 8, 14),
-        ({"tcp://a:1": 14, "tcp://a:2": 13}, 2, 14),
-        ({"tcp://a:1": 14, "tcp://a:2": 13}, 4, 27),
-        ({"tcp://a:1": 4, "tcp://a:2": 4, "tcp://a:3": 4}, 1, 30),
-        ({"tcp://a:1": 4, "tcp://a:2": 14, "tcp://a:3": 4}, 2, 42),
-        ({"tcp://a:1": 4, "tcp://a:2": 4, "tcp://b:1": 4, "tcp://b:2": 14}, 2, 14),
-        ({"inproc://a:1": 14, "inproc://a:2": 2}, 1, 16),
-        ({"inproc://a:1": 14, "inproc://a:2": 2}, 2, 16),
+        ({}, 1, 12, 1),
+        ({"tcp://a:1": 4}, 1, 10, 1),
+        ({"tcp://a:1": 14}, 1, 14, 1),
+        ({"tcp://a:1": 14}, 8, 14, 1),
+        ({"tcp://a:1": 14, "tcp://a:2": 13}, 2, 14, 2),
+        ({"tcp://a:1": 14, "tcp://a:2": 13}, 4, 27, 2),
+        ({"tcp://a:1": 4, "tcp://a:2": 4, "tcp://a:3": 4}, 1, 30, 1),
+        ({"tcp://a:1": 4, "tcp://a:2": 14, "tcp://a:3": 4}, 2, 42, 2),
+        ({"tcp://a:1": 4, "tcp://a:2": 4, "tcp://b:1": 4, "tcp://b:2": 14}, 2, 14, 4),
+        ({"inproc://a:1": 14, "inproc://a:2": 2}, 1, 16, 1),
+        ({"inproc://a:1": 14, "inproc://a:2": 2}, 2, 16, 1),
     ],
     ids=[
         "none yet",
@@ -278,7 +278,7 @@ def test_a_gpu_has_its_share_of_the_cores(monkeypatch, gpus, expected):
         "in one process beside two GPUs",
     ],
 )
-def test_workers_say_how_many_partitions_may_be_on_a_gpu(monkeypatch, workers, gpus, expected):
+def test_workers_say_how_many_gpus_work_and_partitions_are_on_one(monkeypatch, workers, gpus, expected, at_work):
     for module in (devices, sharing):
         monkeypatch.setattr(module, "CPU_COUNT", 12)
     monkeypatch.setattr(sharing, "visible_gpus", lambda: gpus)
@@ -290,6 +290,7 @@ def test_workers_say_how_many_partitions_may_be_on_a_gpu(monkeypatch, workers, g
     }
     client = SimpleNamespace(asynchronous=False, status="running", scheduler_info=lambda n_workers: info)
     assert sharing.partitions_per_gpu(client) == expected
+    assert sharing.gpus_at_work(client) == at_work
 
 
 @pytest.mark.parametrize("state", [{"asynchronous": True, "status": "running"}, {"status": "closed"}], ids=str)

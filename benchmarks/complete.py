@@ -3,13 +3,13 @@
     python benchmarks/complete.py --rows 40000 --data debian
     python benchmarks/complete.py --rows 200000 --repeats 1
     python benchmarks/complete.py --rows 1000000 --no-exact
-    python benchmarks/complete.py --rows 1048576 --no-exact --backend cudf
+    python benchmarks/complete.py --rows 10000000 --data spectrum --no-exact --backend cudf
 
 Both go from Parquet files to the ids of the rows that are dropped, each in a process of its own, in turns. The exact
 search multiplies whole rows, all with all, as one cluster is searched that holds them; its duplicates are what recall
 is measured by. Rows with smaller ids are preferred. With cuDF, an untimed run comes first: CUDA, RAPIDS and the kernels
-take seconds to start. Data are the descriptions of Debian's packages (at most 40,000),
-or mixtures of the sentence embeddings of `examples/data`, with near-copies: see `search_data.text_rows`.
+take seconds to start. Data are the descriptions of Debian's packages (at most 40,000); or, with near-copies, mixtures
+of the sentence embeddings of `examples/data`, or rows with the spectrum of such, which need no model: `search_data`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from real_data import DEFAULT_DATA, ensure_data
 from rich.console import Console
 from rich.table import Table
-from search_data import text_rows
+from search_data import real_like_rows, text_rows
 
 WIDTH = 384
 ROWS_A_FILE = 16_384
@@ -46,7 +46,8 @@ def make_files(folder: Path, n: int, data: str) -> None:
         table = table.add_column(0, "id", pa.array(np.arange(len(table))))
     else:
         torch.manual_seed(0)
-        values = text_rows(n, WIDTH, "cpu").numpy().ravel()
+        make = text_rows if data == "mixtures" else real_like_rows
+        values = make(n, WIDTH, "cpu").numpy().ravel()
         offsets = pa.array(np.arange(0, len(values) + 1, WIDTH, dtype=np.int64))
         table = pa.table({"id": np.arange(n), "embeddings": pa.LargeListArray.from_arrays(offsets, pa.array(values))})
     for number, start in enumerate(range(0, len(table), ROWS_A_FILE)):
@@ -77,7 +78,7 @@ def run_once(folder: Path, way: str, eps: float, duplicate_of: str, scheduler: s
 
 @click.command()
 @click.option("--rows", type=click.IntRange(1), default=40_000, show_default=True)
-@click.option("--data", type=click.Choice(["mixtures", "debian"]), default="mixtures", show_default=True)
+@click.option("--data", type=click.Choice(["mixtures", "debian", "spectrum"]), default="mixtures", show_default=True)
 @click.option("--eps", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 @click.option("--duplicate-of", type=click.Choice(["any", "kept"]), default="any", show_default=True)
 @click.option("--exact/--no-exact", default=True, help="Run the exact search as well.")

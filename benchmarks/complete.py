@@ -4,22 +4,27 @@
     python benchmarks/complete.py --rows 200000 --repeats 1
     python benchmarks/complete.py --rows 1000000 --no-exact
     python benchmarks/complete.py --rows 10000000 --data spectrum --no-exact --backend cudf
+    python benchmarks/complete.py --rows 400000 --data spectrum --no-exact --workers 1 --workers 4
 
 Both go from Parquet files to the ids of the rows that are dropped, each in a process of its own, in turns. The exact
 search multiplies whole rows, all with all, as one cluster is searched that holds them; its duplicates are what recall
 is measured by. Rows with smaller ids are preferred. With cuDF, an untimed run comes first: CUDA, RAPIDS and the kernels
-take seconds to start. Data are the descriptions of Debian's packages (at most 40,000); or, with near-copies, mixtures
-of the sentence embeddings of `examples/data`, or rows with the spectrum of such, which need no model: `search_data`.
+take seconds to start. Dask's workers first compare few rows. They have one thread each, and no GPU.
+
+Data are the descriptions of Debian's packages (at most 40,000); or, with near-copies, mixtures of the sentence
+embeddings of `examples/data`, or rows with the spectrum of such, which need no model: `search_data`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import numpy as np
@@ -55,7 +60,7 @@ def make_files(folder: Path, n: int, data: str) -> None:
 
 
 def run_once(folder: Path, way: str, eps: float, duplicate_of: str, scheduler: str, backend: str) -> dict[str, float]:
-    """Find the rows to drop, in this process."""
+    """Find the rows to drop, in this process or from it."""
     import dask
 
     import dask_semdedup
@@ -76,6 +81,22 @@ def run_once(folder: Path, way: str, eps: float, duplicate_of: str, scheduler: s
     return {"seconds": seconds, "gigabytes": kilobytes / 1e6, "dropped": len(found)}
 
 
+def run_on_workers(folder: Path, way: str, eps: float, duplicate_of: str) -> dict[str, float]:
+    """Find the rows to drop on as many workers as `way` begins with, without GPUs."""
+    from distributed import Client, LocalCluster
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with (
+        TemporaryDirectory() as few,
+        LocalCluster(int(way.split()[0]), threads_per_worker=1, memory_limit=0) as cluster,
+    ):
+        make_files(Path(few) / "rows", 40_000, "spectrum")
+        with Client(cluster):
+            arguments = way, eps, duplicate_of, "distributed", "pandas"
+            run_once(Path(few) / "rows", *arguments)
+            return run_once(folder, *arguments)
+
+
 @click.command()
 @click.option("--rows", type=click.IntRange(1), default=40_000, show_default=True)
 @click.option("--data", type=click.Choice(["mixtures", "debian", "spectrum"]), default="mixtures", show_default=True)
@@ -85,8 +106,9 @@ def run_once(folder: Path, way: str, eps: float, duplicate_of: str, scheduler: s
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--scheduler", default="threads", show_default=True)
 @click.option("--backend", type=click.Choice(["pandas", "cudf"]), default="pandas", show_default=True)
+@click.option("--workers", type=click.IntRange(1), multiple=True, help="Dask workers on the CPU, each number in turn.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("~/.cache/dask-semdedup"), show_default=True)
-@click.option("--way", type=click.Choice(["complete", "exact"]), hidden=True)
+@click.option("--way", hidden=True)
 def main(
     rows: int,
     data: str,
@@ -96,11 +118,15 @@ def main(
     repeats: int,
     scheduler: str,
     backend: str,
+    workers: tuple[int, ...],
     folder: Path,
     way: str | None,
 ) -> None:
     """Measure the complete comparison."""
     folder = folder.expanduser() / f"{data}-{rows}"
+    if way and "workers" in way:
+        print(json.dumps(run_on_workers(folder, way, eps, duplicate_of)))
+        return
     if way:
         arguments = folder, way, eps, duplicate_of, scheduler, backend
         if backend == "cudf":
@@ -108,7 +134,8 @@ def main(
         print(json.dumps(run_once(*arguments)))
         return
     make_files(folder, rows, data)
-    ways = ["complete", "exact"] if exact else ["complete"]
+    ways = [f"{number} workers" for number in workers] or ["complete"]
+    ways += ["exact"] if exact else []
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name in ways:

@@ -37,7 +37,7 @@ def number(cell: str) -> float:
 
 def draw_rows(table: list[dict[str, str]]) -> Figure:
     """Seconds by rows, a line for each kind of hardware."""
-    figure = Figure(figsize=(5.8, 3.3), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
     axes = figure.add_subplot()
     kinds = dict.fromkeys(row["hardware"] for row in table)
     for kind, colour in zip(kinds, COLOURS, strict=False):
@@ -47,9 +47,10 @@ def draw_rows(table: list[dict[str, str]]) -> Figure:
             axes.annotate(
                 f"{seconds:.2g} s", (rows, seconds), (-5, 6), textcoords="offset points", ha="right", color=INK
             )
-        # A single point has its name below: to its right there may be the line of others.
-        place = {"xytext": (-5, -14), "ha": "right"} if len(points) == 1 else {"xytext": (12, -3)}
-        axes.annotate(kind, points[-1], textcoords="offset points", color=colour, **place)
+        # A single point has its name below, in short lines: beside it there may be the lines of others.
+        place = {"xytext": (-5, -8), "ha": "right", "va": "top"} if len(points) == 1 else {"xytext": (12, -3)}
+        name = kind.replace(", ", ",\n") if len(points) == 1 else kind
+        axes.annotate(name, points[-1], textcoords="offset points", color=colour, **place)
     axes.set_xlim(1.5e4, 8e7)
     axes.set_ylim(0.2, 250)
     axes.set_xlabel("Rows", color=INK)
@@ -64,14 +65,14 @@ def draw_rows(table: list[dict[str, str]]) -> Figure:
 
 def draw_tools(table: list[dict[str, str]]) -> Figure:
     """Seconds of each tool, with its recall."""
-    figure = Figure(figsize=(5.8, 0.7 + 0.5 * len(table)), layout="constrained")
+    figure = Figure(figsize=(5.2, 0.7 + 0.5 * len(table)), layout="constrained")
     axes = figure.add_subplot()
     names, seconds = [row["tool"] for row in table], [number(row["seconds"]) for row in table]
     axes.barh(names, seconds, color=[BLUE if "semdedup" in name else PALE for name in names], height=0.6)
     for place, row in enumerate(table):
         text = f"{row['seconds']} s, recall {row['recall']}"
         axes.annotate(text, (seconds[place], place), (5, 0), textcoords="offset points", va="center", color=INK)
-    axes.set_xlim(0, 1.85 * max(seconds))
+    axes.set_xlim(0, 2.1 * max(seconds))
     axes.invert_yaxis()
     axes.set_xlabel("Seconds", color=INK)
     axes.tick_params("y", length=0)

@@ -23,15 +23,15 @@ A, B = np.array([-1.55, 0.0]), np.array([1.55, 0.0])
 def draw() -> Figure:
     """Members of two cells, the plane, and the strip of those that visit the other cell."""
     rng = np.random.default_rng(3)
-    figure = Figure(figsize=(7.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.2, 2.2), layout="constrained")
     axes = figure.add_subplot()
     axes.axvspan(-REACH / 2, REACH / 2, color=VERMILION, alpha=0.10, linewidth=0)
     axes.axvline(0, color=INK, linewidth=1.4)
     points = np.concatenate([rng.normal(c, (0.6, 0.45), size=(26, 2)) for c in (A, B)])
     points = points[(np.abs(points[:, 1]) < 1) & (np.linalg.norm(points[:, None] - [P, Q], axis=2).min(axis=1) > 0.2)]
     visits = np.abs(points[:, 0]) <= REACH / 2
-    axes.plot(*points[~visits].T, "o", color=BLUE, markersize=4, alpha=0.55)
-    axes.plot(*points[visits].T, "o", color=VERMILION, markersize=4, alpha=0.7)
+    axes.plot(*points[~visits].T, "o", color=BLUE, markersize=3.5, alpha=0.55)
+    axes.plot(*points[visits].T, "o", color=VERMILION, markersize=3.5, alpha=0.7)
     for name, centre in (("$c_a$", A), ("$c_b$", B)):
         axes.plot(*centre, "+", color=INK, markersize=13, mew=2)
         axes.annotate(name, centre, (7, 7), textcoords="offset points", color=INK, fontsize=13)

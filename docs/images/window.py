@@ -31,7 +31,7 @@ def draw(rows: torch.Tensor) -> Figure:
     left = coarse.max() - 2 * bound
     inside = int((coarse >= left).sum())
 
-    figure = Figure(figsize=(7.6, 3.9), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.axhspan(left, coarse.max(), color=VERMILION, alpha=0.10, linewidth=0)
     axes.axhline(left, color=VERMILION, linewidth=1.2, linestyle=(0, (4, 2)))

@@ -175,7 +175,7 @@ class Plan:
         return None if self.index is None else self.index.seconds
 
     def __repr__(self) -> str:
-        lines = [("rows", f"{self.rows:,} x {self.width or '?'}")]
+        lines = [("rows", f"{self.rows:,} x {self.width}" if self.width else f"{self.rows:,}")]
         if self.index is None:
             lines += [("search", "all rows in one task"), ("pairs", f"{self.pairs:,.0f}")]
         else:
@@ -189,11 +189,11 @@ class Plan:
                 ("comparisons", f"{self.tasks:,} tasks"),
                 (
                     f"time on {'two cores' if self.device == 'cpu' else 'a GPU'}",
-                    f"{self.index.seconds:,.1f} s, and to read the rows twice",
+                    f"{self.index.seconds:,.1f} s, plus reading the rows twice",
                 ),
             ]
         if self.width:
-            lines.append(("memory of a worker", f"{format_bytes(self.worker_bytes)}, and its partitions"))
+            lines.append(("memory of a worker", f"{format_bytes(self.worker_bytes)}, plus its partitions"))
         return "\n".join(f"{name:<19} {value}" for name, value in lines)
 
 

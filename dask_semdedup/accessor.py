@@ -472,13 +472,14 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Notes
         -----
         With ``cluster_field=None`` and an `eps`, rows are counted and a sample of them is read when the method is
-        called: 16 rows for each of at most 4,096 cells, and 8,192 at least. The computation then reads the data twice.
-        The first reading leaves a *sketch* of every row, about 80 to 400 bytes and 4 bytes for each cell that it
-        visits, which stays in memory until all are compared. The second takes only the rows that may have a duplicate.
-        No duplicate is missed, and the answer does not depend on sample, cells or partitions. All rows come together in
-        one task instead if they are fewer than about 16,000, if sketches would not save time, if they fit a GPU, if
-        there is no `eps` or one of 1 or more, or if `compute_dtype` is not "auto". What it costs is under "Comparing
-        all rows" in the documentation.
+        called: 32 rows for each of at most 4,096 cells, and 16,384 at least. The computation then reads the data twice.
+        The first reading makes a *sketch* of every row: a short summary of about 90 to 280 bytes, and 4 bytes for each
+        cell that the row visits. Sketches stay in memory until all are compared. The second reading takes only the rows
+        that may have a duplicate. No duplicate is missed, and the answer does not depend on sample, cells or
+        partitions. All rows come together in one task instead if there are fewer than about 16,000, or fewer than two
+        million that fit a GPU; if they have fewer than 64 numbers; if sketches would not save time; if there is no
+        `eps`, or one above 0.75; or if `compute_dtype` is not "auto". "Comparing all rows" in the documentation
+        explains cells, and what a comparison takes.
 
         A search for duplicates at one eps excludes most pairs by fewer multiplications than scores of all rows take,
         and gives the same rows, scores and neighbours, bit for bit. Dask's optimiser turns scores that are only

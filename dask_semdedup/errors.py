@@ -53,7 +53,7 @@ class SemDedupError(Exception):
 class MissingColumnsError(SemDedupError, KeyError, ValueError):
     """The frame lacks columns that are needed.
 
-    It is a `KeyError` and a `ValueError`, as either is what callers look for.
+    It is also a `KeyError` and a `ValueError`, so that code that catches either of them works.
     """
 
     # KeyError would print the message's repr, quotes and all.
@@ -104,7 +104,7 @@ class InvalidArgumentError(SemDedupError, ValueError):
 class DataReadError(SemDedupError, OSError, ValueError):
     """Files cannot be read: they are missing, damaged, changed since they were listed, or disagree about a column.
 
-    It is an `OSError` and a `ValueError`, as either is what callers look for.
+    It is also an `OSError` and a `ValueError`, so that code that catches either of them works.
     """
 
 
@@ -117,7 +117,7 @@ class OutputError(SemDedupError, OSError, ValueError):
 
 
 class OutputExistsError(OutputError, FileExistsError):
-    """A path for output is taken by files that may not be replaced."""
+    """The output path holds files that may not be replaced."""
 
 
 class ClusterUnavailableError(SemDedupError, ConnectionError):
@@ -125,11 +125,11 @@ class ClusterUnavailableError(SemDedupError, ConnectionError):
 
 
 class MissingDependencyError(SemDedupError, ImportError):
-    """A library that only some of the work needs is not installed."""
+    """An optional library that this work needs is not installed."""
 
 
 class ZeroEmbeddingWarning(UserWarning):
-    """Rows have all-zero embeddings, which no search can find to be duplicates."""
+    """Rows have all-zero embeddings, which are similar to no row and never duplicates."""
 
 
 def counted(count: int, noun: str) -> str:

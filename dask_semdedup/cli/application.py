@@ -86,7 +86,7 @@ class Application(click.Group):
             click.echo(f"{click.style('Error:', fg='red', bold=True)} {_one_line(error)}", err=True)
             sys.exit(EXIT_STATUS)
         except click.Abort:
-            click.echo("Stopped. The same command goes on with what is finished.", err=True)
+            click.echo("Stopped. Run the same command again to resume.", err=True)
             # A signal while Python exits would lead to another exit status, or to a traceback.
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             sys.exit(INTERRUPTED)

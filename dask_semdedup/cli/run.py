@@ -173,7 +173,7 @@ def command(
     A folder appears when all of it is written. The next run reuses it if its parameters are the same. Otherwise the
     steps duplicates, deduplicated and report run again. The steps embeddings, clusters and scores take longer, and run
     again only with --from or --overwrite. A folder that also holds other files is never replaced. After a run that was
-    stopped or killed, the same command goes on within its step, except in clusters and report.
+    stopped or killed, the same command resumes within its step, except in clusters and report.
     """
     refuse_contradictions(ctx)
     refuse_memory_output(output_path)

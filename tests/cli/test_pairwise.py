@@ -470,7 +470,7 @@ def test_a_run_that_is_stopped_leaves_what_is_finished(
         assert result.exit_code == 130
         assert [line for line in result.stderr.splitlines() if line] == [
             "Stopping: waiting for running tasks.",
-            "Stopped. The same command goes on with what is finished.",
+            "Stopped. Run the same command again to resume.",
         ]
         assert signal.getsignal(stop) is before
     finally:

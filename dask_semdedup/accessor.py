@@ -564,7 +564,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Notes
         -----
         Rows are counted and a sample is read, as when `pairwise` or `deduplicate` is called. Pairs are estimated from
-        the sample: measured on real embeddings, within a fifth. The time is that of two cores with AVX2.
+        the sample: measured on real embeddings, within a fifth. The time is that of two cores with AVX2, or of an
+        H200 where a GPU compares the rows.
 
         Examples
         --------
@@ -573,8 +574,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> rows = np.random.default_rng(0).normal(size=(100, 8)).tolist()
         >>> embeddings = pd.array(rows, dtype=pd.ArrowDtype(pa.list_(pa.float32())))
         >>> ddf = dd.from_pandas(pd.DataFrame({"id": range(100), "embeddings": embeddings}), npartitions=3)
-        >>> ddf.semdedup.plan(eps=0.05).pairs
-        4950.0
+        >>> ddf.semdedup.plan(eps=0.05)
+        rows                100
+        search              all rows in one task
+        pairs               4,950
         """
         options = SearchOptions(compute_dtype, embedding_dim=embedding_dim, device=device)
         return plan_completely(self._ddf, Columns(embedding=embedding_field), options, eps)

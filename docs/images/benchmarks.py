@@ -51,7 +51,7 @@ def draw_rows(table: list[dict[str, str]]) -> Figure:
         place = {"xytext": (-5, -8), "ha": "right", "va": "top"} if len(points) == 1 else {"xytext": (12, -3)}
         name = kind.replace(", ", ",\n") if len(points) == 1 else kind
         axes.annotate(name, points[-1], textcoords="offset points", color=colour, **place)
-    axes.set_xlim(1.5e4, 8e7)
+    axes.set_xlim(1e4, 8e7)
     axes.set_ylim(0.2, 250)
     axes.set_xlabel("Rows", color=INK)
     axes.set_ylabel("Seconds", color=INK)

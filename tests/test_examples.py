@@ -27,9 +27,11 @@ def demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureF
     return run
 
 
-def test_demo_scores_the_digits_and_draws_them(demo, tmp_path: Path) -> None:
-    assert "1,797" in demo(tmp_path)
-    assert len(pd.read_parquet(tmp_path / "scores")) == 1797
+def test_demo_drops_digits_and_draws_them(demo, tmp_path: Path) -> None:
+    assert "of 1,797 rows" in demo(tmp_path)
+    kept, dropped = (pd.read_parquet(tmp_path / "out" / step) for step in ("deduplicated", "duplicates"))
+    assert len(kept) + len(dropped) == 1797
+    assert set(dropped["max_id"]) <= set(kept["id"])
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -576,6 +576,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         >>> ddf = dd.from_pandas(pd.DataFrame({"id": range(100), "embeddings": embeddings}), npartitions=3)
         >>> ddf.semdedup.plan(eps=0.05)
         rows                100
+        eps                 0.05
         search              all rows in one task
         pairs               4,950
         """

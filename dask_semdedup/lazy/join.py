@@ -107,6 +107,8 @@ class Plan:
         Where sketches are compared.
     stays : bool
         Whether they stay there from when they are made.
+    eps : float, optional
+        The cosine distance up to which duplicates are looked for, where somebody asked for the plan alone.
     """
 
     rows: int
@@ -120,6 +122,7 @@ class Plan:
     other_rows: int = 0
     device: str = "cpu"
     stays: bool = False
+    eps: float | None = None
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         if self.index is None:
@@ -171,11 +174,17 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """About how long two cores, or a GPU, will take, apart from reading; None where that is not known."""
-        return None if self.index is None else self.index.seconds
+        """About how long two cores, or a GPU, will take at most, apart from reading; None where that is not known."""
+        if self.index is not None:
+            return self.index.seconds
+        from dask_semdedup.search.index import seconds_without
+
+        return seconds_without(self.pairs, self.width, self.device) if self.width else None
 
     def __repr__(self) -> str:
         lines = [("rows", f"{self.rows:,} x {self.width}" if self.width else f"{self.rows:,}")]
+        if self.eps is not None:
+            lines.append(("eps", f"{self.eps:g}"))
         if self.index is None:
             lines += [("search", "all rows in one task"), ("pairs", f"{self.pairs:,.0f}")]
         else:
@@ -187,11 +196,11 @@ class Plan:
                 ("pairs of sketches", f"{self.pairs:,.0f}"),
                 ("pairs to verify", f"{self.index.left:,.0f}"),
                 ("comparisons", f"{self.tasks:,} tasks"),
-                (
-                    f"time on {'two cores' if self.device == 'cpu' else 'a GPU'}",
-                    f"{self.index.seconds:,.1f} s, plus reading the rows twice",
-                ),
             ]
+        if self.seconds is not None:
+            reading = "reading the rows" + ("" if self.index is None else " twice")
+            where = "two cores" if self.device == "cpu" else "a GPU"
+            lines.append((f"time on {where}", f"{self.seconds:,.1f} s, plus {reading}"))
         if self.width:
             lines.append(("memory of a worker", f"{format_bytes(self.worker_bytes)}, plus its partitions"))
         return "\n".join(f"{name:<19} {value}" for name, value in lines)
@@ -218,7 +227,9 @@ def make_plan(
     rows = [sum(counts) for counts in lengths]
     others = None if reference is None else rows[0]
     device = _device(ddf, options)
-    in_one_task = Plan(sum(rows), 0, None, other_rows=sum(rows[1:]))
+    # Others are compared by Triton's kernels, or on the CPU.
+    compared_on = device if device == "cpu" or has_triton(torch.device(device)) else "cpu"
+    in_one_task = Plan(sum(rows), 0, None, other_rows=sum(rows[1:]), device=compared_on)
 
     def sample(size: int) -> np.ndarray:
         # A reference is the larger of the two, as a rule.
@@ -238,15 +249,12 @@ def make_plan(
     width = found.shape[1]
     order = np.random.default_rng(SEED).permutation(len(found))
     fits = device == "cpu" or _fits_gpu([n * width for n in rows])
-    if device == "cuda":
-        if is_cudf(ddf._meta):
-            share_memory_pool()
-        # Others are compared by Triton's kernels, or on the CPU.
-        device = device if has_triton(torch.device("cuda")) else "cpu"
-    index = fit_index(tensor_like(found[order]).to(device), rows[-1], options.at_least, others, at_once=fits)
+    if device == "cuda" and is_cudf(ddf._meta):
+        share_memory_pool()
+    index = fit_index(tensor_like(found[order]).to(compared_on), rows[-1], options.at_least, others, at_once=fits)
     if index is None:
         return replace(in_one_task, width=width)
-    most, n_shares = _limits(index, rows, device)
+    most, n_shares = _limits(index, rows, compared_on)
     firsts = (0, len(lengths[0]))
     blocks = [_blocks(counts, most, first) for counts, first in zip(lengths, firsts, strict=False)]
     counts = [count for of_frame in lengths for count in of_frame]
@@ -260,8 +268,8 @@ def make_plan(
         math.ceil(4 * sum(rows) * width / _bin_bytes()),
         0 if reference is None else len(blocks[-1]),
         sum(rows[1:]),
-        device,
-        device == "cuda" and sum(rows) <= most,
+        compared_on,
+        compared_on == "cuda" and sum(rows) <= most,
     )
 
 

@@ -87,7 +87,7 @@ def plan_completely(ddf: dd.DataFrame, columns: Columns, options: SearchOptions,
     columns.check_dtypes(ddf._meta, "embedding", embedding_dim=options.embedding_dim)
     plan = make_plan(ddf, columns, options)
     # Where rows are searched in one task whatever they are, they have not been counted.
-    return plan if plan.rows else replace(plan, rows=sum(partition_lengths(ddf, columns)))
+    return replace(plan, eps=eps, rows=plan.rows or sum(partition_lengths(ddf, columns)))
 
 
 def _duplicates_alone(scores: dd.DataFrame, eps: float) -> dd.DataFrame:

@@ -13,7 +13,7 @@ from dask_semdedup.search import ieee_products
 from dask_semdedup.search.cells import Cells, fit_cells, reach_of
 from dask_semdedup.search.sketch import LEAST, SCALE, SIZES, Costs, Sketcher, fit_axes, sketcher, unit_rows
 
-__all__ = ["Index", "fit_index", "is_worth_a_look", "n_cells", "sample_rows"]
+__all__ = ["Index", "fit_index", "is_worth_a_look", "n_cells", "sample_rows", "seconds_without"]
 
 LEAST_ROWS, LEAST_ROWS_ON_GPU = 16_384, 1 << 21
 """Pairs of fewer rows are compared at once: to look at a sample would take as long."""
@@ -138,7 +138,7 @@ def fit_index(
         On the CPU.
     """
     width = sample.shape[1]
-    costs, pace = _costs_of(sample.device), PACES[sample.device.type]
+    costs, pace = _costs_of(sample.device.type), PACES[sample.device.type]
     work = _Work(n, others)
     sizes = [size for size in SIZES if size <= width // 2]
     if not sizes or at_least < LEAST or (at_once and not is_worth_a_look(n, others, sample.device.type)):
@@ -170,14 +170,22 @@ def fit_index(
         index = min((one.index(k) for k in sorted(numbers - {0})), key=lambda index: index.seconds)
         best = min(trials, key=lambda trial: trial.seconds(index.pairs, len(index.cells), index.visits))
         index = index if best is one else best.index(len(index.cells))
-    together = work.pairs * min(costs.exact_pair + width * costs.exact_value, costs.pair + SIZES[1] * costs.pair_value)
-    pays = not at_once or index.seconds * 1e12 + pace.again + work.rows * width * pace.again_value < together
+    sketched = 1e-12 * work.pairs * (costs.pair + SIZES[1] * costs.pair_value)
+    together = min(seconds_without(work.pairs, width, sample.device.type), sketched)
+    read_again = 1e-12 * (pace.again + work.rows * width * pace.again_value)
+    pays = not at_once or index.seconds + read_again < together
     return index.to(torch.device("cpu")) if pays else None
 
 
-def _costs_of(device: torch.device) -> Costs:
-    """Return what a device takes."""
-    if device.type == "cpu":
+def seconds_without(pairs: float, width: int, device: str) -> float:
+    """Return about how long two cores, or a GPU, take to multiply so many pairs of rows of a width."""
+    costs = _costs_of(device)
+    return 1e-12 * pairs * (costs.exact_pair + width * costs.exact_value)
+
+
+def _costs_of(device: str) -> Costs:
+    """Return what a kind of device takes."""
+    if device == "cpu":
         from dask_semdedup.search.torch_sketch import COSTS
     else:
         from dask_semdedup.search.triton_sketch import COSTS

@@ -23,6 +23,7 @@ from dask_semdedup.lazy import join
 from dask_semdedup.search import nearest_earlier
 from dask_semdedup.search.index import PACES
 from dask_semdedup.search.near import sketch_part
+from dask_semdedup.search.torch_sketch import COSTS
 from dask_semdedup.steps.duplicates import threshold
 from dask_semdedup.steps.join import mean_of
 from tests import oracle
@@ -362,6 +363,8 @@ def test_the_plan_is_near_what_is_done(files: tuple[Path, pd.DataFrame]) -> None
     small = ddf.semdedup.plan(eps=0.05)
     assert (small.rows, small.index, small.pairs) == (3000, None, 3000 * 2999 / 2)
     assert "all rows in one task" in repr(small)
+    assert small.seconds is None
+    assert "0.05" in repr(small)
     assert ddf.semdedup.plan(eps=2).rows == 3000
     with patch("dask_semdedup.search.index.LEAST_ROWS", 0), patch.dict(PACES, cpu=PACES["cpu"]._replace(again=-1e15)):
         plan = ddf.semdedup.plan(eps=0.05)
@@ -372,8 +375,13 @@ def test_the_plan_is_near_what_is_done(files: tuple[Path, pd.DataFrame]) -> None
     assert plan.pairs == pytest.approx((members * (members / 2 + visitors)).sum(), rel=0.25)
     assert plan.skipped == pytest.approx(1 - plan.pairs / (3000 * 2999 / 2))
     assert plan.tasks == len(list(plan.comparisons())) > 1
-    for word in ("3,000 x 96", "pairs skipped", "cells", "memory of a worker"):
+    for word in ("3,000 x 96", "pairs skipped", "cells", "memory of a worker", "plus reading the rows twice"):
         assert word in repr(plan)
+    with patch("dask_semdedup.search.index.LEAST_ROWS", 0):
+        together = ddf.semdedup.plan(eps=0.5)
+    assert together.index is None
+    assert together.seconds == pytest.approx(together.pairs * (COSTS.exact_pair + 96 * COSTS.exact_value) / 1e12)
+    assert "s, plus reading the rows\n" in repr(together)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

@@ -163,7 +163,8 @@ def in_frames(type_: pa.DataType) -> pa.DataType:
     if types.is_map(type_):
         return pa.map_(_field_in_frames(type_.key_field), _field_in_frames(type_.item_field), type_.keys_sorted)
     if types.is_fixed_size_list(type_):
-        return pa.list_(_field_in_frames(type_.value_field), type_.list_size)
+        # A damaged file may say 0 or less, which Arrow reads and does not make.
+        return pa.list_(_field_in_frames(type_.value_field), type_.list_size if type_.list_size > 0 else -1)
     if types.is_large_list(type_):
         return pa.large_list(_field_in_frames(type_.value_field))
     return pa.list_(_field_in_frames(type_.value_field)) if types.is_list(type_) else type_

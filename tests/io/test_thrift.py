@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_semdedup import read_clusters
+from dask_semdedup import read_clusters, read_table
 from dask_semdedup.errors import DataReadError
 from dask_semdedup.io import footers, scan
 from dask_semdedup.io import thrift as thrift_reader
@@ -602,6 +604,19 @@ class TestDamage:
         for read in (read_clusters, lambda path: scan_files(*list_files(path), ["id"])):
             with pytest.raises(DataReadError, match=r"Cannot read .*a.parquet as Parquet .truncated"):
                 read(path)
+
+    @pytest.mark.parametrize("size", [0, -1, -5])
+    def test_lists_of_no_or_negative_size(self, tmp_path: Path, size: int) -> None:
+        told = (0x01020304).to_bytes(4, "little")
+        table = pa.table({"id": [1], "x": pa.nulls(1, pa.list_(pa.float32(), 0x01020304))})
+        schema = table.schema.serialize().to_pybytes()
+        assert schema.count(told) == 1
+        damaged = schema.replace(told, size.to_bytes(4, "little", signed=True))
+        file = file_of(table).replace(base64.b64encode(schema), base64.b64encode(damaged))
+        path = write_files(tmp_path, {"a.parquet": file})
+        with nullcontext() if not size else pytest.raises(DataReadError, match=r"Cannot read .*a.parquet as Parquet"):
+            assert read_table(path, ["id"])["id"].compute().tolist() == [1]
+            assert read_table(path)["x"].isna().all().compute()
 
     def test_a_file_gone_since_the_listing_is_named(self, tmp_path: Path) -> None:
         path = write_files(tmp_path / "in", many_shapes())

@@ -54,8 +54,8 @@ __all__ = ["Plan", "compare_all", "compare_all_with", "is_by_mean", "make_plan"]
 SEED = 42
 """Of the sample."""
 
-SHARES = 16
-"""Tasks that cells are shared out over: each takes about as long as any other."""
+SHARES, TASKS = 16, 64
+"""Tasks for the cells of two blocks, and for all blocks at least: the more, the more evenly workers are busy."""
 
 BLOCK_BYTES, BLOCK_COPIES = 2 << 30, 4
 """Bytes of sketches that a block takes at most; a partition is not split. A task compares two, and gathers some."""
@@ -254,10 +254,13 @@ def make_plan(
     index = fit_index(tensor_like(found[order]).to(compared_on), rows[-1], options.at_least, others, at_once=fits)
     if index is None:
         return replace(in_one_task, width=width)
-    most, n_shares = _limits(index, rows, compared_on)
+    most = _most_rows(index, rows, compared_on)
     firsts = (0, len(lengths[0]))
     blocks = [_blocks(counts, most, first) for counts, first in zip(lengths, firsts, strict=False)]
     counts = [count for of_frame in lengths for count in of_frame]
+    n_pairs = len(blocks[0]) * (len(blocks[-1]) if others else (len(blocks[0]) + 1) / 2)
+    # A GPU is filled by one task.
+    n_shares = gpus_at_work() if compared_on == "cuda" else max(SHARES, math.ceil(TASKS / n_pairs))
     return Plan(
         sum(rows),
         width,
@@ -278,14 +281,12 @@ def _device(ddf: dd.DataFrame, options: SearchOptions) -> str:
     return "cuda" if options.device != "cpu" and (is_cudf(ddf._meta) or has_cuda()) else "cpu"
 
 
-def _limits(index: Index, rows: Sequence[int], device: str) -> tuple[float, int]:
-    """Return how many rows a block has at most, and over how many tasks cells are shared out."""
+def _most_rows(index: Index, rows: Sequence[int], device: str) -> float:
+    """Return how many rows a block has at most."""
     if device == "cpu":
-        return (_block_bytes() / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS), SHARES
-    # A GPU is filled by one task.
-    gpus = gpus_at_work()
+        return _block_bytes() / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS
     fitting = (device_bytes() or 0) / GPU_SHARE / row_bytes(index)
-    return (fitting if len(index.cells) > 1 else min(fitting, -(-sum(rows) // gpus))), gpus
+    return fitting if len(index.cells) > 1 else min(fitting, -(-sum(rows) // gpus_at_work()))
 
 
 def _block_bytes() -> float:

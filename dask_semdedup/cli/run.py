@@ -8,6 +8,7 @@ import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,16 @@ from dask_semdedup.cli.options import (
     search_options,
     seed_option,
 )
-from dask_semdedup.cli.steps import Outcome, Step, files_of_run, folder_of_steps, make_step, option_of, plan_steps
+from dask_semdedup.cli.steps import (
+    Outcome,
+    Step,
+    files_of_run,
+    folder_of_steps,
+    make_step,
+    option_of,
+    plan_steps,
+    stored_parameters,
+)
 from dask_semdedup.errors import (
     DataNotFoundError,
     DataReadError,
@@ -44,7 +54,7 @@ from dask_semdedup.errors import (
 )
 from dask_semdedup.frames.columns import DUPLICATE_OF, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import dimensions_advice
-from dask_semdedup.io.targets import real_path, refuse_overlap
+from dask_semdedup.io.targets import Contents, real_path, refuse_overlap
 from dask_semdedup.io.write import writing
 from dask_semdedup.steps.ranking import DISTANCE_COLUMNS
 
@@ -57,6 +67,9 @@ if TYPE_CHECKING:
     from dask_semdedup.lazy.join import Plan
     from dask_semdedup.steps.ranking import RankingStrategy
 
+# How far scores are stored unless an option says more.
+DEFAULT_MAX_EPS = 0.1
+
 STEPS = ["embeddings", "clusters", "scores", "duplicates", "deduplicated", "report"]
 
 EXAMPLES = """
@@ -67,7 +80,7 @@ Examples:
   dask-semdedup run embeddings.parquet out/ --eps 0.02
 
 \b
-  # Try another eps, up to --max-eps: the scores are reused
+  # Try another eps: the scores are reused
   dask-semdedup run embeddings.parquet out/ --eps 0.05
 
 \b
@@ -124,17 +137,15 @@ Examples:
     default="kept",
     show_default=True,
     help="'kept': drop a row if a preferred row near it is kept. 'any': drop a row if any preferred row is near it, "
-    "even a dropped one. 'kept' searches again for each EPS, which must be below 1.",
+    "even a dropped one. 'kept' needs an EPS below 1, and searches again if scores do not tell which rows are kept.",
 )
 @click.option(
     "--max-eps",
     type=click.FloatRange(0, 2),
     metavar="EPS",
-    default=0.1,
-    show_default=True,
-    help="Store scores up to this eps. It is the largest possible --eps, and the end of the report's slider and curve. "
-    "Larger values take longer: at 0.2, a comparison of all rows takes several times as long as at 0.1. 2 stores the "
-    "scores of all rows; without clusters, a single task then compares all rows.",
+    help="Store scores up to this eps: later runs may choose any --eps up to it, and the report's slider ends there. "
+    "Larger values take longer, above all 2, which stores the scores of all rows.  [default: that of the scores in "
+    f"OUTPUT; without scores, {DEFAULT_MAX_EPS:g} or --eps if it is larger]",
 )
 @search_options
 @execution_options
@@ -190,7 +201,7 @@ def command(
             if dry_run:
                 progress.stop()
                 click.echo("\n".join(f"{name:<19} {why or 'reused'}" for name, why in reasons.items()))
-                click.echo(f"\n{run.plan()}")
+                click.echo(f"\nRows are compared for scores up to eps = {run.largest_eps:g} (--max-eps):\n{run.plan()}")
                 return
             outcomes: dict[str, Outcome] = {}
             start = time.perf_counter()
@@ -248,7 +259,7 @@ class Run:
     random_seed: int
     eps: float
     duplicate_of: str
-    max_eps: float
+    max_eps: float | None
     compute_dtype: str
     device: str
     backend: str | None
@@ -264,7 +275,15 @@ class Run:
     @property
     def keeps_all(self) -> bool:
         """Whether scores of all rows are kept."""
-        return self.max_eps == 2
+        return self.largest_eps == 2
+
+    @cached_property
+    def largest_eps(self) -> float:
+        """The eps up to which scores are stored: by default that of the scores in OUTPUT, unless `eps` is larger."""
+        if self.max_eps is not None:
+            return self.max_eps
+        stored = stored_parameters("scores", _contents_of_scores(), self.output, self.storage_options)
+        return float(max(stored.get("max_eps", DEFAULT_MAX_EPS), self.eps))
 
     @property
     def is_complete(self) -> bool:
@@ -277,7 +296,6 @@ class Run:
 
     def steps(self) -> list[Step]:
         """Return all steps in their order. Raise if INPUT lacks what they need."""
-        from dask_semdedup.io.scores import COMPARED
         from dask_semdedup.io.write import PART_FILE
         from dask_semdedup.lazy.tables import table_token
         from dask_semdedup.report.page import REPORT
@@ -295,10 +313,9 @@ class Run:
         ranking["rank_by"] = None if self.ranking_strategy is None else repr(self.ranking_strategy)
         shown = self._parameters("text_field", "image_field")
         kept = self._parameters("id_field") | {"columns": list(self.columns)}
-        ranking["max_eps"] = self.max_eps
+        ranking["max_eps"] = self.largest_eps
         scoring, deciding = columns | ranking, self._parameters("eps", "duplicate_of")
         parts = files_of_run(PART_FILE)
-        scores = files_of_run(re.compile(f"{PART_FILE.pattern}|{re.escape(COMPARED)}"))
         clusters = files_of_run(re.compile(f"[^/=]+=[^/]*/{PART_FILE.pattern}"))
         first = (
             [Step("embeddings", source | embedding, self._embed, parts, plan=self._embedded, costly=True)]
@@ -313,7 +330,7 @@ class Run:
             before = ("clusters",)
         return [
             *first,
-            Step("scores", scoring, self._score, scores, before, plan=self._scores, costly=True),
+            Step("scores", scoring, self._score, _contents_of_scores(), before, plan=self._scores, costly=True),
             # All else that duplicates depend on, the scores do too.
             Step("duplicates", deciding, self._find_duplicates, parts, ("scores",), plan=self._duplicates),
             Step("deduplicated", source | kept, self._deduplicate, parts, ("duplicates",), plan=self._kept_rows),
@@ -329,11 +346,9 @@ class Run:
         from dask_semdedup.lazy.sources import check_sources
 
         up_to(self.eps, SearchOptions(duplicate_of=self.duplicate_of))
-        if self.eps > self.max_eps:
+        if self.eps > self.largest_eps:
             raise InvalidArgumentError(
-                f"eps is {self.eps:g}, but scores are stored only up to {self.max_eps:g}. Choose a smaller eps, or "
-                "a larger max_eps.",
-                parameters=["eps", "max_eps"],
+                f"--eps {self.eps:g} is larger than --max-eps {self.largest_eps:g}, up to which scores are stored."
             )
         if self.is_complete and self.backend == "cudf":
             raise InvalidArgumentError(
@@ -476,7 +491,7 @@ class Run:
         except DataReadError:
             return "How rows are compared can be told once they are embedded."
         return rows.semdedup.plan(
-            self.max_eps,
+            self.largest_eps,
             embedding_field=self.embedding_field,
             embedding_dim=self.embedding_dim,
             compute_dtype=self.compute_dtype,
@@ -541,7 +556,7 @@ class Run:
 
     def _scores(self) -> dd.DataFrame:
         self._check_ids()  # The clusters may have been made with another column of ids.
-        return self._compare(self._read_rows(), None if self.keeps_all else self.max_eps)
+        return self._compare(self._read_rows(), None if self.keeps_all else self.largest_eps)
 
     def _score(self, folder: str, frame: dd.DataFrame) -> dict[str, int]:
         from dask_semdedup.io.scores import Compared, write_compared
@@ -549,20 +564,32 @@ class Run:
         kept = self._write(frame, folder, "Comparing")
         if self.keeps_all:
             return {"rows": kept, "kept": kept}
-        compared = Compared(self.max_eps, self._count(self._read_rows()))
+        compared = Compared(self.largest_eps, self._count(self._read_rows()))
         write_compared(compared, folder, self.storage_options)
         return {"rows": compared.total, "kept": kept}
 
     def _duplicates(self) -> dd.DataFrame:
         from dask_semdedup.steps.duplicates import without_first_rows
 
-        if self.duplicate_of == "any":
-            duplicates = self._read_scores().semdedup.duplicates(self.eps)
-        else:
-            # Which rows are kept depends on eps: no scores can tell.
+        duplicates = self._read_scores().semdedup.duplicates(self.eps)
+        if self.duplicate_of == "kept" and self._has_chains(duplicates):
             duplicates = self._compare(self._read_rows(), self.eps, "kept")
         # If eps is 1 or more, they include the first rows of clusters, which are kept.
         return duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
+
+    def _has_chains(self, duplicates: dd.DataFrame) -> bool:
+        """Tell, now, whether the nearest preferred row of any near-duplicate is a near-duplicate itself.
+
+        Without such rows, all nearest rows are kept, and the rule "kept" drops what the rule "any" drops.
+        """
+        from dask_semdedup.lazy.tasks import compute
+        from dask_semdedup.steps.duplicates import count_links
+
+        # One partition holds the ids, as when rows are removed.
+        ids = duplicates[["id"]].repartition(npartitions=1)
+        links = duplicates.map_partitions(count_links, ids, meta=("links", "int64"), align_dataframes=False)
+        with show_tasks(self.progress, "Looking at chains", client=self.client):
+            return bool(compute(links.sum())[0])
 
     def _find_duplicates(self, folder: str, frame: dd.DataFrame) -> dict[str, int]:
         return {"duplicates": self._write(frame, folder, "Finding duplicates")}
@@ -612,6 +639,13 @@ class Run:
                 id_field=self.id_field,
             )
         return {"duplicates": int(summary.duplicates(self.eps))}
+
+
+def _contents_of_scores() -> Contents:
+    from dask_semdedup.io.scores import COMPARED
+    from dask_semdedup.io.write import PART_FILE
+
+    return files_of_run(re.compile(f"{PART_FILE.pattern}|{re.escape(COMPARED)}"))
 
 
 def outcomes_as_json(outcomes: dict[str, Outcome], seconds: float) -> dict[str, Any]:

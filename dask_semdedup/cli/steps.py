@@ -146,6 +146,15 @@ def plan_steps(
     return reasons
 
 
+def stored_parameters(
+    name: str, contents: Contents, output: str, storage_options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the parameters with which a step was made, which are none if its folder is empty or unfinished."""
+    fs, root = fsspec.url_to_fs(output, **storage_options)
+    manifest = _read_manifest(fs, f"{root}/{name}", contents)
+    return {} if manifest is None else manifest.parameters
+
+
 def files_of_run(pattern: re.Pattern[str]) -> Contents:
     """Return the contents of a step: files with such names, next to its manifest."""
 
@@ -182,8 +191,8 @@ def _reason(
 ) -> str:
     if changes and step.costly:
         raise InvalidArgumentError(
-            f"{step.name}/ cannot be reused: {changes}. Pass '--from {step.name}' to run it and all later steps again, "
-            "or name another OUTPUT."
+            f"{step.name}/ cannot be reused: {changes}. Pass '--from {step.name}' to compute {step.name} and all later "
+            "steps again, or name another OUTPUT."
         )
     if made:
         return f"after {', '.join(made)}"

@@ -7,15 +7,17 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
 from dask_semdedup.frames.backend import to_list
 from dask_semdedup.frames.columns import SCORE_COLUMN
-from dask_semdedup.frames.ids import are_equal
+from dask_semdedup.frames.ids import are_equal, is_in
 
 __all__ = [
     "check_eps",
     "check_score_columns",
+    "count_links",
     "eps_column",
     "find_duplicates",
     "is_duplicate",
@@ -103,6 +105,24 @@ def find_duplicates(scores: Any, eps: float | Sequence[float]) -> Any:
     grid = check_several_eps(eps)  # type: ignore[arg-type]
     check_score_columns(scores, [SCORE_COLUMN])
     return scores.assign(**{eps_column(value): is_duplicate(scores[SCORE_COLUMN], value) for value in grid})
+
+
+def count_links(duplicates: Any, all_duplicates: Any) -> pd.Series:
+    """Return the number of duplicates whose preferred row is a duplicate, too.
+
+    Parameters
+    ----------
+    duplicates : pandas.DataFrame or cudf.DataFrame
+        Some of the duplicates, with the column ``max_id``.
+    all_duplicates : pandas.DataFrame or cudf.DataFrame
+        All of them, with the column ``id``.
+
+    Returns
+    -------
+    pandas.Series
+        One number.
+    """
+    return pd.Series([int(is_in(duplicates["max_id"], all_duplicates["id"]).sum())], name="links")
 
 
 def without_first_rows(duplicates: Any) -> Any:

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 import dask_semdedup
 from dask_semdedup import cli
 from dask_semdedup.accessor import SemDedupAccessor
+from dask_semdedup.cli.run import Run
 from dask_semdedup.errors import DataReadError
 from dask_semdedup.io.scores import COMPARED
 from dask_semdedup.io.targets import MANIFEST
@@ -296,6 +297,33 @@ def test_of_clusters_too_each_row_is_dropped_for_one_that_is_kept(
     assert set(duplicates["max_id"]) <= set(left["id"])
 
 
+@EITHER_WAY
+def test_rows_are_searched_again_only_if_a_row_that_is_near_has_such_a_preferred_row(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, way: list[object]
+) -> None:
+    """The copies have no copies: what the rule "kept" drops follows from the scores, bit for bit."""
+    rules, compare = [], Run._compare
+
+    def noted(run: Run, rows: dd.DataFrame, eps: float | None, duplicate_of: str = "any") -> dd.DataFrame:
+        rules.append(duplicate_of)
+        return compare(run, rows, eps, duplicate_of)
+
+    monkeypatch.setattr(Run, "_compare", noted)
+    assert invoke(source, *way).exit_code == 0
+    (found, left), searched = read_run(tmp_path)[2], rules.copy()
+    monkeypatch.setattr(Run, "_has_chains", lambda *_: True)
+    assert invoke(source, "--from", "duplicates", *way).exit_code == 0
+    assert [*searched, *rules[len(searched) :]] == ["any", "kept"]
+    for frame, expected in zip((found, left), read_run(tmp_path)[2], strict=True):
+        pd.testing.assert_frame_equal(frame, expected, check_exact=True)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out")
+    chains(tmp_path / "raw")
+    monkeypatch.setattr(Run, "_compare", noted)
+    assert invoke(tmp_path / "raw", "--eps", 0.05, *way).exit_code == 0
+    assert rules[2:] == ["any", "kept"]
+
+
 def test_the_report_says_what_is_dropped_and_what_is_near(tmp_path: Path, invoke: Callable[..., Result]) -> None:
     rows = chains(tmp_path / "raw")
     assert invoke(tmp_path / "raw", "--eps", 0.05).exit_code == 0
@@ -366,10 +394,23 @@ def json_of(page: str) -> dict[str, Any]:
 
 
 def test_scores_are_kept_as_far_as_the_report_goes(finished: Path, tmp_path: Path) -> None:
-    (default,) = (option.default for option in cli.run.command.params if option.name == "max_eps")
-    assert default == 0.1
     page = (tmp_path / "out" / "report" / "index.html").read_text()
-    assert json_of(page)["eps"][-1] == default
+    assert json_of(page)["eps"][-1] == 0.1
+
+
+def test_scores_reach_as_far_as_those_that_are_there_or_as_eps(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    assert invoke(source, "--eps", 0.2).exit_code == 0
+    before = tokens(tmp_path)
+    assert invoke(source, "--eps", 0.05).exit_code == 0
+    assert redone(before, tokens(tmp_path)) == ["deduplicated", "duplicates", "report"]
+    refused = invoke(source, "--eps", 0.3).stderr
+    assert_one_line(refused, "--max-eps 0.2 → 0.3", "'--from scores' to compute scores")
+    assert invoke(source, "--eps", 0.3, "--from", "scores").exit_code == 0
+    assert json_of(read_run(tmp_path)[1])["eps"][-1] == 0.3
+    assert invoke(source, "--from", "scores").exit_code == 0
+    assert json_of(read_run(tmp_path)[1])["eps"][-1] == 0.3
 
 
 @pytest.mark.parametrize("max_eps", [0.07, 0.3])
@@ -405,7 +446,7 @@ def test_eps_is_within_the_scores_that_are_kept(
     finished: Path, source: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     before = tokens(tmp_path)
-    assert_one_line(invoke(finished, "--eps", 0.3).stderr, "0.3", "0.1", "(--eps, --max-eps)")
+    assert_one_line(invoke(finished, "--eps", 0.3).stderr, "--max-eps 0.1 → 0.3", "--from scores")
     assert tokens(tmp_path) == before
 
 
@@ -720,7 +761,7 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--from", "scores", "--overwrite"], ["--from", "--overwrite"]),
         (["--eps", 3], ["--eps"]),
         (["--max-eps", 3], ["--max-eps"]),
-        (["--eps", 0.1, "--max-eps", 0.05], ["0.1", "0.05", "(--eps --max-eps)"]),
+        (["--eps", 0.1, "--max-eps", 0.05], ["--eps 0.1 is larger than --max-eps 0.05"]),
     ],
 )
 def test_bad_options_are_one_line_and_leave_nothing(
@@ -941,7 +982,8 @@ def test_a_dry_run_says_what_would_be_done_and_makes_nothing(
     output = tmp_path / "out"
     said = invoke(source, "--dry-run").output
     assert re.search(r"scores +new", said)
-    assert re.search(r"rows +[\d,]+ x", said)
+    assert "scores up to eps = 0.1 (--max-eps)" in said
+    assert re.search(r"rows +200", said)
     assert not output.exists()
     clustered = invoke(source, "--dry-run", "--n-clusters", "3").output
     assert "within 3 clusters" in clustered

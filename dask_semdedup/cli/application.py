@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import math
+import os
 import signal
 import sys
 import threading
@@ -22,8 +22,10 @@ from dask_semdedup.errors import SemDedupError, ZeroEmbeddingWarning
 
 EXIT_STATUS = 2
 INTERRUPTED = 130
-# Seconds after an interrupt during which further ones are ignored.
-PATIENCE = 10
+# Seconds within which several interrupts are one: programs such as timeout pass on what the terminal sends, too.
+ONE_INTERRUPT = 0.5
+
+RESUME = "The same command goes on with the parts that are finished, if any."
 
 # The sections of the commands' help, with the parameters in each.
 SECTIONS = {
@@ -86,7 +88,7 @@ class Application(click.Group):
             click.echo(f"{click.style('Error:', fg='red', bold=True)} {_one_line(error)}", err=True)
             sys.exit(EXIT_STATUS)
         except click.Abort:
-            click.echo("Stopped. Run the same command again to resume.", err=True)
+            click.echo(f"Stopped. {RESUME}", err=True)
             # A signal while Python exits would lead to another exit status, or to a traceback.
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             sys.exit(INTERRUPTED)
@@ -97,21 +99,23 @@ class Application(click.Group):
 def _stopped_by_signals() -> Iterator[None]:
     """Treat the signal with which batch systems end a job as an interrupt, which leaves nothing unfinished.
 
-    Further signals are ignored for `PATIENCE` seconds: they would end the wait for running tasks, which then fail as
-    the program exits. Later ones count, since Python may have dropped the first exception, or a task may never end.
+    The first one waits for running tasks, which would fail if the program exited. The next one ends the process, since
+    such a task may take minutes, or Python may have dropped the first exception.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stopping_since = -math.inf
+    stopping_since: float | None = None
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         nonlocal stopping_since
-        if time.monotonic() - stopping_since < PATIENCE:
+        if stopping_since is not None:
+            if time.monotonic() - stopping_since > ONE_INTERRUPT:
+                _stop_at_once()
             return
         stopping_since = time.monotonic()
         with suppress(RuntimeError):  # The signal may have interrupted another print.
-            click.echo("Stopping: waiting for running tasks.", err=True)
+            click.echo("Stopping: waiting for running tasks. Press Ctrl-C again to stop at once.", err=True)
         raise KeyboardInterrupt
 
     # Background jobs of a shell ignore interrupts. None is a handler of a program that embeds Python.
@@ -123,6 +127,15 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stop_at_once() -> None:
+    """End this process, whatever its threads do. The next run sees that the locks of this one are void."""
+    # A progress bar has hidden the cursor.
+    cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    with suppress(RuntimeError, OSError):
+        click.echo(f"{cursor}\nStopped at once. {RESUME}", err=True)
+    os._exit(INTERRUPTED)
 
 
 @contextmanager

@@ -51,6 +51,21 @@ def command(arguments: list[str], log: str) -> None:
     cli.main(arguments)
 
 
+def stuck_command(arguments: list[str], log: str) -> None:
+    """The same, whose tasks take a minute once ten parts are begun."""
+    from dask_semdedup.io.reader import Reader
+
+    read = Reader.read
+
+    def stuck(*arguments: Any) -> Any:
+        if len(Path(f"{log}.begun").read_text().splitlines()) > 10:
+            time.sleep(60)
+        return read(*arguments)
+
+    Reader.read = stuck
+    command(arguments, log)
+
+
 class Runs:
     """Runs of one command in processes of their own."""
 
@@ -124,6 +139,31 @@ def test_scores(loaded_processes: Any, tmp_path: Path, seed: int) -> None:
     assert contents(tmp_path / "out") == expected
     scores = pd.concat(pd.read_parquet(path) for path in (tmp_path / "out").iterdir())
     assert sorted(scores["id"]) == sorted(frame["id"])
+
+
+def test_a_second_interrupt_ends_it_at_once(loaded_processes: Any, tmp_path: Path) -> None:
+    write_random_layout(tmp_path / "in", {cluster: [60] for cluster in range(CLUSTERS)})
+    arguments = ["pairwise", tmp_path / "in", tmp_path / "out", "--partition-size", "1kB"]
+    runs = Runs(loaded_processes, tmp_path, *arguments)
+    process = loaded_processes.Process(target=stuck_command, args=(runs.arguments, str(runs.log)))
+    process.start()
+    begun = Path(f"{runs.log}.begun")
+    while not begun.exists() or len(begun.read_text().splitlines()) < 10 + THREADS:
+        assert process.is_alive(), runs.said()
+        time.sleep(0.05)
+    # Two at once are one, as of a program that passes on what the terminal has sent already.
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+    process.join(2)
+    assert process.is_alive(), runs.said()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == 130, runs.said()
+    assert "Stopping: waiting for running tasks. Press Ctrl-C again" in runs.said()
+    assert "Stopped at once." in runs.said()
+    runs.finish()
+    assert f"of {CLUSTERS} parts were there already" in runs.said()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "log", "log.begun", "out"]
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))

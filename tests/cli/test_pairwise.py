@@ -469,8 +469,8 @@ def test_a_run_that_is_stopped_leaves_what_is_finished(
         result = invoke(clusters, tmp_path / "scores")
         assert result.exit_code == 130
         assert [line for line in result.stderr.splitlines() if line] == [
-            "Stopping: waiting for running tasks.",
-            "Stopped. Run the same command again to resume.",
+            "Stopping: waiting for running tasks. Press Ctrl-C again to stop at once.",
+            "Stopped. The same command goes on with the parts that are finished, if any.",
         ]
         assert signal.getsignal(stop) is before
     finally:

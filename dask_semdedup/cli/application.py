@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,7 +19,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from dask_semdedup.cli.options import rank_options
 from dask_semdedup.errors import SemDedupError, ZeroEmbeddingWarning
+from dask_semdedup.steps.ranking import RankingStrategy
 
 EXIT_STATUS = 2
 INTERRUPTED = 130
@@ -55,6 +58,9 @@ SECTIONS = {
 
 # Options that change nothing of what is written.
 NOT_OF_OUTPUT = {"storage_options", "scheduler", "workers", "overwrite", "quiet", "verbose"}
+
+# Options that the command on a run's page leaves out, too: it has an eps of its own, and the scores have theirs.
+NOT_REPEATED = NOT_OF_OUTPUT | {"eps", "max_eps", "redo_from", "dry_run", "report_json"}
 
 # Parameters of the library that an option has under another name.
 OTHER_NAMES = {"random_state": "random_seed"}
@@ -209,6 +215,28 @@ def options_of_output(ctx: click.Context) -> dict[str, Any]:
     values = {flag: ctx.params[name] for name, flag in flags.items() if name in ctx.params.keys() - NOT_OF_OUTPUT}
     plain = (str, int, float, type(None))
     return {flag: value if isinstance(value, plain) else repr(value) for flag, value in values.items()}
+
+
+def command_line(ctx: click.Context) -> str:
+    """Return the command as it was given, without options that the next one may have otherwise."""
+    words = ctx.command_path.split()
+    for param in ctx.command.params:
+        name = str(param.name)
+        if isinstance(param, click.Argument):
+            words.append(ctx.params[name])
+        elif name in ctx.params.keys() - NOT_REPEATED and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            words += _as_given(param.opts[-1], ctx.params[name])
+    return shlex.join(words)
+
+
+def _as_given(flag: str, value: Any) -> list[str]:
+    """Return the words of an option with this value."""
+    if isinstance(value, bool):
+        return [flag]
+    if isinstance(value, RankingStrategy):
+        value = rank_options(value)
+    values = value if isinstance(value, list | tuple) else [value]
+    return [word for one in values for word in (flag, str(one))]
 
 
 def refuse_contradictions(ctx: click.Context) -> None:

@@ -64,6 +64,12 @@ def _parse_rank_by(_ctx: click.Context, _param: click.Parameter, values: tuple[s
     return RankingStrategy.metadata_based(columns, ascending=ascending)
 
 
+def rank_options(strategy: RankingStrategy) -> list[str]:
+    """Return the values of ``--rank-by`` for a ranking by columns."""
+    orders = ("asc" if ascending else "desc" for ascending in strategy.ascending)
+    return [f"{name}:{order}" for name, order in zip(strategy.metadata_cols, orders, strict=True)]
+
+
 def _remember_traceback(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     ctx.meta["traceback"] = value
 

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import fsspec
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dask_semdedup.cli.application import Command, refuse_contradictions
+from dask_semdedup.cli.application import Command, command_line, refuse_contradictions
 from dask_semdedup.cli.checks import refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output, write_frame
@@ -32,6 +31,7 @@ from dask_semdedup.cli.options import (
     keep_options,
     make_ids_option,
     message_options,
+    rank_options,
     search_options,
     seed_option,
 )
@@ -193,7 +193,9 @@ def command(
     output = real_path(fs, output)
     refuse_overlap(fs, output, options["input_path"], storage_options)
     with show_progress(enabled=not quiet) as progress:
-        run = Run(output=fs.unstrip_protocol(output), progress=progress, verbose=verbose, **options)
+        run = Run(
+            output=fs.unstrip_protocol(output), command=command_line(ctx), progress=progress, verbose=verbose, **options
+        )
         steps = run.steps()
         first = steps[0].name if overwrite else redo_from
         with nullcontext() if dry_run else folder_of_steps(steps, run.output, storage_options):
@@ -267,6 +269,7 @@ class Run:
     partition_size: str | None
     storage_options: dict[str, Any]
     verbose: bool
+    command: str
     progress: Progress
     client: Client | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -382,11 +385,7 @@ class Run:
 
     def _rank_by(self) -> str | None:
         """Return the ranking as it is given in options."""
-        strategy = self.ranking_strategy
-        if strategy is None:
-            return None
-        orders = np.where(strategy.ascending, "asc", "desc")
-        return ", ".join(f"{name}:{order}" for name, order in zip(strategy.metadata_cols, orders, strict=True))
+        return None if self.ranking_strategy is None else ", ".join(rank_options(self.ranking_strategy))
 
     def _kept(self) -> list[str] | None:
         """Return the columns of the rows that are kept; None stands for all."""
@@ -637,6 +636,7 @@ class Run:
                 compared=compared,
                 dropped=self.counts["duplicates"]["duplicates"] if self.duplicate_of == "kept" else None,
                 id_field=self.id_field,
+                command=self.command,
             )
         return {"duplicates": int(summary.duplicates(self.eps))}
 

@@ -146,9 +146,7 @@ def plan_steps(
     return reasons
 
 
-def stored_parameters(
-    name: str, contents: Contents, output: str, storage_options: Mapping[str, Any]
-) -> dict[str, Any]:
+def stored_parameters(name: str, contents: Contents, output: str, storage_options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters with which a step was made, which are none if its folder is empty or unfinished."""
     fs, root = fsspec.url_to_fs(output, **storage_options)
     manifest = _read_manifest(fs, f"{root}/{name}", contents)

@@ -161,6 +161,7 @@ def write_report(
     compared: Compared | None = None,
     dropped: int | None = None,
     id_field: str = "id",
+    command: str | None = None,
 ) -> ScoreSummary:
     """Write a page on scores, ``index.html``, and its figures as PNG files.
 
@@ -189,6 +190,8 @@ def write_report(
         all of these are dropped.
     id_field : str, default "id"
         Id column of the documents, for the call at the end of the page that removes duplicates from them.
+    command : str, optional
+        The command to deduplicate, without its option ``--eps``, to stand at the end of the page in place of that call.
 
     Returns
     -------
@@ -212,8 +215,7 @@ def write_report(
     summary = replace(summary, dropped=dropped)
     cards = _cards(pairs, documents)
     figures = _draw(summary, eps)
-    images = bool(documents and documents.image_field)
-    page = _render(summary, eps, cards, figures, source=source, images=images, id_field=id_field)
+    page = _render(summary, eps, cards, figures, documents=documents, source=source, id_field=id_field, command=command)
     fs, root = fsspec.url_to_fs(os.fspath(folder), **(storage_options or {}))
     with writing(root):
         fs.makedirs(root, exist_ok=True)
@@ -358,9 +360,10 @@ def _render(
     cards: Sequence[Pair],
     figures: Mapping[str, Picture],
     *,
+    documents: Documents | None,
     source: str,
-    images: bool,
     id_field: str,
+    command: str | None,
 ) -> str:
     from dask_semdedup import __version__
 
@@ -392,13 +395,15 @@ def _render(
             below=below[:SHOWN],
             after=below[SHOWN:],
             most_similar=cards[:SHOWN],
-            images=images,
+            has_documents=documents is not None,
+            images=bool(documents and documents.image_field),
             id_argument="" if id_field == "id" else f", id_field={id_field!r}",
             data=_script_data(summary, eps, figures),
             style=load_asset("pairs.css") + load_asset("report.css"),
             script=script,
             digest=digest,
             source=source,
+            command=command,
             version=__version__,
         )
     )

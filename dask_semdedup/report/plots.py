@@ -138,7 +138,7 @@ def duplicates_curve(
     rows = max(summary.rows, 1)
     are_dropped = summary.dropped is None
     label = "Rows dropped" if are_dropped else f"{summary.noun.capitalize()}s"
-    figure, axes = _axes(figure, f"eps: how far below 1 a {summary.noun}'s similarity may be", label)
+    figure, axes = _axes(figure, "eps (cosine distance)", label)
     grid = summary.grid
     dropped = summary.duplicates(grid)
     axes.fill_between(grid, dropped / rows, color=BLUE, alpha=0.12, linewidth=0)

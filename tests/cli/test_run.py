@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -297,6 +299,22 @@ def test_of_clusters_too_each_row_is_dropped_for_one_that_is_kept(
     assert set(duplicates["max_id"]) <= set(left["id"])
 
 
+def test_the_command_on_the_page_can_be_pasted(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has all options that decide on the scores, and none of what may be secret."""
+    options = ["--rank-by", "quality:desc", "--rank-by", "id", "--text-field=text", "--column", "text", "--make-ids"]
+    secret = ["--storage-option", "auto_mkdir=true", "--max-eps", 0.3, "-q"]
+    assert invoke(source, *options, "--id-field", "made id", *secret).exit_code == 0
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    (line,) = re.findall("To deduplicate at this eps: <code>(.*?)</code>", page)
+    words = shlex.split(html.unescape(re.sub("<.*?>", "", line)))
+    assert not {"--max-eps", "auto_mkdir=true"} & set(words)
+    result = CliRunner().invoke(cli.main, words[words.index("run") :])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("reused") == len(STEPS)
+
+
 @EITHER_WAY
 def test_rows_are_searched_again_only_if_a_row_that_is_near_has_such_a_preferred_row(
     source: Path, tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, way: list[object]
@@ -330,9 +348,9 @@ def test_the_report_says_what_is_dropped_and_what_is_near(tmp_path: Path, invoke
     _, page, (duplicates, left) = read_run(tmp_path)
     near = len(brute_force(rows, by_distance(rows), 0.05, "any"))
     text = " ".join(re.sub("<[^>]*>", " ", page).split())
-    assert f"{len(duplicates)} of {len(rows)} documents are dropped at eps = 0.05" in text
-    assert f"Dropped at eps = 0.05 {len(duplicates)} " in text
-    assert f"Kept at eps = 0.05 {len(left)} " in text
+    assert f"This run drops {len(duplicates)} of {len(rows)} documents at eps = 0.05" in text
+    assert f"Dropped by this run, at eps = 0.05 {len(duplicates)} " in text
+    assert f"Kept by this run, at eps = 0.05 {len(left)} " in text
     assert f"Near-duplicates at eps = 0.05 {near} " in text
     assert json_of(page)["duplicates"][json_of(page)["start"]] == near
     assert "Cluster" not in text
@@ -428,9 +446,11 @@ def test_exact_copies_alone_can_be_asked_for(source: Path, tmp_path: Path, invok
 
 
 @pytest.mark.parametrize("options", [["--n-clusters", 1], []])
-@pytest.mark.parametrize(("rule", "word"), [("any", "duplicates"), ("kept", "dropped")])
+@pytest.mark.parametrize(
+    ("rule", "words"), [("any", "of 8 documents are duplicates"), ("kept", "This run drops 0 of 8 documents")]
+)
 def test_no_duplicates_at_all(
-    tmp_path: Path, invoke: Callable[..., Result], options: list[object], rule: str, word: str
+    tmp_path: Path, invoke: Callable[..., Result], options: list[object], rule: str, words: str
 ) -> None:
     rows = table().slice(0, 8).set_column(2, "embeddings", pa.array(list(np.eye(8, dtype=np.float32))))
     pq.write_table(rows, tmp_path / "raw.parquet")
@@ -438,7 +458,7 @@ def test_no_duplicates_at_all(
     assert result.exit_code == 0, result.stderr
     assert len(kept(tmp_path)) == 8
     page = (tmp_path / "out" / "report" / "index.html").read_text()
-    assert f"of 8 documents are {word}" in page
+    assert words in page
     assert "No row has a duplicate up to eps = 0.1" in page
 
 

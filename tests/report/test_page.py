@@ -68,6 +68,7 @@ def test_numbers_are_those_of_the_scores(scores: pd.DataFrame, tmp_path: Path) -
     data = script_data(page)
     assert data["duplicates"][data["start"]] == expected
     assert data["eps"][data["start"]] == 0.05
+    assert "Add --text-field or --image-field to see the documents." in page
     for eps, threshold, count in zip(data["eps"], data["thresholds"], data["duplicates"], strict=True):
         assert count == (scores["cosine_sim_score"] >= threshold).sum(), eps
 
@@ -151,17 +152,37 @@ def test_clusters_are_left_out_where_rows_were_compared_without(scores: pd.DataF
 
 def test_rows_that_are_dropped_for_kept_ones_are_told_from_near_ones(scores: pd.DataFrame, tmp_path: Path) -> None:
     near = int((scores["cosine_sim_score"] >= np.float32(0.95)).sum())
-    summary = write_report(scores, tmp_path, eps=0.05, dropped=5)
+    command = "dask-semdedup run in.parquet 'my out' --rank-by 'quality:desc'"
+    summary = write_report(scores, tmp_path, eps=0.05, dropped=5, command=command)
     assert summary.duplicates(0.05) == near
     page = read(tmp_path)
     text = " ".join(re.sub("<style.*?</style>|<script.*?</script>|<[^>]*>", " ", page, flags=re.DOTALL).split())
     assert "<title>5 dropped at eps = 0.05</title>" in page
-    assert "5 of 80 documents are dropped at eps = 0.05" in text
-    assert "Dropped at eps = 0.05 5 6.25% Kept at eps = 0.05 75 93.75%" in text
-    assert f"There are {near} near-duplicates at eps = 0.05, and only near-duplicates are dropped." in text
+    assert "This run drops 5 of 80 documents at eps = 0.05" in text
+    assert "Dropped by this run, at eps = 0.05 5 6.25% Kept by this run, at eps = 0.05 75 93.75%" in text
+    assert f"any preferred document, kept or not: {near} at eps = 0.05. Only these can be dropped." in text
     assert "Clusters with the most near-duplicates" in text
     assert "semdedup.remove" not in text, "it drops all near-duplicates"
-    assert "run INPUT OUTPUT --eps 0.05" in text
+    assert f"To deduplicate at this eps: {command} --eps 0.05 ." in html.unescape(text)
+
+
+@pytest.mark.parametrize("dropped", [None, 5])
+def test_pairs_say_which_row_is_which(scores: pd.DataFrame, tmp_path: Path, dropped: int | None) -> None:
+    write_report(scores, tmp_path, eps=0.05, dropped=dropped)
+    page = read(tmp_path)
+    above, below = re.findall(r"""id="(?:dropped|kept)" style="--role: '(.*?)'""", page)
+    assert (above, below) == (("dropped", "kept") if dropped is None else ("near-duplicate", "row"))
+    assert '<span class="role"></span> <code>doc-79</code>' in page
+    assert '<span class="preferred"></span> <code>doc-40</code>' in page
+
+
+@pytest.mark.parametrize(("eps", "is_hidden"), [(0.05, True), (0.5, False)])
+def test_an_empty_side_of_the_threshold_says_so(
+    scores: pd.DataFrame, tmp_path: Path, eps: float, is_hidden: bool
+) -> None:
+    write_report(find_duplicates(scores, 0.5), tmp_path, eps, compared=Compared(0.5, 80))
+    (hidden,) = re.findall(r'id="none-below"(.*?)>No stored pair is below this threshold', read(tmp_path))
+    assert bool(hidden) == is_hidden
 
 
 def test_numbers_are_ids_too(scores: pd.DataFrame, tmp_path: Path) -> None:
@@ -185,6 +206,7 @@ def texts(scores: pd.DataFrame, tmp_path: Path) -> str:
 def test_texts_stand_side_by_side_with_their_differences(scores: pd.DataFrame, texts: str, tmp_path: Path) -> None:
     write_report(scores, tmp_path / "page", documents=Documents(texts, text_field="text"))
     page = html.unescape(read(tmp_path / "page"))
+    assert "Add --text-field" not in page
     assert "Document <mark>38</mark> & its words" in page
     assert "Document <mark>0</mark> & its words" in page
 

@@ -6,7 +6,9 @@
   // All pairs, the most similar first, as they stand in the four lists.
   const pairs = lists.flatMap((list) => [...list.querySelectorAll(".pair")]);
   const marks = ["histogram", "duplicates"].map((name) => document.getElementById(`${name}-mark`));
+  const noneBelow = document.getElementById("none-below");
   const split = splitBars();
+  let chosen = data.start;
   const whole = new Intl.NumberFormat("en-US");
   const percent = (count) => `${((100 * count) / (data.rows || 1)).toFixed(2)}%`;
 
@@ -35,6 +37,7 @@
     const cut = pairs.filter((pair) => Number(pair.dataset.score) >= threshold).length;
     const cuts = [0, Math.max(0, cut - data.shown), cut, cut + data.shown, pairs.length];
     lists.forEach((list, number) => list.replaceChildren(...pairs.slice(cuts[number], cuts[number + 1])));
+    noneBelow.hidden = cut < pairs.length || !pairs.length;
   }
 
   function moveMarks(number) {
@@ -49,7 +52,15 @@
     for (const stop of split.children) stop.setAttribute("offset", border);
   }
 
+  // The counted eps that is nearest to a place of the slider, which is linear as the curve is.
+  function nearest(eps) {
+    const distance = (number) => Math.abs(data.eps[number] - eps);
+    return data.eps.reduce((best, _, number) => (distance(number) < distance(best) ? number : best), 0);
+  }
+
   function choose(number) {
+    chosen = number;
+    document.body.classList.toggle("moved", number !== data.start);
     const eps = Number(data.eps[number].toPrecision(6));
     const count = data.duplicates[number];
     const kept = data.rows - count;
@@ -66,9 +77,16 @@
     moveMarks(number);
   }
 
-  slider.max = data.eps.length - 1;
-  slider.value = data.start;
-  slider.addEventListener("input", () => choose(Number(slider.value)));
+  slider.max = data.eps.at(-1);
+  slider.value = data.eps[data.start];
+  slider.addEventListener("input", () => choose(nearest(Number(slider.value))));
+  slider.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    choose(Math.min(Math.max(chosen + step, 0), data.eps.length - 1));
+    slider.value = data.eps[chosen];
+  });
   document.querySelector(".controls").hidden = false;
   choose(data.start);
 })();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shlex
 import signal
 import sys
@@ -11,7 +12,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -64,6 +65,9 @@ NOT_REPEATED = NOT_OF_OUTPUT | {"eps", "max_eps", "redo_from", "dry_run", "repor
 
 # Parameters of the library that an option has under another name.
 OTHER_NAMES = {"random_state": "random_seed"}
+
+# The words with which messages of the library name parameters: "as id_field, text_field and image_field".
+AS_PARAMETERS = re.compile(r"\bas \w+(?:(?:, | and | or )\w+)*")
 
 # Pairs of parameters of which the first makes the second void.
 CONTRADICTIONS = [
@@ -190,11 +194,23 @@ def _describe(error: Exception, command: click.Command) -> str:
     """Return an error's message with the options that it is about, or with its type if it was not expected."""
     if isinstance(error, SemDedupError):
         flags = _flags(command)
-        options = [flags[name] for name in (OTHER_NAMES.get(name, name) for name in error.parameters) if name in flags]
-        return f"{error} ({', '.join(options)})" if options else str(error)
+        options = {name: flags[known] for name in error.parameters if (known := OTHER_NAMES.get(name, name)) in flags}
+        message = _in_options(str(error), options)
+        others = [option for option in options.values() if option not in message]
+        return f"{message} ({', '.join(others)})" if others else message
     if isinstance(error, OSError):
         return str(error)
     return f"{type(error).__name__}: {error} (--traceback shows where)"
+
+
+def _in_options(message: str, options: Mapping[str, str]) -> str:
+    """Return a message that names options where it says what to pass: ``as id_field``, ``overwrite=True``."""
+    names = AS_PARAMETERS.sub(
+        lambda match: re.sub(r"\w+", lambda word: options.get(word[0], word[0]), match[0]), message
+    )
+    for name, option in options.items():
+        names = names.replace(f"{name}=True", option)
+    return names
 
 
 def _flags(command: click.Command) -> dict[str, str]:
@@ -245,7 +261,7 @@ def refuse_contradictions(ctx: click.Context) -> None:
     given = {name for name in flags if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     for pair in CONTRADICTIONS:
         if given.issuperset(pair):
-            raise click.UsageError(f"{flags[pair[0]]} and {flags[pair[1]]} exclude each other.", ctx)
+            raise click.UsageError(f"{flags[pair[0]]} and {flags[pair[1]]} cannot be used together.", ctx)
     for name, needed in DEPENDENCES:
         if name in given and needed in flags and needed not in given:
             raise click.UsageError(f"{flags[name]} has no effect without {flags[needed]}.", ctx)

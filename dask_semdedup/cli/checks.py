@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dask_semdedup.errors import EmbeddingError
+from dask_semdedup.errors import ClusterError, EmbeddingError
 from dask_semdedup.frames.backend import is_string
+from dask_semdedup.io.jsonlines import JSON_SUFFIXES
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
 
-CONVERSION = (
-    "import json, pandas as pd; frame = pd.read_parquet('INPUT'); "
-    "frame['{name}'] = frame['{name}'].map(json.loads); frame.to_parquet('parsed.parquet')"
-)
 
-
-def refuse_strings(ddf: dd.DataFrame, embedding_field: str) -> None:
+def refuse_strings(ddf: dd.DataFrame, embedding_field: str, path: str) -> None:
     """Raise `EmbeddingError` if a column of embeddings, where there is one, holds strings."""
     if embedding_field not in ddf.columns or not is_string(ddf._meta[embedding_field]):
         return
+    read = f"read_json({path!r}, lines=True)" if path.endswith(JSON_SUFFIXES) else f"read_parquet({path!r})"
+    name = repr(embedding_field)
+    conversion = (
+        f"import json, pandas as pd; frame = pd.{read}; frame[{name}] = frame[{name}].map(json.loads); "
+        "frame.to_parquet('parsed.parquet')"
+    )
     raise EmbeddingError(
-        f"Column {embedding_field!r} holds strings, not embeddings. Name the column of embeddings as --embedding-field."
-        f' If the strings are JSON lists, parse them first: python -c "{CONVERSION.format(name=embedding_field)}"',
+        f"Column {name} holds strings, not embeddings. Name the column of embeddings as --embedding-field."
+        f' If the strings are JSON lists, parse them first: python -c "{conversion}"',
         columns=[embedding_field],
     )
+
+
+@contextmanager
+def clusters_needed() -> Iterator[None]:
+    """Replace the advice of the error that there is no column of clusters."""
+    from dask_semdedup.lazy.alignment import CLUSTER_ADVICE
+
+    try:
+        yield
+    except ClusterError as error:
+        found = str(error).removesuffix(CLUSTER_ADVICE)
+        if found == str(error):
+            raise
+        raise ClusterError(
+            f"{found}For embeddings without clusters use 'dask-semdedup run'. If a column of another name holds "
+            "clusters, pass --cluster-field.",
+            columns=error.columns,
+        ) from error

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import numpy as np
 
 if TYPE_CHECKING:
     from dask_semdedup.steps.ranking import RankingStrategy
@@ -66,7 +67,7 @@ def _parse_rank_by(_ctx: click.Context, _param: click.Parameter, values: tuple[s
 
 def rank_options(strategy: RankingStrategy) -> list[str]:
     """Return the values of ``--rank-by`` for a ranking by columns."""
-    orders = ("asc" if ascending else "desc" for ascending in strategy.ascending)
+    orders = ("asc" if ascending else "desc" for ascending in np.atleast_1d(strategy.ascending))
     return [f"{name}:{order}" for name, order in zip(strategy.metadata_cols, orders, strict=True)]
 
 
@@ -223,8 +224,15 @@ def seed_option(help_text: str) -> Callable[[Function], Function]:
     return click.option("--random-seed", type=int, metavar="N", default=42, show_default=True, help=help_text)
 
 
+class Eps(click.FloatRange):
+    """A cosine distance."""
+
+    name = "number"
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+
 def eps_option(help_text: str, default: float | None = DEFAULT_EPS) -> Callable[[Function], Function]:
     """Return the option ``--eps``, whose effect differs between commands."""
-    return click.option(
-        "--eps", type=click.FloatRange(0, 2), metavar="EPS", default=default, show_default=True, help=help_text
-    )
+    return click.option("--eps", type=Eps(), metavar="EPS", default=default, show_default=True, help=help_text)

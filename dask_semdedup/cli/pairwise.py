@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, options_of_output, refuse_contradictions
-from dask_semdedup.cli.checks import refuse_strings
+from dask_semdedup.cli.checks import clusters_needed, refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress
 from dask_semdedup.cli.files import refuse_memory_output, work_of, write_frame
 from dask_semdedup.cli.options import (
@@ -116,8 +116,9 @@ def command(
     refuse_memory_output(output_path)
     fs, files = list_files(input_path, storage_options)
     start = time.perf_counter()
-    embeddings = read_listed(fs, files, cluster_field=cluster_field, backend=backend, partition_size=partition_size)
-    refuse_strings(embeddings, search_options["embedding_field"])
+    with clusters_needed():
+        embeddings = read_listed(fs, files, cluster_field=cluster_field, backend=backend, partition_size=partition_size)
+    refuse_strings(embeddings, search_options["embedding_field"], input_path)
     scores = embeddings.semdedup.pairwise(
         eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options
     )

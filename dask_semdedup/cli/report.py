@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+import fsspec
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
@@ -20,6 +21,7 @@ from dask_semdedup.cli.options import (
 )
 from dask_semdedup.errors import InvalidArgumentError, counted
 from dask_semdedup.io.staging import staged_folder
+from dask_semdedup.io.targets import MANIFEST
 
 EXAMPLES = """
 Examples:
@@ -70,9 +72,10 @@ def command(
 ) -> None:
     """Write a report of plots and pairs, to choose eps.
 
-    SCORES is a folder of Parquet files: the output of 'pairwise', or cluster_<k>.parquet of the stages. OUTPUT is a
-    folder with index.html and PNG files, by default 'report' next to SCORES. The page needs no network. Its slider ends
-    at the eps up to which 'pairwise --eps' or 'run' stored scores.
+    SCORES is a folder of Parquet files: the output of 'pairwise', or cluster_<k>.parquet of the stages. The OUTPUT of
+    'run' will do, too: its scores are read. OUTPUT is a folder with index.html and PNG files, by default 'report' next
+    to the scores. The page needs no network. Its slider ends at the eps up to which 'pairwise --eps' or 'run' stored
+    scores.
 
     With --data, and --text-field or --image-field, the page shows the documents of its pairs.
     """
@@ -81,6 +84,7 @@ def command(
     from dask_semdedup.report.page import PAGE, REPORT, Documents, write_report
 
     refuse_contradictions(ctx)
+    scores_path = _scores_of_run(scores_path, storage_options) or scores_path
     output = output_path or _next_to(scores_path)
     refuse_memory_output(output)
     documents = None
@@ -118,6 +122,13 @@ def command(
         share = count / max(summary.rows, 1)
         click.echo(f"  Duplicates at eps = {eps:g}: {count:,} of {counted(summary.rows, 'row')} ({share:.2%})")
         click.echo(f"  Look at them: {output.rstrip('/')}/{PAGE}")
+
+
+def _scores_of_run(path: str, storage_options: dict[str, Any]) -> str | None:
+    """Return the folder of scores if a path is the output of ``run``."""
+    scores = f"{path.rstrip('/')}/scores"
+    fs, folder = fsspec.url_to_fs(scores, **storage_options)
+    return scores if fs.exists(f"{folder}/{MANIFEST}") else None
 
 
 def _next_to(scores_path: str) -> str:

@@ -7,7 +7,7 @@ import platform
 import re
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from dask_semdedup.cli.checks import refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output, write_frame
 from dask_semdedup.cli.options import (
+    Eps,
     cluster_option,
     document_options,
     embedding_options,
@@ -54,6 +55,7 @@ from dask_semdedup.errors import (
 )
 from dask_semdedup.frames.columns import DUPLICATE_OF, Columns, SearchOptions
 from dask_semdedup.frames.embeddings import dimensions_advice
+from dask_semdedup.io.listing import is_local
 from dask_semdedup.io.targets import Contents, real_path, refuse_overlap
 from dask_semdedup.io.write import writing
 from dask_semdedup.steps.ranking import DISTANCE_COLUMNS
@@ -141,7 +143,7 @@ Examples:
 )
 @click.option(
     "--max-eps",
-    type=click.FloatRange(0, 2),
+    type=Eps(),
     metavar="EPS",
     help="Store scores up to this eps: later runs may choose any --eps up to it, and the report's slider ends there. "
     "Larger values take longer, above all 2, which stores the scores of all rows.  [default: that of the scores in "
@@ -181,10 +183,10 @@ def command(
     in OUTPUT: embeddings (with --embed), clusters (with --n-clusters), scores (rows that are near a preferred row at
     --max-eps), duplicates (the rows to drop), deduplicated (the kept rows, with all columns) and report.
 
-    A folder appears when all of it is written. The next run reuses it if its parameters are the same. Otherwise the
-    steps duplicates, deduplicated and report run again. The steps embeddings, clusters and scores take longer, and run
-    again only with --from or --overwrite. A folder that also holds other files is never replaced. After a run that was
-    stopped or killed, the same command resumes within its step, except in clusters and report.
+    A row is dropped at --eps 0.01 by default. The next run reuses the folders whose options are the same. If options
+    differ, duplicates, deduplicated and report are redone; embeddings, clusters and scores only with --from or
+    --overwrite. A folder that also holds other files is never replaced. After a run that was stopped or killed, the
+    same command resumes within its step, except in clusters and report.
     """
     refuse_contradictions(ctx)
     refuse_memory_output(output_path)
@@ -331,7 +333,7 @@ class Run:
         else:
             first.append(Step("clusters", source | clustering, self._cluster, clusters, before, costly=True))
             before = ("clusters",)
-        return [
+        steps = [
             *first,
             Step("scores", scoring, self._score, _contents_of_scores(), before, plan=self._scores, costly=True),
             # All else that duplicates depend on, the scores do too.
@@ -339,6 +341,8 @@ class Run:
             Step("deduplicated", source | kept, self._deduplicate, parts, ("duplicates",), plan=self._kept_rows),
             Step("report", source | deciding | shown, self._report, REPORT, ("scores", "duplicates")),
         ]
+        fs, path = fsspec.url_to_fs(self.input_path, **self.storage_options)
+        return [replace(step, source=real_path(fs, path) if is_local(fs) else self.input_path) for step in steps]
 
     def _parameters(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
@@ -366,7 +370,7 @@ class Run:
         if not set(needed) <= set(columns):
             raise MissingColumnsError.build(needed, columns, self._column_advice(columns))
         if not self.embed:
-            refuse_strings(ddf, self.embedding_field)
+            refuse_strings(ddf, self.embedding_field, self.input_path)
         kept = self._read_input(self._kept())
         check_sources(kept, list(kept.columns))
         check_sources(ddf, needed, self.ranking_strategy)
@@ -683,9 +687,12 @@ def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> T
     table.add_column("Step", style="bold", no_wrap=True)
     table.add_column("Result", justify="right", no_wrap=True)
     table.add_column("Time", justify="right", no_wrap=True)
-    table.add_column("Why", style="dim")
+    reasons = {name: "" if outcome.reason == "new" else outcome.reason for name, outcome in outcomes.items()}
+    if any(reasons.values()):
+        table.add_column("Why", style="dim")
+    columns = len(table.columns)
     for name, outcome in outcomes.items():
         taken = "reused" if outcome.reused else f"{outcome.manifest.seconds:,.1f} s"
-        table.add_row(name, results[name], taken, "" if outcome.reason == "new" else outcome.reason)
-    table.add_row("All", "", f"{seconds:,.1f} s", "")
+        table.add_row(*[name, results[name], taken, reasons[name]][:columns])
+    table.add_row("All", "", f"{seconds:,.1f} s")
     return table

@@ -52,6 +52,8 @@ class Step:
         stopped one has left; None if no file can be made by itself.
     costly
         Whether other parameters are an error, unless the step is redone on request.
+    source
+        The path of INPUT, for messages: another one may lead to the same files.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Step:
     needs: tuple[str, ...] = ()
     plan: Callable[[], dd.DataFrame] | None = None
     costly: bool = False
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Manifest:
     """The record of a step: its parameters, the steps that it needed, its counts and its time.
 
     `token` is new each time that the step is made. `files` and `nbytes` are the number and the size of its files.
+    `source` is the path of INPUT, which older manifests lack.
     """
 
     step: str
@@ -78,6 +82,7 @@ class Manifest:
     seconds: float
     files: int
     nbytes: int
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,9 @@ def _changes(manifest: Manifest, step: Step) -> str:
         texts.append(f"it was made from {_sources(manifest.needs)}, and would be from {_sources(step.needs)}")
         # Options of the one source mean nothing to the other.
         changed = [name for name in changed if name in before and name in now]
+    if "files" in changed and manifest.source not in ("", step.source):
+        texts.append(f"it was made from INPUT {manifest.source}, and would be from {step.source}")
+        changed.remove("files")
     options = [{option_of(name): _shown(values.get(name)) for name in changed} for values in (before, now)]
     return ", ".join([*texts, *differences(*options)])
 
@@ -284,7 +292,7 @@ def make_step(
         _, path = fsspec.url_to_fs(staged, **storage_options)
         files, nbytes = _measure(fs, path)
         manifest = Manifest(
-            step.name, secrets.token_hex(8), step.parameters, tokens, counts, seconds, files=files, nbytes=nbytes
+            step.name, secrets.token_hex(8), step.parameters, tokens, counts, seconds, files, nbytes, step.source
         )
         with writing(name := f"{path}/{MANIFEST}"):
             fs.pipe_file(name, json.dumps(asdict(manifest), indent=2).encode())

@@ -241,7 +241,7 @@ def read_json(
     made = taken_for_ids(options.get("make_ids"), present)
     if columns is not None and not set(columns) <= {*present, *keys.fields.names, *made}:
         names = [*present, *keys.fields.names]
-        advice = f"They are wanted of {lines[0].block.path}."
+        advice = f"Name columns of {lines[0].block.path} as columns."
         raise MissingColumnsError.build(columns, names, advice, parameters=["columns"])
     types = {name: _type_of_column(name, lines) for name in dict.fromkeys(columns or present) if name in present}
     found = types.get(embeddings, pa.null())

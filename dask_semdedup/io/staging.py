@@ -29,7 +29,7 @@ __all__ = ["differences", "restore", "staged_folder"]
 
 # Differences whose values would tell a reader nothing.
 IN_WORDS = {
-    "files": "the files of INPUT have changed",
+    "files": "INPUT has other files, or its files have changed",
     "partitions": "partitions are planned otherwise, for other cores or GPUs, or by another version of Dask",
 }
 

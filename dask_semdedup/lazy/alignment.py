@@ -16,12 +16,16 @@ from dask_semdedup.lazy.expressions import ReadClusters, ShuffleByCluster
 __all__ = ["align", "align_both", "is_aligned"]
 
 
+CLUSTER_ADVICE = (
+    "Cluster the embeddings first, with k-means: ddf.semdedup.kmeans() and, to keep them, .semdedup.to_clusters(path); "
+    "or name the column that holds the clusters as cluster_field."
+)
+
+
 def no_cluster_column(name: str, where: str, columns: Iterable[object]) -> ClusterError:
     """Return the error for a missing cluster column, which says how to get one."""
     return ClusterError(
-        f"No cluster column {name!r} in {where}, only columns {list(columns)}. Cluster the embeddings first, "
-        "with k-means: ddf.semdedup.kmeans() and, to keep them, .semdedup.to_clusters(path); or name the column that "
-        "holds the clusters as cluster_field.",
+        f"No cluster column {name!r} in {where}, only columns {list(columns)}. {CLUSTER_ADVICE}",
         parameters=["cluster_field"],
         columns=[name],
     )

@@ -82,8 +82,8 @@ def check_ids(ids: dd.Series) -> None:
     if count := len(repeated := doubtful[repeats(doubtful)].drop_duplicates()):
         stand = "1 id stands" if count == 1 else f"{count:,} ids stand"
         raise IdError(
-            f"Column {ids.name!r}: {stand} in several rows ({some(to_list(repeated))}). Name a column whose ids are "
-            "unique as id_field, or have ids made, by make_ids and an id_field that is not there.",
+            f"Column {ids.name!r}: {stand} in several rows ({some(to_list(repeated))}). Name a column of unique "
+            "ids as id_field; or pass make_ids=True to have ids made, and name a new column as id_field.",
             parameters=["id_field", "make_ids"],
             columns=[ids.name],
         )

@@ -33,6 +33,9 @@ from dask_semdedup.lazy.tasks import compute
 
 __all__ = ["find_rows", "read_scores", "read_table", "table_token"]
 
+# In such files, embeddings are strings; a converter for a column that is not there does nothing.
+PARSED = "converters={'embeddings': json.loads}"
+
 # Files that others read, what they are, and what makes Parquet of them.
 CONVERSIONS = {
     ".arrow": (
@@ -40,9 +43,9 @@ CONVERSIONS = {
         "datasets.load_from_disk(folder).to_parquet('documents.parquet')",
     ),
     ".feather": ("a Feather file", "pandas.read_feather(path).to_parquet('documents.parquet')"),
-    ".csv": ("a CSV file", "pandas.read_csv(path).to_parquet('documents.parquet')"),
-    ".csv.gz": ("a CSV file", "pandas.read_csv(path).to_parquet('documents.parquet')"),
-    ".tsv": ("a TSV file", "pandas.read_csv(path, sep='\\t').to_parquet('documents.parquet')"),
+    ".csv": ("a CSV file", f"pandas.read_csv(path, {PARSED}).to_parquet('documents.parquet')"),
+    ".csv.gz": ("a CSV file", f"pandas.read_csv(path, {PARSED}).to_parquet('documents.parquet')"),
+    ".tsv": ("a TSV file", f"pandas.read_csv(path, sep='\\t', {PARSED}).to_parquet('documents.parquet')"),
 }
 
 
@@ -296,7 +299,7 @@ def _scan(
     scan = scan_files(fs, files, columns, nulls=options.get("backend") != "cudf")
     made = taken_for_ids(options.get("make_ids"), scan.names)
     named = keys.fields if keys else pa.schema([])
-    scan.check_columns(columns or [], [*named.names, *made], f"They are wanted of {next(iter(files))}.")
+    scan.check_columns(columns or [], [*named.names, *made], f"Name columns of {next(iter(files))} as columns.")
     reader = Reader.of(fs, scan, **options)
     if keys is None:
         return reader, [fragment for file in scan.files for fragment in fragments_of(file)]

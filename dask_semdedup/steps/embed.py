@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -179,7 +180,8 @@ def _load(name: str, device: str) -> Any:
     # Without a network the hub's client would try again for a minute or more.
     reached = os.path.isdir(name) or _reach_hub()
     try:
-        return SentenceTransformer(name, device=device, local_files_only=not reached)
+        with _without_bars():
+            return SentenceTransformer(name, device=device, local_files_only=not reached)
     except (OSError, ValueError) as error:
         if reached:
             reason = str(error).partition("\n")[0]
@@ -193,6 +195,20 @@ def _load(name: str, device: str) -> Any:
         raise InvalidArgumentError(
             f"model {name!r} cannot be loaded: {reason} {advice}", parameters=["model"]
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the bars of transformers, which count weights and come once in each process."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _reach_hub() -> bool:

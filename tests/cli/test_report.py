@@ -97,7 +97,7 @@ def test_documents_are_shown(scores: Path, tmp_path: Path, invoke: Callable[...,
     ("options", "words"),
     [
         (["--text-field", "body"], ["['body'] not found in the frame, which has", "texts.parquet", "--text-field"]),
-        (["--text-field", "words"], ["None of", "column of ids as id_field. (--id-field)"]),
+        (["--text-field", "words"], ["None of", "column of ids as --id-field."]),
     ],
 )
 def test_wrong_columns_of_documents_name_options(
@@ -154,7 +154,7 @@ def test_output_stays_apart_from_the_scores(scores: Path, invoke: Callable[..., 
     ("options", "words"),
     [
         (["--text-field", "text"], ["--text-field", "--data"]),
-        (["--data", "nowhere.parquet"], ["(--text-field, --image-field)"]),
+        (["--data", "nowhere.parquet"], ["as --text-field or --image-field."]),
         (["--data", "nowhere.parquet", "--text-field", "text"], ["nowhere.parquet"]),
         (["--eps", "3"], ["--eps"]),
     ],

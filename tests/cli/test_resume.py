@@ -203,7 +203,7 @@ def test_other_options_are_named_or_begin_anew(source: Path, writer: Writer, opt
     out = source.parent / "out"
     result = invoke("pairwise", source, out, *SMALL, *options)
     assert result.exit_code == 2
-    assert_one_line(result.stderr, "a stopped run has finished", words, "(--overwrite)")
+    assert_one_line(result.stderr, "a stopped run has finished", words, "pass --overwrite to begin anew")
     assert not writer.numbers
     assert "already" not in done(invoke("pairwise", source, out, *SMALL, *options, "--overwrite")).stderr
     assert len(writer.numbers) == (1 if "64MiB" in options else CLUSTERS)
@@ -214,7 +214,7 @@ def test_other_input_is_noticed(source: Path, writer: Writer) -> None:
     file = next(source.rglob("*.parquet"))
     os.utime(file, (1, 1))
     result = invoke("pairwise", source, source.parent / "out", *SMALL)
-    assert_one_line(result.stderr, "the files of INPUT have changed")
+    assert_one_line(result.stderr, "INPUT has other files, or its files have changed")
 
 
 def test_other_partitions_are_named_or_begin_anew(
@@ -226,7 +226,7 @@ def test_other_partitions_are_named_or_begin_anew(
     monkeypatch.setattr(pairwise, "work_of", lambda frame: work_of(frame) | {"partitions": "of twice as many cores"})
     result = invoke("pairwise", source, out, *SMALL)
     assert result.exit_code == 2
-    assert_one_line(result.stderr, "but partitions are planned otherwise", "(--overwrite)")
+    assert_one_line(result.stderr, "but partitions are planned otherwise", "pass --overwrite")
     assert set((source.parent / "out.partial").iterdir()) == old
     writer.stop(2)
     assert invoke("pairwise", source, out, *SMALL, "--overwrite").exit_code == 130
@@ -315,7 +315,7 @@ def test_a_costly_step_with_other_options_is_refused_and_others_begin_anew(raw: 
     assert invoke("run", raw, out, *options).exit_code == 130
     writer.go_on()
     result = invoke("run", raw, out, *options, "--max-eps", 0.3)
-    assert_one_line(result.stderr, "scores", "--max-eps 0.1 → 0.3", "(--overwrite)")
+    assert_one_line(result.stderr, "scores", "--max-eps 0.1 → 0.3", "pass --overwrite")
     done(invoke("run", raw, out, *options, "--max-eps", 0.3, "--overwrite"))
     writer.stop(2)
     assert invoke("run", raw, out, *options, "--max-eps", 0.3, "--eps", 0.2, "--duplicate-of", "any").exit_code == 130

@@ -120,19 +120,26 @@ def redone(before: dict[str, str], after: dict[str, str]) -> list[str]:
 # --- Input that is not as it should be ---
 
 
-def test_strings_get_advice_for_a_shell(tmp_path: Path, invoke: Callable[..., Result]) -> None:
-    """The advice works as it stands, but for the name of the file."""
-    frame = table().to_pandas()
+@pytest.mark.parametrize("name", ["strings.parquet", "strings.jsonl", "strings"])
+def test_strings_get_advice_for_a_shell(
+    tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The advice works as it stands."""
+    frame, path = table().to_pandas(), tmp_path / name
     frame["embeddings"] = [json.dumps(row.tolist()) for row in frame["embeddings"]]
-    frame.to_parquet(tmp_path / "strings.parquet")
-    result = invoke(tmp_path / "strings.parquet")
+    if name.endswith(".jsonl"):
+        frame.to_json(path, orient="records", lines=True)
+    elif name.endswith(".parquet"):
+        frame.to_parquet(path)
+    else:
+        path.mkdir()
+        frame.to_parquet(path / "part.0.parquet")
+    result = invoke(path)
     assert result.exit_code == 2
     assert_one_line(result.stderr, "'embeddings' holds strings", "--embedding-field", "python -c")
     assert "ddf" not in result.stderr
     (program,) = re.findall(r'python -c "(.*)"', result.stderr)
-    paths = {"INPUT": "strings.parquet", "parsed.parquet": "parsed.parquet"}
-    for name, path in paths.items():
-        program = program.replace(f"'{name}'", repr(str(tmp_path / path)))
+    monkeypatch.chdir(tmp_path)
     exec(program)
     assert invoke(tmp_path / "parsed.parquet").exit_code == 0
 
@@ -544,6 +551,7 @@ def test_the_same_run_makes_nothing(finished: Path, tmp_path: Path, invoke: Call
     result = invoke(finished)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("reused") == len(STEPS)
+    assert "Why" not in result.stdout
     assert tokens(tmp_path) == before
 
 
@@ -557,6 +565,7 @@ def test_another_eps_uses_clusters_and_scores_again(
     assert result.exit_code == 0, result.stderr
     assert redone(before, tokens(tmp_path)) == ["deduplicated", "duplicates", "report"]
     assert result.stdout.count("reused") == reused
+    assert "Why" in result.stdout
     assert "eps 0.001 → 0.1" in result.stdout
     assert len(kept(tmp_path)) < ROWS - COPIES
 
@@ -652,9 +661,17 @@ def test_changed_input_is_noticed(
 ) -> None:
     invoke(source, *way)
     pq.write_table(table("other-{}"), source)
-    assert_one_line(invoke(source, *way).stderr, "INPUT have changed", f"--from {step}")
+    assert_one_line(invoke(source, *way).stderr, "INPUT has other files, or its files have changed", f"--from {step}")
     assert invoke(source, *way, "--from", step).exit_code == 0
     assert kept(tmp_path)["id"].str.startswith("other").all()
+
+
+def test_another_input_is_told_from_one_that_changed(
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    pq.write_table(table("other-{}"), tmp_path / "other.parquet")
+    words = f"scores/ cannot be reused: it was made from INPUT {finished}, and would be from {tmp_path}/other.parquet."
+    assert_one_line(invoke(tmp_path / "other.parquet").stderr, words)
 
 
 def test_a_failed_step_leaves_those_before_it(
@@ -780,6 +797,7 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--eps", 1, "--max-eps", 2, *CLUSTERS], ["needs an eps below 1", "(--duplicate-of --eps)"]),
         (["--from", "scores", "--overwrite"], ["--from", "--overwrite"]),
         (["--eps", 3], ["--eps"]),
+        (["--eps", "0,05"], ["'005' is not a valid number"]),
         (["--max-eps", 3], ["--max-eps"]),
         (["--eps", 0.1, "--max-eps", 0.05], ["--eps 0.1 is larger than --max-eps 0.05"]),
     ],
@@ -937,11 +955,14 @@ def test_no_file_of_a_step_is_in_its_way(finished: Path, tmp_path: Path, invoke:
     assert "png" not in result.stderr
 
 
-def test_a_report_of_its_own_makes_way(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+@pytest.mark.parametrize("scores", ["out", "out/scores"])
+def test_a_report_of_its_own_makes_way(
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result], scores: str
+) -> None:
     """`report` takes the place of a run's page, and the next run that of `report`'s."""
-    page, arguments = tmp_path / "out" / "report" / "index.html", ["report", str(tmp_path / "out" / "scores")]
+    page, arguments = tmp_path / "out" / "report" / "index.html", ["report", str(tmp_path / scores)]
     arguments += ["--data", str(finished), "--text-field", "text"]
-    assert_one_line(CliRunner().invoke(cli.main, arguments).stderr, "--overwrite")
+    assert_one_line(CliRunner().invoke(cli.main, arguments).stderr, "Pass --overwrite to replace it")
     result = CliRunner().invoke(cli.main, [*arguments, "--overwrite"])
     assert result.exit_code == 0, result.stderr
     assert not (page.parent / MANIFEST).exists()

@@ -214,7 +214,7 @@ def test_other_work_is_refused_or_begins_anew(tmp_path: Path) -> None:
         make(tmp_path / "out", "part.0.parquet", then=lambda: fail(KeyboardInterrupt()), work=WORK)
     left = left_by(tmp_path / "out")
     other = {"files": "2", "--eps": 0.2}
-    message = r"finished for '.*out', but the files of INPUT have changed, --eps 0.1 → 0.2\. Repeat .* overwrite=True"
+    message = r"finished for '.*out', but INPUT has other files, .*, --eps 0.1 → 0.2\. Repeat .* overwrite=True"
     with pytest.raises(OutputExistsError, match=message):
         make(tmp_path / "out", work=other)
     assert names(left) == ["part.0.parquet"]
@@ -236,7 +236,7 @@ def test_leftovers_that_no_run_can_use_are_removed(tmp_path: Path) -> None:
 
 def test_differences_are_in_words() -> None:
     assert differences({"files": "1", "a": 1, "b": 2}, {"files": "2", "a": 1, "c": None}) == [
-        "the files of INPUT have changed", "b 2 → None",
+        "INPUT has other files, or its files have changed", "b 2 → None",
     ]  # fmt: skip
     (words,) = differences({"partitions": "a"}, {"partitions": "b"})
     assert words.startswith("partitions are planned otherwise")

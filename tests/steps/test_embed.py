@@ -294,3 +294,12 @@ def test_near_duplicates_among_the_descriptions_are_of_one_family(sample: pd.Dat
     assert 30 < len(duplicates) < 100
     families = [ids.str.extract(r"^([a-z]+)")[0] for ids in (duplicates["id"], duplicates["max_id"])]
     assert (families[0] == families[1]).mean() > 0.95
+
+
+def test_a_model_is_loaded_without_a_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    embed._load.cache_clear()
+    embed._load(str(MODEL), "cpu")
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()

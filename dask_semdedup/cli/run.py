@@ -183,10 +183,10 @@ def command(
     in OUTPUT: embeddings (with --embed), clusters (with --n-clusters), scores (rows that are near a preferred row at
     --max-eps), duplicates (the rows to drop), deduplicated (the kept rows, with all columns) and report.
 
-    A row is dropped at --eps 0.01 by default. The next run reuses the folders whose options are the same. If options
-    differ, duplicates, deduplicated and report are redone; embeddings, clusters and scores only with --from or
-    --overwrite. A folder that also holds other files is never replaced. After a run that was stopped or killed, the
-    same command resumes within its step, except in clusters and report.
+    By default, --eps is 0.01. The next run reuses the folders whose options are the same. If options differ,
+    duplicates, deduplicated and report are redone; embeddings, clusters and scores only with --from or --overwrite. A
+    folder that also holds other files is never replaced. After a run that was stopped or killed, the same command
+    resumes within its step, except in clusters and report.
     """
     refuse_contradictions(ctx)
     refuse_memory_output(output_path)

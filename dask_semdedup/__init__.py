@@ -23,7 +23,7 @@ from dask_semdedup.errors import (
     ZeroEmbeddingWarning,
 )
 from dask_semdedup.lazy.clusters import read_clusters
-from dask_semdedup.lazy.tables import read_table
+from dask_semdedup.lazy.tables import from_pandas, read_table
 from dask_semdedup.steps.ranking import RankingStrategy
 
 try:
@@ -46,6 +46,7 @@ __all__ = [
     "SemDedupError",
     "ZeroEmbeddingWarning",
     "__version__",
+    "from_pandas",
     "read_clusters",
     "read_table",
 ]

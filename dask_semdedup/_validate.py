@@ -22,6 +22,7 @@ __all__ = [
     "check_positive",
     "check_seed",
     "stack_level",
+    "type_name",
 ]
 
 PACKAGE = f"{Path(__file__).parent}{os.sep}"
@@ -82,6 +83,12 @@ def _invalid(name: str, reason: str) -> InvalidArgumentError:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def type_name(value: object) -> str:
+    """Return the type of a value and, unless it is Python's own, its library: "list", "pandas.DataFrame"."""
+    library = type(value).__module__.partition(".")[0]
+    return type(value).__qualname__ if library == "builtins" else f"{library}.{type(value).__qualname__}"
 
 
 def stack_level() -> int:

@@ -929,11 +929,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Examples
         --------
-        >>> import dask, pandas as pd
+        >>> import dask_semdedup, pandas as pd
         >>> train = pd.DataFrame({"id": [1, 2, 3], "embeddings": [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]})
         >>> test = pd.DataFrame({"id": ["a", "b"], "embeddings": [[0.9, 0.1], [0.59, 0.81]]})
-        >>> with dask.config.set({"dataframe.convert-string": False}):
-        ...     train, test = (dd.from_pandas(frame, npartitions=1) for frame in (train, test))
+        >>> train, test = dask_semdedup.from_pandas(train), dask_semdedup.from_pandas(test)
         >>> test.semdedup.against(train, eps=0.001).compute()
           id  max_id  cosine_sim_score
         0  b       3          0.999902
@@ -1044,11 +1043,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
         --------
         The third text is nearly the first, which ranks before it:
 
-        >>> import dask, pandas as pd
+        >>> import dask_semdedup, pandas as pd
         >>> frame = pd.DataFrame({"id": [1, 2, 3], "text": ["a cat", "a dog", "the cat"]})
         >>> frame["embeddings"] = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.01]]
-        >>> with dask.config.set({"dataframe.convert-string": False}):
-        ...     ddf = dd.from_pandas(frame, npartitions=1)
+        >>> ddf = dask_semdedup.from_pandas(frame)
         >>> ddf.semdedup.deduplicate(eps=0.01)[["id", "text"]].compute()
            id   text
         0   1  a cat

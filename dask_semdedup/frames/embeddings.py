@@ -76,11 +76,11 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
         return  # Dask-cuDF says this of list columns in Parquet files. The rows will tell.
     if is_string(meta_column):
         raise EmbeddingError(
-            f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Name the column of the "
-            "embeddings. If it was an object column, Dask has made it one of strings when it built the frame: set "
-            'dask.config.set({"dataframe.convert-string": False}) before, or make it an Arrow list column. If the '
-            f"strings are lists in JSON, parse them: ddf.assign({name}=ddf[{name!r}].map_partitions(lambda rows: "
-            "pd.Series([json.loads(row) for row in rows], rows.index, pd.ArrowDtype(pa.list_(pa.float32()))))."
+            f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Name the column of embeddings. "
+            "If it held arrays or lists in pandas, dd.from_pandas has made strings of them: use "
+            f"dask_semdedup.from_pandas instead. If the strings are lists in JSON, import json and parse them: ddf[{name!r}] = "
+            f"ddf[{name!r}].apply(json.loads, meta=({name!r}, object)).",
+            columns=[name],
         )
     if _is_vector_of_spark(dtype):
         raise EmbeddingError(

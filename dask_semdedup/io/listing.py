@@ -13,6 +13,7 @@ import fsspec
 from dask.tokenize import tokenize
 from fsspec.implementations.local import LocalFileSystem
 
+from dask_semdedup._validate import type_name
 from dask_semdedup.errors import DataNotFoundError, DataReadError, InvalidArgumentError
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
@@ -66,8 +67,9 @@ def list_files(
     DataNotFoundError
         If there are no files, or one of the paths does not exist. The message calls files by their `kind`.
     InvalidArgumentError
-        If the paths are on several file systems.
+        If these are no paths, or are on several file systems.
     """
+    _check_paths(path)
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
         raise DataNotFoundError(f"No {kind} files: the list of paths is empty.", parameters=["path"])
@@ -90,6 +92,19 @@ def list_files(
         where = ", ".join(map(str, (gone or paths)[:5]))
         raise DataNotFoundError(f"No {kind} files found at {where}{why}.", parameters=["path"])
     return fs, {name: files[name] for name in sorted(files)}
+
+
+def _check_paths(path: object) -> None:
+    """Raise unless this is a path or a list of them."""
+    entries = path if isinstance(path, Sequence) and not isinstance(path, str) else [path]
+    for entry in entries:
+        if not isinstance(entry, (str, os.PathLike)):
+            advice = " Pass a pandas DataFrame to dask_semdedup.from_pandas." if hasattr(entry, "columns") else ""
+            listed = "a list of " if entry is not path else ""
+            raise InvalidArgumentError(
+                f"path must be a path, a URL or a list of them, not {listed}{type_name(entry)}.{advice}",
+                parameters=["path"],
+            )
 
 
 def above_pattern(fs: fsspec.AbstractFileSystem, root: str) -> str:

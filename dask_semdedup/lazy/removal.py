@@ -14,6 +14,7 @@ import pandas as pd
 from dask.dataframe.api import new_collection
 
 from dask_semdedup._dask import BackendData, FromPandas
+from dask_semdedup._validate import type_name
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.backend import check_plain_dtype, is_cudf, to_list
 from dask_semdedup.frames.columns import SCORE_COLUMN
@@ -105,9 +106,9 @@ def _to_dask(duplicates: Any) -> dd.DataFrame:
     if isinstance(duplicates, dd.DataFrame):
         return duplicates
     if not isinstance(duplicates, pd.DataFrame) and not (is_cudf(duplicates) and hasattr(duplicates, "columns")):
-        kind = type(duplicates).__name__
         raise InvalidArgumentError(
-            f"duplicates must be a DataFrame of Dask, pandas or cuDF, not a {kind}.", parameters=["duplicates"]
+            f"duplicates must be a DataFrame of Dask, pandas or cuDF, not {type_name(duplicates)}.",
+            parameters=["duplicates"],
         )
     # `from_pandas` would make strings of objects, which may be integers or UUIDs.
     return new_collection(

@@ -10,6 +10,7 @@ import dask.dataframe as dd
 import pandas as pd
 from dask.dataframe.api import new_collection
 
+from dask_semdedup._validate import type_name
 from dask_semdedup.errors import ClusterError, InvalidArgumentError
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
@@ -131,8 +132,8 @@ def score_against(
     bounded = up_to(eps, options)
     if not isinstance(reference, dd.DataFrame):
         raise InvalidArgumentError(
-            f"reference must be a Dask DataFrame, not a {type(reference).__name__}. Convert a pandas DataFrame with "
-            "dd.from_pandas(reference, npartitions=1).",
+            f"reference must be a Dask DataFrame, not {type_name(reference)}. Convert a pandas DataFrame with "
+            "dask_semdedup.from_pandas(reference).",
             parameters=["reference"],
         )
     of_reference = replace(columns, id=reference_id_field)

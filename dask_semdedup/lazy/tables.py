@@ -8,18 +8,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import dask.dataframe as dd
 import fsspec
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from dask.tokenize import tokenize
 
-from dask_semdedup._validate import check_bytes, check_names
-from dask_semdedup.errors import DataReadError, MissingColumnsError, some
-from dask_semdedup.frames.columns import SCORE_COLUMNS
+from dask_semdedup._validate import check_bytes, check_names, check_positive, type_name
+from dask_semdedup.errors import DataReadError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.frames.backend import is_string
+from dask_semdedup.frames.columns import SCORE_COLUMNS, Columns, unique_columns
+from dask_semdedup.frames.embeddings import to_embeddings, to_tensor
 from dask_semdedup.io.folder_keys import Keys, keys_below
 from dask_semdedup.io.footers import read_schema
 from dask_semdedup.io.fragments import Fragment, fragments_of
@@ -31,7 +35,7 @@ from dask_semdedup.io.scores import clusters_of_files
 from dask_semdedup.lazy.planning import check_backend, default_size, fitting_size
 from dask_semdedup.lazy.tasks import compute
 
-__all__ = ["find_rows", "read_scores", "read_table", "table_token"]
+__all__ = ["find_rows", "from_pandas", "read_scores", "read_table", "table_token"]
 
 # In such files, embeddings are strings; a converter for a column that is not there does nothing.
 PARSED = "converters={'embeddings': json.loads}"
@@ -143,6 +147,88 @@ def read_table(
         if backend == "cudf":
             size = fitting_size(size, backend, sum(fragment.nbytes for fragment in fragments))
     return _lazy(reader, _group(fragments, size), columns or reader.columns, checksum(files))
+
+
+def from_pandas(
+    frame: pd.DataFrame, npartitions: int | None = None, *, embedding_field: str = "embeddings"
+) -> dd.DataFrame:
+    """Make a Dask DataFrame of a pandas DataFrame with embeddings.
+
+    `dask.dataframe.from_pandas` makes strings of arrays and lists in object columns. Here embeddings become Arrow lists
+    of float32, and lists in other object columns become Arrow lists.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        Rows with embeddings. To add the rows of a 2-D array, assign a list of them: ``frame["embeddings"] =
+        list(array)``.
+    npartitions : int, optional
+        Number of partitions. By default one for every 128 MiB, or more to keep all cores busy, of 16 MiB at least.
+    embedding_field : str, default "embeddings"
+        Column of embeddings: arrays, lists or tuples of numbers, all of the same length, or Arrow lists of numbers.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        All columns, in the order of the rows and with their index. Columns other than lists are those of
+        `dask.dataframe.from_pandas`.
+
+    Raises
+    ------
+    MissingColumnsError
+        If there is no column of embeddings.
+    EmbeddingError
+        If the column does not hold embeddings, or rows of it are null, not finite or of different lengths.
+    InvalidArgumentError
+        If `frame` is not a pandas DataFrame or has several columns of one name, or `npartitions` is not positive.
+
+    See Also
+    --------
+    read_table : Read files.
+
+    Examples
+    --------
+    >>> vectors = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.01]])
+    >>> frame = pd.DataFrame({"id": [1, 2, 3], "embeddings": list(vectors)})
+    >>> ddf = from_pandas(frame)
+    >>> ddf.dtypes["embeddings"]
+    list<item: float>[pyarrow]
+    >>> ddf.semdedup.deduplicate(eps=0.01)["id"].compute().tolist()
+    [1, 2]
+    """
+    if not isinstance(frame, pd.DataFrame):
+        raise InvalidArgumentError(f"frame must be a pandas DataFrame, not {type_name(frame)}.", parameters=["frame"])
+    check_positive("npartitions", npartitions)
+    Columns(embedding=embedding_field).require(unique_columns(frame), "embedding")
+    column = frame[embedding_field]
+    if is_string(column):
+        raise EmbeddingError(
+            f"Column {embedding_field!r} holds strings, not embeddings. Name the column of embeddings as "
+            "embedding_field. If the strings are lists in JSON, import json and parse them: "
+            f"frame[{embedding_field!r}] = frame[{embedding_field!r}].map(json.loads).",
+            parameters=["embedding_field"],
+            columns=[embedding_field],
+        )
+    # Zeros are warned of by what compares the rows.
+    rows = to_tensor(column, name=embedding_field, warn_of_zeros=False)
+    frame = frame.copy(deep=False)
+    frame[embedding_field] = to_embeddings(rows.numpy(), frame)
+    for name in frame.columns[frame.dtypes == np.dtype(object)]:
+        frame[name] = _nested_in_arrow(frame[name])
+    if npartitions is None:
+        nbytes = int(frame.memory_usage(index=False).sum())
+        npartitions = max(1, -(-nbytes // fitting_size(default_size("pandas"), "pandas", nbytes)))
+    # Rows stay where they are; Dask knows divisions only of an index that ascends.
+    return dd.from_pandas(frame, npartitions=npartitions, sort=frame.index.is_monotonic_increasing)
+
+
+def _nested_in_arrow(column: pd.Series) -> pd.Series:
+    """Return lists, arrays and mappings as Arrow's, if one type holds all of them, and any other column as it is."""
+    if isinstance(next(iter(column.dropna()), None), (list, tuple, dict, np.ndarray)):
+        with suppress(pa.ArrowException):
+            values = pa.array(column, from_pandas=True)
+            return pd.Series(pd.array(values, dtype=pd.ArrowDtype(values.type)), column.index)
+    return column
 
 
 def read_scores(

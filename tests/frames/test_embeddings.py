@@ -183,7 +183,7 @@ def test_strings_get_the_advice_about_dask(dtype):
     column = pd.Series(["[1.0, 2.0]"], dtype=dtype)
     for check in (check_embedding_dtype, lambda column, name: to_tensor(column, name=name)):
         with pytest.raises(
-            EmbeddingError, match=r"Column 'vectors' has dtype .*strings.*dataframe.convert-string.*Arrow"
+            EmbeddingError, match=r"Column 'vectors' has dtype .*strings.*dask_semdedup.from_pandas.*JSON"
         ):
             check(column, "vectors")
 

@@ -191,7 +191,9 @@ def test_bad_rows() -> None:
 
 def test_the_reference_is_a_frame_of_dask() -> None:
     frame = pd.DataFrame({"id": [1], "embeddings": [[1.0, 0.0]]})
-    with pytest.raises(InvalidArgumentError, match=r"must be a Dask DataFrame, not a DataFrame.*dd\.from_pandas"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"must be a Dask DataFrame, not pandas.DataFrame.*dask_semdedup\.from_pandas"
+    ):
         dd.from_pandas(frame[["id"]], npartitions=1).semdedup.against(frame)
 
 

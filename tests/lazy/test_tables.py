@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
+import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dask_semdedup.errors import DataReadError, InvalidArgumentError, MissingColumnsError
-from dask_semdedup.lazy.tables import find_rows, read_scores, read_table, table_token
-from tests.data import RECORDS, write_json
+from dask_semdedup.errors import DataReadError, EmbeddingError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup.lazy.tables import find_rows, from_pandas, read_scores, read_table, table_token
+from tests.data import LAYOUTS, RECORDS, ROWS, write_json
 
 
 def test_files_in_hidden_folders_are_no_data(tmp_path: Path) -> None:
@@ -220,3 +222,68 @@ def test_what_folders_are_named_by_may_be_in_some_files(tmp_path: Path) -> None:
         (tmp_path / f"lang={language}").mkdir()
         pd.DataFrame(columns).to_parquet(tmp_path / f"lang={language}" / "a.parquet")
     assert read_table(tmp_path).compute()["lang"].isna().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("column", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_pandas_frame_of_any_layout_gives_float32_lists(column: pd.Series) -> None:
+    frame = pd.DataFrame({"id": [3, 1, 2, 0], "vectors": column.to_numpy() if column.dtype == object else column.array})
+    ddf = from_pandas(frame, 2, embedding_field="vectors")
+    assert ddf.npartitions == 2
+    assert ddf.dtypes["vectors"] == pd.ArrowDtype(pa.list_(pa.float32()))
+    found = ddf.compute()
+    np.testing.assert_array_equal(np.stack(found["vectors"].tolist()), ROWS.astype(np.float32))
+    assert found["id"].tolist() == [3, 1, 2, 0]
+    assert frame["vectors"].dtype == column.dtype  # The frame itself is left alone.
+
+
+def test_a_pandas_frame_keeps_order_index_and_other_columns() -> None:
+    frame = pd.DataFrame(
+        {"embeddings": list(ROWS), "tags": [["a"], [], None, ["b", "c"]], "text": list("abcd")}, index=[2, 1, 1, 0]
+    )
+    ddf = from_pandas(frame)
+    found = ddf.compute()
+    assert found.index.tolist() == [2, 1, 1, 0]
+    assert ddf.dtypes["tags"] == pd.ArrowDtype(pa.list_(pa.string()))
+    assert list(found["tags"].iloc[3]) == ["b", "c"]
+    assert found["text"].tolist() == list("abcd")
+    assert ddf.npartitions == 1
+    assert len(from_pandas(frame.iloc[:0])) == 0
+
+
+@pytest.mark.parametrize(
+    ("frame", "error", "message"),
+    [
+        ([1, 2], InvalidArgumentError, "frame must be a pandas DataFrame, not list"),
+        (pd.DataFrame({"id": [1]}), MissingColumnsError, r"\['embeddings'\] not found.*as embedding_field"),
+        (pd.DataFrame({"embeddings": ["[1]"]}), EmbeddingError, r"frame\['embeddings'\].map\(json.loads\)"),
+        (pd.DataFrame({"embeddings": [[1.0], [1.0, 2.0]]}), EmbeddingError, "1 row with width 2"),
+    ],
+)
+def test_pandas_frames_that_hold_no_embeddings(frame: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        from_pandas(frame)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (pd.DataFrame({"a": [1]}), r"not pandas.DataFrame. Pass a pandas DataFrame to dask_semdedup.from_pandas"),
+        ([1, 2], "path must be a path, a URL or a list of them, not a list of int"),
+        (None, "path must be a path, a URL or a list of them, not NoneType"),
+    ],
+)
+def test_what_is_no_path_is_refused(path: object, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        read_table(path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("read", ["from_pandas", "read_table"])
+def test_the_line_that_parses_json_runs_as_shown(tmp_path: Path, read: str) -> None:
+    frame = pd.DataFrame({"id": [1, 2, 3], "the vector": ["[1, 0]", "[0, 1]", "[1.0, 0.001]"]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    ddf = dd.from_pandas(frame, npartitions=2) if read == "from_pandas" else read_table(tmp_path / "a.parquet")
+    with pytest.raises(EmbeddingError, match="import json and parse them") as error:
+        ddf.semdedup.deduplicate(embedding_field="the vector")
+    line = str(error.value).partition("parse them: ")[2].removesuffix(".")
+    exec(line, {"json": json, "ddf": ddf})
+    assert len(ddf.semdedup.deduplicate(embedding_field="the vector")) == 2

@@ -8,8 +8,9 @@ Dask DataFrame has no public way to write an expression. What each name is for, 
 `Lengths`, `Len`, `Literal`, `Projection`, `Index`, `Filter`, `determine_column_projection`
     Expressions above ours, which are answered from footers or pushed down. Counting rows would read files, and
     removal would read all columns twice.
-`GE`, `GT`, `And`, `Binop`, `Unaryop`, `Isin`
-    What filters of scores are made of. Scores of all rows would be searched for where only duplicates are wanted.
+`GE`, `GT`, `And`, `Binop`, `Unaryop`, `Isin`, `AsType`
+    What filters of scores are made of. Scores of all rows would be searched for where only duplicates are wanted, and
+    duplicates would be asked for that are no longer there.
 `Merge`, `RearrangeByColumn`, `claims_of`
     What is known of how rows are partitioned: who must shuffle, and how. Every search would shuffle, and the
     peer-to-peer shuffle fails on Arrow lists.
@@ -40,6 +41,7 @@ from dask.dataframe.dask_expr._expr import (
     GE,
     GT,
     And,
+    AsType,
     Binop,
     Blockwise,
     Expr,
@@ -66,6 +68,7 @@ __all__ = [
     "GT",
     "And",
     "AnyExpr",
+    "AsType",
     "BackendData",
     "Binop",
     "Blockwise",

@@ -16,7 +16,7 @@ from dask_semdedup.errors import counted
 from dask_semdedup.frames.backend import is_cudf
 from dask_semdedup.frames.columns import HELD, SCORE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.lazy.deduplicate import keep_one_of_each, keep_one_of_each_in_clusters
-from dask_semdedup.lazy.duplicates import EPS_GRID, eps_curve
+from dask_semdedup.lazy.duplicates import eps_curve, select_duplicates
 from dask_semdedup.lazy.embed import embed_texts
 from dask_semdedup.lazy.groups import find_groups
 from dask_semdedup.lazy.join import Plan, is_by_mean
@@ -24,7 +24,6 @@ from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.removal import remove_duplicates
 from dask_semdedup.lazy.scores import is_complete, plan_completely, score_against, score_completely, score_pairwise
 from dask_semdedup.lazy.writing import write_clusters_of, write_parts_of
-from dask_semdedup.steps.duplicates import find_duplicates
 from dask_semdedup.steps.embed import DEFAULT_MODEL
 from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.ranking import RankingStrategy, choose_strategy
@@ -603,13 +602,15 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If the frame has no column ``cosine_sim_score``.
         InvalidArgumentError
-            If `eps` is not a number from 0 to 2, or is a sequence that is empty, repeats a value or has an invalid one.
+            If `eps` is not a number from 0 to 2, or is a sequence that is empty, repeats a value or has an invalid one;
+            or if the scores are known not to hold all duplicates at `eps`.
 
         Notes
         -----
-        Scores of all rows follow the rule of ``pairwise(duplicate_of="any")``. Scores of ``duplicate_of="kept"`` are
-        valid for the eps of their search. At a smaller eps, they select other rows than a search at that eps: each
-        selected row is near a kept row, but two rows that are near each other may both be kept.
+        Scores that were searched for up to an eps, as by ``pairwise(eps=0.1)``, hold no duplicates beyond it. Scores of
+        ``duplicate_of="kept"`` hold for the eps of their search only: at another eps, other rows are kept. Another eps
+        is an error as long as the frame tells how the scores were made: before they are persisted or leave Dask, and in
+        files that `to_parquet` of this accessor has written and `dask_semdedup.read_table` reads.
 
         Examples
         --------
@@ -625,31 +626,34 @@ n_init, oversampling_factor, max_samples_per_batch, device
         1   2      True     True
         2   3     False     True
         """
-        return find_duplicates(self._ddf, eps)
+        return select_duplicates(self._ddf, eps)
 
-    def eps_curve(self, eps: Sequence[float] = EPS_GRID) -> dd.DataFrame:
+    def eps_curve(self, eps: Sequence[float] | None = None) -> dd.DataFrame:
         """Count the duplicates in a frame of scores at several eps, in one pass.
 
         Parameters
         ----------
-        eps : sequence of float
+        eps : sequence of float, optional
             Cosine distances, from 0 to 2. By default 0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03,
-            0.05, 0.07, 0.1, 0.15, 0.2 and 0.3.
+            0.05, 0.07, 0.1, 0.15, 0.2 and 0.3. For scores up to one eps, the list ends there; for scores of
+            ``duplicate_of="kept"``, it is their eps alone.
 
         Returns
         -------
         dask.dataframe.DataFrame
             One partition, with a row for each eps, in the given order: ``eps`` (float64), ``duplicates`` (int64), the
-            number of duplicates at that eps, and ``share`` (float64), their share of the rows of the frame. For scores
-            up to one eps, such as ``pairwise(eps=0.05)``, counts are right up to that eps, and shares are relative to
-            the duplicates.
+            number of duplicates at that eps, and ``share`` (float64), their share of all rows that were compared.
+            Scores up to one eps, such as ``pairwise(eps=0.05)``, are those of duplicates alone. The share is then still
+            one of all rows, or NaN if their number is not known: it is known without clusters, and with clusters in
+            frames of `read_clusters`.
 
         Raises
         ------
         MissingColumnsError
             If the frame has no column ``cosine_sim_score``.
         InvalidArgumentError
-            If `eps` is empty, repeats a value, or has one that is not a number from 0 to 2.
+            If `eps` is empty, repeats a value, has one that is not a number from 0 to 2, or one at which the scores do
+            not hold all duplicates, as in `duplicates`.
 
         Examples
         --------
@@ -686,7 +690,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If the frame has no columns ``id``, ``max_id`` and ``cosine_sim_score``.
         InvalidArgumentError
-            If `eps` is not a number from 0 to 2, or the scores are those of `against`.
+            If `eps` is not a number from 0 to 2, the scores do not hold all duplicates at `eps`, as in `duplicates`, or
+            they are those of `against`.
         IdError
             When computed, if ids of duplicates are null or repeat, also those of rows that are preferred to them, or if
             their ``max_id`` lead in a circle.
@@ -747,8 +752,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
             If a frame has no column of ids, or `duplicates` no scores to compare with `eps`.
         InvalidArgumentError
             If the ids of the two frames are of different types, `duplicates` is no such frame, it was found at several
-            eps and none of them is chosen, or `eps` is not a number from 0 to 2. When computed, if they are scores of
-            all rows and there is no `eps`.
+            eps and none of them is chosen, `eps` is not a number from 0 to 2, or the scores do not hold all duplicates
+            at `eps`, as in `duplicates`. When computed, if they are scores of all rows and there is no `eps`.
         IdError
             When computed, if an id to remove stands in several rows of this frame, of which at most one is a
             duplicate, or if scores say that a row duplicates one of its own id. No partition is given out before that

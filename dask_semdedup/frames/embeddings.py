@@ -78,8 +78,8 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
         raise EmbeddingError(
             f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Name the column of embeddings. "
             "If it held arrays or lists in pandas, dd.from_pandas has made strings of them: use "
-            f"dask_semdedup.from_pandas instead. If the strings are lists in JSON, import json and parse them: ddf[{name!r}] = "
-            f"ddf[{name!r}].apply(json.loads, meta=({name!r}, object)).",
+            "dask_semdedup.from_pandas instead. If the strings are lists in JSON, import json and parse them: "
+            f"ddf[{name!r}] = ddf[{name!r}].apply(json.loads, meta=({name!r}, object)).",
             columns=[name],
         )
     if _is_vector_of_spark(dtype):

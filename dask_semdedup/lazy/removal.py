@@ -19,9 +19,10 @@ from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsEr
 from dask_semdedup.frames.backend import check_plain_dtype, is_cudf, to_list
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.frames.ids import check_same_kind, repeats
+from dask_semdedup.lazy.duplicates import select_duplicates
 from dask_semdedup.lazy.expressions import CheckedIds, RowsKept, ShuffleByCluster, is_against
 from dask_semdedup.lazy.tasks import compute
-from dask_semdedup.steps.duplicates import check_eps, eps_column, find_duplicates
+from dask_semdedup.steps.duplicates import check_eps, eps_column
 from dask_semdedup.steps.removal import HASH_COLUMN, find_ids, hash_column, ids_to_remove, null_ids, repeated_ids
 
 __all__ = ["check_ids", "remove_duplicates"]
@@ -134,7 +135,7 @@ def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFra
             raise InvalidArgumentError(
                 f"duplicates were found at {', '.join(flags)}, not at {flag}.", parameters=["eps"]
             )
-        duplicates = duplicates if flags else find_duplicates(duplicates, eps)
+        duplicates = duplicates if flags else select_duplicates(duplicates, eps)
     are_scores = {"id", "max_id", SCORE_COLUMN} <= set(duplicates.columns) and ids == "id"
     # Ids of another frame may be the same.
     are_scores &= not is_against(duplicates.expr)

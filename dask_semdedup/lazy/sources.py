@@ -16,14 +16,22 @@ from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.tables import ReadPart
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["bytes_in_footers", "check_sources", "lengths_in_footers", "readers_of", "stored_schema"]
+__all__ = ["bytes_in_footers", "check_sources", "lengths_in_footers", "reader_of", "readers_of", "stored_schema"]
 
 
 def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
     """Yield the readers of Parquet files that a frame comes from."""
-    yield from (read.source.reader for read in ddf.expr.find_operations(ReadClusters))
-    functions = (read.func for read in ddf.expr.find_operations(FromMap))
-    yield from (read.reader for read in functions if isinstance(read, ReadPart) and isinstance(read.reader, Reader))
+    for kind in (ReadClusters, FromMap):
+        found = map(reader_of, ddf.expr.find_operations(kind))
+        yield from (reader for reader in found if reader is not None)
+
+
+def reader_of(expr: AnyExpr) -> Reader | None:
+    """Return the reader of Parquet files of an expression that reads them, and None of any other."""
+    if isinstance(expr, ReadClusters):
+        return expr.source.reader
+    reader = expr.func.reader if isinstance(expr, FromMap) and isinstance(expr.func, ReadPart) else None
+    return reader if isinstance(reader, Reader) else None
 
 
 def lengths_in_footers(ddf: dd.DataFrame) -> list[int] | None:

@@ -24,6 +24,7 @@ from dask_semdedup.io.staging import staged_folder
 from dask_semdedup.io.write import PARTS, finished_parts, write_part
 from dask_semdedup.lazy.alignment import align
 from dask_semdedup.lazy.expressions import ReadClusters
+from dask_semdedup.lazy.held import with_note
 from dask_semdedup.lazy.sources import stored_schema
 from dask_semdedup.lazy.tasks import compute, compute_to_the_end
 from dask_semdedup.steps.ranking import RankingStrategy
@@ -69,7 +70,7 @@ def parts(ddf: dd.DataFrame, folder: str, storage_options: Mapping[str, Any] | N
         numbers,
         folder,
         options,
-        stored_schema(ddf),
+        with_note(stored_schema(ddf), ddf),
         align_dataframes=False,
         meta=pd.DataFrame({"rows": pd.Series(dtype="int64")}),
     )
@@ -161,7 +162,7 @@ def write_clusters_of(
                 parameters=["path"],
             )
     with staged_folder(final, contents=CLUSTERS, overwrite=overwrite, storage_options=storage_options) as folder:
-        write_layout(aligned, folder, key, size, stored_schema(ddf), options)
+        write_layout(aligned, folder, key, size, with_note(stored_schema(ddf), ddf), options)
     return cluster_files(path, storage_options, cluster_field=key)
 
 

@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.columns import SCORE_COLUMN, SCORE_COLUMNS
+from dask_semdedup.lazy.held import check_held
 from dask_semdedup.report.summary import Reduction, compared_rows, reduce_partitions, to_pandas
 from dask_semdedup.steps.duplicates import check_eps, check_score_columns, is_duplicate, threshold
 
@@ -105,7 +106,7 @@ def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFr
     MissingColumnsError
         If the scores lack a column.
     InvalidArgumentError
-        If `eps` is not a number from 0 to 2.
+        If `eps` is not a number from 0 to 2, or the scores are known not to hold all duplicates at it.
 
     Examples
     --------
@@ -117,6 +118,7 @@ def pairs_around(scores: Any, eps: float = 0.01, *, count: int = 4) -> pd.DataFr
     """
     check_eps(eps)
     check_score_columns(scores, SCORE_COLUMNS)
+    check_held(scores, [eps])
     [pairs] = reduce_partitions(scores, near_pairs({float(threshold(eps)): count}))
     return pairs.assign(duplicate=is_duplicate(pairs[SCORE_COLUMN], eps))
 

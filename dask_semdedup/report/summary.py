@@ -13,6 +13,7 @@ import pandas as pd
 
 from dask_semdedup.frames.columns import SCORE_COLUMN, SCORE_COLUMNS
 from dask_semdedup.io.scores import Compared
+from dask_semdedup.lazy.held import check_held, held
 from dask_semdedup.steps.duplicates import check_eps, check_score_columns, is_duplicate, threshold
 
 __all__ = ["Reduction", "ScoreSummary", "reduce_partitions", "score_summary", "summarize"]
@@ -159,7 +160,7 @@ def summarize(
     eps : float, optional
         The chosen eps.
     largest_eps : float
-        End of the grid of eps, which begins at 0.
+        End of the grid of eps, which begins at 0. It ends before if the scores are known not to go so far.
     cluster_field : str
         Cluster column.
 
@@ -172,19 +173,22 @@ def summarize(
     MissingColumnsError
         If the scores lack a column.
     InvalidArgumentError
-        If `eps` is not a number from 0 to 2.
+        If `eps` is not a number from 0 to 2, or the scores are known not to hold all duplicates at it.
     """
     if isinstance(scores, ScoreSummary):
         return scores
+    if (known := held(scores)) is not None:
+        largest_eps = min(largest_eps, known.eps) or largest_eps
     [summary] = reduce_partitions(scores, score_summary(scores, eps, largest_eps, cluster_field))
     return summary
 
 
 def score_summary(scores: Any, eps: float | None, largest_eps: float, cluster_field: str) -> Reduction[ScoreSummary]:
     """The reduction of scores to their summary, once their columns are checked."""
+    check_score_columns(scores, SCORE_COLUMNS)
     if eps is not None:
         check_eps(eps)
-    check_score_columns(scores, SCORE_COLUMNS)
+        check_held(scores, [eps])
     keys = [cluster_field] if cluster_field in scores.columns else []
     summarize_partition = partial(_summarize_partition, keys=keys, eps=eps, largest_eps=largest_eps)
     return Reduction([*SCORE_COLUMNS, *keys], summarize_partition, ScoreSummary.merge)

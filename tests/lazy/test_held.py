@@ -1,0 +1,138 @@
+"""Scores tell up to which eps they hold duplicates, and are asked for no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dask_semdedup import InvalidArgumentError, RankingStrategy, plots, read_clusters, read_table
+from dask_semdedup.lazy.duplicates import EPS_GRID
+from dask_semdedup.lazy.held import Held, _eps_of, held
+from dask_semdedup.steps.duplicates import threshold
+from tests.data import by_cluster, make_frame, write_layout
+
+BY_ID: dict[str, Any] = {"ranking_strategy": RankingStrategy(["id"])}
+
+SEARCHES: dict[str, Callable[[dd.DataFrame, float], dd.DataFrame]] = {
+    "of all rows": lambda ddf, eps: ddf.semdedup.pairwise(eps=eps, cluster_field=None, **BY_ID),
+    "of clusters": lambda ddf, eps: ddf.semdedup.pairwise(eps=eps, **BY_ID),
+    "against": lambda ddf, eps: ddf.semdedup.against(ddf, eps=eps),
+    "against, of clusters": lambda ddf, eps: ddf.semdedup.against(ddf, eps=eps, cluster_field="centroid"),
+    "selected": lambda ddf, eps: ddf.semdedup.pairwise(**BY_ID).semdedup.duplicates(eps),
+    "filtered": lambda ddf, eps: (scores := ddf.semdedup.pairwise(**BY_ID))[
+        (scores.centroid >= 0) & (scores.cosine_sim_score >= 1 - eps)
+    ],
+    "twice": lambda ddf, eps: ddf.semdedup.pairwise(eps=2 * eps, **BY_ID).semdedup.duplicates(eps),
+}
+
+ASKED: dict[str, Callable[[dd.DataFrame, dd.DataFrame, float], Any]] = {
+    "duplicates": lambda _, scores, eps: scores.semdedup.duplicates(eps),
+    "several": lambda _, scores, eps: scores.semdedup.duplicates([0.1, eps]),
+    "eps_curve": lambda _, scores, eps: scores.semdedup.eps_curve([0.1, eps]),
+    "remove": lambda ddf, scores, eps: ddf.semdedup.remove(scores, eps=eps),
+}
+
+
+@pytest.fixture
+def ddf() -> dd.DataFrame:
+    return dd.from_pandas(make_frame(3), npartitions=3)
+
+
+def written(scores: dd.DataFrame, path: Path) -> dd.DataFrame:
+    scores.semdedup.to_parquet(path)
+    return read_table(path)
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_no_more_than_was_searched_for(ddf: dd.DataFrame, search: Any, tmp_path: Path) -> None:
+    lazy = search(ddf, 0.1)
+    for scores in (lazy, written(lazy, tmp_path / "scores"), lazy[["cosine_sim_score", "id", "max_id"]]):
+        for ask in ASKED.values():
+            with pytest.raises(InvalidArgumentError, match=r"up to eps = 0.1 only, not at 0.3. Search.* larger eps"):
+                ask(ddf, scores, 0.3)
+            ask(ddf, scores, 0.05)
+    assert len(lazy.semdedup.duplicates(0.1)) == len(lazy)
+
+
+def test_groups_are_not_asked_for_more(ddf: dd.DataFrame) -> None:
+    scores = ddf.semdedup.pairwise(eps=0.1, **BY_ID)
+    with pytest.raises(InvalidArgumentError, match=r"up to eps = 0.1 only, not at 0.3"):
+        scores.semdedup.groups(0.3)
+    assert len(scores.semdedup.groups(0.1)) == len(scores)
+
+
+def test_figures_and_pairs_are_not_asked_for_more(ddf: dd.DataFrame) -> None:
+    scores = ddf.semdedup.pairwise(eps=0.1, **BY_ID)
+    for ask in (plots.pairs_around, plots.score_histogram, plots.duplicates_curve):
+        with pytest.raises(InvalidArgumentError, match=r"up to eps = 0.1 only, not at 0.3"):
+            ask(scores, 0.3)
+    line = plots.duplicates_curve(scores).axes[0].lines[0]
+    assert max(line.get_xdata()) == 0.1
+
+
+@pytest.mark.parametrize("clusters", ["centroid", None])
+def test_scores_of_kept_rows_hold_for_one_eps(ddf: dd.DataFrame, clusters: str | None, tmp_path: Path) -> None:
+    lazy = ddf.semdedup.pairwise(eps=0.1, duplicate_of="kept", cluster_field=clusters, **BY_ID)
+    for scores in (lazy, written(lazy, tmp_path / "scores")):
+        for eps in (0.05, 0.3):
+            with pytest.raises(InvalidArgumentError, match=rf"'kept' hold for eps = 0.1 only, not at {eps}"):
+                scores.semdedup.duplicates(eps)
+        assert scores.semdedup.eps_curve()["eps"].compute().tolist() == [0.1]
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.12])
+def test_the_curve_ends_with_the_search_and_shares_are_of_all_rows(ddf: dd.DataFrame, eps: float) -> None:
+    all_scores = ddf.semdedup.pairwise(cluster_field=None, **BY_ID).persist()
+    scores = ddf.semdedup.pairwise(eps=eps, cluster_field=None, **BY_ID)
+    curve = scores.semdedup.eps_curve().compute()
+    assert curve["eps"].tolist() == [*(value for value in EPS_GRID if value < eps), eps]
+    pd.testing.assert_frame_equal(curve, all_scores.semdedup.eps_curve(curve["eps"]).compute())
+    assert curve["share"].max() < 1
+
+
+def test_the_number_of_rows_may_be_unknown(ddf: dd.DataFrame, tmp_path: Path) -> None:
+    scores = ddf.semdedup.pairwise(eps=0.1, **BY_ID)
+    by_files = read_clusters(write_layout(tmp_path, by_cluster(make_frame(3)))).semdedup.pairwise(eps=0.1, **BY_ID)
+    assert held(by_files) == Held(0.1, rows=len(ddf))
+    twice = dd.concat([scores, by_files])
+    assert held(twice) == Held(0.1)
+    assert twice.semdedup.eps_curve()["share"].isna().compute().all()
+
+
+def test_rows_that_another_search_has_left_are_searched_anew(ddf: dd.DataFrame) -> None:
+    kept = ddf.semdedup.deduplicate(0.1, **BY_ID)
+    assert held(kept.semdedup.pairwise(**BY_ID)) is None
+    labels = dd.from_pandas(pd.DataFrame({"id": range(5)}), npartitions=1)
+    assert held(kept.semdedup.pairwise(eps=0.2, **BY_ID).merge(labels, on="id")) is not None
+
+
+def test_only_filters_by_the_score_count(ddf: dd.DataFrame) -> None:
+    scores = ddf.semdedup.pairwise(**BY_ID)
+    assert held(scores[scores.max_id > 0.9]) is None
+    assert held(scores[(1 - scores.cosine_sim_score) >= 0.9]) is None
+    assert held(scores[(scores.cosine_sim_score >= 0.9) | (scores.id > 3)]) is None
+    (in_memory,) = dask.persist(scores.semdedup.duplicates(0.1))
+    assert held(in_memory) is None
+
+
+def test_files_do_not_keep_what_no_longer_holds(ddf: dd.DataFrame, tmp_path: Path) -> None:
+    scores = written(ddf.semdedup.pairwise(eps=0.2, cluster_field=None, **BY_ID), tmp_path / "wide")
+    assert held(scores) == Held(0.2, rows=len(ddf))
+    assert held(written(scores.semdedup.duplicates(0.1), tmp_path / "narrow")) == Held(0.1, rows=len(ddf))
+    assert held(written(scores[["id"]].assign(cosine_sim_score=1.0), tmp_path / "made")) is None
+
+
+@given(st.floats(0, 2))
+def test_an_eps_is_told_from_its_threshold(eps: float) -> None:
+    assert threshold(_eps_of(float(threshold(eps)))) == threshold(eps)
+    assert _eps_of(float(threshold(round(eps, 3)))) == pytest.approx(round(eps, 3), abs=1e-9)
+    assert not np.isnan(_eps_of(1.0))

@@ -310,8 +310,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         OutputExistsError
             If the folder is not free.
         InvalidArgumentError
-            If the folder is within the one that the frame is read from, or the cluster column can not be
-            folders' names.
+            If the folder overlaps with what the frame is read from, or the cluster column cannot be used as folder
+            names.
 
         Notes
         -----
@@ -365,8 +365,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Raises
         ------
+        OutputExistsError
+            If the folder is not free.
         InvalidArgumentError
-            If the folder exists, or columns share a name.
+            If the folder overlaps with what the frame is read from, or columns share a name.
 
         Examples
         --------

@@ -71,7 +71,11 @@ def _without_caches(fs: fsspec.AbstractFileSystem) -> fsspec.AbstractFileSystem:
 
 
 def refuse_overlap(
-    fs: fsspec.AbstractFileSystem, output: str, input_path: str, storage_options: Mapping[str, Any]
+    fs: fsspec.AbstractFileSystem,
+    output: str,
+    input_path: str,
+    storage_options: Mapping[str, Any],
+    parameters: Sequence[str] = ("output_path", "input_path"),
 ) -> None:
     """Raise if output and input overlap under any names. Otherwise the input could be removed, or the output read.
 
@@ -85,8 +89,8 @@ def refuse_overlap(
     if type(source_fs) is not type(fs):
         return
     if is_within(fs, output, source) or is_within(fs, source, output) or _is_matched(fs, output, source):
-        message = f"Output {output!r} and input {source!r} overlap. Name a folder apart."
-        raise InvalidArgumentError(message, parameters=["output_path", "input_path"])
+        message = f"Output {output!r} and input {source!r} overlap. Choose a folder outside the input."
+        raise InvalidArgumentError(message, parameters=parameters)
 
 
 def refuse_file(fs: fsspec.AbstractFileSystem, output: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import dask.dataframe as dd
 import pyarrow as pa
@@ -16,7 +17,15 @@ from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.tables import ReadPart
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["bytes_in_footers", "check_sources", "lengths_in_footers", "reader_of", "readers_of", "stored_schema"]
+__all__ = [
+    "bytes_in_footers",
+    "check_sources",
+    "lengths_in_footers",
+    "paths_of",
+    "reader_of",
+    "readers_of",
+    "stored_schema",
+]
 
 
 def readers_of(ddf: dd.DataFrame) -> Iterator[Reader]:
@@ -32,6 +41,14 @@ def reader_of(expr: AnyExpr) -> Reader | None:
         return expr.source.reader
     reader = expr.func.reader if isinstance(expr, FromMap) and isinstance(expr.func, ReadPart) else None
     return reader if isinstance(reader, Reader) else None
+
+
+def paths_of(ddf: dd.DataFrame) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the paths that a frame of `read_table` comes from, each with its storage options."""
+    functions = (read.func for read in ddf.expr.find_operations(FromMap))
+    for read in functions:
+        if isinstance(read, ReadPart):
+            yield from ((path, read.storage_options) for path in read.paths)
 
 
 def lengths_in_footers(ddf: dd.DataFrame) -> list[int] | None:

@@ -134,19 +134,20 @@ def read_table(
     check_names("columns", columns)
     options = dict(storage_options or {})
     fs, files, are_json = _list_table(path, options)
-    roots = _roots(fs, path, options)
+    paths = tuple(os.fspath(entry) for entry in ([path] if isinstance(path, str | os.PathLike) else path))
+    roots = _roots(fs, paths, options)
     keys, ids = keys_below(roots, files), {"make_ids": id_field if make_ids else None, "root": _common_root(roots)}
     if are_json:
         size = size or default_size("pandas")
         lines, blocks = read_json(fs, files, columns, keys, id_field, embedding_field, size, **ids)
-        return _lazy(lines, blocks, columns or lines.columns, checksum(files))
+        return _lazy(lines, blocks, columns or lines.columns, checksum(files), paths, options)
     reader, fragments = _scan(fs, files, columns, keys, backend=backend, **ids)
     reader = reader.with_arrow_floats()
     if size is None:
         size = default_size(backend)
         if backend == "cudf":
             size = fitting_size(size, backend, sum(fragment.nbytes for fragment in fragments))
-    return _lazy(reader, _group(fragments, size), columns or reader.columns, checksum(files))
+    return _lazy(reader, _group(fragments, size), columns or reader.columns, checksum(files), paths, options)
 
 
 def from_pandas(
@@ -394,10 +395,9 @@ def _scan(
     return reader, [fragment for file in scan.files for fragment in fragments_of(file, keys.values[file.path])]
 
 
-def _roots(fs: fsspec.AbstractFileSystem, path: Any, options: Mapping[str, Any]) -> list[str]:
+def _roots(fs: fsspec.AbstractFileSystem, paths: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """Return the folders that paths and patterns refer to. For a file, it is the file itself."""
-    paths = [path] if isinstance(path, str | os.PathLike) else path
-    return [above_pattern(fs, fsspec.url_to_fs(os.fspath(entry), **options)[1]) for entry in paths]
+    return [above_pattern(fs, fsspec.url_to_fs(path, **options)[1]) for path in paths]
 
 
 def _common_root(roots: Sequence[str]) -> str:
@@ -407,11 +407,18 @@ def _common_root(roots: Sequence[str]) -> str:
     return os.path.commonpath(roots)
 
 
-def _lazy(reader: Reader | JsonReader, partitions: list[Any], columns: Sequence[str], token: str) -> dd.DataFrame:
+def _lazy(
+    reader: Reader | JsonReader,
+    partitions: list[Any],
+    columns: Sequence[str],
+    token: str,
+    paths: tuple[str, ...] = (),
+    storage_options: Mapping[str, Any] | None = None,
+) -> dd.DataFrame:
     columns = list(columns)
     # Every partition has the columns' dtypes, so that Dask need not check them.
     return dd.from_map(
-        ReadPart(reader, tokenize(token, columns, reader)),
+        ReadPart(reader, tokenize(token, columns, reader, paths), paths, storage_options or {}),
         partitions or [()],
         columns=columns,
         meta=reader.meta(columns),
@@ -422,10 +429,15 @@ def _lazy(reader: Reader | JsonReader, partitions: list[Any], columns: Sequence[
 
 @dataclass(frozen=True)
 class ReadPart:
-    """The task of reading a partition. Dask narrows `columns` to those that are needed."""
+    """The task of reading a partition. Dask narrows `columns` to those that are needed.
+
+    The paths are those that the user gave.
+    """
 
     reader: Reader | JsonReader
     token: str
+    paths: tuple[str, ...]
+    storage_options: Mapping[str, Any]
 
     def __call__(self, partition: Any, columns: Sequence[str]) -> pd.DataFrame:
         return cast(pd.DataFrame, self.reader.read(partition, columns))

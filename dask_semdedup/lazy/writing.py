@@ -21,11 +21,12 @@ from dask_semdedup.frames.columns import Columns, unique_columns
 from dask_semdedup.frames.embeddings import as_lists, list_type
 from dask_semdedup.io.layout import CLUSTERS, check_cluster_dtype, cluster_files, write_partition
 from dask_semdedup.io.staging import staged_folder
+from dask_semdedup.io.targets import refuse_overlap
 from dask_semdedup.io.write import PARTS, finished_parts, write_part
 from dask_semdedup.lazy.alignment import align
 from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.held import with_note
-from dask_semdedup.lazy.sources import stored_schema
+from dask_semdedup.lazy.sources import paths_of, stored_schema
 from dask_semdedup.lazy.tasks import compute, compute_to_the_end
 from dask_semdedup.steps.ranking import RankingStrategy
 
@@ -122,9 +123,24 @@ def write_parts_of(
     """Write a frame to Parquet, one file per partition: see `SemDedupAccessor.to_parquet`."""
     unique_columns(ddf)
     final = os.fspath(path)
+    _refuse_sources(ddf, final, storage_options or {})
     with staged_folder(final, contents=PARTS, overwrite=overwrite, storage_options=storage_options) as folder:
         if (rest := parts(ddf, folder, storage_options).rest) is not None:
             compute_to_the_end(rest)
+
+
+def _refuse_sources(ddf: dd.DataFrame, path: str, storage_options: Mapping[str, Any]) -> None:
+    """Raise if a frame would be written into a folder that it is read from, whose next reader would read both."""
+    fs, output = fsspec.url_to_fs(path, **storage_options)
+    for source, options in paths_of(ddf):
+        refuse_overlap(fs, output, source, options, parameters=["path"])
+    for read in ddf.expr.find_operations(ReadClusters):
+        if (root := read.source.folder_around(fs, output)) is not None:
+            raise InvalidArgumentError(
+                f"Output {output!r} is within {root!r}, which is read: its clusters would be read twice from then on. "
+                "Choose a folder outside the input.",
+                parameters=["path"],
+            )
 
 
 def write_clusters_of(
@@ -153,14 +169,7 @@ def write_clusters_of(
     if len(ddf.columns) == 1:
         raise InvalidArgumentError(f"The frame has no columns to write but {key!r}.", columns=[key])
     final, options = os.fspath(path), dict(storage_options or {})
-    fs, output = fsspec.url_to_fs(final, **options)
-    for read in ddf.expr.find_operations(ReadClusters):
-        if (root := read.source.folder_around(fs, output)) is not None:
-            raise InvalidArgumentError(
-                f"Output {output!r} is within {root!r}, which is read: its clusters would be read twice from then on. "
-                "Name a folder apart.",
-                parameters=["path"],
-            )
+    _refuse_sources(ddf, final, options)
     with staged_folder(final, contents=CLUSTERS, overwrite=overwrite, storage_options=storage_options) as folder:
         write_layout(aligned, folder, key, size, with_note(stored_schema(ddf), ddf), options)
     return cluster_files(path, storage_options, cluster_field=key)

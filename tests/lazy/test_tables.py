@@ -287,3 +287,17 @@ def test_the_line_that_parses_json_runs_as_shown(tmp_path: Path, read: str) -> N
     line = str(error.value).partition("parse them: ")[2].removesuffix(".")
     exec(line, {"json": json, "ddf": ddf})
     assert len(ddf.semdedup.deduplicate(embedding_field="the vector")) == 2
+
+
+@pytest.mark.parametrize(("source", "output"), [("", "kept"), ("*", "kept"), ("", ""), ("a.parquet", "a.parquet/x")])
+@pytest.mark.parametrize("write", ["to_parquet", "to_clusters"])
+def test_nothing_is_written_into_what_is_read(tmp_path: Path, source: str, output: str, write: str) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    pq.write_table(pa.table({"id": [1, 2], "centroid": [0, 1]}), folder / "a.parquet")
+    ddf = read_table(folder / source)
+    with pytest.raises(InvalidArgumentError, match=r"overlap. Choose a folder outside the input") as error:
+        getattr(ddf[ddf["id"] > 1].semdedup, write)(folder / output, overwrite=True)
+    assert error.value.parameters == ("path",)
+    for beside in (folder.parent / "kept", folder / "kept"):
+        getattr(read_table(folder / "a.parquet").semdedup, write)(beside)

@@ -12,7 +12,7 @@ import numpy as np
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_keywords
-from dask_semdedup.errors import counted
+from dask_semdedup.errors import counted, some
 from dask_semdedup.frames.backend import is_cudf
 from dask_semdedup.frames.columns import HELD, SCORE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.lazy.deduplicate import keep_one_of_each, keep_one_of_each_in_clusters
@@ -37,6 +37,16 @@ METHODS = (
     *("kmeans", "fit_centroids", "to_clusters"),
 )
 
+# What the list of methods does not say.
+NOTES = (
+    "Methods return lazy frames; some read a sample first. plan, fit_centroids, to_parquet and to_clusters work at once.",
+    "Write the rows that deduplicate keeps with to_parquet.",
+    "Pass duplicates that pairwise or against finds to remove, and write what it keeps with to_parquet.",
+)
+
+# Other columns that the accessor lists.
+MOST_LISTED = 12
+
 
 @register_dataframe_accessor("semdedup")
 class SemDedupAccessor:
@@ -54,7 +64,8 @@ class SemDedupAccessor:
         width = max(map(len, METHODS))
         methods = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in self._methods())
         found = "\n".join(f"  {held:<{width}}  {column}" for held, column in self._found())
-        return f"{self._title()}\n\nColumns\n{found}\n\nMethods\n{methods}"
+        notes = "\n".join(NOTES)
+        return f"{self._title()}\n\nColumns\n{found}\n\nMethods\n{methods}\n\n{notes}"
 
     def _repr_html_(self) -> str:
         # Notebooks centre headings and align cells to the right.
@@ -65,22 +76,25 @@ class SemDedupAccessor:
             return f'<tr><th colspan="2" {left}>{heading}</th></tr>{"".join(cells)}'
 
         table = lines("Columns", self._found()) + lines("Methods", self._methods())
-        return f"<div><p>{escape(self._title())}</p><table>{table}</table></div>"
+        notes = "<br>".join(map(escape, NOTES))
+        return f"<div><p>{escape(self._title())}</p><table>{table}</table><p>{notes}</p></div>"
 
     def _title(self) -> str:
         backend = "cuDF" if is_cudf(self._ddf._meta) else "pandas"
         return f"ddf.semdedup: semantic deduplication of {counted(self._ddf.npartitions, f'{backend} partition')}"
 
     def _found(self) -> list[tuple[str, str]]:
-        """Return the columns that methods use by default, or how to name others."""
+        """Return the columns that methods use by default, or how to name others, and the other columns."""
         columns = list(self._ddf.columns)
         if set(SCORE_COLUMNS) <= set(columns):
             return [("scores", ", ".join(SCORE_COLUMNS))]
-        defaults = Columns()
-        return [
-            (held, name if (name := getattr(defaults, attribute)) in columns else f"none; pass {attribute}_field")
-            for attribute, held in HELD.items()
-        ]
+        names = {attribute: getattr(Columns(), attribute) for attribute in HELD}
+        found = {attribute: f"no column {name!r}; pass {attribute}_field" for attribute, name in names.items()}
+        found |= {"cluster": "none: all rows are compared"}
+        found |= {attribute: name for attribute, name in names.items() if name in columns}
+        others = [name for name in columns if name not in names.values()]
+        rows = [(held, found[attribute]) for attribute, held in HELD.items()]
+        return [*rows, ("others", some(others, MOST_LISTED))] if others else rows
 
     @classmethod
     def _methods(cls) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from html import unescape
 from pathlib import Path
 
 import dask
@@ -48,14 +49,19 @@ def assert_scores(scores: dd.DataFrame, expected: pd.DataFrame) -> None:
 class TestOverview:
     @pytest.mark.parametrize("show", ["__repr__", "_repr_html_"])
     def test_every_method_is_listed_with_a_line(self, show: str) -> None:
-        ddf = dd.from_pandas(make_frame().rename(columns={"id": "doc"}), npartitions=2)
+        frame = make_frame().drop(columns="centroid").rename(columns={"id": "doc"})
+        ddf = dd.from_pandas(frame, npartitions=2)
         text = getattr(ddf.semdedup, show)()
         public = [name for name in vars(type(ddf.semdedup)) if not name.startswith("_")]
         assert sorted(accessor.METHODS) == sorted(public)
         assert all(re.search(rf"\b{name}\b", text) for name in public)
         assert "Drop each row that has a near-duplicate among the kept rows." in text
         assert "pandas partition" in text
-        assert "none; pass id_field" in text
+        text = unescape(text)
+        assert "no column 'id'; pass id_field" in text
+        assert "none: all rows are compared" in text
+        assert "doc, cosine_dist_to_cent, text" in text
+        assert "lazy" in text
 
     def test_scores_are_told_from_rows(self) -> None:
         scores = pd.DataFrame({"id": [1], "max_id": [1], "cosine_sim_score": [0.0]})

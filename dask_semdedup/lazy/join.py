@@ -338,6 +338,14 @@ class _Compared(Searched, Expr):
     def _name(self) -> str:
         return f"{self._prefix}-{self.deterministic_token}"
 
+    def __str__(self) -> str:
+        """Return a line without the plan, which prints as a table."""
+        frames = ", ".join(map(str, self.dependencies()))
+        return f"{type(self).__name__}({frames}, at_least={self.options.at_least})"
+
+    def _tree_repr_argument_construction(self, i: int, op: Any, header: str) -> str:
+        return header if isinstance(op, Plan) else super()._tree_repr_argument_construction(i, op, header)
+
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (self.plan.bins + 1)
 

@@ -387,6 +387,19 @@ def test_the_plan_is_near_what_is_done(files: tuple[Path, pd.DataFrame]) -> None
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
+def test_a_frame_that_is_planned_is_shown_in_a_line() -> None:
+    rows = np.eye(4)
+    ddf = in_parts(frame_of(rows), [2])
+    plan = ddf.semdedup.plan(0.05)
+    assert repr(plan) == str(plan)
+    assert len(str(plan).splitlines()) > 2
+    found = ddf.semdedup.pairwise(eps=0.05, cluster_field=None)
+    for lazy in (found, ddf.semdedup.against(ddf, eps=0.05), found.semdedup.duplicates(0.01)["id"]):
+        assert repr(lazy).splitlines()[-1].startswith("Expr=")
+        assert len(str(lazy.expr).splitlines()) == 1
+        assert not any(line.startswith("search ") for line in lazy.expr._tree_repr_lines())
+
+
 def test_kept_needs_an_eps_below_one() -> None:
     ddf = in_parts(clustered(100), [])
     for eps in (None, 1, 2):

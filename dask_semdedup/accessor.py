@@ -39,7 +39,7 @@ METHODS = (
 
 # What the list of methods does not say.
 NOTES = (
-    "Methods return lazy frames; some read a sample first. plan, fit_centroids, to_parquet and to_clusters work at once.",
+    "Methods return lazy frames; some read a sample first. Only plan, fit_centroids and those that write work at once.",
     "Write the rows that deduplicate keeps with to_parquet.",
     "Pass duplicates that pairwise or against finds to remove, and write what it keeps with to_parquet.",
 )
@@ -193,7 +193,7 @@ class SemDedupAccessor:
 
         A partition takes the memory of its normalised rows and less than 128 MB beyond itself, the result and the
         centroids, for any number of clusters. Rows are counted to draw the sample. For a frame that is read from
-        Parquet files, the footers tell the counts. Persist or write a frame that is costly to compute first.
+        Parquet files, the counts come from the footers. Persist or write a frame that is costly to compute first.
 
         Examples
         --------
@@ -471,7 +471,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If there is no column of ids, of embeddings, or to rank by.
         ClusterError
-            If `cluster_field` is no column of the frame; when computed, if rows have a null cluster.
+            If `cluster_field` is not a column of the frame; when computed, if rows have a null cluster.
         EmbeddingError
             If the embedding column cannot hold embeddings, or rows of the sample are null, not finite or of different
             lengths; when computed, if others are.
@@ -710,13 +710,13 @@ n_init, oversampling_factor, max_samples_per_batch, device
             they are those of `against`.
         IdError
             When computed, if ids of duplicates are null or repeat, also those of rows that are preferred to them, or if
-            their ``max_id`` lead in a circle.
+            their ``max_id`` form a cycle.
 
         Notes
         -----
         All duplicates come together in one task, with their two columns of ids and no others: chains may cross
         partitions. Measured on 5 million duplicates with ids of int64, that task takes 250 bytes for each of them; the
-        number of rows that are no duplicates does not matter. At the end of a chain, the kept row may be less than
+        number of rows that are not duplicates does not matter. At the end of a chain, the kept row may be less than
         ``1 - eps`` similar to the duplicate.
 
         Examples
@@ -767,11 +767,12 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If a frame has no column of ids, or `duplicates` no scores to compare with `eps`.
         InvalidArgumentError
-            If the ids of the two frames are of different types, `duplicates` is no such frame, it was found at several
-            eps and none of them is chosen, `eps` is not a number from 0 to 2, or the scores do not hold all duplicates
-            at `eps`, as in `duplicates`. When computed, if they are scores of all rows and there is no `eps`.
+            If the ids of the two frames are of different types, `duplicates` is not such a frame, it was found at
+            several eps and none of them is chosen, `eps` is not a number from 0 to 2, or the scores do not hold all
+            duplicates at `eps`, as in `duplicates`. When computed, if they are scores of all rows and there is no
+            `eps`.
         IdError
-            When computed, if an id to remove stands in several rows of this frame, of which at most one is a
+            When computed, if an id to remove occurs in several rows of this frame, of which at most one is a
             duplicate, or if scores say that a row duplicates one of its own id. No partition is given out before that
             is known.
 
@@ -847,8 +848,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingDependencyError
             If sentence-transformers is not installed.
         InvalidArgumentError
-            If the frame has a column named `embedding_field` already, that of texts holds something else than strings,
-            or an argument is invalid; when computed, if the model cannot be loaded.
+            If the frame has a column named `embedding_field` already, the text column holds something other than
+            strings, or an argument is invalid; when computed, if the model cannot be loaded.
         EmbeddingError
             When computed, if texts are null.
 
@@ -935,7 +936,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If either frame lacks a column.
         ClusterError
-            If `cluster_field` is no column of one frame, or of both.
+            If `cluster_field` is not a column of one of the frames, or of both.
         EmbeddingError
             If a column cannot hold embeddings, or rows of the sample are null, not finite or of different lengths; when
             computed, if others are.

@@ -94,7 +94,7 @@ class ClusterError(SemDedupError, ValueError):
 
 
 class IdError(SemDedupError, ValueError):
-    """Ids are null or repeat where they may not, or lead to one another in a circle."""
+    """Ids are null or repeat where they may not, or form a cycle."""
 
 
 class InvalidArgumentError(SemDedupError, ValueError):

@@ -746,8 +746,8 @@ class PairwiseStage(_Stage):
         _, source = fsspec.url_to_fs(self.input_path, **(similarity.input_storage_options or {}))
         if type(fs) is type(listing.fs) and is_within(fs, output, source):
             raise InvalidArgumentError(
-                f"output_path {self.output_path!r} is within input_path: its files would be taken for embeddings. Name "
-                "a folder apart."
+                f"output_path {self.output_path!r} is within input_path: its files would be taken for embeddings. "
+                "Choose a folder outside the input."
             )
         batches = similarity._planned(partitioning._tasks(listing), listing, client)
         name = f"process_batch-{uuid.uuid4().hex}"

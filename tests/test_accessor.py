@@ -325,7 +325,7 @@ class TestBadInput:
             ({"embedding_dim": 2.5}, r"embedding_dim must be a positive integer or None, not 2.5"),
             ({"random_seed": "x"}, r"random_seed must be an integer, not 'x'"),
             ({"cluster_field": "id"}, r"cluster_field may not be 'id'"),
-            ({"ranking_strategy": "hard"}, r"ranking_strategy must be a RankingStrategy, as .* not 'hard'"),
+            ({"ranking_strategy": "hard"}, r"ranking_strategy must be a RankingStrategy, such as .* not 'hard'"),
         ],
     )
     def test_arguments(self, ddf: dd.DataFrame, arguments: dict[str, object], message: str) -> None:

@@ -470,7 +470,7 @@ def test_run_names_a_way_round_files_that_disagree(tmp_path: Path, run: Any) -> 
 def test_run_looks_at_ids_first_and_makes_them(tmp_path: Path, run: Any) -> None:
     path = write_parts(tmp_path / "in", documents(text=["a", "b", "c"]), documents(text=["d", "e", "f"]))
     result = run(path, tmp_path / "out", code=2)
-    assert "Column 'id': 3 ids stand in several rows (1, 2, 3)." in result.stderr
+    assert "Column 'id': 3 ids occur in several rows (1, 2, 3)." in result.stderr
     assert "--make-ids" in result.stderr
     assert not (tmp_path / "out").exists()
     assert "ids are to be made of that name" in run(path, tmp_path / "out", "--make-ids", code=2).stderr

@@ -58,7 +58,8 @@ def _parse_rank_by(_ctx: click.Context, _param: click.Parameter, values: tuple[s
             column, order = value, "asc"
         if not column or order not in ("asc", "desc"):
             raise click.BadParameter(
-                f"{value!r} is not of the form COLUMN, COLUMN:asc or COLUMN:desc; a name with a colon needs either."
+                f"{value!r} is not of the form COLUMN, COLUMN:asc or COLUMN:desc. If the name "
+                "contains a colon, add :asc or :desc."
             )
         columns.append(column)
         ascending.append(order == "asc")

@@ -50,6 +50,8 @@ MIN_DIMENSIONS = 8
 # Arrow list arrays hold no more elements, as their offsets are int32.
 MAX_LIST_ELEMENTS = 2**31 - 1
 
+ADVICE = "Drop these rows, or embed them again."
+
 ACCEPTED = "lists of float16, float32, float64 or small integers, or of uint16 that carry float16 bits"
 
 
@@ -222,7 +224,7 @@ def to_tensor(
         bad = rows_not_finite(rows)
     if len(bad):
         positions = bad if order is None else to_numpy(order)[bad]
-        raise report.error(positions, "with NaN or infinite values", "Drop or fix them first.")
+        raise report.error(positions, "with NaN or infinite values", ADVICE)
     if warn_of_zeros and len(zero := _zero_rows(rows)):
         report.warn_of_zeros(zero if order is None else to_numpy(order)[zero])
     return rows
@@ -338,12 +340,14 @@ class _Report:
     def warn_of_zeros(self, positions: Any) -> None:
         """Warn that rows of this partition are all zeros."""
         positions = np.sort(positions)
-        warnings.warn(
+        # No line of this package or of Dask, which runs the task, would tell a user anything.
+        warnings.warn_explicit(
             f"Column {self.name!r}: {have(len(positions), 'row')} an all-zero embedding in one partition "
             f"({self._rows(positions)}). Such a row is similar to no other and is never a duplicate. Embed it again, "
             "or drop it.",
             ZeroEmbeddingWarning,
-            stacklevel=3,
+            filename="dask_semdedup",
+            lineno=1,
         )
 
     def _in_clusters(self, positions: np.ndarray) -> str:
@@ -404,7 +408,7 @@ class _Source(ABC):
 
     def _check_null(self, null: np.ndarray, what: str) -> None:
         if null.any():
-            raise self.report.error(np.flatnonzero(null), what, "Drop or fill them first.")
+            raise self.report.error(np.flatnonzero(null), what, ADVICE)
 
     def _check_widths(self, widths: np.ndarray, embedding_dim: int | None) -> int:
         expected = _most_common(widths) if embedding_dim is None else embedding_dim
@@ -452,7 +456,7 @@ class _PandasSource(_Source):
         lengths = [pc.list_value_length(chunk).to_numpy() for chunk in self._chunks()]
         width = self._check_widths(np.concatenate(lengths), embedding_dim)
         nulls = [_rows_with_nulls(chunk, width) for chunk in self._chunks()]
-        self._check_null(np.concatenate(nulls), "with null elements")
+        self._check_null(np.concatenate(nulls), "with null or NaN elements")
         return width
 
     def _list_pieces(self) -> Iterator[np.ndarray]:
@@ -483,7 +487,7 @@ class _PandasSource(_Source):
         flat = _try_concatenate(rows[start:stop])
         if flat is None:
             odd = [position for position, row in enumerate(rows) if _try_concatenate([row]) is None]
-            problem = "with something else than a flat list of numbers"
+            problem = "with something other than a flat list of numbers"
             raise self.report.error(odd, problem, f"The column must hold {ACCEPTED}.")
         return flat
 
@@ -500,7 +504,9 @@ class _CudfSource(_Source):
             self._check_widths(self.column.list.len().to_numpy(), embedding_dim)
         leaves = self._leaves()
         if leaves.null_count:
-            self._check_null(leaves.isnull().to_numpy().reshape(-1, self.width).any(axis=1), "with null elements")
+            self._check_null(
+                leaves.isnull().to_numpy().reshape(-1, self.width).any(axis=1), "with null or NaN elements"
+            )
         return self.width
 
     def _extreme_widths(self) -> list[int]:

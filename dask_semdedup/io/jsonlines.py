@@ -362,7 +362,7 @@ def _load(line: bytes, block: Block, number: int, decoder: json.JSONDecoder) -> 
         row = decoder.decode(line.decode("utf-8", "surrogateescape"))
         if isinstance(row, dict):
             return row
-        why: object = f"{kind_of(row)}, and no object"
+        why: object = f"{kind_of(row)}, not an object"
     except (ValueError, RecursionError) as error:
         why = error
     raise DataReadError(

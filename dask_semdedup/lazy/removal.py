@@ -82,9 +82,9 @@ def check_ids(ids: dd.Series) -> None:
         return
     (doubtful,) = compute(ids.map_partitions(_of_hashes, values[counts > 1], meta=ids._meta))
     if count := len(repeated := doubtful[repeats(doubtful)].drop_duplicates()):
-        stand = "1 id stands" if count == 1 else f"{count:,} ids stand"
+        occur = "1 id occurs" if count == 1 else f"{count:,} ids occur"
         raise IdError(
-            f"Column {ids.name!r}: {stand} in several rows ({some(to_list(repeated))}). Name a column of unique "
+            f"Column {ids.name!r}: {occur} in several rows ({some(to_list(repeated))}). Name a column of unique "
             "ids as id_field; or pass make_ids=True to have ids made, and name a new column as id_field.",
             parameters=["id_field", "make_ids"],
             columns=[ids.name],

@@ -143,7 +143,7 @@ def without_first_rows(duplicates: Any) -> Any:
     if len(repeated):
         raise IdError(
             f"{have(len(repeated), 'duplicate')} the id of the preferred row (ids {some(to_list(repeated))}): "
-            "ids repeat, and which row is meant cannot be told. Give every row an id of its own, and score again.",
+            "ids repeat, so the row is ambiguous. Give every row an id of its own, and score again.",
             columns=["id"],
         )
     return duplicates[~is_own]

@@ -161,7 +161,7 @@ def _checked_texts(texts: Any) -> list[str]:
     if not is_string(texts):
         other = np.array([not isinstance(sentence, str) for sentence in sentences])
         if other.any():
-            raise _error(texts, other, "something else than a string", "Convert them first.")
+            raise _error(texts, other, "something other than a string", "Convert them first.")
     return sentences
 
 

@@ -32,7 +32,7 @@ def resolve(linked: Any) -> Any:
     if len(both):
         raise IdError(
             f"{have(len(both), 'row')} duplicates and the id of another row, which is a duplicate itself (ids "
-            f"{some(to_list(both))}). Which row a max_id means cannot be told: give every row an id of its own."
+            f"{some(to_list(both))}). The row that a max_id means is ambiguous: give every row an id of its own."
         )
     return resolve_groups(duplicates[["id", "max_id"]])
 
@@ -55,10 +55,12 @@ def resolve_groups(duplicates: Any) -> Any:
     Raises
     ------
     IdError
-        If ids are null or repeat, or a chain forms a circle.
+        If ids are null or repeat, or a chain is a cycle.
 
-    Notes ----- Chains of n duplicates take ``ceil(log2(n))`` passes. A chain is a circle if it has not ended after the
-    passes that a chain of all duplicates would take.
+    Notes
+    -----
+    Chains of n duplicates take ``ceil(log2(n))`` passes. A chain is a cycle if it has not ended after the passes that a
+    chain of all duplicates would take.
 
     References
     ----------
@@ -96,7 +98,7 @@ def _ends(own: Any, preferred: Any, size: int, ids: Any) -> Any:
     if (lost := is_duplicate[pointers[own]]).any():
         lost_ids = to_list(ids.iloc[lost.nonzero()[0]])
         raise IdError(
-            f"{have(len(lost_ids), 'duplicate')} no document kept for them: their max_ids lead in a circle "
+            f"{have(len(lost_ids), 'duplicate')} no document kept for them: their max_ids form a cycle "
             f"(ids {some(lost_ids)}). Scores of one run never do: compute them again, from ids that do not repeat."
         )
     return pointers[own]
@@ -116,5 +118,5 @@ def _check_repeated(ids: Any, own: Any, size: int) -> None:
         repeated = ids.iloc[(counts[own] > 1).nonzero()[0]].drop_duplicates()
         raise IdError(
             f"{count} of {int((counts > 0).sum())} ids repeat among the duplicates (ids {some(to_list(repeated))}). "
-            "Which row a max_id means cannot be told: give every row an id of its own."
+            "The row that a max_id means is ambiguous: give every row an id of its own."
         )

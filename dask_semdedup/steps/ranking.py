@@ -129,9 +129,12 @@ class RankingStrategy:
         present = list(present)
         if set(self.required_columns) <= set(present):
             return
-        advice = "Name columns that are there in the ranking strategy."
+        advice = "Use existing columns in the ranking strategy."
         if set(self.required_columns) & set(DISTANCE_COLUMNS.values()):
-            advice = "Distances to the centroid come from k-means; without them rank with which_to_keep='random'."
+            advice = (
+                "Distances to the centroid come from k-means. Without them, rank by a column, with "
+                "ranking_strategy=RankingStrategy([column]), or with which_to_keep='random'."
+            )
         raise MissingColumnsError.build(self.required_columns, present, advice, parameters=["ranking_strategy"])
 
     def check_order(self, unordered: Iterable[str]) -> None:
@@ -300,7 +303,7 @@ def check_strategy(strategy: object) -> None:
     """
     if not isinstance(strategy, RankingStrategy):
         raise InvalidArgumentError(
-            f"ranking_strategy must be a RankingStrategy, as RankingStrategy(['score']), not {strategy!r}.",
+            f"ranking_strategy must be a RankingStrategy, such as RankingStrategy(['score']), not {strategy!r}.",
             parameters=["ranking_strategy"],
         )
     strategy._check_kind()

@@ -70,10 +70,13 @@ def checked_ids(duplicates: Any, repeated: Any) -> Any:
     """Return the ids to remove, or raise `IdError` if any of them repeats in the data."""
     if count := len(repeated):
         name = repeated.columns[0]
-        ids = "1 id of the duplicates stands" if count == 1 else f"{count} ids of the duplicates stand"
+        ids, them = (
+            ("1 id of the duplicates occurs", "it") if count == 1 else (f"{count} ids of the duplicates occur", "them")
+        )
         raise IdError(
-            f"Column {name!r}: {ids} in several rows of the data (ids {some(to_list(repeated[name]))}). To remove "
-            "them would remove rows that are no duplicates: give every row an id of its own, or drop repeats first.",
+            f"Column {name!r}: {ids} in several rows of the data (ids {some(to_list(repeated[name]))}). "
+            f"Dropping {them} would also drop rows that are not duplicates. Give every row an id of its own, or drop "
+            "repeats first.",
             columns=[name],
         )
     return duplicates

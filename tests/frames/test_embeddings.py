@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -143,7 +145,7 @@ def test_many_bad_rows_of_several_clusters_are_counted():
 def test_null_elements_of_arrow_lists_are_named(element):
     one = element.to_pandas_dtype()(1)
     column = arrow_series([[[one, one]], [[one, None], [None, None], [one, one]]], pa.list_(element))
-    with pytest.raises(EmbeddingError, match=r"2 rows with null elements \(ids b, c\)"):
+    with pytest.raises(EmbeddingError, match=r"2 rows with null or NaN elements \(ids b, c\)"):
         to_tensor(column, name="x", ids=pd.Series(list("abcd")))
 
 
@@ -159,12 +161,12 @@ def test_embedding_dim_is_checked(as_column):
         ("[1.0, 2.0]", "1 row of type str"),
         (1.5, "1 row of type float"),
         (np.array(1.5), "1 row that is a single number"),
-        (["a", "b"], "1 row with something else than a flat list of numbers"),
-        ([1.0, None], "1 row with something else than a flat list of numbers"),
-        ([[1.0], [2.0]], "1 row with something else than a flat list of numbers"),
-        (np.ones((2, 1)), "1 row with something else than a flat list of numbers"),
-        ([1.0, [2.0]], "1 row with something else than a flat list of numbers"),
-        (np.array([1 + 2j, 3]), "1 row with something else than a flat list of numbers"),
+        (["a", "b"], "1 row with something other than a flat list of numbers"),
+        ([1.0, None], "1 row with something other than a flat list of numbers"),
+        ([[1.0], [2.0]], "1 row with something other than a flat list of numbers"),
+        (np.ones((2, 1)), "1 row with something other than a flat list of numbers"),
+        ([1.0, [2.0]], "1 row with something other than a flat list of numbers"),
+        (np.array([1 + 2j, 3]), "1 row with something other than a flat list of numbers"),
     ],
     ids=str,
 )
@@ -216,3 +218,16 @@ def test_tensors_and_arrays_share_their_memory():
     array = array_like(tensor, pd.DataFrame())
     assert array.ctypes.data == tensor.data_ptr()
     assert tensor_like(array).data_ptr() == tensor.data_ptr()
+
+
+def test_warnings_of_zeros_show_no_code() -> None:
+    with pytest.warns(ZeroEmbeddingWarning) as record:
+        to_tensor(objects([[0.0, 0.0], [1.0, 0.0]]), name="x")
+    shown = warnings.formatwarning(
+        record[0].message,
+        record[0].category,
+        record[0].filename,
+        record[0].lineno,  # type: ignore[arg-type]
+    )
+    assert shown.startswith("dask_semdedup:1: ZeroEmbeddingWarning: Column 'x': 1 row")
+    assert len(shown.splitlines()) == 1

@@ -99,7 +99,7 @@ def test_from_scores_to_rows_left(client: Client, tmp_path: Path, broadcast: boo
     assert sorted(left.id) == sorted(set(frame.id) - set(expected.id))
     assert left.dtypes.to_dict() == ddf.dtypes.to_dict()
     twice = dd.concat([ddf, ddf]).semdedup.remove(scores, eps=0.05, broadcast=broadcast)
-    with pytest.raises(IdError, match=r"Column 'id': \d+ ids of the duplicates stand in several rows"):
+    with pytest.raises(IdError, match=r"Column 'id': \d+ ids of the duplicates occur in several rows"):
         twice.compute()
 
 

@@ -146,7 +146,7 @@ def test_only_ids_and_scores_are_read(tmp_path: Path) -> None:
 )
 def test_circles_are_errors(pairs: dict[int, int], lost: str) -> None:
     count = len(lost.split(", "))
-    with pytest.raises(IdError, match=rf"{count} duplicates have no document kept.*circle \(ids {lost}\)"):
+    with pytest.raises(IdError, match=rf"{count} duplicates have no document kept.*cycle \(ids {lost}\)"):
         find(make_scores(pairs))
 
 

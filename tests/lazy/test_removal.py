@@ -188,12 +188,12 @@ class TestRepeatedIds:
     def test_they_are_counted_and_named(self, npartitions: int, broadcast: bool) -> None:
         ddf = lazily(ids("a", "b", "c", "d", "b", "c", "b", "e", "e"), npartitions)
         left = ddf.semdedup.remove(ids("a", "b", "c"), broadcast=broadcast)
-        with pytest.raises(IdError, match=r"Column 'id': 2 ids of the duplicates stand in several rows .*b.*c.*give"):
+        with pytest.raises(IdError, match=r"Column 'id': 2 ids of the duplicates occur in several rows .*b.*c.*Give"):
             left.compute()
 
     def test_one_of_them(self) -> None:
         ddf = lazily(ids(7, 7, 8), 2)
-        with pytest.raises(IdError, match=r"1 id of the duplicates stands in several rows of the data \(ids 7\)"):
+        with pytest.raises(IdError, match=r"1 id of the duplicates occurs in several rows of the data \(ids 7\)"):
             ddf.semdedup.remove(ids(7)).compute()
 
     @BOTH

@@ -214,7 +214,7 @@ def test_null_texts_are_counted(frame: pd.DataFrame) -> None:
 def test_objects_that_are_not_strings_are_counted(frame: pd.DataFrame) -> None:
     texts = frame["text"].astype(object)
     texts.loc[5] = b"bytes"
-    with pytest.raises(EmbeddingError, match=r"Column 'text': 1 row has something else than a string \(index 5\)"):
+    with pytest.raises(EmbeddingError, match=r"Column 'text': 1 row has something other than a string \(index 5\)"):
         embed.embed_partition(texts, CountingModel())
 
 

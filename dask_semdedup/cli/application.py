@@ -29,7 +29,7 @@ INTERRUPTED = 130
 # Seconds within which several interrupts are one: programs such as timeout pass on what the terminal sends, too.
 ONE_INTERRUPT = 0.5
 
-RESUME = "The same command goes on with the parts that are finished, if any."
+RESUME = "Run the same command again to resume: it reuses finished parts."
 
 # The sections of the commands' help, with the parameters in each.
 SECTIONS = {

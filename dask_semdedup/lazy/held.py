@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from dask_semdedup._dask import GE, GT, And, AnyExpr, AsType, Filter, Len, Literal, Projection
-from dask_semdedup.errors import InvalidArgumentError, some
+from dask_semdedup.errors import DataReadError, InvalidArgumentError, some
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.lazy.join import Plan
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sources import reader_of
-from dask_semdedup.steps.duplicates import threshold
+from dask_semdedup.steps.duplicates import check_eps, threshold
 
 __all__ = ["Held", "check_held", "held", "with_note"]
 
@@ -74,7 +74,7 @@ def held(scores: Any) -> Held | None:
                 rules.add(expr.options.duplicate_of)
             continue
         if (reader := reader_of(expr)) is not None and NOTE in (reader.schema.metadata or {}):
-            stored = Held(**json.loads(reader.schema.metadata[NOTE]))
+            stored = _stored(reader.schema.metadata[NOTE], reader.root)
             limits.append(threshold(stored.eps))
             rules.add(stored.duplicate_of)
             rows.append(stored.rows)
@@ -104,6 +104,20 @@ def with_note(schema: pa.Schema, ddf: dd.DataFrame) -> pa.Schema:
     if (known := held(ddf)) is not None:
         metadata[NOTE] = json.dumps(vars(known)).encode()
     return schema.with_metadata(metadata or None)
+
+
+def _stored(note: bytes, path: str) -> Held:
+    """Return what files say of their scores."""
+    try:
+        stored = Held(**json.loads(note))
+        check_eps(stored.eps)
+        return stored
+    except (TypeError, ValueError) as error:
+        raise DataReadError(
+            f"The schema of files in {path} says in {NOTE.decode()!r} which scores it holds, and is damaged: {note[:80]!r}. "
+            "Write the scores again.",
+            parameters=["path"],
+        ) from error
 
 
 def _has_scores(expr: AnyExpr) -> bool:

@@ -470,7 +470,7 @@ def test_a_run_that_is_stopped_leaves_what_is_finished(
         assert result.exit_code == 130
         assert [line for line in result.stderr.splitlines() if line] == [
             "Stopping: waiting for running tasks. Press Ctrl-C again to stop at once.",
-            "Stopped. The same command goes on with the parts that are finished, if any.",
+            "Stopped. Run the same command again to resume: it reuses finished parts.",
         ]
         assert signal.getsignal(stop) is before
     finally:

@@ -10,13 +10,15 @@ import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_semdedup import InvalidArgumentError, RankingStrategy, plots, read_clusters, read_table
+from dask_semdedup import DataReadError, InvalidArgumentError, RankingStrategy, plots, read_clusters, read_table
 from dask_semdedup.lazy.duplicates import EPS_GRID
-from dask_semdedup.lazy.held import Held, _eps_of, held
+from dask_semdedup.lazy.held import NOTE, Held, _eps_of, held
 from dask_semdedup.steps.duplicates import threshold
 from tests.data import by_cluster, make_frame, write_layout
 
@@ -129,6 +131,14 @@ def test_files_do_not_keep_what_no_longer_holds(ddf: dd.DataFrame, tmp_path: Pat
     assert held(scores) == Held(0.2, rows=len(ddf))
     assert held(written(scores.semdedup.duplicates(0.1), tmp_path / "narrow")) == Held(0.1, rows=len(ddf))
     assert held(written(scores[["id"]].assign(cosine_sim_score=1.0), tmp_path / "made")) is None
+
+
+@pytest.mark.parametrize("note", [b"{", b"3", b'{"eps": "x"}', b'{"eps": 9}', b'{"eps": 0.1, "other": 1}', b"\xff"])
+def test_a_damaged_note_is_named(ddf: dd.DataFrame, tmp_path: Path, note: bytes) -> None:
+    table = pa.Table.from_pandas(ddf.semdedup.pairwise(eps=0.2, cluster_field=None, **BY_ID).compute())
+    pq.write_table(table.replace_schema_metadata({NOTE: note}), tmp_path / "scores.parquet")
+    with pytest.raises(DataReadError, match=r"says in 'dask_semdedup\.scores'.*Write the scores again"):
+        read_table(tmp_path / "scores.parquet").semdedup.duplicates(0.1)
 
 
 @given(st.floats(0, 2))

@@ -114,8 +114,8 @@ def _stored(note: bytes, path: str) -> Held:
         return stored
     except (TypeError, ValueError) as error:
         raise DataReadError(
-            f"The schema of files in {path} says in {NOTE.decode()!r} which scores it holds, and is damaged: {note[:80]!r}. "
-            "Write the scores again.",
+            f"The schema of files in {path} says in {NOTE.decode()!r} which scores they hold, and is damaged: "
+            f"{note[:80]!r}. Write the scores again.",
             parameters=["path"],
         ) from error
 

@@ -18,13 +18,13 @@ embeddings of `examples/data`, or rows with the spectrum of such, which need no 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import numpy as np
@@ -67,7 +67,9 @@ def run_once(folder: Path, way: str, eps: float, duplicate_of: str, scheduler: s
 
     start = time.perf_counter()
     ddf = dask_semdedup.read_table(folder, backend=backend)
-    options = {"ranking_strategy": dask_semdedup.RankingStrategy(["id"])}
+    options: dict[str, Any] = {"ranking_strategy": dask_semdedup.RankingStrategy(["id"])}
+    if "workers" in way:
+        options["device"] = "cpu"
     with dask.config.set(scheduler=scheduler):
         if way == "exact":
             whole = ddf.assign(centroid=0).repartition(npartitions=1)
@@ -85,7 +87,6 @@ def run_on_workers(folder: Path, way: str, eps: float, duplicate_of: str) -> dic
     """Find the rows to drop on as many workers as `way` begins with, without GPUs."""
     from distributed import Client, LocalCluster
 
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with (
         TemporaryDirectory() as few,
         LocalCluster(int(way.split()[0]), threads_per_worker=1, memory_limit=0) as cluster,

@@ -265,7 +265,7 @@ def test_write_kwargs_of_the_stage_itself_are_refused():
         ({"pairwise_batch_size": 0}, "pairwise_batch_size must be a positive integer or None, not 0"),
         ({"compute_dtype": "int8"}, "compute_dtype must be one of 'auto', 'float16', 'float32', not 'int8'"),
         ({"embedding_dim": 2.5}, "embedding_dim must be a positive integer or None, not 2.5"),
-        ({"ranking_strategy": "hard"}, "ranking_strategy must be a RankingStrategy, as .* not 'hard'"),
+        ({"ranking_strategy": "hard"}, "ranking_strategy must be a RankingStrategy, such as .* not 'hard'"),
     ],
 )
 def test_arguments_are_checked_when_either_stage_is_made(argument, message):
@@ -290,7 +290,7 @@ def test_arguments_are_checked_when_the_whole_stage_is_made(argument, message):
 
 
 def test_a_stage_without_a_ranking_is_refused():
-    with pytest.raises(InvalidArgumentError, match=r"ranking_strategy must be a RankingStrategy, as .* not None"):
+    with pytest.raises(InvalidArgumentError, match=r"ranking_strategy must be a RankingStrategy, such as .* not None"):
         PairwiseCosineSimilarityStage(ranking_strategy=None, **NAMES)
 
 

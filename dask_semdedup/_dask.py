@@ -8,6 +8,8 @@ Dask DataFrame has no public way to write an expression. What each name is for, 
 `Lengths`, `Len`, `Literal`, `Projection`, `Index`, `Filter`, `determine_column_projection`
     Expressions above ours, which are answered from footers or pushed down. Counting rows would read files, and
     removal would read all columns twice.
+`ResetIndex`, `Repartition`, `ArrowStringConversion`
+    What leaves scores as they are. What they hold would be forgotten.
 `GE`, `GT`, `And`, `Binop`, `Unaryop`, `Isin`, `AsType`
     What filters of scores are made of. Scores of all rows would be searched for where only duplicates are wanted, and
     duplicates would be asked for that are no longer there.
@@ -41,6 +43,7 @@ from dask.dataframe.dask_expr._expr import (
     GE,
     GT,
     And,
+    ArrowStringConversion,
     AsType,
     Binop,
     Blockwise,
@@ -53,12 +56,14 @@ from dask.dataframe.dask_expr._expr import (
     MapPartitions,
     PartitionsFiltered,
     Projection,
+    ResetIndex,
     Unaryop,
     determine_column_projection,
 )
 from dask.dataframe.dask_expr._expr import _DelayedExpr as DelayedOperand
 from dask.dataframe.dask_expr._merge import Merge
 from dask.dataframe.dask_expr._reductions import Len
+from dask.dataframe.dask_expr._repartition import Repartition
 from dask.dataframe.dask_expr._shuffle import RearrangeByColumn
 from dask.dataframe.dask_expr._util import _BackendData as BackendData
 from dask.dataframe.dask_expr.io.io import BlockwiseIO, FromMap, FromPandas
@@ -68,6 +73,7 @@ __all__ = [
     "GT",
     "And",
     "AnyExpr",
+    "ArrowStringConversion",
     "AsType",
     "BackendData",
     "Binop",
@@ -91,6 +97,8 @@ __all__ = [
     "PartitionsFiltered",
     "Projection",
     "RearrangeByColumn",
+    "Repartition",
+    "ResetIndex",
     "Task",
     "TaskList",
     "TaskRef",

@@ -41,7 +41,7 @@ METHODS = (
 NOTES = (
     "Methods return lazy frames; some read a sample first. Only plan, fit_centroids and those that write work at once.",
     "Write the rows that deduplicate keeps with to_parquet.",
-    "Pass duplicates that pairwise or against finds to remove, and write what it keeps with to_parquet.",
+    "pairwise and against find duplicates: pass these to remove, and write its result with to_parquet.",
 )
 
 # Other columns that the accessor lists.
@@ -90,7 +90,7 @@ class SemDedupAccessor:
             return [("scores", ", ".join(SCORE_COLUMNS))]
         names = {attribute: getattr(Columns(), attribute) for attribute in HELD}
         found = {attribute: f"no column {name!r}; pass {attribute}_field" for attribute, name in names.items()}
-        found |= {"cluster": "none: all rows are compared"}
+        found |= {"cluster": "none; pass cluster_field=None to pairwise to compare all rows"}
         found |= {attribute: name for attribute, name in names.items() if name in columns}
         others = [name for name in columns if name not in names.values()]
         rows = [(held, found[attribute]) for attribute, held in HELD.items()]

@@ -59,7 +59,7 @@ class TestOverview:
         assert "pandas partition" in text
         text = unescape(text)
         assert "no column 'id'; pass id_field" in text
-        assert "none: all rows are compared" in text
+        assert "none; pass cluster_field=None to pairwise to compare all rows" in text
         assert "doc, cosine_dist_to_cent, text" in text
         assert "lazy" in text
 

@@ -147,7 +147,7 @@ Examples:
     metavar="EPS",
     help="Store scores up to this eps: later runs may choose any --eps up to it, and the report's slider ends there. "
     "Larger values take longer, above all 2, which stores the scores of all rows.  [default: that of the scores in "
-    f"OUTPUT; without scores, {DEFAULT_MAX_EPS:g} or --eps if it is larger]",
+    f"OUTPUT, or {DEFAULT_MAX_EPS:g}; or --eps if it is larger]",
 )
 @search_options
 @execution_options
@@ -196,7 +196,12 @@ def command(
     refuse_overlap(fs, output, options["input_path"], storage_options)
     with show_progress(enabled=not quiet) as progress:
         run = Run(
-            output=fs.unstrip_protocol(output), command=command_line(ctx), progress=progress, verbose=verbose, **options
+            output=fs.unstrip_protocol(output),
+            command=command_line(ctx),
+            anew=overwrite,
+            progress=progress,
+            verbose=verbose,
+            **options,
         )
         steps = run.steps()
         first = steps[0].name if overwrite else redo_from
@@ -272,6 +277,7 @@ class Run:
     storage_options: dict[str, Any]
     verbose: bool
     command: str
+    anew: bool
     progress: Progress
     client: Client | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -284,11 +290,12 @@ class Run:
 
     @cached_property
     def largest_eps(self) -> float:
-        """The eps up to which scores are stored: by default that of the scores in OUTPUT, unless `eps` is larger."""
+        """The eps up to which scores are stored: by default that of scores that are reused, unless `eps` is larger."""
         if self.max_eps is not None:
             return self.max_eps
-        stored = stored_parameters("scores", _contents_of_scores(), self.output, self.storage_options)
-        return float(max(stored.get("max_eps", DEFAULT_MAX_EPS), self.eps))
+        contents = _contents_of_scores()
+        stored = {} if self.anew else stored_parameters("scores", contents, self.output, self.storage_options)
+        return float(max(stored.get("max_eps") or DEFAULT_MAX_EPS, self.eps))
 
     @property
     def is_complete(self) -> bool:
@@ -586,13 +593,13 @@ class Run:
         Without such rows, all nearest rows are kept, and the rule "kept" drops what the rule "any" drops.
         """
         from dask_semdedup.lazy.tasks import compute
-        from dask_semdedup.steps.duplicates import count_links
+        from dask_semdedup.steps.duplicates import has_chain
 
-        # One partition holds the ids, as when rows are removed.
-        ids = duplicates[["id"]].repartition(npartitions=1)
-        links = duplicates.map_partitions(count_links, ids, meta=("links", "int64"), align_dataframes=False)
+        # One task holds the ids, as when rows are removed.
+        ids = duplicates[["id", "max_id"]].repartition(npartitions=1)
         with show_tasks(self.progress, "Looking at chains", client=self.client):
-            return bool(compute(links.sum())[0])
+            [found] = compute(ids.map_partitions(has_chain, meta=(None, bool)))
+        return bool(found.iloc[0])
 
     def _find_duplicates(self, folder: str, frame: dd.DataFrame) -> dict[str, int]:
         return {"duplicates": self._write(frame, folder, "Finding duplicates")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -67,10 +67,9 @@ def list_files(
     DataNotFoundError
         If there are no files, or one of the paths does not exist. The message calls files by their `kind`.
     InvalidArgumentError
-        If these are no paths, or are on several file systems.
+        If an entry is not a path, or they are on several file systems.
     """
-    _check_paths(path)
-    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    paths = _as_paths(path)
     if not paths:
         raise DataNotFoundError(f"No {kind} files: the list of paths is empty.", parameters=["path"])
     located = [fsspec.url_to_fs(os.fspath(entry), **(storage_options or {})) for entry in paths]
@@ -94,17 +93,21 @@ def list_files(
     return fs, {name: files[name] for name in sorted(files)}
 
 
-def _check_paths(path: object) -> None:
-    """Raise unless this is a path or a list of them."""
-    entries = path if isinstance(path, Sequence) and not isinstance(path, str) else [path]
-    for entry in entries:
+def _as_paths(path: Any) -> list[str | os.PathLike[str]]:
+    """Return a path, or several, as a list."""
+    if isinstance(path, (str, os.PathLike)):
+        return [path]
+    is_frame = hasattr(path, "columns")
+    paths = [path] if is_frame or isinstance(path, bytes) or not isinstance(path, Iterable) else list(path)
+    for entry in paths:
         if not isinstance(entry, (str, os.PathLike)):
-            advice = " Pass a pandas DataFrame to dask_semdedup.from_pandas." if hasattr(entry, "columns") else ""
-            listed = "a list of " if entry is not path else ""
+            advice = " Pass a pandas DataFrame to dask_semdedup.from_pandas." if is_frame else ""
+            listed = "" if entry is path else "a list of "
             raise InvalidArgumentError(
                 f"path must be a path, a URL or a list of them, not {listed}{type_name(entry)}.{advice}",
                 parameters=["path"],
             )
+    return paths
 
 
 def above_pattern(fs: fsspec.AbstractFileSystem, root: str) -> str:

@@ -1,11 +1,13 @@
-"""What scores hold: duplicates up to which eps, by which rule, and of how many rows. No other code decides this.
+"""What scores hold: duplicates up to which eps, by which rule, and of how many rows.
 
-It is read off the graph: where scores are searched for, filtered, or read from files that say so.
+It is read off the graph: where scores are searched for, filtered by scores, or read from one folder whose files say so.
+Nothing is known of scores that anything else has been done to.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
@@ -15,12 +17,25 @@ import dask.dataframe as dd
 import numpy as np
 import pyarrow as pa
 
-from dask_semdedup._dask import GE, GT, And, AnyExpr, AsType, Filter, Len, Literal, Projection
+from dask_semdedup._dask import (
+    GE,
+    GT,
+    And,
+    AnyExpr,
+    ArrowStringConversion,
+    AsType,
+    Filter,
+    Len,
+    Literal,
+    Projection,
+    Repartition,
+    ResetIndex,
+)
 from dask_semdedup.errors import DataReadError, InvalidArgumentError, some
-from dask_semdedup.frames.columns import SCORE_COLUMN
+from dask_semdedup.frames.columns import DUPLICATE_OF, SCORE_COLUMN
 from dask_semdedup.lazy.join import Plan
 from dask_semdedup.lazy.pushdown import Searched
-from dask_semdedup.lazy.sources import reader_of
+from dask_semdedup.lazy.sources import is_one_folder, reader_of
 from dask_semdedup.steps.duplicates import check_eps, threshold
 
 __all__ = ["Held", "check_held", "held", "with_note"]
@@ -54,36 +69,38 @@ class Held:
 
 
 def held(scores: Any) -> Held | None:
-    """Return what a frame of scores holds, or None if it is those of all rows, or in memory, where it does not tell."""
+    """Return what a frame of scores holds, or None if it is those of all rows, or does not tell."""
     if not isinstance(scores, dd.DataFrame):
         return None
+    expr: AnyExpr = scores.expr
     limits: list[float] = []
-    rules: set[str] = set()
-    rows: list[int | None] = []
-    seen: set[str] = set()
-    stack: list[AnyExpr] = [scores.expr]
-    while stack:
-        expr = stack.pop()
-        if expr._name in seen or not _has_scores(expr):
-            continue
-        seen.add(expr._name)
-        if isinstance(expr, Searched):  # What is below are the rows, which may be left of another search.
-            rows.append(_rows_of(expr))
-            if expr.options.at_least is not None:
-                limits.append(expr.options.at_least)
-                rules.add(expr.options.duplicate_of)
-            continue
-        if (reader := reader_of(expr)) is not None and NOTE in (reader.schema.metadata or {}):
-            stored = _stored(reader.schema.metadata[NOTE], reader.root)
-            limits.append(threshold(stored.eps))
-            rules.add(stored.duplicate_of)
-            rows.append(stored.rows)
+    is_whole = True
+    while (known := _origin(expr)) is None:
         if isinstance(expr, Filter):
-            limits += _lowest(expr.predicate)
-        stack += expr.dependencies()
-    if not limits:
+            lowest = _lowest(expr.predicate)
+            limits += [limit for limit in lowest if limit is not None]
+            is_whole &= None not in lowest
+        elif not isinstance(expr, (Projection, ResetIndex, Repartition, ArrowStringConversion)):
+            return None
+        expr = expr.frame
+    limit, duplicate_of, rows = known
+    if duplicate_of == "any":  # Rows that another rule would keep are not told by a filter.
+        limit = max([limit, *limits])
+    return None if limit <= -1 else Held(_eps_of(limit), duplicate_of, rows if is_whole else None)
+
+
+def _origin(expr: AnyExpr) -> tuple[float, str, int | None] | None:
+    """Return the least score, the rule and the number of rows where scores come from; None of any other expression."""
+    if isinstance(expr, Searched):
+        at_least = expr.options.at_least
+        return -1 if at_least is None else at_least, expr.options.duplicate_of, _rows_of(expr)
+    if (reader := reader_of(expr)) is None:
         return None
-    return Held(_eps_of(max(limits)), "kept" if "kept" in rules else "any", rows[0] if len(rows) == 1 else None)
+    note = (reader.schema.metadata or {}).get(NOTE)
+    if note is None or not is_one_folder(expr):
+        return -1, "any", None
+    stored = _stored(note, reader.root)
+    return threshold(stored.eps), stored.duplicate_of, stored.rows
 
 
 def check_held(scores: Any, eps: Iterable[float]) -> None:
@@ -92,10 +109,10 @@ def check_held(scores: Any, eps: Iterable[float]) -> None:
     if known is None or not (lacking := [value for value in eps if not known.holds(value)]):
         return
     if known.duplicate_of == "kept":
-        what, advice = f"Scores of duplicate_of='kept' hold for eps = {known.eps} only", "the other eps"
+        what, advice = f"Scores of duplicate_of='kept' hold for eps = {known.eps} only", "at that eps"
     else:
-        what, advice = f"Scores hold duplicates up to eps = {known.eps} only", "a larger eps"
-    raise InvalidArgumentError(f"{what}, not at {some(lacking)}. Search again with {advice}.", parameters=["eps"])
+        what, advice = f"These scores hold duplicates only up to eps = {known.eps}", "with a larger eps"
+    raise InvalidArgumentError(f"{what}, not at {some(lacking)}. Search again {advice}.", parameters=["eps"])
 
 
 def with_note(schema: pa.Schema, ddf: dd.DataFrame) -> pa.Schema:
@@ -109,43 +126,39 @@ def with_note(schema: pa.Schema, ddf: dd.DataFrame) -> pa.Schema:
 def _stored(note: bytes, path: str) -> Held:
     """Return what files say of their scores."""
     try:
-        stored = Held(**json.loads(note))
+        said = json.loads(note)
+        stored = Held(said["eps"], said["duplicate_of"], said["rows"])
         check_eps(stored.eps)
-        return stored
-    except (TypeError, ValueError) as error:
-        raise DataReadError(
-            f"The schema of files in {path} says in {NOTE.decode()!r} which scores they hold, and is damaged: "
-            f"{note[:80]!r}. Write the scores again.",
-            parameters=["path"],
-        ) from error
-
-
-def _has_scores(expr: AnyExpr) -> bool:
-    try:
-        meta = expr._meta
-    except (AttributeError, NotImplementedError):  # It is no frame's.
-        return False
-    return SCORE_COLUMN in getattr(meta, "columns", [getattr(meta, "name", None)])
+        if stored.duplicate_of in DUPLICATE_OF and isinstance(stored.rows, int | None):
+            return stored
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise DataReadError(
+        f"The schema of files in {path} says in {NOTE.decode()!r} which scores they hold, and is damaged: "
+        f"{note[:80]!r}. Write the scores again.",
+        parameters=["path"],
+    )
 
 
 def _rows_of(scores: Searched) -> int | None:
     """Return how many rows were compared, if that is known without reading them."""
     if isinstance(plan := getattr(scores, "plan", None), Plan):
-        return plan.rows - plan.other_rows or None
+        return plan.rows - plan.other_rows or None  # Where all rows are searched in any case, they are not counted.
     frame = getattr(scores, "frame", None)  # None once Dask has optimised what reads files and searches.
     counted = None if frame is None else Len(frame).simplify()
     return int(counted.value) if isinstance(counted, Literal) else None
 
 
-def _lowest(predicate: Any) -> list[float]:
-    """Return the scores that a filter demands at least."""
+def _lowest(predicate: Any) -> list[float | None]:
+    """Return the scores that a filter demands at least, and None for what it demands otherwise."""
     if isinstance(predicate, And):
         return [*_lowest(predicate.left), *_lowest(predicate.right)]
     if not isinstance(predicate, (GE, GT)) or not isinstance(predicate.right, Real):
-        return []
+        return [None]
     column = predicate.left.frame if isinstance(predicate.left, AsType) else predicate.left
     is_score = isinstance(column, Projection) and column.operand("columns") == SCORE_COLUMN
-    return [float(predicate.right)] if is_score else []
+    # No score is beyond 1, or not a number.
+    return [min(float(predicate.right), 1.0)] if is_score and not math.isnan(predicate.right) else [None]
 
 
 def _eps_of(score: float) -> float:

@@ -20,6 +20,7 @@ from dask_semdedup.steps.ranking import RankingStrategy
 __all__ = [
     "bytes_in_footers",
     "check_sources",
+    "is_one_folder",
     "lengths_in_footers",
     "paths_of",
     "reader_of",
@@ -41,6 +42,15 @@ def reader_of(expr: AnyExpr) -> Reader | None:
         return expr.source.reader
     reader = expr.func.reader if isinstance(expr, FromMap) and isinstance(expr.func, ReadPart) else None
     return reader if isinstance(reader, Reader) else None
+
+
+def is_one_folder(expr: AnyExpr) -> bool:
+    """Return whether an expression that reads Parquet files reads all files of one folder, as one call writes them."""
+    if isinstance(expr, ReadClusters):
+        return True
+    partitions = expr.iterables[0]
+    folders = {piece.path.rpartition("/")[0] for pieces in partitions for piece in pieces}
+    return len(folders) == 1 and len(expr._partitions) == len(partitions)
 
 
 def paths_of(ddf: dd.DataFrame) -> Iterator[tuple[str, Mapping[str, Any]]]:

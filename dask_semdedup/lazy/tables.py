@@ -156,7 +156,7 @@ def from_pandas(
     """Make a Dask DataFrame of a pandas DataFrame with embeddings.
 
     `dask.dataframe.from_pandas` makes strings of arrays and lists in object columns. Here embeddings become Arrow lists
-    of float32, and lists in other object columns become Arrow lists.
+    of float32. Lists and mappings in another object column become Arrow's if one Arrow type holds all of them.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ def from_pandas(
     Returns
     -------
     dask.dataframe.DataFrame
-        All columns, in the order of the rows and with their index. Columns other than lists are those of
+        All columns, in the order of the rows and with their index. Other columns are those of
         `dask.dataframe.from_pandas`.
 
     Raises
@@ -181,7 +181,8 @@ def from_pandas(
     EmbeddingError
         If the column does not hold embeddings, or rows of it are null, not finite or of different lengths.
     InvalidArgumentError
-        If `frame` is not a pandas DataFrame or has several columns of one name, or `npartitions` is not positive.
+        If `frame` is not a pandas DataFrame, has several columns of one name, or an index of several levels or with
+        missing labels; or if `npartitions` is not positive.
 
     See Also
     --------
@@ -200,6 +201,12 @@ def from_pandas(
     if not isinstance(frame, pd.DataFrame):
         raise InvalidArgumentError(f"frame must be a pandas DataFrame, not {type_name(frame)}.", parameters=["frame"])
     check_positive("npartitions", npartitions)
+    if isinstance(frame.index, pd.MultiIndex) or frame.index.hasnans:
+        raise InvalidArgumentError(
+            "The index of frame has several levels or missing labels, which Dask does not take: call "
+            "frame.reset_index() first.",
+            parameters=["frame"],
+        )
     Columns(embedding=embedding_field).require(unique_columns(frame), "embedding")
     column = frame[embedding_field]
     if is_string(column):
@@ -219,14 +226,15 @@ def from_pandas(
     if npartitions is None:
         nbytes = int(frame.memory_usage(index=False).sum())
         npartitions = max(1, -(-nbytes // fitting_size(default_size("pandas"), "pandas", nbytes)))
-    # Rows stay where they are; Dask knows divisions only of an index that ascends.
-    return dd.from_pandas(frame, npartitions=npartitions, sort=frame.index.is_monotonic_increasing)
+    # Rows stay where they are. Dask knows divisions only of an index that ascends, and never parts equal labels.
+    index = frame.index
+    return dd.from_pandas(frame, npartitions=npartitions, sort=index.is_monotonic_increasing and index.is_unique)
 
 
 def _nested_in_arrow(column: pd.Series) -> pd.Series:
     """Return lists, arrays and mappings as Arrow's, if one type holds all of them, and any other column as it is."""
     if isinstance(next(iter(column.dropna()), None), (list, tuple, dict, np.ndarray)):
-        with suppress(pa.ArrowException):
+        with suppress(pa.ArrowException, OverflowError):
             values = pa.array(column, from_pandas=True)
             return pd.Series(pd.array(values, dtype=pd.ArrowDtype(values.type)), column.index)
     return column

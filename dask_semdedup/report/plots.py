@@ -10,6 +10,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from dask_semdedup.errors import MissingColumnsError, counted
+from dask_semdedup.lazy.held import check_held
 from dask_semdedup.report.gallery import check_pairs
 from dask_semdedup.report.summary import summarize
 from dask_semdedup.steps.duplicates import threshold as duplicate_threshold
@@ -127,6 +128,11 @@ def duplicates_curve(
     -------
     Figure or SubFigure
 
+    Raises
+    ------
+    InvalidArgumentError
+        If the scores are known to be those of ``duplicate_of="kept"``, which hold for one eps.
+
     Examples
     --------
     >>> import pandas as pd
@@ -134,6 +140,7 @@ def duplicates_curve(
     >>> duplicates_curve(scores, eps=0.01).axes[0].get_title(loc="left")
     'eps = 0.01 drops 1 of 3 rows (33.3%)'
     """
+    check_held(scores, [0])
     summary = summarize(scores, eps, largest_eps=largest_eps)
     rows = max(summary.rows, 1)
     are_dropped = summary.dropped is None

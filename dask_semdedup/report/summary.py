@@ -177,10 +177,11 @@ def summarize(
     """
     if isinstance(scores, ScoreSummary):
         return scores
-    if (known := held(scores)) is not None:
-        largest_eps = min(largest_eps, known.eps) or largest_eps
+    known = held(scores)
+    if known is not None:
+        largest_eps = min(largest_eps, known.eps)
     [summary] = reduce_partitions(scores, score_summary(scores, eps, largest_eps, cluster_field))
-    return summary
+    return summary if known is None or known.rows is None else replace(summary, rows=known.rows, kept_eps=known.eps)
 
 
 def score_summary(scores: Any, eps: float | None, largest_eps: float, cluster_field: str) -> Reduction[ScoreSummary]:
@@ -241,6 +242,8 @@ def _merged(parts: Sequence[Any], reduction: Reduction[Any]) -> Any:
 @lru_cache(maxsize=8)
 def _grid(eps: float | None, largest_eps: float) -> np.ndarray:
     """Round values of eps, closer together the smaller they are."""
+    if not largest_eps:
+        return np.unique([0.0, *([] if eps is None else [eps])])
     unit = 10.0 ** np.floor(np.log10(largest_eps))
     steps = [unit * np.arange(50) / 500, unit * np.arange(10, 100) / 100, unit * np.arange(20, 201) / 20]
     values = np.array([float(f"{value:.6g}") for value in np.concatenate(steps)])

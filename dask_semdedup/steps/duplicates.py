@@ -17,9 +17,9 @@ from dask_semdedup.frames.ids import are_equal, is_in
 __all__ = [
     "check_eps",
     "check_score_columns",
-    "count_links",
     "eps_column",
     "find_duplicates",
+    "has_chain",
     "is_duplicate",
     "threshold",
     "without_first_rows",
@@ -107,22 +107,20 @@ def find_duplicates(scores: Any, eps: float | Sequence[float]) -> Any:
     return scores.assign(**{eps_column(value): is_duplicate(scores[SCORE_COLUMN], value) for value in grid})
 
 
-def count_links(duplicates: Any, all_duplicates: Any) -> pd.Series:
-    """Return the number of duplicates whose preferred row is a duplicate, too.
+def has_chain(duplicates: Any) -> pd.Series:
+    """Return whether the preferred row of any duplicate is a duplicate, too.
 
     Parameters
     ----------
     duplicates : pandas.DataFrame or cudf.DataFrame
-        Some of the duplicates, with the column ``max_id``.
-    all_duplicates : pandas.DataFrame or cudf.DataFrame
-        All of them, with the column ``id``.
+        All duplicates, with the columns ``id`` and ``max_id``.
 
     Returns
     -------
     pandas.Series
-        One number.
+        One Boolean.
     """
-    return pd.Series([int(is_in(duplicates["max_id"], all_duplicates["id"]).sum())], name="links")
+    return pd.Series([bool(is_in(duplicates["max_id"], duplicates["id"]).any())])
 
 
 def without_first_rows(duplicates: Any) -> Any:

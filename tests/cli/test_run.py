@@ -436,6 +436,8 @@ def test_scores_reach_as_far_as_those_that_are_there_or_as_eps(
     assert json_of(read_run(tmp_path)[1])["eps"][-1] == 0.3
     assert invoke(source, "--from", "scores").exit_code == 0
     assert json_of(read_run(tmp_path)[1])["eps"][-1] == 0.3
+    assert invoke(source, "--overwrite").exit_code == 0
+    assert json_of(read_run(tmp_path)[1])["eps"][-1] == 0.1
 
 
 @pytest.mark.parametrize("max_eps", [0.07, 0.3])

@@ -8,7 +8,6 @@ from typing import Any
 
 import dask
 import dask.dataframe as dd
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,15 +58,16 @@ def test_no_more_than_was_searched_for(ddf: dd.DataFrame, search: Any, tmp_path:
     lazy = search(ddf, 0.1)
     for scores in (lazy, written(lazy, tmp_path / "scores"), lazy[["cosine_sim_score", "id", "max_id"]]):
         for ask in ASKED.values():
-            with pytest.raises(InvalidArgumentError, match=r"up to eps = 0.1 only, not at 0.3. Search.* larger eps"):
+            with pytest.raises(InvalidArgumentError, match=r"only up to eps = 0.1, not at 0.3. Search.* larger eps"):
                 ask(ddf, scores, 0.3)
             ask(ddf, scores, 0.05)
+        assert len(scores.semdedup.duplicates(0.05)) == (lazy.compute()["cosine_sim_score"] >= threshold(0.05)).sum()
     assert len(lazy.semdedup.duplicates(0.1)) == len(lazy)
 
 
 def test_groups_are_not_asked_for_more(ddf: dd.DataFrame) -> None:
     scores = ddf.semdedup.pairwise(eps=0.1, **BY_ID)
-    with pytest.raises(InvalidArgumentError, match=r"up to eps = 0.1 only, not at 0.3"):
+    with pytest.raises(InvalidArgumentError, match=r"only up to eps = 0.1, not at 0.3"):
         scores.semdedup.groups(0.3)
     assert len(scores.semdedup.groups(0.1)) == len(scores)
 
@@ -75,7 +75,7 @@ def test_groups_are_not_asked_for_more(ddf: dd.DataFrame) -> None:
 def test_figures_and_pairs_are_not_asked_for_more(ddf: dd.DataFrame) -> None:
     scores = ddf.semdedup.pairwise(eps=0.1, **BY_ID)
     for ask in (plots.pairs_around, plots.score_histogram, plots.duplicates_curve):
-        with pytest.raises(InvalidArgumentError, match=r"up to eps = 0.1 only, not at 0.3"):
+        with pytest.raises(InvalidArgumentError, match=r"only up to eps = 0.1, not at 0.3"):
             ask(scores, 0.3)
     line = plots.duplicates_curve(scores).axes[0].lines[0]
     assert max(line.get_xdata()) == 0.1
@@ -102,19 +102,68 @@ def test_the_curve_ends_with_the_search_and_shares_are_of_all_rows(ddf: dd.DataF
 
 
 def test_the_number_of_rows_may_be_unknown(ddf: dd.DataFrame, tmp_path: Path) -> None:
-    scores = ddf.semdedup.pairwise(eps=0.1, **BY_ID)
     by_files = read_clusters(write_layout(tmp_path, by_cluster(make_frame(3)))).semdedup.pairwise(eps=0.1, **BY_ID)
     assert held(by_files) == Held(0.1, rows=len(ddf))
-    twice = dd.concat([scores, by_files])
-    assert held(twice) == Held(0.1)
-    assert twice.semdedup.eps_curve()["share"].isna().compute().all()
+    some = by_files[by_files.id > 3]
+    assert held(some) == Held(0.1)
+    assert some.semdedup.eps_curve([0.1])["share"].isna().compute().all()
 
 
 def test_rows_that_another_search_has_left_are_searched_anew(ddf: dd.DataFrame) -> None:
     kept = ddf.semdedup.deduplicate(0.1, **BY_ID)
     assert held(kept.semdedup.pairwise(**BY_ID)) is None
+    assert held(kept.semdedup.pairwise(eps=0.2, **BY_ID)) == Held(0.2)  # Rows are not counted for this.
+
+
+def test_of_what_else_is_done_to_scores_nothing_is_known(ddf: dd.DataFrame) -> None:
+    scores = ddf.semdedup.pairwise(eps=0.1, **BY_ID)
     labels = dd.from_pandas(pd.DataFrame({"id": range(5)}), npartitions=1)
-    assert held(kept.semdedup.pairwise(eps=0.2, **BY_ID).merge(labels, on="id")) is not None
+    narrow = scores.semdedup.duplicates(0.01)
+    for made in (
+        scores.merge(labels, on="id"),
+        dd.concat([scores, narrow]),
+        scores.sample(frac=0.5),
+        scores.assign(cosine_sim_score=1.0),
+        scores.partitions[:1],
+        scores.persist(),
+    ):
+        assert held(made) is None
+    assert held(scores.repartition(npartitions=1).reset_index(drop=True)) == Held(0.1, rows=len(ddf))
+
+
+def test_a_filter_tells_nothing_of_kept_rows(ddf: dd.DataFrame) -> None:
+    kept = ddf.semdedup.pairwise(eps=0.1, duplicate_of="kept", cluster_field=None, **BY_ID)
+    narrow = kept[kept.cosine_sim_score >= 0.99]
+    assert held(narrow) == held(kept) == Held(0.1, "kept", len(ddf))
+    with pytest.raises(InvalidArgumentError, match=r"hold for eps = 0.1 only, not at 0.01. Search again at that eps"):
+        narrow.semdedup.duplicates(0.01)
+    with pytest.raises(InvalidArgumentError, match=r"hold for eps = 0.1 only"):
+        plots.duplicates_curve(kept)
+
+
+@pytest.mark.parametrize(("least", "eps"), [(-2, None), (-1, None), (float("nan"), None), (1, 0), (1.5, 0), (0.5, 0.5)])
+def test_a_filter_of_any_bound(ddf: dd.DataFrame, tmp_path: Path, least: float, eps: float | None) -> None:
+    scores = ddf.semdedup.pairwise(**BY_ID)
+    some = scores[scores.cosine_sim_score >= least]
+    assert held(some) == (None if eps is None else Held(eps, rows=len(ddf)))
+    assert held(written(some, tmp_path)) == held(some)
+
+
+def test_files_of_several_folders_tell_nothing(ddf: dd.DataFrame, tmp_path: Path) -> None:
+    for name, eps in (("wide", 0.2), ("narrow", 0.01)):
+        written(ddf.semdedup.pairwise(eps=eps, cluster_field=None, **BY_ID), tmp_path / name)
+    assert held(read_table(tmp_path / "wide")) == Held(0.2, rows=len(ddf))
+    assert held(read_table([tmp_path / "wide", tmp_path / "narrow"])) is None
+    assert held(read_table(tmp_path)) is None
+    assert held(read_table(tmp_path / "wide").partitions[:0]) is None
+
+
+def test_figures_of_duplicates_alone_know_all_rows(ddf: dd.DataFrame) -> None:
+    scores = ddf.semdedup.pairwise(eps=0.1, cluster_field=None, **BY_ID)
+    [share] = scores.semdedup.eps_curve([0.1]).compute()["share"]
+    assert plots.duplicates_curve(scores).axes[0].lines[0].get_ydata()[-1] == share < 1
+    copies = ddf.semdedup.pairwise(eps=0, cluster_field=None, **BY_ID)
+    assert set(plots.duplicates_curve(copies).axes[0].lines[0].get_xdata()) == {0}
 
 
 def test_only_filters_by_the_score_count(ddf: dd.DataFrame) -> None:
@@ -145,4 +194,3 @@ def test_a_damaged_note_is_named(ddf: dd.DataFrame, tmp_path: Path, note: bytes)
 def test_an_eps_is_told_from_its_threshold(eps: float) -> None:
     assert threshold(_eps_of(float(threshold(eps)))) == threshold(eps)
     assert _eps_of(float(threshold(round(eps, 3)))) == pytest.approx(round(eps, 3), abs=1e-9)
-    assert not np.isnan(_eps_of(1.0))

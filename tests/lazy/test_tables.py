@@ -248,6 +248,9 @@ def test_a_pandas_frame_keeps_order_index_and_other_columns() -> None:
     assert found["text"].tolist() == list("abcd")
     assert ddf.npartitions == 1
     assert len(from_pandas(frame.iloc[:0])) == 0
+    assert from_pandas(frame.set_axis([0, 0, 0, 0]), 4).npartitions == 4
+    large = from_pandas(frame.assign(tags=[[2**70]] * 4))
+    assert large.dtypes["tags"] == "string"
 
 
 @pytest.mark.parametrize(
@@ -257,6 +260,8 @@ def test_a_pandas_frame_keeps_order_index_and_other_columns() -> None:
         (pd.DataFrame({"id": [1]}), MissingColumnsError, r"\['embeddings'\] not found.*as embedding_field"),
         (pd.DataFrame({"embeddings": ["[1]"]}), EmbeddingError, r"frame\['embeddings'\].map\(json.loads\)"),
         (pd.DataFrame({"embeddings": [[1.0], [1.0, 2.0]]}), EmbeddingError, "1 row with width 2"),
+        (pd.DataFrame({"embeddings": [[1.0]] * 2}, index=["a", None]), InvalidArgumentError, r"frame.reset_index\(\)"),
+        (pd.DataFrame({"embeddings": [[1.0]]}, index=[[1], [2]]), InvalidArgumentError, r"frame.reset_index\(\)"),
     ],
 )
 def test_pandas_frames_that_hold_no_embeddings(frame: object, error: type[Exception], message: str) -> None:
@@ -269,6 +274,7 @@ def test_pandas_frames_that_hold_no_embeddings(frame: object, error: type[Except
     [
         (pd.DataFrame({"a": [1]}), r"not pandas.DataFrame. Pass a pandas DataFrame to dask_semdedup.from_pandas"),
         ([1, 2], "path must be a path, a URL or a list of them, not a list of int"),
+        (b"/tmp", "path must be a path, a URL or a list of them, not bytes"),
         (None, "path must be a path, a URL or a list of them, not NoneType"),
     ],
 )

@@ -226,9 +226,8 @@ def from_pandas(
     if npartitions is None:
         nbytes = int(frame.memory_usage(index=False).sum())
         npartitions = max(1, -(-nbytes // fitting_size(default_size("pandas"), "pandas", nbytes)))
-    # Rows stay where they are. Dask knows divisions only of an index that ascends, and never parts equal labels.
-    index = frame.index
-    return dd.from_pandas(frame, npartitions=npartitions, sort=index.is_monotonic_increasing and index.is_unique)
+    # Rows stay where they are; Dask knows divisions only of an index that ascends.
+    return dd.from_pandas(frame, npartitions=npartitions, sort=frame.index.is_monotonic_increasing)
 
 
 def _nested_in_arrow(column: pd.Series) -> pd.Series:

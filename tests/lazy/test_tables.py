@@ -248,7 +248,6 @@ def test_a_pandas_frame_keeps_order_index_and_other_columns() -> None:
     assert found["text"].tolist() == list("abcd")
     assert ddf.npartitions == 1
     assert len(from_pandas(frame.iloc[:0])) == 0
-    assert from_pandas(frame.set_axis([0, 0, 0, 0]), 4).npartitions == 4
     large = from_pandas(frame.assign(tags=[[2**70]] * 4))
     assert large.dtypes["tags"] == "string"
 

@@ -64,7 +64,7 @@ def eps_curve(scores: dd.DataFrame, eps: Sequence[float] | None) -> dd.DataFrame
         eps = EPS_GRID if known is None else sorted({known.eps, *filter(known.holds, EPS_GRID)})
     grid = check_several_eps([eps] if is_one_eps(eps) else eps)  # type: ignore[list-item]
     check_held(scores, grid)
-    rows = None if known is None else np.nan if known.rows is None else known.rows
+    rows = None if known is None else np.nan if known.rows is None else max(known.rows, 1)
     counts = new_collection(OfDuplicates(scores[SCORE_COLUMN].expr, _count, grid, min(map(threshold, grid))))
     return counts.reduction(
         _add,
@@ -90,7 +90,6 @@ def _add(counts: Any) -> Any:
 def _to_curve(counts: Any, grid: Sequence[float], rows: float | None) -> Any:
     total = _add(counts)
     total.insert(0, "eps", np.asarray(grid, np.float64))
-    share = total["duplicates"] / (total["rows"].clip(lower=1) if rows is None else rows)
-    # No duplicates have a share of 0, of any number of rows.
-    total["share"] = share.where(total["duplicates"] > 0, 0.0)
+    # No rows have a share of 0, not of NaN.
+    total["share"] = total["duplicates"] / (total["rows"].clip(lower=1) if rows is None else rows)
     return total[["eps", "duplicates", "share"]]

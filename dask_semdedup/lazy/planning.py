@@ -18,6 +18,7 @@ from dask_semdedup.device.devices import visible_gpus
 from dask_semdedup.device.memory import device_bytes
 from dask_semdedup.device.sharing import partitions_per_gpu
 from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.lazy.blocks import COPIES, task_bytes
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -32,7 +33,7 @@ OVERSIZED = 2
 # Reading a row costs about as much as comparing it with this many others, so that small clusters are not free.
 READING_COST = 1024
 
-# Bytes of a partition of pandas, and the least and the most of one of cuDF.
+# Bytes of a partition of pandas at most, and the least and the most of one of cuDF.
 PARTITION = 2**27
 
 GPU_PARTITIONS = (2**27, 2**31)
@@ -66,12 +67,12 @@ def check_backend(backend: str | None) -> str:
 
 
 def default_size(backend: str, client: Client | None = None) -> int:
-    """Bytes of a partition: on a GPU so few that those that are there at once take half of it.
+    """Bytes of a partition: workers must hold what their threads read, or half of a GPU what is there at once.
 
-    Of the client, or the default one, the workers' threads are asked for.
+    Of the client, or the default one, the workers' threads and limits of memory are asked for.
     """
     if backend == "pandas":
-        return PARTITION
+        return int(np.clip(task_bytes(client) / COPIES, SMALL_PARTITION, PARTITION))
     memory = device_bytes()
     if memory is None:
         return GPU_PARTITIONS[1]

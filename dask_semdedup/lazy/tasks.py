@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,13 @@ def compute(*collections: Any) -> tuple[Any, ...]:
     InvalidArgumentError
         If the scheduler is that of an asynchronous client, which cannot be waited for.
     """
-    _scheduler_of(collections)
-    return dask.compute(*collections)
+    client = _client_of(_scheduler_of(collections))
+    if client is None:
+        return dask.compute(*collections)
+    # Results that wait on workers for all others would fill their memory.
+    with _out_of_the_way():
+        futures = client.compute(collections, traverse=False)
+        return _gathered(client, futures)
 
 
 def _scheduler_of(collections: Iterable[Any]) -> Any:
@@ -47,6 +52,26 @@ def _scheduler_of(collections: Iterable[Any]) -> Any:
             "The client is asynchronous, and the rows are needed now. Call this in a thread of its own, as with "
             "asyncio.to_thread, with a client that is not asynchronous."
         ) from error
+
+
+def _client_of(get: Any) -> Client | None:
+    """Return the client that a scheduler's function belongs to, or None of a scheduler in this process."""
+    distributed = sys.modules.get("distributed")
+    client = getattr(get, "__self__", None)
+    return client if distributed is not None and isinstance(client, distributed.Client) else None
+
+
+def _gathered(client: Client, futures: Sequence[Future]) -> tuple[Any, ...]:
+    """Return the results of futures, in order, each of which is fetched and released as soon as it is there."""
+    from distributed import as_completed
+
+    results: dict[Any, Any] = {}
+    with watched(client) as moved:
+        for future, result in as_completed(futures, with_results=True):
+            results[future.key] = result
+            future.release()
+            moved()
+    return tuple(results[future.key] for future in futures)
 
 
 def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
@@ -68,11 +93,11 @@ def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
         The first error of a task, once no other task runs, so that the written files can be removed.
     """
     get = _scheduler_of([frame])
-    distributed = sys.modules.get("distributed")
-    client = getattr(get, "__self__", None)
-    if distributed is not None and isinstance(client, distributed.Client):
+    if (client := _client_of(get)) is not None:
+        from distributed import futures_of
+
         with _out_of_the_way():
-            return pd.concat(results_of(client, distributed.futures_of(client.persist(frame))))
+            return pd.concat(results_of(client, futures_of(client.persist(frame))))
     if get is not threaded.get:
         return frame.compute()
     # A pool of its own, since leaving it waits for its threads.

@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from distributed import Client, LocalCluster, wait
+from distributed import Client, LocalCluster, get_worker, wait
 
 from dask_semdedup import ClusterError, EmbeddingError, IdError, MissingColumnsError, read_clusters, read_table
+from dask_semdedup.lazy.tasks import compute
 from dask_semdedup.steps.duplicates import find_duplicates
 from dask_semdedup.steps.groups import resolve_groups
 from tests.data import arrow_lists, by_cluster, expected_scores, make_frame, write_layout
@@ -40,6 +41,23 @@ def client(loaded_processes: object) -> Iterator[Client]:
 
 def computed(scores: dd.DataFrame) -> pd.DataFrame:
     return scores.compute().sort_values("centroid", kind="stable", ignore_index=True)
+
+
+def test_results_do_not_wait_on_workers_for_others(client: Client) -> None:
+    """A late task sees that the results before it have been fetched and let go."""
+
+    def stored(dask_worker) -> int:
+        return sum(getattr(value, "nbytes", 0) >= 8 << 20 for value in dask_worker.data.values())
+
+    def late(seconds: float) -> int:
+        time.sleep(seconds)
+        return stored(get_worker())
+
+    early = [dask.delayed(np.ones)((1 + number, 1 << 20)) for number in range(3)]
+    *arrays, waiting = compute(*early, dask.delayed(late)(2.0))
+    assert [len(array) for array in arrays] == [1, 2, 3]
+    assert waiting == 0
+    assert sum(client.run(stored).values()) == 0
 
 
 def test_files_to_files(client: Client, tmp_path: Path) -> None:

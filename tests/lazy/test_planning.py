@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -126,3 +127,22 @@ class TestSizes:
         monkeypatch.setattr(planning, "device_bytes", lambda: gigabytes * 2**30)
         monkeypatch.setattr(planning, "partitions_per_gpu", lambda asked: partitions if asked is client else None)
         assert planning.default_size("cudf", client) == expected
+
+    @pytest.mark.parametrize(
+        ("megabytes", "threads", "expected"),
+        [
+            (0, 4, 2**27),
+            (16_000, 4, 2**27),
+            (1000, 1, (0.9 * 1000e6 - (400 << 20)) / 5),
+            (1000, 2, (0.9 * 1000e6 - (400 << 20)) / 10),
+            (1000, 8, 2**24),
+            (300, 1, 2**24),
+        ],
+        ids=["no limit", "much", "one thread", "two threads", "many threads", "less than a process takes"],
+    )
+    def test_partitions_fit_into_workers(self, megabytes, threads, expected) -> None:
+        workers = {"tcp://a:1": {"memory_limit": megabytes * 10**6, "nthreads": threads}}
+        info = SimpleNamespace(
+            asynchronous=False, status="running", scheduler_info=lambda n_workers: {"workers": workers}
+        )
+        assert planning.default_size("pandas", info) == int(expected)

@@ -227,7 +227,7 @@ def _one_line(error: click.ClickException) -> str:
 
 def options_of_output(ctx: click.Context) -> dict[str, Any]:
     """Return the values of all options on which a command's output depends, as JSON."""
-    flags = {str(param.name): param.opts[-1] for param in ctx.command.params if isinstance(param, click.Option)}
+    flags = _flags(ctx.command)
     values = {flag: ctx.params[name] for name, flag in flags.items() if name in ctx.params.keys() - NOT_OF_OUTPUT}
     plain = (str, int, float, type(None))
     return {flag: value if isinstance(value, plain) else repr(value) for flag, value in values.items()}

@@ -69,10 +69,10 @@ def list_files(
     InvalidArgumentError
         If an entry is not a path, or they are on several file systems.
     """
-    paths = _as_paths(path)
+    paths = as_paths(path)
     if not paths:
         raise DataNotFoundError(f"No {kind} files: the list of paths is empty.", parameters=["path"])
-    located = [fsspec.url_to_fs(os.fspath(entry), **(storage_options or {})) for entry in paths]
+    located = [fsspec.url_to_fs(entry, **(storage_options or {})) for entry in paths]
     fs = located[0][0]
     for entry, (other, _) in zip(paths, located, strict=True):
         if (type(other), other.storage_options) != (type(fs), fs.storage_options):
@@ -93,10 +93,10 @@ def list_files(
     return fs, {name: files[name] for name in sorted(files)}
 
 
-def _as_paths(path: Any) -> list[str | os.PathLike[str]]:
-    """Return a path, or several, as a list."""
+def as_paths(path: Any) -> list[str]:
+    """Return a path, or several, as strings; raise `InvalidArgumentError` for anything else."""
     if isinstance(path, (str, os.PathLike)):
-        return [path]
+        return [os.fspath(path)]
     is_frame = hasattr(path, "columns")
     paths = [path] if is_frame or isinstance(path, bytes) or not isinstance(path, Iterable) else list(path)
     for entry in paths:
@@ -107,7 +107,7 @@ def _as_paths(path: Any) -> list[str | os.PathLike[str]]:
                 f"path must be a path, a URL or a list of them, not {listed}{type_name(entry)}.{advice}",
                 parameters=["path"],
             )
-    return paths
+    return list(map(os.fspath, paths))
 
 
 def above_pattern(fs: fsspec.AbstractFileSystem, root: str) -> str:

@@ -30,7 +30,7 @@ __all__ = ["differences", "restore", "staged_folder"]
 # Differences whose values would tell a reader nothing.
 IN_WORDS = {
     "files": "INPUT has other files, or its files have changed",
-    "partitions": "partitions are planned otherwise, for other cores or GPUs, or by another version of Dask",
+    "partitions": "partitions are planned otherwise, for other cores, memory or GPUs, or by another version of Dask",
 }
 
 LOCK, WORK, OLD = "lock.json", "work.json", "old"

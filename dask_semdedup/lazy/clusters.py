@@ -67,7 +67,7 @@ def read_clusters(
         Maximum size of the columns of a partition in memory, unless a single cluster is larger. By default "128MiB" for
         pandas, and up to "2GiB" for cuDF, since a GPU is fastest if it reads many files at once. Five partitions
         fill at most half of the GPU. Partitions are smaller, down to 16 MiB for pandas and 128 MiB for cuDF, if that is
-        needed to keep all cores, or all GPUs of this process, busy.
+        needed to keep all cores, or all GPUs of this process, busy, or to fit the memory of the workers.
 
     Returns
     -------

@@ -28,7 +28,7 @@ from dask_semdedup.io.folder_keys import Keys, keys_below
 from dask_semdedup.io.footers import read_schema
 from dask_semdedup.io.fragments import Fragment, fragments_of
 from dask_semdedup.io.jsonlines import JSON_SUFFIXES, JsonReader, read_json
-from dask_semdedup.io.listing import PARQUET_SUFFIXES, above_pattern, checksum, list_files
+from dask_semdedup.io.listing import PARQUET_SUFFIXES, above_pattern, as_paths, checksum, list_files
 from dask_semdedup.io.reader import Reader, taken_for_ids
 from dask_semdedup.io.scan import scan_files
 from dask_semdedup.io.scores import clusters_of_files
@@ -89,7 +89,8 @@ def read_table(
     storage_options : mapping, optional
         Arguments of the fsspec file system.
     partition_size : str or int, optional
-        Approximate size of a partition in memory. By default "128MiB", and more on a GPU, as for `read_clusters`.
+        Approximate size of a partition in memory. By default "128MiB", less where workers have little memory, and more
+        on a GPU, as for `read_clusters`.
 
     Returns
     -------
@@ -133,8 +134,8 @@ def read_table(
     size = None if partition_size is None else check_bytes("partition_size", partition_size)
     check_names("columns", columns)
     options = dict(storage_options or {})
-    fs, files, are_json = _list_table(path, options)
-    paths = tuple(os.fspath(entry) for entry in ([path] if isinstance(path, str | os.PathLike) else path))
+    paths = tuple(as_paths(path))
+    fs, files, are_json = _list_table(paths, options)
     roots = _roots(fs, paths, options)
     keys, ids = keys_below(roots, files), {"make_ids": id_field if make_ids else None, "root": _common_root(roots)}
     if are_json:
@@ -164,7 +165,8 @@ def from_pandas(
         Rows with embeddings. To add the rows of a 2-D array, assign a list of them: ``frame["embeddings"] =
         list(array)``.
     npartitions : int, optional
-        Number of partitions. By default one for every 128 MiB, or more to keep all cores busy, of 16 MiB at least.
+        Number of partitions. By default one for every 128 MiB, or more, of 16 MiB at least, to keep all cores busy and
+        to fit workers with little memory.
     embedding_field : str, default "embeddings"
         Column of embeddings: arrays, lists or tuples of numbers, all of the same length, or Arrow lists of numbers.
 
@@ -352,7 +354,8 @@ def _list_table(
         raise DataReadError(f"{name} is {what}, which is not supported. Convert it first: {conversion}.")
     if lines and parquet:
         raise DataReadError(
-            f"{path} holds both Parquet ({some(parquet, 1)}) and JSON ({some(lines, 1)}). Split them into two folders."
+            f"{some(as_paths(path))} holds both Parquet ({some(parquet, 1)}) and JSON ({some(lines, 1)}). "
+            "Split them into two folders."
         )
     # What is named may be Parquet whatever its name, unless it is beside lines.
     tables = {name: info for name, info in files.items() if name not in others and not name.endswith(JSON_SUFFIXES)}

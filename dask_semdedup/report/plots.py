@@ -140,7 +140,7 @@ def duplicates_curve(
     >>> duplicates_curve(scores, eps=0.01).axes[0].get_title(loc="left")
     'eps = 0.01 drops 1 of 3 rows (33.3%)'
     """
-    check_held(scores, [0])
+    check_held(scores, [0])  # Where the curve begins.
     summary = summarize(scores, eps, largest_eps=largest_eps)
     rows = max(summary.rows, 1)
     are_dropped = summary.dropped is None

@@ -268,6 +268,14 @@ def test_pandas_frames_that_hold_no_embeddings(frame: object, error: type[Except
         from_pandas(frame)  # type: ignore[arg-type]
 
 
+def test_paths_of_any_iterable(tmp_path: Path) -> None:
+    for name, ids in (("a", [1]), ("b", [2])):
+        pd.DataFrame({"id": ids}).to_parquet(tmp_path / f"{name}.parquet")
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for given in (iter(paths), np.array(list(map(str, paths))), dict.fromkeys(paths)):
+        assert read_table(given)["id"].compute().tolist() == [1, 2]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -21,7 +21,6 @@ from dask.tokenize import tokenize
 
 from dask_semdedup._validate import check_bytes, check_names, check_positive, type_name
 from dask_semdedup.errors import DataReadError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
-from dask_semdedup.frames.backend import is_string
 from dask_semdedup.frames.columns import SCORE_COLUMNS, Columns, unique_columns
 from dask_semdedup.frames.embeddings import to_embeddings, to_tensor
 from dask_semdedup.io.folder_keys import Keys, keys_below
@@ -211,7 +210,7 @@ def from_pandas(
         )
     Columns(embedding=embedding_field).require(unique_columns(frame), "embedding")
     column = frame[embedding_field]
-    if is_string(column):
+    if isinstance(_first(column), str):
         raise EmbeddingError(
             f"Column {embedding_field!r} holds strings, not embeddings. Name the column of embeddings as "
             "embedding_field. If the strings are lists in JSON, import json and parse them: "
@@ -234,11 +233,16 @@ def from_pandas(
 
 def _nested_in_arrow(column: pd.Series) -> pd.Series:
     """Return lists, arrays and mappings as Arrow's, if one type holds all of them, and any other column as it is."""
-    if isinstance(next(iter(column.dropna()), None), (list, tuple, dict, np.ndarray)):
+    if isinstance(_first(column), (list, tuple, dict, np.ndarray)):
         with suppress(pa.ArrowException, OverflowError):
             values = pa.array(column, from_pandas=True)
             return pd.Series(pd.array(values, dtype=pd.ArrowDtype(values.type)), column.index)
     return column
+
+
+def _first(column: pd.Series) -> Any:
+    """Return the first value that is not missing, or None. Before pandas 3, strings are objects like any other."""
+    return next(iter(column.dropna()), None)
 
 
 def read_scores(

@@ -89,7 +89,7 @@ def run_on_workers(folder: Path, way: str, eps: float, duplicate_of: str) -> dic
 
     with (
         TemporaryDirectory() as few,
-        LocalCluster(int(way.split()[0]), threads_per_worker=1, memory_limit=0) as cluster,
+        LocalCluster(n_workers=int(way.split()[0]), threads_per_worker=1, memory_limit=0) as cluster,
     ):
         make_files(Path(few) / "rows", 40_000, "spectrum")
         with Client(cluster):

@@ -535,7 +535,7 @@ def test_run_on_a_client(golden, tmp_path):
     with (
         # As for users: other tests may have processes that are loaded already.
         dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}),
-        distributed.LocalCluster(1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
         results = stage.run(client)

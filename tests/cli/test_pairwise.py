@@ -415,7 +415,9 @@ def test_failed_run_waits_for_its_writers(
     options = ["--partition-size", "1kB"]
     with dask.config.set(num_workers=CLUSTERS), ExitStack() as stack:
         if on_cluster:
-            cluster = LocalCluster(1, processes=False, threads_per_worker=3, protocol="tcp://", dashboard_address=":0")
+            cluster = LocalCluster(
+                n_workers=1, processes=False, threads_per_worker=3, protocol="tcp://", dashboard_address=":0"
+            )
             options += ["--scheduler", stack.enter_context(cluster).scheduler_address]
         result = invoke(poisoned, tmp_path / "scores", *options)
         assert_one_line(result.stderr, "embeddings", "207")

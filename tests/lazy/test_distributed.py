@@ -193,7 +193,7 @@ def test_clusters_may_be_written_from_within_a_task(tmp_path: Path) -> None:
         return len(dd.from_pandas(frame, npartitions=4).semdedup.to_clusters(tmp_path / "clusters"))
 
     with (
-        LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as one,
     ):
         assert one.submit(write).result(timeout=60) == 3

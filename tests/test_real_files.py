@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -563,6 +565,21 @@ def test_offsets_count_beyond_what_32_bits_hold(tmp_path: Path, nested: bool, mo
     assert rows.dtypes["picture"].pyarrow_dtype == in_frames(column.type)
     assert "large_binary" in str(rows.dtypes["picture"])
     assert pa.array(rows["picture"]).to_pylist() == column.to_pylist()
+
+
+def test_reading_takes_little_more_than_the_rows(tmp_path: Path) -> None:
+    """Arrow decodes lists in several times their bytes: as many of them as are decoded at once."""
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(1 << 23, np.float32)), 512).cast(pa.list_(pa.float32()))
+    pq.write_table(pa.table({"embeddings": lists}), tmp_path / "a.parquet", use_dictionary=False)
+    program = (
+        "import sys, pyarrow, dask_semdedup\n"
+        "rows = dask_semdedup.read_table(sys.argv[1], backend='pandas').compute(scheduler='sync')\n"
+        "print(len(rows), pyarrow.default_memory_pool().max_memory())"
+    )
+    out = subprocess.run([sys.executable, "-c", program, tmp_path], check=True, capture_output=True, text=True).stdout
+    rows, peak = map(int, out.split())
+    assert rows == 1 << 14
+    assert 4 << 23 <= peak < 2 * (4 << 23)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,12 @@ from dask_semdedup.errors import DataReadError, SemDedupError, some
 from dask_semdedup.io.listing import State, is_local
 from dask_semdedup.io.schemas import conform
 
-# Bytes in memory, and rows, of a batch. Arrow takes five times the bytes of lists while it decodes them, and cannot
-# decode more than 2 GiB of strings within lists at once.
-BATCH_BYTES, BATCH_ROWS = 2**25, 2**16
+# Bytes in memory, and rows, of a batch. Arrow takes five times the bytes of lists while it decodes them, which is
+# fastest in a core's cache, and cannot decode more than 2 GiB of strings within lists at once.
+BATCH_BYTES, BATCH_ROWS = 2**22, 2**16
+
+# Bytes of a file that is small.
+SMALL_FILE = 2**25
 
 # Bytes of a column that are read from a file at once, and of its first pages where no more is wanted.
 BUFFER, FIRST_PAGES = 2**20, 2**16
@@ -261,7 +264,7 @@ def _buffer_size(fragment: Fragment, size: int) -> int:
     Through a buffer, Arrow takes as many bytes as the header of a page asks for, up to 2 GiB. Those of a column of a
     small file are no more than the file has.
     """
-    return size if fragment.state.size > BATCH_BYTES else 0
+    return size if fragment.state.size > SMALL_FILE else 0
 
 
 def _longest_text(source: Any, metadata: pq.FileMetaData, fragment: Fragment, group: int, path: str) -> int:

@@ -122,7 +122,10 @@ class Reader:
         refuse(self.problems, columns, COLUMNS_ADVICE)
         if self.backend == "cudf":
             return self._read_cudf(fragments, columns)
-        return self.to_pandas(self._read_arrow(fragments, columns), fragments, columns)
+        frame = self.to_pandas(self._read_arrow(fragments, columns), fragments, columns)
+        # Arrow would keep what reading took, several times a partition, and a worker that is full does not go on.
+        pa.default_memory_pool().release_unused()
+        return frame
 
     def read_slices(
         self, fragments: Sequence[Fragment], columns: Sequence[str], slices: Sequence[slice], step: int

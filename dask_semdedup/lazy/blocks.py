@@ -34,7 +34,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dask_semdedup")
 
-__all__ = ["Blocks", "blocks_of_partitions", "bytes_at_once", "least_memory", "task_bytes"]
+__all__ = [
+    "PROCESS_BYTES",
+    "Blocks",
+    "blocks_of_partitions",
+    "bytes_at_once",
+    "least_limit",
+    "least_memory",
+    "task_bytes",
+]
 
 # Bytes of a process before it reads any rows: Python with torch, pandas and Dask.
 PROCESS_BYTES = 400 << 20
@@ -62,12 +70,21 @@ def task_bytes(client: Client | None = None) -> float:
     client : distributed.Client, optional
         The client that will run the work; by default the default client, if there is one.
     """
-    workers = workers_of(client)
-    if workers is None:
+    if workers_of(client) is None:
         return (FILLED * psutil.virtual_memory().total - PROCESS_BYTES) / CPU_COUNT
+    return min(((FILLED * limit - PROCESS_BYTES) / threads for limit, threads in _limits(client)), default=math.inf)
+
+
+def least_limit(client: Client | None = None) -> float:
+    """Return the bytes of memory of the smallest worker; infinite without workers, or if they have no limit."""
+    return min((limit for limit, _ in _limits(client)), default=math.inf)
+
+
+def _limits(client: Client | None) -> list[tuple[float, int]]:
+    """Return the bytes of memory, and the threads, of each worker of a client, by default the default one."""
     # A worker without a limit has None or 0.
-    limits = ((worker["memory_limit"] or math.inf, worker["nthreads"]) for worker in workers.values())
-    return min(((FILLED * limit - PROCESS_BYTES) / threads for limit, threads in limits), default=math.inf)
+    workers = (workers_of(client) or {}).values()
+    return [(worker["memory_limit"] or math.inf, worker["nthreads"]) for worker in workers]
 
 
 def least_memory(threads: int) -> int:

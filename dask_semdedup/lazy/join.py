@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, pairwise, product
@@ -18,18 +17,19 @@ from dask.tokenize import tokenize
 from dask.typing import Key
 from dask.utils import format_bytes
 
-from dask_semdedup._dask import DataNode, Expr, GraphNode, Task, TaskList, TaskRef
+from dask_semdedup._dask import DataNode, Expr, Task, TaskList, TaskRef
 from dask_semdedup.device.devices import has_cuda
 from dask_semdedup.device.memory import device_bytes, share_memory_pool
 from dask_semdedup.device.sharing import gpus_at_work
+from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.backend import is_cudf, tensor_like
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
-from dask_semdedup.lazy.blocks import task_bytes
+from dask_semdedup.lazy.blocks import PROCESS_BYTES, least_limit, task_bytes
 from dask_semdedup.lazy.expressions import ScoresAgainst
 from dask_semdedup.lazy.planning import CUDF_ELEMENTS
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
-from dask_semdedup.lazy.sources import bytes_in_footers
+from dask_semdedup.lazy.sources import bytes_in_footers, chains_of
 from dask_semdedup.steps.join import (
     copies_of,
     find_involved,
@@ -54,8 +54,8 @@ __all__ = ["Plan", "compare_all", "compare_all_with", "is_by_mean", "make_plan"]
 SEED = 42
 """Of the sample."""
 
-SHARES, TASKS = 16, 64
-"""Tasks for the cells of two blocks, and for all blocks at least: the more, the more evenly workers are busy."""
+TASKS, TASK_SECONDS = 64, 60
+"""Comparisons that there are at least, for workers to be evenly busy, and how long one takes at most on a core."""
 
 BLOCK_BYTES, BLOCK_COPIES = 2 << 30, 4
 """Bytes of sketches that a block takes at most; a partition is not split. A task compares two, and gathers some."""
@@ -77,6 +77,9 @@ LEAST_BLOCK = 1 << 24
 
 COPIES = 2
 """Times that rows which one task searches are in memory: as read, and in rank order."""
+
+COPIES_OF_SKETCHES, VISIT_BYTES = 3, 12
+"""Times that the float32 sketches of a partition are in memory while they are made, and bytes of a visit then."""
 
 GPU_COPIES = 3
 """Times that rows on a GPU are in its memory: as read, in rank order, and what searches take."""
@@ -101,6 +104,8 @@ class Plan:
         Ranges of cells that are looked at together.
     block_rows : tuple of int
         Rows of each block.
+    partition_rows : int
+        Rows of the largest partition.
     bins : int
         Partitions of the result.
     device : {"cpu", "cuda"}
@@ -117,6 +122,7 @@ class Plan:
     blocks: tuple[tuple[int, ...], ...] = ()
     shares: tuple[slice, ...] = ()
     block_rows: tuple[int, ...] = ()
+    partition_rows: int = 0
     bins: int = 1
     others: int = 0
     other_rows: int = 0
@@ -135,7 +141,7 @@ class Plan:
     @property
     def sketch_bytes(self) -> int:
         """Bytes of the sketches of all rows."""
-        return 0 if self.index is None else int(self.rows * row_bytes(self.index))
+        return 0 if self.index is None else int(self.rows * row_bytes(self.index, self.partition_rows))
 
     @property
     def pairs(self) -> float:
@@ -166,11 +172,12 @@ class Plan:
         return 1 if self.index is None else sum(1 for _ in self.comparisons())
 
     @property
-    def worker_bytes(self) -> int:
-        """Bytes that a worker needs at once, besides partitions: sketches, or all rows where one task searches them."""
+    def task_bytes(self) -> int:
+        """Bytes that a task takes at most: one that sketches a partition, or compares two blocks; or searches all."""
         if self.index is None:
             return COPIES * 4 * self.rows * self.width
-        return int(min(self.sketch_bytes, 2 * max(self.block_rows) * row_bytes(self.index)))
+        compared = 2 * max(self.block_rows) * row_bytes(self.index, self.partition_rows)
+        return int(max(sketching_bytes(self.index, self.width, self.partition_rows), min(self.sketch_bytes, compared)))
 
     @property
     def seconds(self) -> float | None:
@@ -202,13 +209,19 @@ class Plan:
             where = "two cores" if self.device == "cpu" else "a GPU"
             lines.append((f"time on {where}", f"{self.seconds:,.1f} s, plus {reading}"))
         if self.width:
-            lines.append(("memory of a worker", f"{format_bytes(self.worker_bytes)}, plus its partitions"))
+            lines.append(("memory of a worker", f"{format_bytes(self.task_bytes)} for each thread"))
         return "\n".join(f"{name:<19} {value}" for name, value in lines)
 
 
-def row_bytes(index: Index) -> float:
+def row_bytes(index: Index, partition_rows: int) -> float:
     """Return the bytes that the sketch of a row takes, with its visits to cells."""
-    return 2 * index.longer.size + 22 + 4 * index.visits
+    return 2 * index.longer.size + 22 + np.min_scalar_type(partition_rows).itemsize * index.visits
+
+
+def sketching_bytes(index: Index, width: int, rows: int) -> float:
+    """Return the bytes that so many rows take while they are sketched on a CPU."""
+    sketches = 4 * COPIES_OF_SKETCHES * (index.sketcher.size + index.longer.size)
+    return rows * (4 * width + sketches + VISIT_BYTES * index.visits)
 
 
 def make_plan(
@@ -254,13 +267,17 @@ def make_plan(
     index = fit_index(tensor_like(found[order]).to(compared_on), rows[-1], options.at_least, others, at_once=fits)
     if index is None:
         return replace(in_one_task, width=width)
-    most = _most_rows(index, rows, compared_on)
+    partition_rows = max(map(max, lengths))
+    if not is_cudf(ddf._meta):
+        _check_memory(sketching_bytes(index, width, partition_rows), partition_rows)
+    most = _most_rows(index, rows, partition_rows, compared_on)
     firsts = (0, len(lengths[0]))
     blocks = [_blocks(counts, most, first) for counts, first in zip(lengths, firsts, strict=False)]
     counts = [count for of_frame in lengths for count in of_frame]
     n_pairs = len(blocks[0]) * (len(blocks[-1]) if others else (len(blocks[0]) + 1) / 2)
+    n_tasks = max(TASKS, 2 * index.seconds / TASK_SECONDS)
     # A GPU is filled by one task.
-    n_shares = gpus_at_work() if compared_on == "cuda" else max(SHARES, math.ceil(TASKS / n_pairs))
+    n_shares = gpus_at_work() if compared_on == "cuda" else math.ceil(n_tasks / n_pairs)
     return Plan(
         sum(rows),
         width,
@@ -268,6 +285,7 @@ def make_plan(
         sum(blocks, ()),
         _shares(index.loads, n_shares),
         tuple(sum(counts[number] for number in block) for block in sum(blocks, ())),
+        partition_rows,
         math.ceil(4 * sum(rows) * width / _bin_bytes()),
         0 if reference is None else len(blocks[-1]),
         sum(rows[1:]),
@@ -281,11 +299,24 @@ def _device(ddf: dd.DataFrame, options: SearchOptions) -> str:
     return "cuda" if options.device != "cpu" and (is_cudf(ddf._meta) or has_cuda()) else "cpu"
 
 
-def _most_rows(index: Index, rows: Sequence[int], device: str) -> float:
+def _check_memory(nbytes: float, rows: int) -> None:
+    """Raise if a worker surely cannot hold the largest partition: it would be killed again and again."""
+    limit = least_limit()
+    if PROCESS_BYTES + nbytes > limit:
+        raise InvalidArgumentError(
+            f"The largest partition has {rows:,} rows. It takes about {format_bytes(int(nbytes))} of memory while its "
+            f"rows are sketched, and a worker has {format_bytes(int(limit))}, of which {format_bytes(PROCESS_BYTES)} "
+            "hold the program. Make partitions smaller, or give workers more memory.",
+            parameters=["partition_size"],
+        )
+
+
+def _most_rows(index: Index, rows: Sequence[int], partition_rows: int, device: str) -> float:
     """Return how many rows a block has at most."""
+    nbytes = row_bytes(index, partition_rows)
     if device == "cpu":
-        return _block_bytes() / row_bytes(index) if len(index.cells) > 1 else BLOCK_ROWS
-    fitting = (device_bytes() or 0) / GPU_SHARE / row_bytes(index)
+        return _block_bytes() / nbytes if len(index.cells) > 1 else BLOCK_ROWS
+    fitting = (device_bytes() or 0) / GPU_SHARE / nbytes
     return fitting if len(index.cells) > 1 else min(fitting, -(-sum(rows) // gpus_at_work()))
 
 
@@ -367,7 +398,7 @@ class _Compared(Searched, Expr):
         sources = [
             (frame, p, names) for frame, names in zip(frames, columns, strict=True) for p in range(frame.npartitions)
         ]
-        chains = [chain for frame in frames for chain in _chains(frame)]
+        chains = [chain for frame in frames for chain in chains_of(frame)]
 
         def read(stage: str, number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> TaskRef:
             """Add a task on a partition, which makes that itself if it can: so none waits for the tasks of others."""
@@ -453,28 +484,6 @@ class CompleteAgainst(ScoresAgainst, _Compared):
         for b, (rows, pairs) in enumerate(zip(found.rows, found.pairs, strict=True)):
             add("", b, score_rows_against, TaskList(*rows[:n]), TaskList(*rows[n:]), pairs, *last)
         return graph
-
-
-def _chains(frame: Expr) -> list[list[Any]]:
-    """Return for each partition the tasks that make it from nothing; none if it is there already, or made with others.
-
-    Partitions are read twice by these, and need not be held in between.
-    """
-    graph = frame.__dask_graph__()
-    chains = []
-    for number in range(frame.npartitions):
-        chain: dict[Key, Any] = {}
-        stack: list[Key] = [(frame._name, number)]
-        while stack:
-            key = stack.pop()
-            if key not in chain:
-                chain[key] = node = graph[key]
-                # What is persisted stands there as it is.
-                stack.extend(node.dependencies if isinstance(node, GraphNode) else ())
-        chains.append(chain)
-    uses = Counter(key for chain in chains for key in chain)
-    are_own = [all(uses[key] == 1 and isinstance(node, Task) for key, node in chain.items()) for chain in chains]
-    return [list(chain.values()) if is_own else [] for chain, is_own in zip(chains, are_own, strict=True)]
 
 
 def _partitions(frame: Expr) -> TaskList:

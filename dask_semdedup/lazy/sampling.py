@@ -6,18 +6,19 @@ counts and the seed. Only the partitions that hold some of these rows are read, 
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
-import dask
 import dask.dataframe as dd
 import numpy as np
 from dask.dataframe.api import new_collection
+from dask.delayed import Delayed
 
-from dask_semdedup._dask import Lengths
+from dask_semdedup._dask import Lengths, Task, TaskRef
 from dask_semdedup.errors import EmbeddingError, some
 from dask_semdedup.frames.columns import Columns
 from dask_semdedup.frames.embeddings import to_tensor
-from dask_semdedup.lazy.sources import lengths_in_footers
+from dask_semdedup.lazy.sources import chains_of, lengths_in_footers
 from dask_semdedup.lazy.tasks import compute
 
 __all__ = ["draw", "partition_lengths", "sample_embeddings"]
@@ -131,12 +132,14 @@ def sample_embeddings(
         If the rows are null, not finite, or of different widths.
     """
     narrow = ddf[[name for name in ddf.columns if name in (columns.embedding, columns.id)]]
-    partitions = narrow.partitions[list(picks)].to_delayed()
-    take = dask.delayed(take_embeddings, pure=False)
-    parts = [
-        take(part, positions, columns, embedding_dim)
-        for part, positions in zip(partitions, picks.values(), strict=True)
-    ]
+    made = narrow.partitions[list(picks)].optimize().expr
+    graph, name = made.__dask_graph__(), f"take-embeddings-{uuid.uuid4().hex}"
+    parts = []
+    for number, (chain, positions) in enumerate(zip(chains_of(made), picks.values(), strict=True)):
+        key, partition = (name, number), TaskRef((made._name, number))
+        take = Task(key, take_embeddings, partition, positions, columns, embedding_dim)
+        # Partitions that one task makes do not wait in memory for another one to take their rows.
+        parts.append(Delayed(key, {key: Task.fuse(*chain, take, key=key)} if chain else {**graph, key: take}))
     return _stack(list(compute(*parts)), columns)
 
 

@@ -1,14 +1,16 @@
-"""Sources of lazy frames: this package's readers in their graphs, and what these know about columns."""
+"""Sources of lazy frames: the readers and the tasks that make their partitions, and what these know about columns."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dask.dataframe as dd
 import pyarrow as pa
+from dask.typing import Key
 
-from dask_semdedup._dask import AnyExpr, FromMap, Lengths, Projection
+from dask_semdedup._dask import AnyExpr, Expr, FromMap, GraphNode, Lengths, Projection, Task
 from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import COLUMNS_ADVICE
@@ -19,6 +21,7 @@ from dask_semdedup.steps.ranking import RankingStrategy
 
 __all__ = [
     "bytes_in_footers",
+    "chains_of",
     "check_sources",
     "is_one_folder",
     "lengths_in_footers",
@@ -109,3 +112,25 @@ def check_sources(ddf: dd.DataFrame, columns: Sequence[str], ranking: RankingStr
         refuse(reader.problems, same.intersection(columns), COLUMNS_ADVICE)
         if ranking is not None:
             ranking.check_order(reader.unordered & same)
+
+
+def chains_of(frame: Expr) -> list[list[Any]]:
+    """Return for each partition the tasks that make it from nothing; none if it is there already, or made with others.
+
+    Partitions are read twice by these, and need not be held in between.
+    """
+    graph = frame.__dask_graph__()
+    chains = []
+    for number in range(frame.npartitions):
+        chain: dict[Key, Any] = {}
+        stack: list[Key] = [(frame._name, number)]
+        while stack:
+            key = stack.pop()
+            if key not in chain:
+                chain[key] = node = graph[key]
+                # What is persisted stands there as it is.
+                stack.extend(node.dependencies if isinstance(node, GraphNode) else ())
+        chains.append(chain)
+    uses = Counter(key for chain in chains for key in chain)
+    are_own = [all(uses[key] == 1 and isinstance(node, Task) for key, node in chain.items()) for chain in chains]
+    return [list(chain.values()) if is_own else [] for chain, is_own in zip(chains, are_own, strict=True)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dask.utils import format_bytes
 
 from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError, counted, some
-from dask_semdedup.lazy.blocks import COPIES, least_memory
+from dask_semdedup.lazy.blocks import COPIES, least_limit, least_memory
 from dask_semdedup.lazy.expressions import ReadClusters, ScoresOfFiles
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ def check_memory(client: Client, ddf: dd.DataFrame) -> None:
     if not any(True for _ in ddf.expr.find_operations(ReadClusters)):
         return
     read = list(ddf.optimize(fuse=False).expr.find_operations((ReadClusters, ScoresOfFiles)))
-    workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-    # A worker without a limit has None or 0.
-    limit = min((worker["memory_limit"] or math.inf for worker in workers.values()), default=math.inf)
+    limit = least_limit(client)
     # What surely does not fit is refused.
     in_host = [files.bytes_at_once() for files in read if files.source.reader.backend == "pandas"]
     needed = (COPIES - 1) * max((nbytes for partitions in in_host for nbytes in partitions), default=0)
@@ -100,6 +98,7 @@ def check_memory(client: Client, ddf: dd.DataFrame) -> None:
         )
     if not any(files.blocks is not None for files in read):
         return
+    workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
     for address, worker in workers.items():
         least = least_memory(worker["nthreads"])
         if (worker["memory_limit"] or math.inf) < least:

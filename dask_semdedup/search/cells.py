@@ -40,13 +40,15 @@ class Visits:
     ----------
     cell : numpy.ndarray
         (n,) int64.
-    visitor, visited : numpy.ndarray
-        (v,) int64 sketches in ascending order, and the cells that they visit.
+    visited : numpy.ndarray
+        (v,) int32 cells that sketches visit, in the order of these.
+    offsets : numpy.ndarray
+        (n + 1,) int64 offsets of the sketches in `visited`.
     """
 
     cell: np.ndarray
-    visitor: np.ndarray
     visited: np.ndarray
+    offsets: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,13 @@ class Cells:
 
         That difference is the distance to the plane times the distance of the centroids, and rounding.
         """
-        centroids = self.centroids.double()
+        k, centroids = len(self), self.centroids.double()
         rounding = 8 * certify.accumulation_bound(centroids.shape[1])
-        return (torch.cdist(centroids, centroids) * (self.reach / 2) + rounding).float().fill_diagonal_(-torch.inf)
+        limits = torch.empty(k, k, device=centroids.device)
+        # All at once would take several times the memory of the result.
+        for chunk in certify.chunks(k, k, ELEMENTS[centroids.device.type]):
+            limits[chunk] = torch.cdist(centroids[chunk], centroids).mul_(self.reach / 2).add_(rounding)
+        return limits.fill_diagonal_(-torch.inf)
 
     @cached_property
     def half_norms(self) -> torch.Tensor:
@@ -96,30 +102,29 @@ class Cells:
 
     def visits(self, sketches: torch.Tensor) -> Visits:
         """Return the cells that (n, h) float32 sketches on the CPU are members of and visit."""
-        k = len(self)
+        n, k = len(sketches), len(self)
         if k == 1:
-            none = np.empty(0, np.int64)
-            return Visits(np.zeros(len(sketches), np.int64), none, none)
-        cell = np.empty(len(sketches), np.int64)
-        found = [np.empty((2, 0), np.int64)]
+            return Visits(np.zeros(n, np.int64), np.empty(0, np.int32), np.zeros(n + 1, np.int64))
+        cell, counts = np.empty(n, np.int64), np.zeros(n + 1, np.int64)
+        found = [np.empty(0, np.int32)]
         # Memory that is used again is faster, and NumPy finds minima and compares several times as fast as torch.
-        chunks = certify.chunks(len(sketches), k, ELEMENTS["cpu"])
+        chunks = certify.chunks(n, k, ELEMENTS["cpu"])
         n_most = max((chunk.stop - chunk.start for chunk in chunks), default=0)
         products, limits = torch.empty(2, n_most, k)
         is_near = np.empty((n_most, k), bool)
         for chunk in chunks:
-            n = chunk.stop - chunk.start
-            torch.addmm(self.half_norms, sketches[chunk], self.centroids.T, alpha=-1, out=products[:n])
-            half_squares = products[:n].numpy()
+            m = chunk.stop - chunk.start
+            torch.addmm(self.half_norms, sketches[chunk], self.centroids.T, alpha=-1, out=products[:m])
+            half_squares = products[:m].numpy()
             nearest = half_squares.argmin(axis=1)
             cell[chunk] = nearest
             half_squares -= np.take_along_axis(half_squares, nearest[:, None], axis=1)
-            torch.index_select(self.limits, 0, torch.from_numpy(nearest), out=limits[:n])
-            np.less_equal(half_squares, limits[:n].numpy(), out=is_near[:n])
-            row, visited = is_near[:n].nonzero()
-            found.append(np.stack([row + chunk.start, visited]))
-        visitor, visited = np.concatenate(found, axis=1)
-        return Visits(cell, visitor, visited)
+            torch.index_select(self.limits, 0, torch.from_numpy(nearest), out=limits[:m])
+            np.less_equal(half_squares, limits[:m].numpy(), out=is_near[:m])
+            row, visited = is_near[:m].nonzero()
+            counts[1:][chunk] = np.bincount(row, minlength=m)
+            found.append(visited.astype(np.int32))
+        return Visits(cell, np.concatenate(found), counts.cumsum())
 
 
 def reach_of(sketcher: Sketcher) -> float:

@@ -42,7 +42,7 @@ class Part:
         (m,) int64 places in the part.
     members : numpy.ndarray
         (k + 1,) int64 offsets of the cells.
-    visits : tuple of (v,) int32 and (k + 1,) int64 arrays, optional
+    visits : tuple of (v,) and (k + 1,) integer arrays, optional
         Sketches that visit cells, in the order of these, and offsets of the cells among them. A GPU finds them anew
         when it compares sketches: that takes less than to copy them.
     copies : numpy.ndarray
@@ -146,11 +146,14 @@ def _kept(values: torch.Tensor, where: torch.device) -> Any:
 
 def _in_order(found: Visits, order: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return visits by cell, and the cells' offsets, of sketches that are put in another order."""
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    by_visited = np.argsort(found.visited, kind="stable")
-    offsets = np.searchsorted(found.visited[by_visited], np.arange(k + 1))
-    return place[found.visitor[by_visited]].astype(np.int32), offsets
+    from scipy.sparse import csr_array
+
+    n = len(order)
+    place = np.empty(n, np.min_scalar_type(n))
+    place[order] = np.arange(n)
+    ones = np.ones(len(found.visited), bool)
+    by_cell = csr_array((ones, found.visited, found.offsets), shape=(n, k)).tocsc()
+    return place[by_cell.indices], by_cell.indptr
 
 
 def _host(values: torch.Tensor) -> np.ndarray:

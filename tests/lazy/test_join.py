@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from hypothesis import HealthCheck, given, settings
 
 from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError, RankingStrategy, read_table
 from dask_semdedup.lazy import join
+from dask_semdedup.lazy.blocks import PROCESS_BYTES
+from dask_semdedup.search import index as search_index
 from dask_semdedup.search import nearest_earlier
 from dask_semdedup.search.index import PACES
 from dask_semdedup.search.near import sketch_part
@@ -285,6 +288,37 @@ def test_nothing_but_a_sample_is_read_at_once(files: tuple[Path, pd.DataFrame]) 
         assert sampled.call_count == 1
         ddf.semdedup.pairwise(cluster_field=None)
         assert sampled.call_count == 1
+
+
+def test_a_worker_that_cannot_hold_a_partition_is_refused(files: tuple[Path, pd.DataFrame]) -> None:
+    ddf = read_table(files[0])
+    with indexed(20):
+        plan = ddf.semdedup.plan(eps=0.05)
+        assert plan.task_bytes >= plan.partition_rows * 4 * plan.width > 0
+        fits = PROCESS_BYTES + plan.task_bytes
+        with patch.object(join, "least_limit", lambda: fits):
+            assert ddf.semdedup.plan(eps=0.05).tasks == plan.tasks
+        message = rf"largest partition has {plan.partition_rows:,} rows.* a worker has .*Make partitions smaller"
+        with (
+            patch.object(join, "least_limit", lambda: fits - plan.task_bytes),
+            pytest.raises(InvalidArgumentError, match=message),
+        ):
+            ddf.semdedup.pairwise(eps=0.05, cluster_field=None)
+
+
+@pytest.mark.parametrize(("seconds", "tasks"), [(0, 2), (60, 2), (600, 20)])
+def test_comparisons_that_take_long_are_more_tasks(
+    files: tuple[Path, pd.DataFrame], seconds: float, tasks: int
+) -> None:
+    """A task takes up to a minute on one of the two cores that seconds are of."""
+    with indexed(200, TASKS=2):
+        fit = search_index.fit_index
+
+        def slow(*args: Any, **options: Any) -> Any:
+            return replace(fit(*args, **options), seconds=seconds)
+
+        with patch.object(search_index, "fit_index", slow):
+            assert read_table(files[0]).semdedup.plan(eps=0.05).tasks == tasks
 
 
 def test_deduplicate_keeps_what_the_rule_keeps(files: tuple[Path, pd.DataFrame]) -> None:

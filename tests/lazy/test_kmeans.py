@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dask.callbacks import Callback
 from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
@@ -354,6 +355,14 @@ def test_only_some_partitions_are_read_for_a_sample(tmp_path: Path, monkeypatch:
     ddf.semdedup.fit_centroids(1, fit_data_fraction=0.1)
     assert 0 < len(taken) <= 9
     assert all(sorted(columns) == ["embeddings", "id"] for columns in taken)
+
+
+def test_no_partition_waits_in_memory_for_its_rows_to_be_taken(tmp_path: Path) -> None:
+    ddf = write_raw(tmp_path / "raw", blobs(400)[0], files=20)
+    ran = set()
+    with Callback(pretask=lambda key, *_: ran.add(key)):
+        ddf.semdedup.fit_centroids(1)
+    assert len(ran) == 20
 
 
 # --- The accessor ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 
 from dask_semdedup.search import near, sketch, torch_near
-from dask_semdedup.search.cells import Cells, fit_cells, reach_of
+from dask_semdedup.search.cells import ELEMENTS, Cells, fit_cells, reach_of
 from dask_semdedup.search.index import PACES, Index, fit_index, n_cells, sample_rows
 from dask_semdedup.search.near import Links, Part, components, near_pairs, sketch_part
 from dask_semdedup.search.sketch import Sketcher, fit_axes, sketcher, unit_rows
@@ -158,9 +158,16 @@ def test_a_pair_at_the_reach_meets_and_one_beyond_does_not() -> None:
     cells, points = plane_case(0.2999)
     visits = cells.visits(points)
     assert visits.cell.tolist() == [0, 1]
-    assert sorted(zip(visits.visitor.tolist(), visits.visited.tolist(), strict=True)) == [(0, 1), (1, 0)]
+    assert (visits.visited.tolist(), visits.offsets.tolist()) == ([1, 0], [0, 1, 2])
     cells, points = plane_case(0.3005)
-    assert not len(cells.visits(points).visitor)
+    assert not len(cells.visits(points).visited)
+
+
+def test_limits_that_are_computed_in_pieces_are_the_same() -> None:
+    centroids = torch.randn(300, 16, generator=torch.Generator().manual_seed(3))
+    whole = Cells(centroids, reach=0.3).limits
+    with patch.dict(ELEMENTS, cpu=7 * 300):
+        assert torch.allclose(Cells(centroids, reach=0.3).limits, whole, rtol=1e-6, atol=0)
 
 
 def test_the_reach_holds_what_is_added_to_sketches() -> None:

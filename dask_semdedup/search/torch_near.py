@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ import torch
 from dask_semdedup.search import certify
 from dask_semdedup.search.index import Index
 from dask_semdedup.search.near import Part, listed_or_bundled
-from dask_semdedup.search.torch_sketch import Sketches, rounded, sketch_dtype, with_least
+from dask_semdedup.search.torch_sketch import ROWS, Sketches, rounded, sketch_dtype, with_least
 
 __all__ = ["CHUNK", "Comparison"]
 
@@ -20,62 +20,10 @@ CHUNK = 1 << 16
 """Sketches that are gathered at once, unless one cell has more members and visitors."""
 
 TILE = 512
-"""Candidates, and queries, that are multiplied at once: their products stay in the cache."""
+"""Candidates that are multiplied at once, with as many queries or more: TILE**2 products stay in the cache."""
 
 BATCH = 1 << 14
 """Pairs whose longer sketches are looked at together."""
-
-
-class _Side:
-    """Sketches in the order of their cells.
-
-    Parameters
-    ----------
-    rows : sequence of Rows
-    n_cells : int
-    """
-
-    def __init__(self, rows: Sequence[Rows], n_cells: int) -> None:
-        self.parts = [r.part for r in rows]
-        cell = np.concatenate([r.cell for r in rows])
-        # Within a cell, rows stay in the order that they are given in.
-        order = np.argsort(cell, kind="stable")
-        self.offsets = np.searchsorted(cell[order], np.arange(n_cells + 1))
-        self.of_part = np.repeat(np.arange(len(rows)), [len(r.which) for r in rows])[order]
-        self.which = np.concatenate([r.which for r in rows])[order]
-
-    def __len__(self) -> int:
-        return len(self.which)
-
-    def keys(self, rows: np.ndarray) -> np.ndarray:
-        """Return some of the rows as `Links` names them."""
-        keys = np.empty(len(rows), np.int64)
-        for mine, part, which in self._by_part(rows):
-            keys[mine] = (np.int64(part.number) << 32) | part.rows[which]
-        return keys
-
-    def sketches(self, rows: np.ndarray, size: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the shorter or longer sketches of some rows in float32, and what float16 lost of them."""
-        found, residual = torch.empty(len(rows), size), torch.empty(len(rows))
-        for mine, part, which in self._by_part(rows):
-            place = torch.from_numpy(mine)
-            # NumPy converts float16 one by one.
-            sketches = torch.empty(len(which), size)
-            sketches[:, :-1] = torch.from_numpy(part.coordinates[which, : size - 1])
-            sketches[:, -1] = torch.from_numpy(part.left[which, kind])
-            found.index_copy_(0, place, sketches)
-            residual.index_copy_(0, place, torch.from_numpy(part.residual[which, kind]))
-        return found, residual
-
-    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Part, np.ndarray]]:
-        of_part, which = self.of_part[rows], self.which[rows]
-        order = np.argsort(of_part, kind="stable")
-        for number, (first, last) in enumerate(
-            pairwise(np.searchsorted(of_part[order], np.arange(len(self.parts) + 1)))
-        ):
-            if first < last:
-                mine = order[first:last]
-                yield mine, self.parts[number], which[mine]
 
 
 class Comparison:
@@ -90,26 +38,29 @@ class Comparison:
     """
 
     def __init__(self, parts: Sequence[Part], others: Sequence[Part] | None, index: Index) -> None:
-        self.parts, self.others, self.index = parts, others, index
+        self.own, self.index = range(len(parts)), index
+        self.guests = None if others is None else range(len(parts), len(parts) + len(others))
+        self.rows = _Rows([*parts, *(others or [])], index)
+        self.tiles = _Tiles(self.rows.product)
 
     def pairs(self, cells: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the pairs of sketches that meet in some cells and reach the least product, and bundles of others."""
         for run in self._runs(cells):
-            members, visitors = ([of(part, run) for part in self.parts] for of in (_members, _visitors))
-            if self.others is None:
-                yield _Meeting(members, [*members, *visitors], among_candidates=True).pairs(self.index)
+            members = self.rows.by_cell(self.own, run, _members)
+            if self.guests is None:
+                every = self.rows.by_cell(self.own, run, _members, _visitors)
+                yield self._meet(members, every, among_candidates=True)
             else:
-                guests, visiting = ([of(part, run) for part in self.others] for of in (_members, _visitors))
-                yield _Meeting(members, [*guests, *visiting]).pairs(self.index)
-                yield _Meeting(guests, visitors).pairs(self.index)
+                yield self._meet(members, self.rows.by_cell(self.guests, run, _members, _visitors))
+                guests = self.rows.by_cell(self.guests, run, _members)
+                yield self._meet(guests, self.rows.by_cell(self.own, run, _visitors))
 
     def _runs(self, cells: slice) -> Iterator[slice]:
         """Yield ranges of cells with about `CHUNK` members and visitors."""
-        every = [*self.parts, *(self.others or [])]
         sizes = sum(
             np.diff(offsets[cells.start : cells.stop + 1])
-            for part in every
-            for offsets in (part.members, _visits(part)[1])
+            for part in self.rows.parts
+            for _, offsets in (_members(part), _visitors(part))
         )
         ends = np.cumsum(sizes)
         first = 0
@@ -119,122 +70,179 @@ class Comparison:
             yield slice(cells.start + first, cells.start + last)
             first = last
 
+    def _meet(
+        self, candidates: _Side, queries: _Side, *, among_candidates: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pairs of a run of cells that reach the least product, and rows that are bundled, as keys.
 
-@dataclass(frozen=True)
-class Rows:
-    """Some sketches of a part, and the cells of a run that they are looked at in."""
-
-    part: Part
-    which: np.ndarray
-    cell: np.ndarray
-
-
-def _members(part: Part, cells: slice) -> Rows:
-    offsets = part.members[cells.start : cells.stop + 1]
-    return Rows(part, np.arange(offsets[0], offsets[-1]), np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)))
-
-
-def _visitors(part: Part, cells: slice) -> Rows:
-    visitors, offsets = _visits(part)
-    offsets = offsets[cells.start : cells.stop + 1]
-    which = visitors[offsets[0] : offsets[-1]]
-    return Rows(part, which, np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)))
-
-
-def _visits(part: Part) -> tuple[np.ndarray, np.ndarray]:
-    assert part.visits is not None, "sketches of a GPU are compared on one"
-    return part.visits
-
-
-class _Meeting:
-    """Candidates and queries of a run of cells, and the tiles of their products.
-
-    Parameters
-    ----------
-    candidates, queries : sequence of Rows
-    among_candidates : bool
-        Whether the first queries of each cell are its candidates, which meet only those before them.
-    """
-
-    def __init__(self, candidates: Sequence[Rows], queries: Sequence[Rows], *, among_candidates: bool = False) -> None:
-        n_cells = 1 + max((int(r.cell.max()) for r in (*candidates, *queries) if len(r.cell)), default=-1)
-        self.candidates, self.queries = (_Side(rows, n_cells) for rows in (candidates, queries))
-        self.among_candidates = among_candidates
-
-    def pairs(self, index: Index) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pairs that reach the least product, and rows that are bundled with a first one, as keys."""
-        sides = self.candidates, self.queries
-        both = [side.sketches(np.arange(len(side)), index.sketcher.size, 0) for side in sides]
-        sketches, lost = rounded(torch.cat([each for each, _ in both]), sketch_dtype())
-        residual = torch.cat([each for _, each in both]) + lost
-        product = with_least(sketches, residual, torch.zeros(len(residual), dtype=torch.bool), index.sketcher)
-        tiles = _Tiles(product, len(self.candidates))
+        With `among_candidates`, the first queries of each cell are its candidates, which meet only those before them.
+        """
+        self.tiles.gather(candidates.rows, queries.rows)
         pairs, bundles = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)]
         held: list[np.ndarray] = []
 
         def check() -> None:
             """Keep of the pairs that are held what the longer sketches leave; if many, what connects the same rows."""
-            found = self._of_longer(np.concatenate(held), index)
-            keys = np.stack([side.keys(found[:, kind]) for kind, side in enumerate(sides)], axis=1)
+            keys = self.rows.keys[self._of_longer(np.concatenate(held))]
             for some, into in zip(listed_or_bundled(keys), (pairs, bundles), strict=True):
                 into.append(some)
             held.clear()
 
-        for of_candidates, of_queries, diagonal in self._tiles():
-            query, candidate, bundled = tiles.hits(of_candidates, of_queries)
+        for of_candidates, of_queries, diagonal in _tiles(candidates, queries, among_candidates=among_candidates):
+            query, candidate, bundled = self.tiles.hits(of_candidates, of_queries)
             if diagonal is not None:
                 is_earlier = candidate < query - diagonal
                 query, candidate = query[is_earlier], candidate[is_earlier]
-            held.append(np.stack([candidate, query], axis=1))
+            held.append(np.stack([candidates.rows[candidate], queries.rows[query]], axis=1))
             if sum(map(len, held)) >= BATCH:
                 check()
             if len(bundled[0]):
-                members = np.concatenate([side.keys(rows) for rows, side in zip(bundled, sides, strict=True)])
-                bundles.append(np.stack([members, np.full(len(members), members[0])], axis=1))
+                keys = self.rows.keys[np.concatenate([candidates.rows[bundled[0]], queries.rows[bundled[1]]])]
+                bundles.append(np.stack([keys, np.full(len(keys), keys[0])], axis=1))
         if held:
             check()
         return np.concatenate(pairs), np.concatenate(bundles)
 
-    def _of_longer(self, pairs: np.ndarray, index: Index) -> np.ndarray:
-        """Return the pairs of candidates and queries that the longer sketches leave, too."""
+    def _of_longer(self, pairs: np.ndarray) -> np.ndarray:
+        """Return the pairs of rows that the longer sketches leave, too."""
         kept = [pairs[:0]]
-        size = index.longer.size
-        for chunk in certify.chunks(len(pairs), 4 * size):
-            candidate, query = pairs[chunk].T
-            others, other_lost = self.candidates.sketches(candidate, size, 1)
-            own, lost = self.queries.sketches(query, size, 1)
-            least = index.longer.floor - certify.half_bound(lost, other_lost, size) * (1 + 2 * index.longer.tail)
+        longer = self.index.longer
+        for chunk in certify.chunks(len(pairs), 4 * longer.size):
+            (others, other_lost), (own, lost) = map(self.rows.longer, pairs[chunk].T)
+            least = longer.floor - certify.half_bound(lost, other_lost, longer.size) * (1 + 2 * longer.tail)
             kept.append(pairs[chunk][((own * others).sum(dim=1) >= least).numpy()])
         return np.concatenate(kept)
 
-    def _tiles(self) -> Iterator[tuple[slice, slice, int | None]]:
-        """Yield candidates and queries; where they may be the same rows, also how much later they are as queries."""
-        cuts = zip(pairwise(self.candidates.offsets.tolist()), pairwise(self.queries.offsets.tolist()), strict=True)
-        for (first, last), (start, stop) in cuts:
-            for candidate in range(first, last, TILE):
-                candidates = slice(candidate, min(candidate + TILE, last))
-                # Rows of the tile meet each other, and all later ones.
-                own = start + candidate - first if self.among_candidates else start
-                n_candidates = candidates.stop - candidates.start
-                if self.among_candidates:
-                    yield candidates, slice(own, own + n_candidates), start - first
-                    own += n_candidates
-                for query in range(own, stop, TILE):
-                    yield candidates, slice(query, min(query + TILE, stop)), None
+
+def _members(part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the sketches that are members of cells, and the cells' offsets among them."""
+    return np.arange(len(part.rows)), part.members
+
+
+def _visitors(part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the sketches that visit cells, and the cells' offsets among them."""
+    assert part.visits is not None, "sketches of a GPU are compared on one"
+    return part.visits
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Rows in the order of the cells of a run, and offsets of these cells."""
+
+    rows: np.ndarray
+    offsets: np.ndarray
+
+
+class _Rows:
+    """All sketches of some parts, one part after the other.
+
+    Attributes
+    ----------
+    product : Sketches
+        The shorter sketches, as they are multiplied: to convert them each time that they are gathered takes far longer.
+    keys : numpy.ndarray
+        (n,) int64 rows as `Links` names them.
+    """
+
+    def __init__(self, parts: Sequence[Part], index: Index) -> None:
+        self.parts, self.index = parts, index
+        self.starts = np.cumsum([0, *(len(part.rows) for part in parts)])
+        self.keys = np.concatenate([(np.int64(part.number) << 32) | part.rows for part in parts])
+        n, dtype = len(self.keys), sketch_dtype()
+        rows, residual = torch.empty(n, index.sketcher.size, dtype=dtype), torch.empty(n)
+        for part, start in zip(parts, self.starts.tolist(), strict=False):
+            for first in range(0, len(part.rows), ROWS):
+                which = slice(first, min(first + ROWS, len(part.rows)))
+                here = slice(start + which.start, start + which.stop)
+                exact, lost = _exact(part, which, index.sketcher.size, 0)
+                rows[here], residual[here] = rounded(exact, dtype)
+                residual[here] += lost
+        self.product = with_least(rows, residual, torch.zeros(n, dtype=torch.bool), index.sketcher)
+
+    def by_cell(self, numbers: range, cells: slice, *kinds: Callable[[Part], tuple[np.ndarray, np.ndarray]]) -> _Side:
+        """Return the members or visitors of some cells, or the members of each followed by its visitors."""
+        rows, counts = [], []
+        for kind in kinds:
+            for number in numbers:
+                which, offsets = kind(self.parts[number])
+                offsets = offsets[cells.start : cells.stop + 1]
+                rows.append(self.starts[number] + which[offsets[0] : offsets[-1]])
+                counts.append(np.diff(offsets))
+        n_cells = cells.stop - cells.start
+        numbered = np.arange(n_cells, dtype=np.min_scalar_type(n_cells))
+        cell = np.concatenate([np.repeat(numbered, count) for count in counts])
+        offsets = np.concatenate([[0], np.sum(counts, axis=0).cumsum()])
+        # Within a cell, rows stay in the order that they are given in.
+        return _Side(np.concatenate(rows)[np.argsort(cell, kind="stable")], offsets)
+
+    def longer(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the longer sketches of some rows in float32, and what float16 lost of them."""
+        size = self.index.longer.size
+        found, residual = torch.empty(len(rows), size), torch.empty(len(rows))
+        of_part = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(of_part).tolist():
+            mine = np.flatnonzero(of_part == number)
+            place = torch.from_numpy(mine)
+            found[place], residual[place] = _exact(self.parts[number], rows[mine] - self.starts[number], size, 1)
+        return found, residual
+
+
+def _exact(part: Part, which: slice | np.ndarray, size: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return shorter or longer sketches of a part in float32, and what float16 lost of them."""
+    # NumPy converts float16 one by one.
+    coordinates = torch.from_numpy(part.coordinates[which, : size - 1]).float()
+    last, residual = (torch.from_numpy(values[which, kind]) for values in (part.left, part.residual))
+    return torch.cat([coordinates, last[:, None]], dim=1), residual
+
+
+def _tiles(candidates: _Side, queries: _Side, *, among_candidates: bool) -> Iterator[tuple[slice, slice, int | None]]:
+    """Yield candidates and queries; where they may be the same rows, also how much later they are as queries."""
+    cuts = zip(pairwise(candidates.offsets.tolist()), pairwise(queries.offsets.tolist()), strict=True)
+    for (first, last), (start, stop) in cuts:
+        for candidate in range(first, last, TILE):
+            some = slice(candidate, min(candidate + TILE, last))
+            n_some = some.stop - some.start
+            # Rows of the tile meet each other, and all later ones.
+            own = start + candidate - first if among_candidates else start
+            if among_candidates:
+                yield some, slice(own, own + n_some), start - first
+                own += n_some
+            # Few candidates meet as many more queries.
+            step = TILE * TILE // n_some
+            for query in range(own, stop, step):
+                yield some, slice(query, min(query + step, stop)), None
 
 
 class _Tiles:
-    """Products of candidates and queries in one buffer.
+    """Products of candidates and queries, in memory that is used again: new memory takes as long as the products.
 
     Least products are positive. The bits of floating-point numbers compare like integers wherever one of the two is.
+
+    Parameters
+    ----------
+    product : Sketches
+        Those of all rows.
     """
 
-    def __init__(self, product: Sketches, n_candidates: int) -> None:
-        self.product, self.n_candidates = product, n_candidates
-        self.buffer = torch.empty(TILE * TILE, dtype=product.dtype)
+    def __init__(self, product: Sketches) -> None:
+        self.product = product
         self.integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[product.dtype.itemsize]
-        self.least = product.least.view(self.integers).numpy()
+        self.buffer = torch.empty(TILE * TILE, dtype=product.dtype)
         self.mask = np.zeros(TILE * TILE + 8, bool)
+        self.gathered = Sketches(product.rows[:0].clone(), product.least[:0].clone())
+        self.n_candidates = 0
+        self.least = np.empty(0)
+
+    def gather(self, candidates: np.ndarray, queries: np.ndarray) -> None:
+        """Take the sketches of some rows."""
+        which = torch.from_numpy(np.concatenate([candidates, queries]))
+        self.n_candidates, n = len(candidates), len(which)
+        if n > len(self.gathered.rows):
+            whole = self.product
+            self.gathered = Sketches(whole.rows.new_empty(n, whole.rows.shape[1]), whole.least.new_empty(n))
+        torch.index_select(self.product.rows, 0, which, out=self.gathered.rows[:n])
+        torch.index_select(self.product.least, 0, which, out=self.gathered.least[:n])
+        self.least = self.gathered.least.view(self.integers).numpy()
 
     def hits(self, candidates: slice, queries: slice) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
         """Return the queries and candidates of pairs that reach the least product, and bundled candidates and queries.
@@ -245,7 +253,7 @@ class _Tiles:
         shape = candidates.stop - candidates.start, queries.stop - queries.start
         size = shape[0] * shape[1]
         out = self.buffer[:size].view(shape)
-        self.product.multiply(candidates, later, out)
+        self.gathered.multiply(candidates, later, out)
         mask = self.mask[:size].reshape(shape)
         np.greater_equal(out.view(self.integers).numpy(), self.least[later], out=mask)
         self.mask[size : size + 8] = False

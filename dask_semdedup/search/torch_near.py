@@ -12,7 +12,7 @@ import torch
 from dask_semdedup.search import certify
 from dask_semdedup.search.index import Index
 from dask_semdedup.search.near import Part, listed_or_bundled
-from dask_semdedup.search.torch_sketch import ROWS, Sketches, rounded, sketch_dtype, with_least
+from dask_semdedup.search.torch_sketch import rounded, sketch_dtype, with_least
 
 __all__ = ["CHUNK", "Comparison"]
 
@@ -41,7 +41,7 @@ class Comparison:
         self.own, self.index = range(len(parts)), index
         self.guests = None if others is None else range(len(parts), len(parts) + len(others))
         self.rows = _Rows([*parts, *(others or [])], index)
-        self.tiles = _Tiles(self.rows.product)
+        self.tiles = _Tiles(self.rows)
 
     def pairs(self, cells: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the pairs of sketches that meet in some cells and reach the least product, and bundles of others."""
@@ -138,8 +138,8 @@ class _Rows:
 
     Attributes
     ----------
-    product : Sketches
-        The shorter sketches, as they are multiplied: to convert them each time that they are gathered takes far longer.
+    coordinates, last, residual : torch.Tensor
+        (n, h - 1) float16, (n,) and (n,) float32: the shorter sketches, and what float16 lost of them.
     keys : numpy.ndarray
         (n,) int64 rows as `Links` names them.
     """
@@ -148,16 +148,13 @@ class _Rows:
         self.parts, self.index = parts, index
         self.starts = np.cumsum([0, *(len(part.rows) for part in parts)])
         self.keys = np.concatenate([(np.int64(part.number) << 32) | part.rows for part in parts])
-        n, dtype = len(self.keys), sketch_dtype()
-        rows, residual = torch.empty(n, index.sketcher.size, dtype=dtype), torch.empty(n)
-        for part, start in zip(parts, self.starts.tolist(), strict=False):
-            for first in range(0, len(part.rows), ROWS):
-                which = slice(first, min(first + ROWS, len(part.rows)))
-                here = slice(start + which.start, start + which.stop)
-                exact, lost = _exact(part, which, index.sketcher.size, 0)
-                rows[here], residual[here] = rounded(exact, dtype)
-                residual[here] += lost
-        self.product = with_least(rows, residual, torch.zeros(n, dtype=torch.bool), index.sketcher)
+        # Rows that lie beside each other are gathered in a fraction of the time.
+        short = slice(index.sketcher.size - 1)
+        self.coordinates = torch.cat([torch.from_numpy(part.coordinates)[:, short] for part in parts])
+        self.last, self.residual = (
+            torch.cat([torch.from_numpy(values)[:, 0] for values in of_parts])
+            for of_parts in zip(*((part.left, part.residual) for part in parts), strict=True)
+        )
 
     def by_cell(self, numbers: range, cells: slice, *kinds: Callable[[Part], tuple[np.ndarray, np.ndarray]]) -> _Side:
         """Return the members or visitors of some cells, or the members of each followed by its visitors."""
@@ -182,17 +179,12 @@ class _Rows:
         of_part = np.searchsorted(self.starts, rows, side="right") - 1
         for number in np.unique(of_part).tolist():
             mine = np.flatnonzero(of_part == number)
-            place = torch.from_numpy(mine)
-            found[place], residual[place] = _exact(self.parts[number], rows[mine] - self.starts[number], size, 1)
+            part, place, which = self.parts[number], torch.from_numpy(mine), rows[mine] - self.starts[number]
+            # NumPy converts float16 one by one.
+            found[place, :-1] = torch.from_numpy(part.coordinates[which, : size - 1]).float()
+            found[place, -1] = torch.from_numpy(part.left[which, 1])
+            residual[place] = torch.from_numpy(part.residual[which, 1])
         return found, residual
-
-
-def _exact(part: Part, which: slice | np.ndarray, size: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return shorter or longer sketches of a part in float32, and what float16 lost of them."""
-    # NumPy converts float16 one by one.
-    coordinates = torch.from_numpy(part.coordinates[which, : size - 1]).float()
-    last, residual = (torch.from_numpy(values[which, kind]) for values in (part.left, part.residual))
-    return torch.cat([coordinates, last[:, None]], dim=1), residual
 
 
 def _tiles(candidates: _Side, queries: _Side, *, among_candidates: bool) -> Iterator[tuple[slice, slice, int | None]]:
@@ -217,32 +209,34 @@ class _Tiles:
     """Products of candidates and queries, in memory that is used again: new memory takes as long as the products.
 
     Least products are positive. The bits of floating-point numbers compare like integers wherever one of the two is.
-
-    Parameters
-    ----------
-    product : Sketches
-        Those of all rows.
     """
 
-    def __init__(self, product: Sketches) -> None:
-        self.product = product
-        self.integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[product.dtype.itemsize]
-        self.buffer = torch.empty(TILE * TILE, dtype=product.dtype)
+    def __init__(self, rows: _Rows) -> None:
+        self.rows, self.sketcher = rows, rows.index.sketcher
+        self.dtype = sketch_dtype()
+        size = self.sketcher.size
+        self.halves, self.exact = torch.empty(0, size - 1, dtype=torch.float16), torch.empty(0, size)
         self.mask = np.zeros(TILE * TILE + 8, bool)
-        self.gathered = Sketches(product.rows[:0].clone(), product.least[:0].clone())
-        self.n_candidates = 0
-        self.least = np.empty(0)
+        self.gather(np.empty(0, np.int64), np.empty(0, np.int64))
+        self.buffer = torch.empty(TILE * TILE, dtype=self.product.dtype)
 
     def gather(self, candidates: np.ndarray, queries: np.ndarray) -> None:
-        """Take the sketches of some rows."""
+        """Take the sketches of some rows, and convert them."""
         which = torch.from_numpy(np.concatenate([candidates, queries]))
         self.n_candidates, n = len(candidates), len(which)
-        if n > len(self.gathered.rows):
-            whole = self.product
-            self.gathered = Sketches(whole.rows.new_empty(n, whole.rows.shape[1]), whole.least.new_empty(n))
-        torch.index_select(self.product.rows, 0, which, out=self.gathered.rows[:n])
-        torch.index_select(self.product.least, 0, which, out=self.gathered.least[:n])
-        self.least = self.gathered.least.view(self.integers).numpy()
+        if n > len(self.exact):
+            self.halves, self.exact = (
+                self.halves.new_empty(n, self.halves.shape[1]),
+                self.exact.new_empty(n, self.exact.shape[1]),
+            )
+        exact = self.exact[:n]
+        exact[:, :-1] = torch.index_select(self.rows.coordinates, 0, which, out=self.halves[:n])
+        exact[:, -1] = self.rows.last[which]
+        sketches, lost = rounded(exact, self.dtype)
+        is_zero = torch.zeros(n, dtype=torch.bool)
+        self.product = with_least(sketches, self.rows.residual[which] + lost, is_zero, self.sketcher)
+        self.integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[self.product.dtype.itemsize]
+        self.least = self.product.least.view(self.integers).numpy()
 
     def hits(self, candidates: slice, queries: slice) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
         """Return the queries and candidates of pairs that reach the least product, and bundled candidates and queries.
@@ -253,7 +247,7 @@ class _Tiles:
         shape = candidates.stop - candidates.start, queries.stop - queries.start
         size = shape[0] * shape[1]
         out = self.buffer[:size].view(shape)
-        self.gathered.multiply(candidates, later, out)
+        self.product.multiply(candidates, later, out)
         mask = self.mask[:size].reshape(shape)
         np.greater_equal(out.view(self.integers).numpy(), self.least[later], out=mask)
         self.mask[size : size + 8] = False

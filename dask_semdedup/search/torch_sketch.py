@@ -84,6 +84,8 @@ def sketches(unit: certify.UnitRows, sketcher: Sketcher, dtype: torch.dtype) -> 
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return sketches in another dtype, and a bound on the length of what each has lost."""
+    if dtype == exact.dtype:
+        return exact, torch.zeros(len(exact))
     if dtype == torch.int8:
         # The length of what is left may exceed 1 by what is added to it.
         values = (exact * SCALE).round_().clamp_(-SCALE, SCALE)

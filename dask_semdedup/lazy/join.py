@@ -57,8 +57,8 @@ SEED = 42
 TASKS, TASK_SECONDS = 64, 60
 """Comparisons that there are at least, for workers to be evenly busy, and how long one takes at most on a core."""
 
-BLOCK_BYTES, BLOCK_COPIES = 2 << 30, 4
-"""Bytes of sketches that a block takes at most; a partition is not split. A task compares two, and gathers some."""
+BLOCK_BYTES, BLOCK_COPIES = 2 << 30, 10
+"""Bytes of sketches that a block takes at most; a partition is not split. A task compares two, and others wait."""
 
 GPU_SHARE = 6
 """A block of sketches takes one in this many bytes of a GPU: two are compared, and a part of them is gathered."""

@@ -200,9 +200,15 @@ def _tiles(candidates: _Side, queries: _Side, *, among_candidates: bool) -> Iter
                 yield some, slice(own, own + n_some), start - first
                 own += n_some
             # Few candidates meet as many more queries.
-            step = TILE * TILE // n_some
+            step = TILE * TILE // _rounded_up(n_some)
             for query in range(own, stop, step):
                 yield some, slice(query, min(query + step, stop)), None
+
+
+def _rounded_up(n: int) -> int:
+    """Return the next of 2 or 3 times a power of two, from 16 on."""
+    grain = max(16, (1 << n.bit_length()) >> 2)
+    return -(-n // grain) * grain
 
 
 class _Tiles:
@@ -218,7 +224,7 @@ class _Tiles:
         self.halves, self.exact = torch.empty(0, size - 1, dtype=torch.float16), torch.empty(0, size)
         self.mask = np.zeros(TILE * TILE + 8, bool)
         self.gather(np.empty(0, np.int64), np.empty(0, np.int64))
-        self.buffer = torch.empty(TILE * TILE, dtype=self.product.dtype)
+        self.buffer = torch.empty(2 * _rounded_up(TILE) ** 2, dtype=self.product.dtype)
 
     def gather(self, candidates: np.ndarray, queries: np.ndarray) -> None:
         """Take the sketches of some rows, and convert them."""
@@ -238,6 +244,17 @@ class _Tiles:
         self.integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[self.product.dtype.itemsize]
         self.least = self.product.least.view(self.integers).numpy()
 
+    def _multiplied(self, rows: slice) -> slice:
+        """Return some rows and others beside them, which are multiplied as well.
+
+        For each shape of products in few bits, oneDNN compiles a program: half a millisecond, and half a megabyte.
+        """
+        if self.dtype == torch.float32:
+            return rows
+        n, n_all = _rounded_up(rows.stop - rows.start), len(self.product.rows)
+        start = max(0, min(rows.start, n_all - n))
+        return slice(start, min(start + n, n_all))
+
     def hits(self, candidates: slice, queries: slice) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
         """Return the queries and candidates of pairs that reach the least product, and bundled candidates and queries.
 
@@ -246,10 +263,13 @@ class _Tiles:
         later = slice(queries.start + self.n_candidates, queries.stop + self.n_candidates)
         shape = candidates.stop - candidates.start, queries.stop - queries.start
         size = shape[0] * shape[1]
-        out = self.buffer[:size].view(shape)
-        self.product.multiply(candidates, later, out)
+        rows, columns = self._multiplied(candidates), self._multiplied(later)
+        out = self.buffer[: (rows.stop - rows.start) * (columns.stop - columns.start)].view(rows.stop - rows.start, -1)
+        self.product.multiply(rows, columns, out)
+        own = slice(candidates.start - rows.start, candidates.stop - rows.start)
+        products = out[own, later.start - columns.start : later.stop - columns.start].view(self.integers).numpy()
         mask = self.mask[:size].reshape(shape)
-        np.greater_equal(out.view(self.integers).numpy(), self.least[later], out=mask)
+        np.greater_equal(products, self.least[later], out=mask)
         self.mask[size : size + 8] = False
         # Hits are rare: eight at a time are looked at.
         words = np.flatnonzero(self.mask[: -(-size // 8) * 8].view(np.uint64))

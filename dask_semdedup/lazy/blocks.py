@@ -42,6 +42,7 @@ __all__ = [
     "least_limit",
     "least_memory",
     "task_bytes",
+    "threads_of_workers",
 ]
 
 # Bytes of a process before it reads any rows: Python with torch, pandas and Dask.
@@ -78,6 +79,11 @@ def task_bytes(client: Client | None = None) -> float:
 def least_limit(client: Client | None = None) -> float:
     """Return the bytes of memory of the smallest worker; infinite without workers, or if they have no limit."""
     return min((limit for limit, _ in _limits(client)), default=math.inf)
+
+
+def threads_of_workers(client: Client | None = None) -> int:
+    """Return the threads of all workers together; 0 without workers."""
+    return sum(threads for _, threads in _limits(client))
 
 
 def _limits(client: Client | None) -> list[tuple[float, int]]:

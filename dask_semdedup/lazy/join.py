@@ -24,7 +24,7 @@ from dask_semdedup.device.sharing import gpus_at_work
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.backend import is_cudf, tensor_like
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
-from dask_semdedup.lazy.blocks import PROCESS_BYTES, least_limit, task_bytes
+from dask_semdedup.lazy.blocks import PROCESS_BYTES, least_limit, task_bytes, threads_of_workers
 from dask_semdedup.lazy.expressions import ScoresAgainst
 from dask_semdedup.lazy.planning import CUDF_ELEMENTS
 from dask_semdedup.lazy.pushdown import Searched
@@ -54,11 +54,15 @@ __all__ = ["Plan", "compare_all", "compare_all_with", "is_by_mean", "make_plan"]
 SEED = 42
 """Of the sample."""
 
-TASKS, TASK_SECONDS = 64, 60
-"""Comparisons that there are at least, for workers to be evenly busy, and how long one takes at most on a core."""
+TASKS, TASK_SECONDS = (16, 64), (1, 60)
+"""Comparisons: at least the first number, for workers to be evenly busy; up to the second if each takes a second on a
+core; more if one took more than a minute."""
 
-BLOCK_BYTES, BLOCK_COPIES = 2 << 30, 10
+BLOCK_BYTES, BLOCK_COPIES = 2 << 30, 5
 """Bytes of sketches that a block takes at most; a partition is not split. A task compares two, and others wait."""
+
+READY = 2
+"""Comparisons that are ready for each thread, where workers cannot hold all sketches: one runs, one is prepared."""
 
 GPU_SHARE = 6
 """A block of sketches takes one in this many bytes of a GPU: two are compared, and a part of them is gathered."""
@@ -112,6 +116,8 @@ class Plan:
         Where sketches are compared.
     stays : bool
         Whether they stay there from when they are made.
+    at_once : int
+        Comparisons that may be ready at once; 0 for all. A worker fetches the sketches of all that are ready.
     eps : float, optional
         The cosine distance up to which duplicates are looked for, where somebody asked for the plan alone.
     """
@@ -128,6 +134,7 @@ class Plan:
     other_rows: int = 0
     device: str = "cpu"
     stays: bool = False
+    at_once: int = 0
     eps: float | None = None
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
@@ -135,8 +142,9 @@ class Plan:
             return "plan", self.rows, self.width
         found, longer, cells = self.index.sketcher, self.index.longer, self.index.cells
         arrays = longer.axes.numpy(), cells.centroids.numpy()
-        settings = found.tail, found.floor, longer.floor, cells.reach, self.blocks, self.shares, self.bins, self.others
-        return "plan", *map(tokenize, arrays), *settings
+        floors = found.tail, found.floor, longer.floor, cells.reach
+        tasks = self.blocks, self.shares, self.bins, self.others, self.at_once
+        return "plan", *map(tokenize, arrays), *floors, *tasks
 
     @property
     def sketch_bytes(self) -> int:
@@ -275,9 +283,11 @@ def make_plan(
     blocks = [_blocks(counts, most, first) for counts, first in zip(lengths, firsts, strict=False)]
     counts = [count for of_frame in lengths for count in of_frame]
     n_pairs = len(blocks[0]) * (len(blocks[-1]) if others else (len(blocks[0]) + 1) / 2)
-    n_tasks = max(TASKS, 2 * index.seconds / TASK_SECONDS)
+    shortest, longest = (2 * index.seconds / seconds for seconds in TASK_SECONDS)
+    n_tasks = max(min(max(shortest, TASKS[0]), TASKS[1]), longest)
     # A GPU is filled by one task.
     n_shares = gpus_at_work() if compared_on == "cuda" else math.ceil(n_tasks / n_pairs)
+    nbytes = sum(rows) * row_bytes(index, partition_rows)
     return Plan(
         sum(rows),
         width,
@@ -291,6 +301,7 @@ def make_plan(
         sum(rows[1:]),
         compared_on,
         compared_on == "cuda" and sum(rows) <= most,
+        READY * threads_of_workers() if nbytes > task_bytes() else 0,
     )
 
 
@@ -413,10 +424,11 @@ class _Compared(Searched, Expr):
             for p, (_, _, names) in enumerate(sources)
         ]
         blocks = [TaskList(*(sketched[number] for number in block)) for block in plan.blocks]
-        links = [
-            add("compare", t, find_near_pairs, blocks[i], None if i == j else blocks[j], share, index, plan.device)
-            for t, (i, j, share) in enumerate(plan.comparisons())
-        ]
+        links: list[TaskRef] = []
+        for t, (i, j, share) in enumerate(plan.comparisons()):
+            waits = {"after": links[t - plan.at_once]} if 0 < plan.at_once <= t else {}
+            other = None if i == j else blocks[j]
+            links.append(add("compare", t, find_near_pairs, blocks[i], other, share, index, plan.device, **waits))
         copies = [add("copies", p, copies_of, ref) for p, ref in enumerate(sketched)]
         involved = add("involved", 0, find_involved, TaskList(*links), TaskList(*copies), plan.bins)
         places = [add("places", p, places_of, involved, p) for p in range(len(sources))]

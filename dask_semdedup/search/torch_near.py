@@ -12,12 +12,12 @@ import torch
 from dask_semdedup.search import certify
 from dask_semdedup.search.index import Index
 from dask_semdedup.search.near import Part, listed_or_bundled
-from dask_semdedup.search.torch_sketch import rounded, sketch_dtype, with_least
+from dask_semdedup.search.torch_sketch import Sketches, least_products, rounded, sketch_dtype
 
 __all__ = ["CHUNK", "Comparison"]
 
 CHUNK = 1 << 16
-"""Sketches that are gathered at once, unless one cell has more members and visitors."""
+"""Sketches that are converted at once, and gathered, unless one cell has more members and visitors."""
 
 TILE = 512
 """Candidates that are multiplied at once, with as many queries or more: TILE**2 products stay in the cache."""
@@ -114,12 +114,16 @@ class Comparison:
         return np.concatenate(kept)
 
 
-def _members(part: Part) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of the sketches that are members of cells, and the cells' offsets among them."""
-    return np.arange(len(part.rows)), part.members
+_Found = tuple[np.ndarray | None, np.ndarray]
+"""Places of sketches, by default of all, in the order of cells, and the cells' offsets among them."""
 
 
-def _visitors(part: Part) -> tuple[np.ndarray, np.ndarray]:
+def _members(part: Part) -> _Found:
+    """Return the offsets of cells among the sketches, which are in the order of their cells."""
+    return None, part.members
+
+
+def _visitors(part: Part) -> _Found:
     """Return the places of the sketches that visit cells, and the cells' offsets among them."""
     assert part.visits is not None, "sketches of a GPU are compared on one"
     return part.visits
@@ -138,32 +142,43 @@ class _Rows:
 
     Attributes
     ----------
-    coordinates, last, residual : torch.Tensor
-        (n, h - 1) float16, (n,) and (n,) float32: the shorter sketches, and what float16 lost of them.
+    sketches : torch.Tensor
+        (n, h) shorter sketches, in the dtype of their products, or in float16 for float32: these are gathered faster.
+    least : torch.Tensor
+        (1,) the least product of any of them, in the dtype of products.
     keys : numpy.ndarray
         (n,) int64 rows as `Links` names them.
     """
 
     def __init__(self, parts: Sequence[Part], index: Index) -> None:
-        self.parts, self.index = parts, index
+        self.parts, self.index, self.dtype = parts, index, sketch_dtype()
         self.starts = np.cumsum([0, *(len(part.rows) for part in parts)])
         self.keys = np.concatenate([(np.int64(part.number) << 32) | part.rows for part in parts])
-        # Rows that lie beside each other are gathered in a fraction of the time.
-        short = slice(index.sketcher.size - 1)
-        self.coordinates = torch.cat([torch.from_numpy(part.coordinates)[:, short] for part in parts])
-        self.last, self.residual = (
-            torch.cat([torch.from_numpy(values)[:, 0] for values in of_parts])
-            for of_parts in zip(*((part.left, part.residual) for part in parts), strict=True)
-        )
+        n, size = len(self.keys), index.sketcher.size
+        self.sketches = torch.empty(n, size, dtype=torch.float16 if self.dtype == torch.float32 else self.dtype)
+        residual, exact = torch.empty(n), torch.empty(min(n, CHUNK), size)
+        for part, start in zip(parts, self.starts.tolist(), strict=False):
+            for chunk in certify.chunks(len(part.rows), 1, CHUNK):
+                some, into = exact[: chunk.stop - chunk.start], slice(start + chunk.start, start + chunk.stop)
+                some[:, :-1] = torch.from_numpy(part.coordinates[chunk, : size - 1])
+                some[:, -1] = torch.from_numpy(part.left[chunk, 0])
+                self.sketches[into], lost = rounded(some, self.sketches.dtype)
+                residual[into] = lost.add_(torch.from_numpy(part.residual[chunk, 0]))
+        # What rounding loses hardly differs between rows: one bound for all is compared with in half of the time.
+        largest = residual.amax()[None] if n else residual.new_zeros(1)
+        self.least = least_products(largest, torch.zeros(1, dtype=torch.bool), index.sketcher, self.dtype)
 
-    def by_cell(self, numbers: range, cells: slice, *kinds: Callable[[Part], tuple[np.ndarray, np.ndarray]]) -> _Side:
+    def by_cell(
+        self, numbers: range, cells: slice, *kinds: Callable[[Part], tuple[np.ndarray | None, np.ndarray]]
+    ) -> _Side:
         """Return the members or visitors of some cells, or the members of each followed by its visitors."""
         rows, counts = [], []
         for kind in kinds:
             for number in numbers:
                 which, offsets = kind(self.parts[number])
                 offsets = offsets[cells.start : cells.stop + 1]
-                rows.append(self.starts[number] + which[offsets[0] : offsets[-1]])
+                first, last = offsets[0], offsets[-1]
+                rows.append(self.starts[number] + (np.arange(first, last) if which is None else which[first:last]))
                 counts.append(np.diff(offsets))
         n_cells = cells.stop - cells.start
         numbered = np.arange(n_cells, dtype=np.min_scalar_type(n_cells))
@@ -218,31 +233,26 @@ class _Tiles:
     """
 
     def __init__(self, rows: _Rows) -> None:
-        self.rows, self.sketcher = rows, rows.index.sketcher
-        self.dtype = sketch_dtype()
-        size = self.sketcher.size
-        self.halves, self.exact = torch.empty(0, size - 1, dtype=torch.float16), torch.empty(0, size)
+        self.rows, self.dtype, self.n_candidates = rows, rows.dtype, 0
+        self.gathered = rows.sketches[:0].clone()
+        self.converted = self.gathered.to(self.dtype)
+        self.product = Sketches(self.converted, rows.least)
+        self.integers = {2: torch.int16, 4: torch.int32}[self.product.dtype.itemsize]
+        self.least = rows.least.view(self.integers).numpy()[0]
         self.mask = np.zeros(TILE * TILE + 8, bool)
-        self.gather(np.empty(0, np.int64), np.empty(0, np.int64))
         self.buffer = torch.empty(2 * _rounded_up(TILE) ** 2, dtype=self.product.dtype)
 
     def gather(self, candidates: np.ndarray, queries: np.ndarray) -> None:
         """Take the sketches of some rows, and convert them."""
         which = torch.from_numpy(np.concatenate([candidates, queries]))
         self.n_candidates, n = len(candidates), len(which)
-        if n > len(self.exact):
-            self.halves, self.exact = (
-                self.halves.new_empty(n, self.halves.shape[1]),
-                self.exact.new_empty(n, self.exact.shape[1]),
-            )
-        exact = self.exact[:n]
-        exact[:, :-1] = torch.index_select(self.rows.coordinates, 0, which, out=self.halves[:n])
-        exact[:, -1] = self.rows.last[which]
-        sketches, lost = rounded(exact, self.dtype)
-        is_zero = torch.zeros(n, dtype=torch.bool)
-        self.product = with_least(sketches, self.rows.residual[which] + lost, is_zero, self.sketcher)
-        self.integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[self.product.dtype.itemsize]
-        self.least = self.product.least.view(self.integers).numpy()
+        if n > len(self.gathered):
+            self.gathered = self.gathered.new_empty(n, self.gathered.shape[1])
+            self.converted = self.gathered.to(self.dtype)
+        gathered = torch.index_select(self.rows.sketches, 0, which, out=self.gathered[:n])
+        # Nothing is copied where they are alike.
+        sketches = gathered if gathered.dtype == self.dtype else self.converted[:n].copy_(gathered)
+        self.product = Sketches(sketches, self.rows.least)
 
     def _multiplied(self, rows: slice) -> slice:
         """Return some rows and others beside them, which are multiplied as well.
@@ -261,29 +271,30 @@ class _Tiles:
         Queries with hits in more than half of a tile are bundled with all that they hit; their pairs are left out.
         """
         later = slice(queries.start + self.n_candidates, queries.stop + self.n_candidates)
-        shape = candidates.stop - candidates.start, queries.stop - queries.start
+        shape = queries.stop - queries.start, candidates.stop - candidates.start
         size = shape[0] * shape[1]
-        rows, columns = self._multiplied(candidates), self._multiplied(later)
+        # The fewer are the second factor, which oneDNN copies.
+        rows, columns = self._multiplied(later), self._multiplied(candidates)
         out = self.buffer[: (rows.stop - rows.start) * (columns.stop - columns.start)].view(rows.stop - rows.start, -1)
         self.product.multiply(rows, columns, out)
-        own = slice(candidates.start - rows.start, candidates.stop - rows.start)
-        products = out[own, later.start - columns.start : later.stop - columns.start].view(self.integers).numpy()
+        own = slice(candidates.start - columns.start, candidates.stop - columns.start)
+        products = out[later.start - rows.start : later.stop - rows.start, own].view(self.integers).numpy()
         mask = self.mask[:size].reshape(shape)
-        np.greater_equal(products, self.least[later], out=mask)
+        np.greater_equal(products, self.least, out=mask)
         self.mask[size : size + 8] = False
         # Hits are rare: eight at a time are looked at.
         words = np.flatnonzero(self.mask[: -(-size // 8) * 8].view(np.uint64))
         none = np.empty(0, np.int64)
         bundled = none, none
         if len(words) > TILE // 16:
-            is_crowded = mask.sum(axis=0) > TILE // 2
+            is_crowded = mask.sum(axis=1) > TILE // 2
             if is_crowded.any():
                 bundled = (
-                    candidates.start + np.flatnonzero(mask[:, is_crowded].any(axis=1)),
+                    candidates.start + np.flatnonzero(mask[is_crowded].any(axis=0)),
                     queries.start + np.flatnonzero(is_crowded),
                 )
-                mask[:, is_crowded] = False
+                mask[is_crowded] = False
                 words = np.flatnonzero(self.mask[: -(-size // 8) * 8].view(np.uint64))
         word, byte = self.mask[: -(-size // 8) * 8].reshape(-1, 8)[words].nonzero()
-        candidate, query = np.divmod(words[word] * 8 + byte, shape[1])
+        query, candidate = np.divmod(words[word] * 8 + byte, shape[1])
         return queries.start + query, candidates.start + candidate, bundled

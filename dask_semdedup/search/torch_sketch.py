@@ -82,45 +82,45 @@ def sketches(unit: certify.UnitRows, sketcher: Sketcher, dtype: torch.dtype) -> 
         chunk = slice(start, start + ROWS)
         exact = sketcher.sketches(unit.rows[chunk] * unit.inverse_norm[chunk, None])
         rows[chunk], residual[chunk] = rounded(exact, dtype)
-    return with_least(rows, residual, unit.is_zero, sketcher)
+    return Sketches(rows, least_products(residual, unit.is_zero, sketcher, dtype))
 
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return sketches in another dtype, and a bound on the length of what each has lost."""
     if dtype == exact.dtype:
         return exact, torch.zeros(len(exact))
-    if dtype == torch.bfloat16:
-        # Each number loses at most this share of itself. A sketch is hardly longer than 1.
-        return exact.to(dtype), torch.full((len(exact),), 2.0**-8 * (1 + 2.0**-6))
+    if dtype.is_floating_point:
+        # Each number loses at most this share of itself, and a sketch is hardly longer than 1.
+        return exact.to(dtype), torch.full((len(exact),), torch.finfo(dtype).eps / 2 * (1 + 2.0**-6))
     # The length of what is left may exceed 1 by what is added to it.
     values = (exact * SCALE).round_().clamp_(-SCALE, SCALE)
     lost = (values / SCALE).sub_(exact)
     return values.to(dtype), torch.linalg.vector_norm(lost, dim=1).mul_(1 + 2.0**-16)
 
 
-def with_least(rows: torch.Tensor, residual: torch.Tensor, is_zero: torch.Tensor, sketcher: Sketcher) -> Sketches:
-    """Return rounded sketches with their least products.
+def least_products(
+    residual: torch.Tensor, is_zero: torch.Tensor, sketcher: Sketcher, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the least products of sketches that are rounded to a dtype.
 
     Parameters
     ----------
-    rows : torch.Tensor
-        (n, h) int8, bfloat16 or float32.
     residual : torch.Tensor
         (n,) float32 bounds on the length of what the rounding lost.
     is_zero : torch.Tensor
         (n,) bool: a zero row is similar to none.
     sketcher : Sketcher
         What is asked for.
+    dtype : torch.dtype
+        int8, bfloat16 or float32.
     """
     largest = residual.max() if len(residual) else 0.0
     bound = certify.half_bound(residual, largest, sketcher.size) * (1 + 2 * sketcher.tail)
     least = sketcher.floor - bound
     # Rounding products to bfloat16 keeps their order, so `least` is rounded alike.
-    if rows.dtype == torch.int8:
-        least = (least * SCALE**2).floor().int().masked_fill_(is_zero, torch.iinfo(torch.int32).max)
-    else:
-        least = least.masked_fill_(is_zero, 2.0).to(rows.dtype)
-    return Sketches(rows, least)
+    if dtype == torch.int8:
+        return (least * SCALE**2).floor().int().masked_fill_(is_zero, torch.iinfo(torch.int32).max)
+    return least.masked_fill_(is_zero, 2.0).to(dtype)
 
 
 def nearest_reaching(

@@ -122,11 +122,16 @@ def total_of_part(sketched: Sketched) -> tuple[np.ndarray, int]:
 
 
 def find_near_pairs(
-    sketched: Sequence[Sketched], others: Sequence[Sketched] | None, cells: slice, index: Index, device: str
+    sketched: Sequence[Sketched],
+    others: Sequence[Sketched] | None,
+    cells: slice,
+    index: Index,
+    device: str,
+    after: Links | None = None,
 ) -> Links:
     """Return the pairs of rows of some partitions that meet in some cells and may be similar enough.
 
-    Sketches are multiplied on `device`, "cpu" or "cuda".
+    Sketches are multiplied on `device`, "cpu" or "cuda". Nothing is done with `after`: it lets a task wait for another.
     """
     from dask_semdedup.search.near import near_pairs
 

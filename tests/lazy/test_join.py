@@ -38,7 +38,7 @@ ROWS = 120
 
 
 @contextmanager
-def indexed(k: int, **settings: int) -> Iterator[None]:
+def indexed(k: int, **settings: Any) -> Iterator[None]:
     """Frames are compared by sketches and so many cells, however few rows they have; by no sketches, if none."""
 
     def fit(sample: torch.Tensor, n: int, at_least: float, others: int | None = None, **_: Any) -> Any:
@@ -306,12 +306,26 @@ def test_a_worker_that_cannot_hold_a_partition_is_refused(files: tuple[Path, pd.
             ddf.semdedup.pairwise(eps=0.05, cluster_field=None)
 
 
+def test_few_comparisons_are_ready_where_workers_cannot_hold_all_sketches(files: tuple[Path, pd.DataFrame]) -> None:
+    ddf = read_table(files[0])
+    with indexed(20, BLOCK_BYTES=1), patch.object(join, "threads_of_workers", lambda: 3):
+        plan, wanted = ddf.semdedup.plan(eps=0.05), ddf.semdedup.pairwise(eps=0.05, cluster_field=None)
+        assert plan.at_once == 0
+        with patch.object(join, "task_bytes", lambda: plan.sketch_bytes - 1):
+            assert ddf.semdedup.plan(eps=0.05).at_once == 6
+            scores = ddf.semdedup.pairwise(eps=0.05, cluster_field=None)
+    compared = {key: task for key, task in scores.optimize().dask.items() if str(key[0]).startswith("compare-")}
+    assert len(compared) == plan.tasks > 6
+    assert sum(compared.keys().isdisjoint(task.dependencies) for task in compared.values()) == 6
+    pd.testing.assert_frame_equal(scores.compute(), wanted.compute())
+
+
 @pytest.mark.parametrize(("seconds", "tasks"), [(0, 2), (60, 2), (600, 20)])
 def test_comparisons_that_take_long_are_more_tasks(
     files: tuple[Path, pd.DataFrame], seconds: float, tasks: int
 ) -> None:
     """A task takes up to a minute on one of the two cores that seconds are of."""
-    with indexed(200, TASKS=2):
+    with indexed(200, TASKS=(2, 2)):
         fit = search_index.fit_index
 
         def slow(*args: Any, **options: Any) -> Any:

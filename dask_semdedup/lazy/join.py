@@ -55,8 +55,7 @@ SEED = 42
 """Of the sample."""
 
 TASKS, TASK_SECONDS = (16, 64), (1, 60)
-"""Comparisons: at least the first number, for workers to be evenly busy; up to the second if each takes a second on a
-core; more if one took more than a minute."""
+"""Comparisons, from so many to so many, each of a second on a core; more if one would take more than a minute."""
 
 BLOCK_BYTES, BLOCK_COPIES = 2 << 30, 5
 """Bytes of sketches that a block takes at most; a partition is not split. A task compares two, and others wait."""
@@ -284,11 +283,10 @@ def make_plan(
     counts = [count for of_frame in lengths for count in of_frame]
     n_pairs = len(blocks[0]) * (len(blocks[-1]) if others else (len(blocks[0]) + 1) / 2)
     shortest, longest = (2 * index.seconds / seconds for seconds in TASK_SECONDS)
-    n_tasks = max(min(max(shortest, TASKS[0]), TASKS[1]), longest)
+    n_tasks = max(np.clip(shortest, *TASKS), longest)
     # A GPU is filled by one task.
     n_shares = gpus_at_work() if compared_on == "cuda" else math.ceil(n_tasks / n_pairs)
-    nbytes = sum(rows) * row_bytes(index, partition_rows)
-    return Plan(
+    plan = Plan(
         sum(rows),
         width,
         index,
@@ -301,8 +299,8 @@ def make_plan(
         sum(rows[1:]),
         compared_on,
         compared_on == "cuda" and sum(rows) <= most,
-        READY * threads_of_workers() if nbytes > task_bytes() else 0,
     )
+    return replace(plan, at_once=READY * threads_of_workers()) if plan.sketch_bytes > task_bytes() else plan
 
 
 def _device(ddf: dd.DataFrame, options: SearchOptions) -> str:

@@ -95,12 +95,11 @@ class Cells:
     def nearest(self, sketches: torch.Tensor) -> torch.Tensor:
         """Return the (n,) int64 cells that (n, h) float32 sketches belong to."""
         cell = torch.zeros(len(sketches), dtype=torch.int64, device=sketches.device)
-        # On a CPU, NumPy finds minima several times as fast as torch.
         for chunk in certify.chunks(len(sketches), len(self), ELEMENTS[sketches.device.type]):
             half_squares = torch.addmm(self.half_norms, sketches[chunk], self.centroids.T, alpha=-1)
             if sketches.is_cuda:
                 torch.argmin(half_squares, dim=1, out=cell[chunk])
-            else:
+            else:  # NumPy finds minima several times as fast as torch.
                 cell[chunk] = torch.from_numpy(half_squares.numpy().argmin(axis=1))
         return cell
 

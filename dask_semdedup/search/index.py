@@ -262,7 +262,7 @@ def _rounding(size: int, device: torch.device) -> float:
     if device.type == "cuda" or sketch_dtype() == torch.int8:
         # Each number is off by an evenly distributed part of a half.
         return 2.2 * (size / 12) ** 0.5 / SCALE
-    return 2.0**-8 if sketch_dtype() == torch.bfloat16 else 2.0**-10
+    return 2.0**-7 if sketch_dtype() == torch.bfloat16 else 2.0**-10
 
 
 def _left(judged: torch.Tensor, found: Sketcher, rounding: float) -> float:

@@ -114,16 +114,16 @@ class Comparison:
         return np.concatenate(kept)
 
 
-_Found = tuple[np.ndarray | None, np.ndarray]
+_Places = tuple[np.ndarray | None, np.ndarray]
 """Places of sketches, by default of all, in the order of cells, and the cells' offsets among them."""
 
 
-def _members(part: Part) -> _Found:
+def _members(part: Part) -> _Places:
     """Return the offsets of cells among the sketches, which are in the order of their cells."""
     return None, part.members
 
 
-def _visitors(part: Part) -> _Found:
+def _visitors(part: Part) -> _Places:
     """Return the places of the sketches that visit cells, and the cells' offsets among them."""
     assert part.visits is not None, "sketches of a GPU are compared on one"
     return part.visits
@@ -168,9 +168,7 @@ class _Rows:
         largest = residual.amax()[None] if n else residual.new_zeros(1)
         self.least = least_products(largest, torch.zeros(1, dtype=torch.bool), index.sketcher, self.dtype)
 
-    def by_cell(
-        self, numbers: range, cells: slice, *kinds: Callable[[Part], tuple[np.ndarray | None, np.ndarray]]
-    ) -> _Side:
+    def by_cell(self, numbers: range, cells: slice, *kinds: Callable[[Part], _Places]) -> _Side:
         """Return the members or visitors of some cells, or the members of each followed by its visitors."""
         rows, counts = [], []
         for kind in kinds:

@@ -52,7 +52,7 @@ class Sketches:
         (n, h) int8, bfloat16 or float32.
     least : torch.Tensor
         (n,) int32, bfloat16 or float32: the product of a query's sketch with a candidate's is at least this if the rows
-        are as similar as is asked for.
+        are as similar as is asked for. Or (1,), for all rows.
     """
 
     rows: torch.Tensor
@@ -63,14 +63,14 @@ class Sketches:
         """The dtype of the products."""
         return self.least.dtype
 
-    def multiply(self, candidates: slice, queries: slice | torch.Tensor, out: torch.Tensor) -> None:
-        """Write the products of `candidates` with `queries`, candidate by query, to `out`."""
+    def multiply(self, some: slice, others: slice | torch.Tensor, out: torch.Tensor) -> None:
+        """Write the products of some sketches with others to `out`, which has a row for each of the first."""
         if self.rows.dtype != torch.int8:
-            torch.mm(self.rows[candidates], self.rows[queries].T, out=out)
+            torch.mm(self.rows[some], self.rows[others].T, out=out)
         elif out.is_contiguous():
-            torch._int_mm(self.rows[candidates], self.rows[queries].T, out=out)
+            torch._int_mm(self.rows[some], self.rows[others].T, out=out)
         else:
-            out.copy_(torch._int_mm(self.rows[candidates], self.rows[queries].T))
+            out.copy_(torch._int_mm(self.rows[some], self.rows[others].T))
 
 
 def sketches(unit: certify.UnitRows, sketcher: Sketcher, dtype: torch.dtype) -> Sketches:

@@ -320,12 +320,12 @@ def test_few_comparisons_are_ready_where_workers_cannot_hold_all_sketches(files:
     pd.testing.assert_frame_equal(scores.compute(), wanted.compute())
 
 
-@pytest.mark.parametrize(("seconds", "tasks"), [(0, 2), (60, 2), (600, 20)])
-def test_comparisons_that_take_long_are_more_tasks(
+@pytest.mark.parametrize(("seconds", "tasks"), [(0, 2), (2, 4), (60, 8), (600, 20)])
+def test_comparisons_that_take_longer_are_more_tasks(
     files: tuple[Path, pd.DataFrame], seconds: float, tasks: int
 ) -> None:
-    """A task takes up to a minute on one of the two cores that seconds are of."""
-    with indexed(200, TASKS=(2, 2)):
+    """A task takes a second on one of the two cores that seconds are of, or up to a minute where they are many."""
+    with indexed(200, TASKS=(2, 8)):
         fit = search_index.fit_index
 
         def slow(*args: Any, **options: Any) -> Any:

@@ -102,6 +102,21 @@ def test_rounded_sketches_need_the_term_of_what_they_lost(dtype: torch.dtype) ->
     assert (product[is_near] >= (rounded.least.double() / scale)[:, None].expand_as(product)[is_near]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_rounding_loses_no_more_than_its_bound(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Of numbers of all sizes, down to those that are subnormal in float16, with one that loses the most.
+    exact = torch.randn(2000, 64, generator=generator) * 10 ** (-8 * torch.rand(2000, 64, generator=generator))
+    exact = torch.nn.functional.normalize(exact, dim=1)
+    exact[0] = 0
+    exact[0, 0] = 0.5 / SCALE if dtype == torch.int8 else 1 + torch.finfo(dtype).eps / 2
+    values, bound = torch_sketch.rounded(exact, dtype)
+    scale = SCALE if dtype == torch.int8 else 1
+    lost = torch.linalg.vector_norm(values.double() / scale - exact.double(), dim=1)
+    assert (lost <= bound).all()
+    assert lost[0] > 0.98 * bound[0], "the data must be hard enough"
+
+
 def fitted(rows: torch.Tensor, *others: Any, rejected: Sketcher | None = None) -> Sketcher | None:
     """A sketcher of the smallest size, fitted to all rows, in place of `choose`; None for nothing but zero rows."""
     if rejected is not None:

@@ -81,8 +81,8 @@ LEAST_BLOCK = 1 << 24
 COPIES = 2
 """Times that rows which one task searches are in memory: as read, and in rank order."""
 
-COPIES_OF_SKETCHES, VISIT_BYTES = 3, 12
-"""Times that the float32 sketches of a partition are in memory while they are made, and bytes of a visit then."""
+COPIES_OF_SKETCHES = 2
+"""Times that the sketches of a partition are in memory while they are made: in the order of rows, and of cells."""
 
 GPU_COPIES = 3
 """Times that rows on a GPU are in its memory: as read, in rank order, and what searches take."""
@@ -227,8 +227,7 @@ def row_bytes(index: Index, partition_rows: int) -> float:
 
 def sketching_bytes(index: Index, width: int, rows: int) -> float:
     """Return the bytes that so many rows take while they are sketched on a CPU."""
-    sketches = 4 * COPIES_OF_SKETCHES * (index.sketcher.size + index.longer.size)
-    return rows * (4 * width + sketches + VISIT_BYTES * index.visits)
+    return rows * (4 * width + COPIES_OF_SKETCHES * row_bytes(index, rows))
 
 
 def make_plan(

@@ -107,35 +107,40 @@ def sketch_part(number: int, rows: torch.Tensor, index: Index, *, stays: bool = 
     is_copy = first != torch.arange(len(rows), device=rows.device)
     places = (~is_copy & ~unit.is_zero).nonzero().flatten()
     copies = (is_copy & ~unit.is_zero).nonzero().flatten()
-    sizes = index.sketcher.size, index.longer.size
-    exact = [torch.empty(len(places), size, device=rows.device) for size in sizes]
+    makers = index.sketcher, index.longer
+    n, device = len(places), rows.device
+    coordinates = torch.empty(n, index.longer.size - 1, dtype=torch.float16, device=device)
+    left, residual = torch.empty(n, 2, device=device), torch.empty(n, 2, device=device)
+    cell, visits = torch.empty(n, dtype=torch.int64, device=device), []
+    chunks = certify.pieces(places, 4 * rows.shape[1] if rows.is_cuda else 128)
     with ieee_products:
-        for chunk in certify.pieces(places, 4 * rows.shape[1] if rows.is_cuda else 128):
+        for chunk in chunks:
             which = places[chunk]
             unit_rows = unit.rows[which] * unit.inverse_norm[which, None]
-            for sketches, made_by in zip(exact, (index.sketcher, index.longer), strict=True):
-                sketches[chunk] = made_by.sketches(unit_rows)
-        if rows.is_cuda:
-            cell, visits = index.cells.nearest(exact[0]), None
-            order = torch.argsort(cell, stable=True)
-        else:
-            found = index.cells.visits(exact[0])
-            order = torch.from_numpy(np.argsort(found.cell, kind="stable"))
-            cell, visits = torch.from_numpy(found.cell), _in_order(found, order.numpy(), len(index.cells))
+            exact = [made_by.sketches(unit_rows) for made_by in makers]
+            coordinates[chunk] = exact[1][:, :-1]
+            # The coordinates that both have were computed apart, and may differ in their last bits.
+            for kind, each in enumerate(exact):
+                lost = coordinates[chunk, : each.shape[1] - 1].float() - each[:, :-1]
+                left[chunk, kind] = each[:, -1]
+                residual[chunk, kind] = torch.linalg.vector_norm(lost, dim=1) * (1 + 2.0**-16)
+            if rows.is_cuda:
+                cell[chunk] = index.cells.nearest(exact[0])
+            else:
+                found = index.cells.visits(exact[0])
+                cell[chunk] = torch.from_numpy(found.cell)
+                visits.append(_by_cell(found, len(index.cells)))
+    order = torch.argsort(cell, stable=True)
     members = torch.bincount(cell, minlength=len(index.cells)).cumsum(0)
-    # The coordinates that both have were computed apart, and may differ in their last bits.
-    coordinates = exact[1][order, :-1].half()
-    ordered = [sketches[order] for sketches in exact]
-    lost = [coordinates[:, : size - 1].float() - each[:, :-1] for size, each in zip(sizes, ordered, strict=True)]
-    where = rows.device if stays else torch.device("cpu")
+    where = device if stays else torch.device("cpu")
     return Part(
         number,
-        _kept(coordinates, where),
-        _kept(torch.stack([each[:, -1] for each in ordered], dim=1), where),
-        _kept(torch.stack([torch.linalg.vector_norm(each, dim=1) * (1 + 2.0**-16) for each in lost], dim=1), where),
+        _kept(coordinates[order], where),
+        _kept(left[order], where),
+        _kept(residual[order], where),
         _kept(places[order], where),
         np.concatenate([[0], _host(members)]),
-        visits,
+        None if rows.is_cuda else _in_order(chunks, visits, order.numpy(), len(index.cells)),
         _host(torch.stack([copies, first[copies]], dim=1)),
     )
 
@@ -144,16 +149,28 @@ def _kept(values: torch.Tensor, where: torch.device) -> Any:
     return _host(values) if where.type == "cpu" else values
 
 
-def _in_order(found: Visits, order: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return visits by cell, and the cells' offsets, of sketches that are put in another order."""
+def _by_cell(found: Visits, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sketches that visit cells, in the order of these, and offsets of the cells among them."""
     from scipy.sparse import csr_array
 
-    n = len(order)
-    place = np.empty(n, np.min_scalar_type(n))
-    place[order] = np.arange(n)
-    ones = np.ones(len(found.visited), bool)
-    by_cell = csr_array((ones, found.visited, found.offsets), shape=(n, k)).tocsc()
-    return place[by_cell.indices], by_cell.indptr
+    n = len(found.cell)
+    by_cell = csr_array((np.ones(len(found.visited), bool), found.visited, found.offsets), shape=(n, k)).tocsc()
+    return by_cell.indices.astype(np.min_scalar_type(n)), by_cell.indptr
+
+
+def _in_order(
+    chunks: Sequence[slice], visits: Sequence[tuple[np.ndarray, np.ndarray]], order: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the visits of all chunks of sketches by cell, once the sketches are put in another order."""
+    place = np.empty(len(order), np.min_scalar_type(len(order)))
+    place[order] = np.arange(len(order))
+    offsets = np.sum([np.zeros(k + 1, np.int64), *(of_chunk for _, of_chunk in visits)], axis=0)
+    visitors, first = np.empty(offsets[-1], place.dtype), offsets[:-1].copy()
+    for chunk, (which, of_chunk) in zip(chunks, visits, strict=True):
+        counts = np.diff(of_chunk)
+        visitors[np.arange(len(which)) + np.repeat(first - of_chunk[:-1], counts)] = place[chunk][which]
+        first += counts
+    return visitors, offsets
 
 
 def _host(values: torch.Tensor) -> np.ndarray:

@@ -34,7 +34,7 @@ from search_data import real_like_rows, text_rows
 from dask_semdedup.search import index as indexes
 from dask_semdedup.search.cells import Cells
 from dask_semdedup.search.index import Index, fit_index, sample_rows
-from dask_semdedup.search.near import Links, Part, components, near_pairs, sketch_part
+from dask_semdedup.search.near import Links, Part, components, near_pairs, sketch_parts
 
 WIDTH = 384
 PART = 1 << 20
@@ -164,7 +164,7 @@ def main(
             rows = part_of(number)
             torch.cuda.synchronize()
             start = time.perf_counter()
-            parts.append(sketch_part(number, rows, index, stays=True))
+            parts += sketch_parts(number, rows, index, stays=True)
             torch.cuda.synchronize()
             sketched += time.perf_counter() - start
         del rows

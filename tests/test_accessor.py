@@ -359,7 +359,7 @@ class TestBadInput:
                 call()
 
     def test_embedding_dim(self, ddf: dd.DataFrame) -> None:
-        with pytest.raises(EmbeddingError, match=r"embedding_dim is 9"):
+        with pytest.raises(EmbeddingError, match=r"where 9 is expected"):
             ddf.semdedup.pairwise(embedding_dim=9).compute()
 
     def test_a_fixed_width_is_checked_before_anything_is_computed(self) -> None:
@@ -367,7 +367,7 @@ class TestBadInput:
         fixed = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(list(frame.embeddings)), pa.float32()), 8)
         frame["embeddings"] = pd.Series(fixed, dtype=pd.ArrowDtype(fixed.type))
         ddf = dd.from_pandas(frame, npartitions=2)
-        with pytest.raises(EmbeddingError, match=r"'embeddings' .*of width 8, where embedding_dim is 9"):
+        with pytest.raises(EmbeddingError, match=r"'embeddings' .*of width 8, where 9 is expected"):
             ddf.semdedup.pairwise(embedding_dim=9)
         assert len(ddf.semdedup.pairwise(embedding_dim=8)) == len(frame)
 

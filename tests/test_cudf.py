@@ -89,7 +89,7 @@ def test_float64_rows_beyond_float32_keep_their_direction(cudf, scale):
         ([[1.0, 2.0], None, [3.0, 4.0], None], r"2 rows with a null embedding \(ids b, d\)"),
         ([[1.0, 2.0], [np.nan, 1.0], [3.0, np.inf]], r"2 rows with NaN or infinite values \(ids b, c\)"),
         ([[1.0, 2.0], [1.0, None], [3.0, 4.0]], r"1 row with null or NaN elements \(ids b\)"),
-        ([[1.0, 2.0], [1.0], [1.0, 2.0, 3.0]], r"2 rows with width 1, 3, where the others have 2 \(ids b, c\)"),
+        ([[1.0, 2.0], [1.0], [1.0, 2.0, 3.0]], r"2 rows with width 1, 3, where 2 is expected \(ids b, c\)"),
         ([[1.0, 2.0], [3.0, 4.0], []], r"1 row with an empty embedding \(ids c\)"),
     ],
 )

@@ -327,7 +327,7 @@ def test_tasks_without_a_cluster_are_refused():
         ({"embedding_field": "vector"}, MissingColumnsError, r"\['vector'\] not found"),
         ({"embedding_field": "priority"}, EmbeddingError, "'priority' has dtype int64, not embeddings"),
         ({"id_field": "embeddings"}, InvalidArgumentError, "id_field may not be 'embeddings', a column of dtype list"),
-        ({"embedding_dim": 4}, EmbeddingError, r"cluster 9: 1 row with width 3, where embedding_dim is 4 \(ids 0\)"),
+        ({"embedding_dim": 4}, EmbeddingError, r"cluster 9: 1 row with width 3, where 4 is expected \(ids 0\)"),
     ],
 )
 def test_bad_columns_are_named_and_nothing_is_written(golden, tmp_path, stage, error, message):

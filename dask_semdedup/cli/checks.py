@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dask_semdedup.errors import ClusterError, EmbeddingError
 from dask_semdedup.frames.backend import is_string
 from dask_semdedup.io.jsonlines import JSON_SUFFIXES
+from dask_semdedup.lazy.sources import readers_of
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -18,10 +19,16 @@ def refuse_strings(ddf: dd.DataFrame, embedding_field: str, path: str) -> None:
     """Raise `EmbeddingError` if a column of embeddings, where there is one, holds strings."""
     if embedding_field not in ddf.columns or not is_string(ddf._meta[embedding_field]):
         return
-    read = f"read_json({path!r}, lines=True)" if path.endswith(JSON_SUFFIXES) else f"read_parquet({path!r})"
+    if next(readers_of(ddf), None) is not None:
+        read = f"pd.read_parquet({path!r})"
+    elif path.endswith(JSON_SUFFIXES):
+        read = f"pd.read_json({path!r}, lines=True)"
+    else:
+        files = f"sorted(pathlib.Path({path!r}).rglob('*.jsonl*'))"
+        read = f"pd.concat(pd.read_json(path, lines=True) for path in {files})"
     name = repr(embedding_field)
     conversion = (
-        f"import json, pandas as pd; frame = pd.{read}; frame[{name}] = frame[{name}].map(json.loads); "
+        f"import json, pathlib, pandas as pd; frame = {read}; frame[{name}] = frame[{name}].map(json.loads); "
         "frame.to_parquet('parsed.parquet')"
     )
     raise EmbeddingError(

@@ -30,7 +30,7 @@ from rich.progress import (
 
 from dask_semdedup.cli.options import tls_files
 from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError, counted
-from dask_semdedup.lazy.tasks import results_of
+from dask_semdedup.lazy.tasks import results_of, submit
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -223,13 +223,11 @@ class TaskProgress(Callback):
         self.progress.advance(self.task)
 
 
-def follow_futures(client: Client, written: dd.DataFrame, progress: Progress, title: str) -> list[Any]:
-    """Return the partitions of a persisted frame, and advance a progress bar as they are done.
+def follow_futures(client: Client, frame: dd.DataFrame, progress: Progress, title: str) -> list[Any]:
+    """Compute a frame's partitions, and advance a progress bar as they are done.
 
     The first error cancels the others and is raised.
     """
-    from distributed import futures_of
-
-    futures = futures_of(written)
+    futures = submit(client, frame)
     task = progress.add_task(title, total=len(futures))
     return results_of(client, futures, lambda: progress.advance(task))

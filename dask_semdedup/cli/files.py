@@ -8,6 +8,7 @@ import pandas as pd
 
 from dask_semdedup.cli.execution import follow_futures, show_tasks
 from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.lazy.tasks import compute_to_the_end
 from dask_semdedup.lazy.workers import check_memory
 from dask_semdedup.lazy.writing import parts
 
@@ -38,10 +39,10 @@ def write_frame(
         return rows
     if client is None:
         with show_tasks(progress, title, client=None):
-            counts = rest.compute()["rows"]
+            counts = compute_to_the_end(rest)["rows"]
     else:
         check_memory(client, frame)
-        counts = pd.concat(follow_futures(client, client.persist(rest), progress, title))["rows"]
+        counts = pd.concat(follow_futures(client, rest, progress, title))["rows"]
     return rows + int(counts.sum())
 
 

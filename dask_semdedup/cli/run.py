@@ -422,6 +422,8 @@ class Run:
         advice = f"Name columns of INPUT as {options}" if missing else "Rank by columns of INPUT"
         if "embedding_field" in missing:
             advice += "; or, if it holds texts and no embeddings, pass --embed and --text-field"
+        if "id_field" in missing:
+            advice += "; or, if it has no ids, pass --make-ids"
         return f"{advice}.{dimensions_advice(columns) if 'embedding_field' in missing else ''}"
 
     def _folder(self, name: str) -> str:

@@ -30,6 +30,10 @@ COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 DUPLICATE_OF = ("any", "kept")
 # What columns hold, by the attribute of `Columns`.
 HELD = {"id": "ids", "embedding": "embeddings", "cluster": "clusters"}
+MAKE_IDS = (
+    " If there are no ids, make them: with read_table(path, make_ids=True), or in pandas with "
+    "frame['id'] = range(len(frame))."
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Columns:
     embedding: str = "embeddings"
     cluster: str = "centroid"
 
-    def require(self, present: Iterable[Any], *held: str, where: str = "") -> None:
+    def require(self, present: Iterable[Any], *held: str, where: str = "", parameter: str | None = None) -> None:
         """Raise unless columns are present.
 
         Parameters
@@ -57,6 +61,8 @@ class Columns:
             Columns that are needed.
         where : str
             Place of the columns for the message, such as " in a.parquet".
+        parameter : str, optional
+            The parameter that names a single column, if it is another.
 
         Raises
         ------
@@ -67,15 +73,15 @@ class Columns:
         """
         present, names = list(present), [getattr(self, attribute) for attribute in held]
         if not set(names) <= set(present):
-            contents, parameters = (
-                _listed(words) for words in zip(*((HELD[h], f"{h}_field") for h in held), strict=True)
-            )
-            advice = f"Name the column{'s' * (len(held) > 1)} of {contents}{where} as {parameters}."
-            if "embedding" in held and self.embedding not in present:
+            missing = [attribute for attribute in held if getattr(self, attribute) not in present]
+            parameters = [parameter or f"{attribute}_field" for attribute in missing]
+            contents = _listed(HELD[attribute] for attribute in missing)
+            advice = f"Name the column{'s' * (len(missing) > 1)} of {contents}{where} as {_listed(parameters)}."
+            if "id" in missing:
+                advice += MAKE_IDS
+            if "embedding" in missing:
                 advice += dimensions_advice(present)
-            raise MissingColumnsError.build(
-                names, present, advice, parameters=[f"{attribute}_field" for attribute in held]
-            )
+            raise MissingColumnsError.build(names, present, advice, parameters=parameters)
         if "cluster" in held and self.cluster in SCORE_COLUMNS:
             raise InvalidArgumentError(
                 f"cluster_field may not be {self.cluster!r}: scores have a column of that name.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,7 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
     width = getattr(_storage(getattr(dtype, "pyarrow_dtype", pa.null())), "list_size", None)
     if None not in (width, embedding_dim) and width != embedding_dim:
         raise EmbeddingError(
-            f"Column {name!r} has dtype {dtype}, of width {width}, where embedding_dim is {embedding_dim}. "
+            f"Column {name!r} has dtype {dtype}, of width {width}, where {embedding_dim} is expected. "
             "All embeddings must come from one model.",
             parameters=["embedding_dim"],
             columns=[name],
@@ -323,14 +323,14 @@ class _Report:
     ids: Any
     clusters: Any
 
-    def error(self, positions: Any, problem: str, advice: str) -> EmbeddingError:
+    def error(self, positions: Any, problem: str, advice: str, parameters: Sequence[str] = ()) -> EmbeddingError:
         """Return the error about the rows at `positions`, which are sorted."""
         positions = np.sort(np.asarray(positions))
         count = "1 row" if len(positions) == 1 else f"{len(positions)} rows"
         where = f"{self.name!r}{self._in_clusters(positions)}"
         return EmbeddingError(
             f"Column {where}: {count} {problem} ({self._rows(positions)}). {advice}",
-            parameters=["embedding_dim"] if "embedding_dim" in problem else [],
+            parameters=parameters,
             columns=[self.name],
         )
 
@@ -416,11 +416,11 @@ class _Source(ABC):
             raise self.report.error(np.flatnonzero(widths == 0), "with an empty embedding", "Drop them first.")
         if (other := widths != expected).any():
             found = some(np.unique(widths[other]), limit=3)
-            origin = "the others have" if embedding_dim is None else "embedding_dim is"
             raise self.report.error(
                 np.flatnonzero(other),
-                f"with width {found}, where {origin} {expected}",
+                f"with width {found}, where {expected} is expected",
                 "All embeddings must come from one model.",
+                ["embedding_dim"] if embedding_dim is not None else [],
             )
         return expected
 

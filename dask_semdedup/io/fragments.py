@@ -125,7 +125,10 @@ class FileStats(NamedTuple):
 
 def unreadable(path: str, error: Exception) -> DataReadError:
     """Return the error for a file that cannot be read."""
-    return DataReadError(f"Cannot read {path} as Parquet (truncated, damaged or gone?): {error}")
+    return DataReadError(
+        f"Cannot read {path} as Parquet: {error}. If it is truncated or damaged, write it again; if it is no Parquet "
+        "file, move it elsewhere, or name the other files with a pattern such as 'folder/*.parquet'."
+    )
 
 
 def read_fragment(

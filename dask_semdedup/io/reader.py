@@ -55,6 +55,8 @@ class Reader:
         Files whose types are not those of the schema, which Arrow reads for cuDF.
     orders
         From a column of ordered categories to the categories in their order, which all partitions share.
+    lacking
+        From a column that not all files have to the first file with rows, but without it.
     make_ids
         A column of ids to be made from the file's name below `root` and the row's number in the file; or None.
     root
@@ -71,6 +73,7 @@ class Reader:
     unordered: frozenset[str] = frozenset()
     odd: frozenset[str] = frozenset()
     orders: Mapping[str, pa.Array] = field(default_factory=dict)
+    lacking: Mapping[str, str] = field(default_factory=dict)
     make_ids: str | None = None
     root: str = ""
 
@@ -78,7 +81,8 @@ class Reader:
     def of(cls, fs: fsspec.AbstractFileSystem, scan: Scan, **options: Any) -> Reader:
         """Return the reader of scanned files."""
         columns = {
-            name: getattr(scan, name) for name in ("schema", "nullable", "problems", "unordered", "odd", "orders")
+            name: getattr(scan, name)
+            for name in ("schema", "nullable", "problems", "unordered", "odd", "orders", "lacking")
         }
         return cls(fs, **columns, string_dtype=configured_string_dtype(), **options)
 

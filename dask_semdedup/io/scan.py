@@ -70,6 +70,8 @@ class Scan(NamedTuple):
         All columns of the files, including those that are not to be read.
     orders : dict
         From a column of ordered categories to the categories of all files in their order.
+    lacking : dict
+        From a column that not all files have to the first file with rows, but without it: there it is null.
     """
 
     schema: pa.Schema
@@ -80,6 +82,7 @@ class Scan(NamedTuple):
     odd: frozenset[str]
     names: list[str]
     orders: Mapping[str, pa.Array]
+    lacking: Mapping[str, str]
 
     def check_columns(self, columns: Iterable[str], others: Iterable[str], advice: str) -> None:
         """Raise if one of the columns is neither in the files nor among the others, or cannot be read."""
@@ -232,7 +235,16 @@ class _Shapes:
             frozenset(file.path for file in stats if file.shape in odd),
             list(dict.fromkeys(name for shape in shapes for name in shape.names)),
             {},
+            self._lacking(stats, unified.schema.names),
         )
+
+    def _lacking(self, stats: list[FileStats], names: Iterable[str]) -> dict[str, str]:
+        """Return the first file with rows that lacks a column, for each column that some files lack."""
+        partial = {shape.number: shape.schema for shape in self.by_schema.values()}
+        lacked = {number: [name for name in names if _lacks(schema, name)] for number, schema in partial.items()}
+        if not any(lacked.values()):
+            return {}
+        return {name: file.path for file in reversed(stats) if file.rows for name in lacked[file.shape]}
 
 
 def _lacks(schema: pa.Schema, name: str) -> bool:

@@ -17,8 +17,8 @@ __all__ = ["align", "align_both", "is_aligned"]
 
 
 CLUSTER_ADVICE = (
-    "Cluster the embeddings first, with k-means: ddf.semdedup.kmeans() and, to keep them, .semdedup.to_clusters(path); "
-    "or name the column that holds the clusters as cluster_field."
+    "To compare all rows, pass cluster_field=None to `pairwise`. To compare rows within clusters, name the column of "
+    "clusters as cluster_field, or make clusters with ddf.semdedup.kmeans()."
 )
 
 

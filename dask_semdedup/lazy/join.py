@@ -81,8 +81,8 @@ LEAST_BLOCK = 1 << 24
 COPIES = 2
 """Times that rows which one task searches are in memory: as read, and in rank order."""
 
-COPIES_OF_SKETCHES = 2
-"""Times that the sketches of a partition are in memory while they are made: in the order of rows, and of cells."""
+COPIES_OF_SKETCHES, VISIT_BYTES = 3, 12
+"""Times that the float32 sketches of a part are in memory while they are made, and bytes of a visit then."""
 
 GPU_COPIES = 3
 """Times that rows on a GPU are in its memory: as read, in rank order, and what searches take."""
@@ -148,7 +148,7 @@ class Plan:
     @property
     def sketch_bytes(self) -> int:
         """Bytes of the sketches of all rows."""
-        return 0 if self.index is None else int(self.rows * row_bytes(self.index, self.partition_rows))
+        return 0 if self.index is None else int(self.rows * row_bytes(self.index))
 
     @property
     def pairs(self) -> float:
@@ -183,7 +183,7 @@ class Plan:
         """Bytes that a task takes at most: one that sketches a partition, or compares two blocks; or searches all."""
         if self.index is None:
             return COPIES * 4 * self.rows * self.width
-        compared = 2 * max(self.block_rows) * row_bytes(self.index, self.partition_rows)
+        compared = 2 * max(self.block_rows) * row_bytes(self.index)
         return int(max(sketching_bytes(self.index, self.width, self.partition_rows), min(self.sketch_bytes, compared)))
 
     @property
@@ -220,14 +220,17 @@ class Plan:
         return "\n".join(f"{name:<19} {value}" for name, value in lines)
 
 
-def row_bytes(index: Index, partition_rows: int) -> float:
+def row_bytes(index: Index) -> float:
     """Return the bytes that the sketch of a row takes, with its visits to cells."""
-    return 2 * index.longer.size + 22 + np.min_scalar_type(partition_rows).itemsize * index.visits
+    return 2 * index.longer.size + 22 + 2 * index.visits
 
 
 def sketching_bytes(index: Index, width: int, rows: int) -> float:
     """Return the bytes that so many rows take while they are sketched on a CPU."""
-    return rows * (4 * width + COPIES_OF_SKETCHES * row_bytes(index, rows))
+    from dask_semdedup.search.near import PART_ROWS
+
+    making = 4 * COPIES_OF_SKETCHES * (index.sketcher.size + index.longer.size) + VISIT_BYTES * index.visits
+    return rows * (4 * width + row_bytes(index)) + min(rows, PART_ROWS["cpu"]) * making
 
 
 def make_plan(
@@ -321,7 +324,7 @@ def _check_memory(nbytes: float, rows: int) -> None:
 
 def _most_rows(index: Index, rows: Sequence[int], partition_rows: int, device: str) -> float:
     """Return how many rows a block has at most."""
-    nbytes = row_bytes(index, partition_rows)
+    nbytes = row_bytes(index)
     if device == "cpu":
         return _block_bytes() / nbytes if len(index.cells) > 1 else BLOCK_ROWS
     fitting = (device_bytes() or 0) / GPU_SHARE / nbytes

@@ -19,7 +19,7 @@ from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
 from dask_semdedup.lazy.join import Plan, compare_all, compare_all_with, make_plan
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.sampling import partition_lengths
-from dask_semdedup.lazy.sources import check_sources
+from dask_semdedup.lazy.sources import check_sources, refuse_lacking
 from dask_semdedup.lazy.tasks import compute
 from dask_semdedup.steps.duplicates import check_eps, find_duplicates, threshold
 from dask_semdedup.steps.fit import KMeansOptions
@@ -132,13 +132,14 @@ def score_against(
     bounded = up_to(eps, options)
     if not isinstance(reference, dd.DataFrame):
         raise InvalidArgumentError(
-            f"reference must be a Dask DataFrame, not {type_name(reference)}. Convert a pandas DataFrame with "
-            "dask_semdedup.from_pandas(reference).",
+            f"reference must be a Dask DataFrame, not {type_name(reference)}. Read files with "
+            "dask_semdedup.read_table(path), or convert a pandas DataFrame with dask_semdedup.from_pandas(frame).",
             parameters=["reference"],
         )
     of_reference = replace(columns, id=reference_id_field)
     # Before a fit, which takes longer than to see that a column is not there.
     check_rows(ddf, columns, options)
+    of_reference.require(unique_columns(reference), "id", where=" of the reference", parameter="reference_id_field")
     check_rows(reference, of_reference, options)
     queries, candidates = ddf, reference
     if completely:
@@ -195,6 +196,7 @@ def check_rows(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> N
     """Raise unless a frame has ids and embeddings, with suitable dtypes."""
     columns.require(unique_columns(ddf), "id", "embedding")
     columns.check_dtypes(ddf._meta, "id", "embedding", embedding_dim=options.embedding_dim)
+    refuse_lacking(ddf, [columns.id, columns.embedding])
 
 
 def _check_clustered(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from dask.typing import Key
 
 from dask_semdedup._dask import AnyExpr, Expr, FromMap, GraphNode, Lengths, Projection, Task
+from dask_semdedup.errors import DataReadError
 from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import COLUMNS_ADVICE
@@ -28,6 +29,7 @@ __all__ = [
     "paths_of",
     "reader_of",
     "readers_of",
+    "refuse_lacking",
     "stored_schema",
 ]
 
@@ -112,6 +114,23 @@ def check_sources(ddf: dd.DataFrame, columns: Sequence[str], ranking: RankingStr
         refuse(reader.problems, same.intersection(columns), COLUMNS_ADVICE)
         if ranking is not None:
             ranking.check_order(reader.unordered & same)
+
+
+def refuse_lacking(ddf: dd.DataFrame, columns: Sequence[str]) -> None:
+    """Raise, before anything runs, if some files of a frame lack a column that every row needs.
+
+    Raises
+    ------
+    DataReadError
+        With the column and a file.
+    """
+    for reader in readers_of(ddf):
+        for name in set(columns).intersection(ddf.columns, reader.lacking):
+            raise DataReadError(
+                f"{reader.lacking[name]} has no values in column {name!r}, which other files have. If the column has "
+                "another name there, rename it; or leave the file out.",
+                columns=[name],
+            )
 
 
 def chains_of(frame: Expr) -> list[list[Any]]:

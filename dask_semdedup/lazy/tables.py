@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -155,8 +154,8 @@ def from_pandas(
 ) -> dd.DataFrame:
     """Make a Dask DataFrame of a pandas DataFrame with embeddings.
 
-    `dask.dataframe.from_pandas` makes strings of arrays and lists in object columns. Here embeddings become Arrow lists
-    of float32. Lists and mappings in another object column become Arrow's if one Arrow type holds all of them.
+    `dask.dataframe.from_pandas` makes strings of all Python objects. Here embeddings become Arrow lists of float32, and
+    other columns of objects, such as bytes, decimals, dates, lists and mappings, get the Arrow type that holds them.
 
     Parameters
     ----------
@@ -172,8 +171,7 @@ def from_pandas(
     Returns
     -------
     dask.dataframe.DataFrame
-        All columns, in the order of the rows and with their index. Other columns are those of
-        `dask.dataframe.from_pandas`.
+        All columns, in the order of the rows and with their index.
 
     Raises
     ------
@@ -182,8 +180,8 @@ def from_pandas(
     EmbeddingError
         If the column does not hold embeddings, or rows of it are null, not finite or of different lengths.
     InvalidArgumentError
-        If `frame` is not a pandas DataFrame, has several columns of one name, or an index of several levels or with
-        missing labels; or if `npartitions` is not positive.
+        If `frame` is not a pandas DataFrame, has several columns of one name, a column of objects that no plain Arrow
+        type holds, or an index of several levels or with missing labels; or if `npartitions` is not positive.
 
     See Also
     --------
@@ -223,7 +221,7 @@ def from_pandas(
     frame = frame.copy(deep=False)
     frame[embedding_field] = to_embeddings(rows.numpy(), frame)
     for name in frame.columns[frame.dtypes == np.dtype(object)]:
-        frame[name] = _nested_in_arrow(frame[name])
+        frame[name] = _in_arrow(frame[name])
     if npartitions is None:
         nbytes = int(frame.memory_usage(index=False).sum())
         npartitions = max(1, -(-nbytes // fitting_size(default_size("pandas"), "pandas", nbytes)))
@@ -231,13 +229,23 @@ def from_pandas(
     return dd.from_pandas(frame, npartitions=npartitions, sort=frame.index.is_monotonic_increasing)
 
 
-def _nested_in_arrow(column: pd.Series) -> pd.Series:
-    """Return lists, arrays and mappings as Arrow's, if one type holds all of them, and any other column as it is."""
-    if isinstance(_first(column), (list, tuple, dict, np.ndarray)):
-        with suppress(pa.ArrowException, OverflowError):
-            values = pa.array(column, from_pandas=True)
-            return pd.Series(pd.array(values, dtype=pd.ArrowDtype(values.type)), column.index)
-    return column
+def _in_arrow(column: pd.Series) -> pd.Series:
+    """Return a column of Python objects in the Arrow type that holds them; strings, and nulls alone, as they are."""
+    try:
+        values = pa.array(column, from_pandas=True)
+        # Of UUIDs, for one, pandas makes bytes.
+        if isinstance(values.type, pa.BaseExtensionType):
+            raise pa.ArrowTypeError(f"they would be {values.type}")
+    except (pa.ArrowException, OverflowError) as error:
+        raise InvalidArgumentError(
+            f"Column {column.name!r} holds Python objects that no plain Arrow type holds: {error}. Convert them, to "
+            f"strings with frame[{column.name!r}].astype(str), or leave the column out.",
+            parameters=["frame"],
+            columns=[column.name],
+        ) from error
+    if pa.types.is_string(values.type) or pa.types.is_null(values.type):
+        return column
+    return pd.Series(pd.array(values, dtype=pd.ArrowDtype(values.type)), column.index)
 
 
 def _first(column: pd.Series) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ import dask.dataframe as dd
 import pandas as pd
 from dask import threaded
 from dask.base import get_scheduler
+from dask.core import flatten
 from dask.system import CPU_COUNT
+from dask.typing import Key
 
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.lazy.workers import is_connected, watched
@@ -22,7 +24,7 @@ from dask_semdedup.lazy.workers import is_connected, watched
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-__all__ = ["compute", "compute_to_the_end", "results_of"]
+__all__ = ["compute", "compute_to_the_end", "results_of", "submit"]
 
 
 def compute(*collections: Any) -> tuple[Any, ...]:
@@ -94,15 +96,29 @@ def compute_to_the_end(frame: dd.DataFrame) -> pd.DataFrame:
     """
     get = _scheduler_of([frame])
     if (client := _client_of(get)) is not None:
-        from distributed import futures_of
-
         with _out_of_the_way():
-            return pd.concat(results_of(client, futures_of(client.persist(frame))))
+            return pd.concat(results_of(client, submit(client, frame)))
+    tasks = _tasks_of(frame)
     if get is not threaded.get:
-        return frame.compute()
+        return pd.concat(get(*tasks))
     # A pool of its own, since leaving it waits for its threads.
     with ThreadPoolExecutor(dask.config.get("num_workers", None) or CPU_COUNT) as pool:
-        return frame.compute(pool=pool)
+        return pd.concat(get(*tasks, pool=pool))
+
+
+def submit(client: Client, frame: dd.DataFrame) -> list[Future]:
+    """Have a client compute a frame, and return the futures of its partitions."""
+    return client.get(*_tasks_of(frame), sync=False)
+
+
+def _tasks_of(frame: dd.DataFrame) -> tuple[Mapping[Key, Any], list[Key]]:
+    """Return the graph of a frame, in which what can be one task is one, and the keys of its partitions.
+
+    Computed as a collection, the frame would not be fused; or, if it is already, be optimised again. That renames what
+    fused tasks refer to by its former name, where one source is read with all of its columns and with some.
+    """
+    made = frame.optimize().expr
+    return made.__dask_graph__(), list(flatten(made.__dask_keys__()))
 
 
 @contextmanager

@@ -75,8 +75,7 @@ def parts(ddf: dd.DataFrame, folder: str, storage_options: Mapping[str, Any] | N
         align_dataframes=False,
         meta=pd.DataFrame({"rows": pd.Series(dtype="int64")}),
     )
-    # Optimised here, reading, working and writing a partition become one task; compute() alone may not fuse them.
-    return Parts(found, (written.partitions[missing] if found else written).optimize())
+    return Parts(found, written.partitions[missing] if found else written)
 
 
 def _itself(number: int) -> int:
@@ -214,8 +213,7 @@ def write_layout(
     fs.makedirs(root)
     meta = pd.DataFrame({"rows": pd.Series(dtype="int64"), "schema": pd.Series(dtype=object)})
     written = ddf.map_partitions(write_partition, folder, key, max_file_size, options, stored, meta=meta)
-    # Optimised here, reading, assigning and writing a partition become one task; compute() alone may not fuse them.
-    parts = compute_to_the_end(written.optimize())
+    parts = compute_to_the_end(written)
     if not len(parts):
         raise ClusterError("The frame has no rows: there is no cluster to write.")
     _check_schemas(list(parts["schema"]))

@@ -75,7 +75,7 @@ def score_histogram(
     """
     summary = summarize(scores, eps)
     threshold = 1.0 if eps is None else float(duplicate_threshold(eps))
-    figure, axes = _axes(figure, "Cosine similarity to the most similar preferred row", "Rows")
+    figure, axes = _axes(figure, "Score: cosine similarity to the row max_id", "Rows")
     edges, counts = summary.histogram(bins)
     colours = [VERMILION if left >= threshold else BLUE for left in edges[:-1]]
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours, edgecolor=colours, linewidth=0.4)
@@ -138,13 +138,12 @@ def duplicates_curve(
     >>> import pandas as pd
     >>> scores = pd.DataFrame({"id": [1, 2, 3], "max_id": [1, 1, 2], "cosine_sim_score": [0.0, 0.3, 0.995]})
     >>> duplicates_curve(scores, eps=0.01).axes[0].get_title(loc="left")
-    'eps = 0.01 drops 1 of 3 rows (33.3%)'
+    'Duplicates at eps = 0.01: 1 of 3 rows (33.3%)'
     """
     check_held(scores, [0])  # Where the curve begins.
     summary = summarize(scores, eps, largest_eps=largest_eps)
     rows = max(summary.rows, 1)
-    are_dropped = summary.dropped is None
-    label = "Rows dropped" if are_dropped else f"{summary.noun.capitalize()}s"
+    label = f"{summary.noun.capitalize()}s"
     figure, axes = _axes(figure, "eps (cosine distance)", label)
     grid = summary.grid
     dropped = summary.duplicates(grid)
@@ -154,12 +153,12 @@ def duplicates_curve(
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     whole = counted(summary.rows, "row")
-    _title(axes, f"What each eps drops of {whole}" if are_dropped else f"{label} of {whole} at each eps")
+    _title(axes, f"{label} among {whole}")
     if eps is not None:
         count = int(summary.duplicates(eps))
         axes.plot([eps], [count / rows], "o", color=VERMILION, markersize=9, clip_on=False, zorder=3)
         of_all = f"{count:,} of {whole} ({count / rows:.1%})"
-        _title(axes, f"eps = {eps:g} drops {of_all}" if are_dropped else f"{label} at eps = {eps:g}: {of_all}")
+        _title(axes, f"{label} at eps = {eps:g}: {of_all}")
     return figure
 
 

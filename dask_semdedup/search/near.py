@@ -18,7 +18,10 @@ from dask_semdedup.search.cells import Visits
 from dask_semdedup.search.crowded import first_copies
 from dask_semdedup.search.index import Index
 
-__all__ = ["Links", "Part", "components", "listed_or_bundled", "near_pairs", "sketch_part"]
+__all__ = ["PART_ROWS", "Links", "Part", "components", "listed_or_bundled", "near_pairs", "sketch_parts"]
+
+PART_ROWS = {"cpu": 1 << 15, "cuda": 1 << 32}
+"""Rows of a part at most. On a CPU they are few, so that little else is in memory, and two bytes hold a visit."""
 
 MANY = 8
 """Pairs of a row in a batch that are listed, on average. Of more, it is kept which rows they connect."""
@@ -30,8 +33,8 @@ class Part:
 
     Attributes
     ----------
-    number : int
-        The number of the part.
+    first : int
+        The first row, as `Links` names rows.
     coordinates : array
         (m, h - 1) float16 coordinates of the longer sketches: the first of them are those of the shorter ones.
     left : array
@@ -53,7 +56,7 @@ class Part:
     Arrays are of NumPy, or tensors where the part stays on a GPU. Other processes get it in NumPy's.
     """
 
-    number: int
+    first: int
     coordinates: Any
     left: Any
     residual: Any
@@ -74,7 +77,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Links:
-    """Pairs of rows, each row as the number of its part times 2**32, and its place there.
+    """Pairs of rows, each row as the number of its partition times 2**32, plus its place there.
 
     Attributes
     ----------
@@ -88,60 +91,60 @@ class Links:
     bundles: np.ndarray
 
 
-def sketch_part(number: int, rows: torch.Tensor, index: Index, *, stays: bool = False) -> Part:
-    """Return the sketches of a part.
+def sketch_parts(number: int, rows: torch.Tensor, index: Index, *, stays: bool = False) -> list[Part]:
+    """Return the sketches of a partition, in one part or more.
 
     Parameters
     ----------
     number : int
-        The number of the part.
+        The number of the partition.
     rows : torch.Tensor
         (n, d) float32, finite. Sketches are computed on their device.
     index : Index
     stays : bool, default False
         Whether sketches stay on that device.
     """
-    index = index.to(rows.device)
-    first = first_copies(rows, torch.tensor([0, len(rows)]))
+    index, where = index.to(rows.device), rows.device if stays else torch.device("cpu")
+    chunks = certify.chunks(max(1, len(rows)), 1, PART_ROWS[rows.device.type])
+    return [_sketched((number << 32) + chunk.start, rows[chunk], index, where) for chunk in chunks]
+
+
+def _sketched(first: int, rows: torch.Tensor, index: Index, where: torch.device) -> Part:
+    """Return the sketches of one part, which are kept on a device."""
+    original = first_copies(rows, torch.tensor([0, len(rows)]))
     unit = certify.measure(rows)
-    is_copy = first != torch.arange(len(rows), device=rows.device)
+    is_copy = original != torch.arange(len(rows), device=rows.device)
     places = (~is_copy & ~unit.is_zero).nonzero().flatten()
     copies = (is_copy & ~unit.is_zero).nonzero().flatten()
-    makers = index.sketcher, index.longer
-    n, device = len(places), rows.device
-    coordinates = torch.empty(n, index.longer.size - 1, dtype=torch.float16, device=device)
-    left, residual = torch.empty(n, 2, device=device), torch.empty(n, 2, device=device)
-    cell, visits = torch.empty(n, dtype=torch.int64, device=device), []
-    chunks = certify.pieces(places, 4 * rows.shape[1] if rows.is_cuda else 128)
+    sizes = index.sketcher.size, index.longer.size
+    exact = [torch.empty(len(places), size, device=rows.device) for size in sizes]
     with ieee_products:
-        for chunk in chunks:
+        for chunk in certify.pieces(places, 4 * rows.shape[1] if rows.is_cuda else 128):
             which = places[chunk]
             unit_rows = unit.rows[which] * unit.inverse_norm[which, None]
-            exact = [made_by.sketches(unit_rows) for made_by in makers]
-            coordinates[chunk] = exact[1][:, :-1]
-            # The coordinates that both have were computed apart, and may differ in their last bits.
-            for kind, each in enumerate(exact):
-                lost = coordinates[chunk, : each.shape[1] - 1].float() - each[:, :-1]
-                left[chunk, kind] = each[:, -1]
-                residual[chunk, kind] = torch.linalg.vector_norm(lost, dim=1) * (1 + 2.0**-16)
-            if rows.is_cuda:
-                cell[chunk] = index.cells.nearest(exact[0])
-            else:
-                found = index.cells.visits(exact[0])
-                cell[chunk] = torch.from_numpy(found.cell)
-                visits.append(_by_cell(found, len(index.cells)))
-    order = torch.argsort(cell, stable=True)
+            for sketches, made_by in zip(exact, (index.sketcher, index.longer), strict=True):
+                sketches[chunk] = made_by.sketches(unit_rows)
+        if rows.is_cuda:
+            cell, visits = index.cells.nearest(exact[0]), None
+            order = torch.argsort(cell, stable=True)
+        else:
+            found = index.cells.visits(exact[0])
+            order = torch.from_numpy(np.argsort(found.cell, kind="stable"))
+            cell, visits = torch.from_numpy(found.cell), _in_order(found, order.numpy(), len(index.cells))
     members = torch.bincount(cell, minlength=len(index.cells)).cumsum(0)
-    where = device if stays else torch.device("cpu")
+    # The coordinates that both have were computed apart, and may differ in their last bits.
+    coordinates = exact[1][order, :-1].half()
+    ordered = [sketches[order] for sketches in exact]
+    lost = [coordinates[:, : size - 1].float() - each[:, :-1] for size, each in zip(sizes, ordered, strict=True)]
     return Part(
-        number,
-        _kept(coordinates[order], where),
-        _kept(left[order], where),
-        _kept(residual[order], where),
+        first,
+        _kept(coordinates, where),
+        _kept(torch.stack([each[:, -1] for each in ordered], dim=1), where),
+        _kept(torch.stack([torch.linalg.vector_norm(each, dim=1) * (1 + 2.0**-16) for each in lost], dim=1), where),
         _kept(places[order], where),
         np.concatenate([[0], _host(members)]),
-        None if rows.is_cuda else _in_order(chunks, visits, order.numpy(), len(index.cells)),
-        _host(torch.stack([copies, first[copies]], dim=1)),
+        visits,
+        _host(torch.stack([copies, original[copies]], dim=1)),
     )
 
 
@@ -149,28 +152,16 @@ def _kept(values: torch.Tensor, where: torch.device) -> Any:
     return _host(values) if where.type == "cpu" else values
 
 
-def _by_cell(found: Visits, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sketches that visit cells, in the order of these, and offsets of the cells among them."""
+def _in_order(found: Visits, order: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return visits by cell, and the cells' offsets, of sketches that are put in another order."""
     from scipy.sparse import csr_array
 
-    n = len(found.cell)
-    by_cell = csr_array((np.ones(len(found.visited), bool), found.visited, found.offsets), shape=(n, k)).tocsc()
-    return by_cell.indices.astype(np.min_scalar_type(n)), by_cell.indptr
-
-
-def _in_order(
-    chunks: Sequence[slice], visits: Sequence[tuple[np.ndarray, np.ndarray]], order: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the visits of all chunks of sketches by cell, once the sketches are put in another order."""
-    place = np.empty(len(order), np.min_scalar_type(len(order)))
-    place[order] = np.arange(len(order))
-    offsets = np.sum([np.zeros(k + 1, np.int64), *(of_chunk for _, of_chunk in visits)], axis=0)
-    visitors, first = np.empty(offsets[-1], place.dtype), offsets[:-1].copy()
-    for chunk, (which, of_chunk) in zip(chunks, visits, strict=True):
-        counts = np.diff(of_chunk)
-        visitors[np.arange(len(which)) + np.repeat(first - of_chunk[:-1], counts)] = place[chunk][which]
-        first += counts
-    return visitors, offsets
+    n = len(order)
+    place = np.empty(n, np.min_scalar_type(n))
+    place[order] = np.arange(n)
+    ones = np.ones(len(found.visited), bool)
+    by_cell = csr_array((ones, found.visited, found.offsets), shape=(n, k)).tocsc()
+    return place[by_cell.indices], by_cell.indptr
 
 
 def _host(values: torch.Tensor) -> np.ndarray:

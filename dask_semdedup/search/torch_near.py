@@ -153,7 +153,7 @@ class _Rows:
     def __init__(self, parts: Sequence[Part], index: Index) -> None:
         self.parts, self.index, self.dtype = parts, index, sketch_dtype()
         self.starts = np.cumsum([0, *(len(part.rows) for part in parts)])
-        self.keys = np.concatenate([(np.int64(part.number) << 32) | part.rows for part in parts])
+        self.keys = np.concatenate([part.first + part.rows for part in parts])
         n, size = len(self.keys), index.sketcher.size
         self.sketches = torch.empty(n, size, dtype=torch.float16 if self.dtype == torch.float32 else self.dtype)
         residual, exact = torch.empty(n), torch.empty(min(n, CHUNK), size)

@@ -252,7 +252,7 @@ class _Side:
         numbers = torch.arange(k, dtype=torch.int32, device=device)
         cell = torch.cat([numbers.repeat_interleave(_uploaded(count, device)) for count in counts])
         self.cell, order = cell.sort(stable=True)
-        self.key = torch.cat([_uploaded(part.rows, device) + (part.number << 32) for part in parts])[order]
+        self.key = torch.cat([_uploaded(part.rows, device) + part.first for part in parts])[order]
         self.coordinates, self.left, self.residual = (
             torch.cat([_uploaded(getattr(part, name), device) for part in parts])[order]
             for name in ("coordinates", "left", "residual")

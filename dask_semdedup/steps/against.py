@@ -17,7 +17,10 @@ from dask_semdedup.frames.embeddings import gather_rows, to_tensor
 from dask_semdedup.steps.pairwise import check_clusters, score_frame, search_segments, segments_of
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["against_meta", "against_partition"]
+__all__ = ["COMPONENT", "against_meta", "against_partition"]
+
+# The column of components of rows, where they are searched as clusters are. No user knows their numbers.
+COMPONENT = "_semdedup_component"
 
 
 def against_partition(
@@ -94,7 +97,8 @@ def against_partition(
 
 def _to_tensor(side: Any, columns: Columns, ids: str, **options: Any) -> Any:
     """Return the embeddings of one side."""
-    named = {"name": columns.embedding, "ids": side[ids], "clusters": side[columns.cluster]}
+    clusters = None if columns.cluster == COMPONENT else side[columns.cluster]
+    named = {"name": columns.embedding, "ids": side[ids], "clusters": clusters}
     return to_tensor(side[columns.embedding], **named, **options)
 
 

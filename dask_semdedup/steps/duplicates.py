@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, have, some
+from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, counted, some
 from dask_semdedup.frames.backend import to_list
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.frames.ids import are_equal, is_in
@@ -140,8 +140,8 @@ def without_first_rows(duplicates: Any) -> Any:
     repeated = duplicates["id"][is_own & (duplicates[SCORE_COLUMN] != 0)]
     if len(repeated):
         raise IdError(
-            f"{have(len(repeated), 'duplicate')} the id of the preferred row (ids {some(to_list(repeated))}): "
-            "ids repeat, so the row is ambiguous. Give every row an id of its own, and score again.",
+            f"{counted(len(repeated), 'duplicate')}: another row with the same id is preferred (ids "
+            f"{some(to_list(repeated))}). Ids must not repeat. Give every row an id of its own.",
             columns=["id"],
         )
     return duplicates[~is_own]

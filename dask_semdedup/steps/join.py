@@ -22,10 +22,11 @@ from dask_semdedup.device.streams import reading_stream, search_stream
 from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, take, tensor_like, to_numpy
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import gather_rows, to_tensor
-from dask_semdedup.steps.against import against_partition
+from dask_semdedup.steps.against import COMPONENT, against_partition
 from dask_semdedup.steps.mean import mean_of, total_of, with_distances
 from dask_semdedup.steps.pairwise import score_frame, search_segments, segments_of
 from dask_semdedup.steps.ranking import RankingStrategy
+from dask_semdedup.steps.removal import null_ids
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +50,6 @@ __all__ = [
     "total_of_part",
 ]
 
-# The column of components, where they are searched as clusters are.
-COMPONENT = "_semdedup_component"
-
 
 @dataclass(frozen=True)
 class Sketched:
@@ -59,7 +57,7 @@ class Sketched:
 
     Attributes
     ----------
-    part : Part
+    parts : list of Part
         Sketches of the rows.
     total : numpy.ndarray or None
         (d,) int64: the sum of the unit rows, in fixed point.
@@ -67,13 +65,13 @@ class Sketched:
         Number of rows.
     """
 
-    part: Part
+    parts: list[Part]
     total: np.ndarray | None
     count: int
 
     def __sizeof__(self) -> int:
         """Return the bytes of the sketches, by which Dask decides what to write to disk."""
-        return self.part.__sizeof__()
+        return sum(part.__sizeof__() for part in self.parts)
 
 
 def sketch_partition(
@@ -100,19 +98,19 @@ def sketch_partition(
     with_total : bool
         Whether rows are ranked by their mean.
     """
-    from dask_semdedup.search.near import sketch_part
+    from dask_semdedup.search.near import sketch_parts
 
     if is_cudf(frame):
         share_memory_pool()
     with reading_stream(device), cores_for(device, ONE_CORE):
         rows = _to_tensor(frame, columns, options, device=device)
-        part = sketch_part(number, rows, index, stays=stays)
-        return Sketched(part, total_of(rows, device) if with_total else None, len(rows))
+        parts = sketch_parts(number, rows, index, stays=stays)
+        return Sketched(parts, total_of(rows, device) if with_total else None, len(rows))
 
 
 def copies_of(sketched: Sketched) -> np.ndarray:
     """Return the copies of a partition, for `find_involved`."""
-    return sketched.part.copies
+    return np.concatenate([part.first + part.copies for part in sketched.parts])
 
 
 def total_of_part(sketched: Sketched) -> tuple[np.ndarray, int]:
@@ -135,7 +133,7 @@ def find_near_pairs(
     """
     from dask_semdedup.search.near import near_pairs
 
-    parts, theirs = ([one.part for one in some] for some in (sketched, others or []))
+    parts, theirs = ([part for one in some for part in one.parts] for some in (sketched, others or []))
     with cores_for(device, ONE_CORE), gpu_turn(device), search_stream(device):
         return near_pairs(parts, theirs if others is not None else None, cells, index, device)
 
@@ -165,15 +163,14 @@ def find_involved(links: Sequence[Links], copies: Sequence[np.ndarray], n_bins: 
     links : sequence of Links
         From all comparisons.
     copies : sequence of numpy.ndarray
-        For each partition, (c, 2) int64 places of copies and of what they are copies of.
+        For each partition, (c, 2) int64 copies and what they are copies of, as `Links` names rows.
     n_bins : int
         Number of bins.
     """
     from dask_semdedup.search.near import components
 
     pairs = np.concatenate([np.empty((0, 2), np.int64), *(found.pairs for found in links)])
-    of_copies = [(np.int64(number) << 32) | places for number, places in enumerate(copies)]
-    bundles = np.concatenate([np.empty((0, 2), np.int64), *(found.bundles for found in links), *of_copies])
+    bundles = np.concatenate([np.empty((0, 2), np.int64), *(found.bundles for found in links), *copies])
     keys, position = np.unique(np.concatenate([pairs, bundles]), return_inverse=True)
     position = position.reshape(-1, 2)
     label = components(len(keys), position)
@@ -361,6 +358,9 @@ def _to_tensors(frames: Sequence[Any], columns: Columns, options: SearchOptions)
 
 
 def _to_tensor(frame: Any, columns: Columns, options: SearchOptions, **on: Any) -> torch.Tensor:
+    """Return the embeddings of a frame, or raise if rows cannot be compared or, without ids, not be named."""
+    if null := int(frame[columns.id].isna().sum()):
+        raise null_ids(columns.id, null)
     named = {"name": columns.embedding, "ids": frame[columns.id]}
     return to_tensor(frame[columns.embedding], **named, embedding_dim=options.embedding_dim, **on)
 

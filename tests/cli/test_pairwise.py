@@ -289,7 +289,7 @@ def test_progress_ends_at_the_number_of_tasks(clusters: str, tmp_path: Path) -> 
     (task,) = progress.tasks
     assert task.finished
     assert task.total is not None
-    assert task.total == scores.npartitions + 1, "a task for each partition, and one to gather"
+    assert task.total == scores.npartitions, "a task for each partition"
 
 
 # --- Output that is there already ------------------------------------------------------------------------------------
@@ -610,7 +610,7 @@ def test_bad_options_are_one_line(
         ),
         (["--cluster-field", "cl"], ["No cluster column 'cl'", "use 'dask-semdedup run'", "pass --cluster-field."]),
         (["--rank-by", "qualty"], ["['qualty']", "(--rank-by)"]),
-        (["--embedding-dim", "9"], ["where embedding_dim is 9", "(--embedding-dim)"]),
+        (["--embedding-dim", "9"], ["where 9 is expected", "(--embedding-dim)"]),
         (["--device", "cuda"], ["Use device='cpu' or 'auto'", "(--device)"]),
     ],
 )

@@ -120,7 +120,7 @@ def redone(before: dict[str, str], after: dict[str, str]) -> list[str]:
 # --- Input that is not as it should be ---
 
 
-@pytest.mark.parametrize("name", ["strings.parquet", "strings.jsonl", "strings"])
+@pytest.mark.parametrize("name", ["strings.parquet", "strings.jsonl", "strings", "strings_in_json"])
 def test_strings_get_advice_for_a_shell(
     tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -131,9 +131,12 @@ def test_strings_get_advice_for_a_shell(
         frame.to_json(path, orient="records", lines=True)
     elif name.endswith(".parquet"):
         frame.to_parquet(path)
-    else:
+    elif name == "strings":
         path.mkdir()
         frame.to_parquet(path / "part.0.parquet")
+    else:
+        path.mkdir()
+        frame.to_json(path / "0.jsonl", orient="records", lines=True)
     result = invoke(path)
     assert result.exit_code == 2
     assert_one_line(result.stderr, "'embeddings' holds strings", "--embedding-field", "python -c")

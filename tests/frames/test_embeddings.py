@@ -107,7 +107,7 @@ BAD_ROWS = {
     "infinite": ([[1.0, 2.0], [3.0, 4.0], [1.0, -np.inf]], "1 row with NaN or infinite values", "12"),
     "width": (
         [[1.0, 2.0], [1.0], [1.0, 2.0, 3.0], [3.0, 4.0]],
-        "2 rows with width 1, 3, where the others have 2",
+        "2 rows with width 1, 3, where 2 is expected",
         "11, 12",
     ),
     "empty": ([[1.0, 2.0], [3.0, 4.0], []], "1 row with an empty embedding", "12"),
@@ -151,7 +151,7 @@ def test_null_elements_of_arrow_lists_are_named(element):
 
 @pytest.mark.parametrize("as_column", [as_objects, as_arrow])
 def test_embedding_dim_is_checked(as_column):
-    with pytest.raises(EmbeddingError, match=r"2 rows with width 2, where embedding_dim is 3 .*one model"):
+    with pytest.raises(EmbeddingError, match=r"2 rows with width 2, where 3 is expected .*one model"):
         to_tensor(as_column([[1.0, 2.0], [3.0, 4.0]]), name="x", embedding_dim=3)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
-import dask_semdedup  # noqa: F401  (registers the accessor)
-from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError, RankingStrategy
+from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError, RankingStrategy, from_pandas, read_table
+from dask_semdedup.errors import DataReadError
 from tests.data import arrow_lists
 
 
@@ -60,7 +62,7 @@ def test_null_ids_are_an_error_as_in_the_command(raw: pd.DataFrame, options: dic
 
 def test_rows_of_one_id_are_an_error(raw: pd.DataFrame) -> None:
     ddf = dd.from_pandas(raw.assign(id=raw["id"] % 30), npartitions=2)
-    with pytest.raises(IdError, match="30 duplicates have the id of the preferred row"):
+    with pytest.raises(IdError, match="30 duplicates: another row with the same id is preferred"):
         ddf.semdedup.deduplicate(0.01).compute()
 
 
@@ -83,3 +85,20 @@ def test_what_is_wrong_is_said_before_a_fit(raw: pd.DataFrame, options: dict, er
 
 def fail(_: pd.DataFrame) -> pd.DataFrame:
     raise AssertionError("computed")
+
+
+def test_files_without_the_column_of_embeddings_are_named(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"id": [1, 2], "embeddings": [[1.0, 0.0], [0.0, 1.0]]})
+    frame.to_parquet(tmp_path / "0.parquet")
+    frame[:0][["id"]].to_parquet(tmp_path / "1.parquet")
+    assert len(read_table(tmp_path).semdedup.deduplicate()) == 2, "a file without rows lacks nothing"
+    frame.rename(columns={"embeddings": "vectors"}).assign(id=[3, 4]).to_parquet(tmp_path / "2.parquet")
+    with pytest.raises(DataReadError, match=r"2.parquet has no values in column 'embeddings', which other files have"):
+        read_table(tmp_path).semdedup.deduplicate()
+
+
+def test_rows_without_an_id_are_refused_as_soon_as_they_are_read() -> None:
+    frame = pd.DataFrame({"id": ["a", None], "embeddings": [[1.0, 0.0], [0.0, 1.0]]})
+    scores = from_pandas(frame).semdedup.pairwise(cluster_field=None)
+    with pytest.raises(IdError, match="Column 'id': 1 row has a null id"):
+        scores.compute()

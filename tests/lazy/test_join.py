@@ -25,7 +25,7 @@ from dask_semdedup.lazy.blocks import PROCESS_BYTES
 from dask_semdedup.search import index as search_index
 from dask_semdedup.search import nearest_earlier
 from dask_semdedup.search.index import PACES
-from dask_semdedup.search.near import sketch_part
+from dask_semdedup.search.near import sketch_parts
 from dask_semdedup.search.torch_sketch import COSTS
 from dask_semdedup.steps.duplicates import threshold
 from dask_semdedup.steps.join import mean_of
@@ -418,7 +418,7 @@ def test_the_plan_is_near_what_is_done(files: tuple[Path, pd.DataFrame]) -> None
         plan = ddf.semdedup.plan(eps=0.05)
     assert plan.index is not None
     rows = torch.from_numpy(np.array(frame["embeddings"].tolist(), np.float32))
-    part = sketch_part(0, rows, plan.index)
+    [part] = sketch_parts(0, rows, plan.index)
     members, visitors = np.diff(part.members), np.diff(part.visits[1])
     assert plan.pairs == pytest.approx((members * (members / 2 + visitors)).sum(), rel=0.25)
     assert plan.skipped == pytest.approx(1 - plan.pairs / (3000 * 2999 / 2))

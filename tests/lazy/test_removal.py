@@ -253,7 +253,8 @@ class TestDuplicates:
     def test_scores_without_eps_are_no_duplicates(self, documents: pd.DataFrame, scores: pd.DataFrame) -> None:
         left = lazily(documents).semdedup.remove(scores)
         with pytest.raises(
-            InvalidArgumentError, match=r"1 row has no preferred row.*\(ids .*0.*\).*remove\(\.\.\., eps="
+            InvalidArgumentError,
+            match=r"1 row has no preferred row to be a duplicate of \(ids .*0.*\).*remove\(\.\.\., eps=",
         ):
             left.compute()
 

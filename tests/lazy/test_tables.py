@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import zipfile
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from uuid import UUID
 
 import dask.dataframe as dd
 import numpy as np
@@ -248,8 +251,25 @@ def test_a_pandas_frame_keeps_order_index_and_other_columns() -> None:
     assert found["text"].tolist() == list("abcd")
     assert ddf.npartitions == 1
     assert len(from_pandas(frame.iloc[:0])) == 0
-    large = from_pandas(frame.assign(tags=[[2**70]] * 4))
-    assert large.dtypes["tags"] == "string"
+
+
+@pytest.mark.parametrize(
+    "values", [[b"\x89PNG", None], [Decimal("1.10")] * 2, [True, None], [date(2026, 1, 1)] * 2, [1, None], ["a", None]]
+)
+def test_objects_of_a_pandas_frame_are_written_as_what_they_are(values: list[object], tmp_path: Path) -> None:
+    frame = pd.DataFrame({"id": [1, 2], "embeddings": [[1.0, 0.0], [0.0, 1.0]], "x": pd.Series(values, dtype=object)})
+    kept = from_pandas(frame).semdedup.deduplicate()
+    assert kept.compute()["x"].dropna().tolist() == [value for value in values if value is not None]
+    kept.semdedup.to_parquet(tmp_path / "kept")
+    assert pq.read_table(tmp_path / "kept")["x"].to_pylist() == values
+
+
+@pytest.mark.parametrize("value", [2**70, Path("a"), UUID(int=1), np.zeros((2, 2)), object()])
+def test_objects_that_arrow_does_not_hold_are_refused(value: object) -> None:
+    frame = pd.DataFrame({"id": [1], "embeddings": [[1.0]], "x": pd.Series([value], dtype=object)})
+    with pytest.raises(InvalidArgumentError, match=r"Column 'x' holds Python objects .*astype\(str\)") as caught:
+        from_pandas(frame)
+    assert caught.value.columns == ("x",)
 
 
 @pytest.mark.parametrize(

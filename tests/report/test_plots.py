@@ -64,7 +64,7 @@ def test_curve_gives_the_share_of_all_rows(scores: pd.DataFrame) -> None:
     curve, mark = figure.axes[0].lines
     assert curve.get_ydata()[[0, -1]] == pytest.approx([1 / 8, 3 / 8])
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == pytest.approx((0.02, 3 / 8))
-    assert figure.axes[0].get_title(loc="left") == "eps = 0.02 drops 3 of 8 rows (37.5%)"
+    assert figure.axes[0].get_title(loc="left") == "Duplicates at eps = 0.02: 3 of 8 rows (37.5%)"
 
 
 def test_pictures_tell_near_duplicates_from_dropped_rows(scores: pd.DataFrame) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from dask_semdedup.search import near, sketch, torch_near
 from dask_semdedup.search.cells import ELEMENTS, Cells, fit_cells, reach_of
 from dask_semdedup.search.index import PACES, Index, fit_index, n_cells, sample_rows
-from dask_semdedup.search.near import Links, Part, components, near_pairs, sketch_part
+from dask_semdedup.search.near import Links, Part, components, near_pairs, sketch_parts
 from dask_semdedup.search.sketch import Sketcher, fit_axes, sketcher, unit_rows
 from tests import oracle
 from tests.strategies import KINDS, seeds
@@ -50,7 +50,7 @@ def parts_of(rows: np.ndarray, cuts: list[int], index: Index, first: int = 0) ->
     """The rows in parts that end at these places."""
     bounds = [0, *sorted(cuts), len(rows)]
     tensors = [torch.from_numpy(rows[start:stop]) for start, stop in pairwise(bounds)]
-    return [sketch_part(number, part, index) for number, part in enumerate(tensors, first)]
+    return [part for number, rows in enumerate(tensors, first) for part in sketch_parts(number, rows, index)]
 
 
 def row_numbers(keys: np.ndarray, cuts: list[int], first: int = 0) -> np.ndarray:
@@ -59,7 +59,7 @@ def row_numbers(keys: np.ndarray, cuts: list[int], first: int = 0) -> np.ndarray
 
 def connected(n: int, links: Links, parts: list[Part], cuts: list[int]) -> np.ndarray:
     """The component of each row."""
-    copies = [(np.int64(part.number) << 32) | part.copies for part in parts]
+    copies = [part.first + part.copies for part in parts]
     keys = np.concatenate([links.pairs, links.bundles, *copies])
     return components(n, row_numbers(keys, cuts))
 
@@ -87,7 +87,8 @@ def test_every_near_pair_is_connected(
     if index is None:
         return
     cuts = data.draw(st.lists(st.integers(0, n), max_size=4))
-    parts = parts_of(rows, cuts, index)
+    with patch.dict(near.PART_ROWS, cpu=data.draw(st.sampled_from([1, 20, 1 << 15]))):
+        parts = parts_of(rows, cuts, index)
     with (
         patch.object(torch_near, "sketch_dtype", lambda: dtype),
         patch.object(near, "MANY", data.draw(st.sampled_from([0, 1, 8]))),

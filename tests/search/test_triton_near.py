@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from dask_semdedup.search import near
 from dask_semdedup.search.index import PACES, Pace, fit_index, sample_rows
-from dask_semdedup.search.near import near_pairs, sketch_part
+from dask_semdedup.search.near import near_pairs, sketch_parts
 from tests.search.test_near import connected, index_of, near_rows, parts_of, row_numbers
 from tests.strategies import KINDS, seeds
 
@@ -165,7 +165,7 @@ def test_an_index_on_a_gpu_misses_none(at_least: float, dense: int) -> None:
         index = fit_index(on_gpu[torch.randperm(n)[: sample_rows(n)]], n, at_least, at_once=False)
     assert index is not None
     cuts = [0, 7000, 18_000, n]
-    parts = [sketch_part(p, on_gpu[cuts[p] : cuts[p + 1]], index, stays=p > 0) for p in range(3)]
+    parts = [sketch_parts(p, on_gpu[cuts[p] : cuts[p + 1]], index, stays=p > 0)[0] for p in range(3)]
     unit = torch.nn.functional.normalize(on_gpu.double(), dim=1)
     k = len(index.cells)
     for cells in ([slice(0, k)], [slice(0, k // 3), slice(k // 3, k)]):
@@ -184,7 +184,7 @@ def test_sketches_of_a_gpu_are_those_of_the_cpu() -> None:
     rows = torch.from_numpy(real_like(np.random.default_rng(1), 20_000))
     index = index_of(rows.numpy()[:4000], 0.95, 60)
     assert index is not None
-    ours, theirs = sketch_part(0, rows, index), sketch_part(0, rows.cuda(), index)
+    [ours], [theirs] = sketch_parts(0, rows, index), sketch_parts(0, rows.cuda(), index)
     same = np.argsort(ours.rows), np.argsort(theirs.rows)
     np.testing.assert_array_equal(ours.rows[same[0]], theirs.rows[same[1]])
     np.testing.assert_allclose(ours.coordinates[same[0]], theirs.coordinates[same[1]], atol=1e-3)
@@ -199,7 +199,7 @@ def test_large_cells_take_large_tiles() -> None:
     index = index_of(rows.cpu().numpy()[:4000], 0.97, 1, size=64)
     assert index is not None
     assert choose_shape(np.array([0, 40_000])).candidates == 256
-    part = sketch_part(0, rows, index)
+    [part] = sketch_parts(0, rows, index)
     links = near_pairs([part], None, slice(0, 1), index, "cuda")
     label = torch.from_numpy(connected(40_000, links, [part], [])).cuda()
     unit = torch.nn.functional.normalize(rows.double(), dim=1)

@@ -160,7 +160,7 @@ def test_bad_embeddings_are_named_with_their_clusters():
         run(frame, RankingStrategy(["id"]))
     with pytest.raises(EmbeddingError, match=r"'embeddings', cluster 6: 1 row with NaN or infinite values \(ids b\)"):
         run(frame[:3], RankingStrategy(["id"], False))
-    with pytest.raises(EmbeddingError, match=r"width 2, where embedding_dim is 3"):
+    with pytest.raises(EmbeddingError, match=r"width 2, where 3 is expected"):
         run(frame[:1], RankingStrategy(["id"]), embedding_dim=3)
 
 

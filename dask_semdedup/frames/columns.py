@@ -30,10 +30,7 @@ COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 DUPLICATE_OF = ("any", "kept")
 # What columns hold, by the attribute of `Columns`.
 HELD = {"id": "ids", "embedding": "embeddings", "cluster": "clusters"}
-MAKE_IDS = (
-    " If there are no ids, make them: with read_table(path, make_ids=True), or in pandas with "
-    "frame['id'] = range(len(frame))."
-)
+MAKE_IDS = " If the rows have no ids, `read_table` makes some with make_ids=True."
 
 
 @dataclass(frozen=True)

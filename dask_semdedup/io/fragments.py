@@ -126,8 +126,8 @@ class FileStats(NamedTuple):
 def unreadable(path: str, error: Exception) -> DataReadError:
     """Return the error for a file that cannot be read."""
     return DataReadError(
-        f"Cannot read {path} as Parquet: {error}. If it is truncated or damaged, write it again; if it is no Parquet "
-        "file, move it elsewhere, or name the other files with a pattern such as 'folder/*.parquet'."
+        f"Cannot read {path} as Parquet: {str(error).rstrip('.')}. Write the file again if it is truncated or damaged. "
+        "Files of other formats than Parquet and JSON lines must be converted, or moved elsewhere."
     )
 
 

@@ -606,7 +606,7 @@ def test_bad_options_are_one_line(
         (["--partition-size", "foo"], ["partition_size must be bytes", "(--partition-size)"]),
         (
             ["--id-field", "doc"],
-            ["['doc'] not found in the frame, which has ['id'", "as --id-field and --embedding-field"],
+            ["['doc'] not found in the frame, which has ['id'", "as --id-field."],
         ),
         (["--cluster-field", "cl"], ["No cluster column 'cl'", "use 'dask-semdedup run'", "pass --cluster-field."]),
         (["--rank-by", "qualty"], ["['qualty']", "(--rank-by)"]),

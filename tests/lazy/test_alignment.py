@@ -135,5 +135,5 @@ class TestAlignment:
 
     def test_no_cluster_column(self) -> None:
         ddf = dd.from_pandas(pd.DataFrame({"id": [1]}), npartitions=1)
-        with pytest.raises(ClusterError, match=r"No cluster column 'centroid' in the frame.*\['id'\].*k-means"):
+        with pytest.raises(ClusterError, match=r"No cluster column 'centroid' in the frame.*\['id'\].*kmeans"):
             align(ddf, "centroid")

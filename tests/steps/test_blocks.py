@@ -193,5 +193,5 @@ def test_rows_of_another_width_are_named() -> None:
     frame = GOLDEN.copy()
     lists = [[1.0, 2.0]] * 4 + [[1.0]] * 2
     frame["embeddings"] = pd.Series(lists, dtype=arrow_lists(np.eye(2, dtype=np.float32)).dtype)
-    with pytest.raises(EmbeddingError, match=r"2 rows with width 1, .* is 2 \(ids 4, 5\)"):
+    with pytest.raises(EmbeddingError, match=r"2 rows with width 1, where 2 is expected \(ids 4, 5\)"):
         in_blocks(frame, [0, 4, 6], make_strategy("hard"), SearchOptions())

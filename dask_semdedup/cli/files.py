@@ -8,6 +8,9 @@ import pandas as pd
 
 from dask_semdedup.cli.execution import follow_futures, show_tasks
 from dask_semdedup.errors import InvalidArgumentError
+from dask_semdedup.io.results import Results
+from dask_semdedup.io.staging import results_beside
+from dask_semdedup.lazy.join import saving_results
 from dask_semdedup.lazy.tasks import compute_to_the_end
 from dask_semdedup.lazy.workers import check_memory
 from dask_semdedup.lazy.writing import parts
@@ -31,8 +34,11 @@ def write_frame(
 
     What a stopped run has written is used, and said.
     """
+    frame, saved, tasks = saving_results(frame, Results(results_beside(folder), storage_options))
     found, rest = parts(frame, folder, storage_options)
     rows = sum(found.values())
+    if saved and rest is not None:
+        progress.console.print(f"{title}: {saved:,} of {tasks:,} comparisons were there already.")
     if found:
         progress.console.print(f"{title}: {len(found):,} of {frame.npartitions:,} parts were there already.")
     if rest is None:

@@ -4,7 +4,8 @@ Until all of ``OUTPUT`` is written, ``OUTPUT.partial`` exists. It holds
 
 - a lock, which names the process that works there and is void once that process is dead;
 - a folder of the written files, which is renamed to ``OUTPUT`` once it is complete;
-- a description of the work, if that folder is worth keeping: the same work resumes with its files;
+- a folder of results of tasks, from which such files are made: see `results_beside`;
+- a description of the work, if these folders are worth keeping: the same work resumes with their files;
 - the old files, while the new ones replace them.
 """
 
@@ -25,7 +26,7 @@ from dask_semdedup.io.publish import listing, publish, put_back, remove
 from dask_semdedup.io.targets import Contents, real_path, refuse_occupied, refuse_overlap, refuse_place
 from dask_semdedup.io.write import writing
 
-__all__ = ["differences", "restore", "staged_folder"]
+__all__ = ["differences", "restore", "results_beside", "staged_folder"]
 
 # Differences whose values would tell a reader nothing.
 IN_WORDS = {
@@ -97,7 +98,7 @@ def staged_folder(
             # A URL of an absolute path: workers may have other working directories.
             yield fs.unstrip_protocol(folder)
         except BaseException as error:
-            if work is None or not _is_passing(error) or not fs.find(folder):
+            if work is None or not _is_passing(error) or not _are_kept(fs, partial):
                 _clear(fs, partial)
             raise
         try:
@@ -119,12 +120,23 @@ def restore(fs: fsspec.AbstractFileSystem, final: str) -> None:
     The lock of `final`, or of the folder that it is in, must be held.
     """
     partial = _partial(final)
-    names = [path.removeprefix(f"{partial}/") for path in fs.find(partial)]
-    if WORK in names and any("/" in name and not name.startswith(f"{OLD}/") for name in names):
+    if fs.exists(f"{partial}/{WORK}") and _are_kept(fs, partial):
         put_back(fs, final, f"{partial}/{OLD}")
     else:
         # The new files have their name, or were never to be kept.
         _clear(fs, partial)
+
+
+def results_beside(folder: str) -> str:
+    """Return the folder for results of tasks beside a folder of `staged_folder`. The two are kept and removed alike."""
+    return f"{folder}.results"
+
+
+def _are_kept(fs: fsspec.AbstractFileSystem, partial: str) -> bool:
+    """Return whether there are files that a run of the same work can use."""
+    fs.invalidate_cache()
+    names = (path.removeprefix(f"{partial}/") for path in fs.find(partial))
+    return any("/" in name and not name.startswith(f"{OLD}/") for name in names)
 
 
 def _partial(final: str) -> str:

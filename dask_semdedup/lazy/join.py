@@ -24,6 +24,7 @@ from dask_semdedup.device.sharing import gpus_at_work
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.backend import is_cudf, tensor_like
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
+from dask_semdedup.io.results import Results
 from dask_semdedup.lazy.blocks import PROCESS_BYTES, least_limit, task_bytes, threads_of_workers
 from dask_semdedup.lazy.expressions import ScoresAgainst
 from dask_semdedup.lazy.planning import CUDF_ELEMENTS
@@ -31,10 +32,13 @@ from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
 from dask_semdedup.lazy.sources import bytes_in_footers, chains_of
 from dask_semdedup.steps.join import (
+    and_save,
     copies_of,
     find_involved,
     find_near_pairs,
     join_meta,
+    load_links,
+    load_sketched,
     pairs_of_bin,
     places_of,
     score_rows,
@@ -49,7 +53,7 @@ from dask_semdedup.steps.ranking import RankingStrategy
 if TYPE_CHECKING:
     from dask_semdedup.search.index import Index
 
-__all__ = ["Plan", "compare_all", "compare_all_with", "is_by_mean", "make_plan"]
+__all__ = ["Plan", "compare_all", "compare_all_with", "is_by_mean", "make_plan", "saving_results"]
 
 SEED = 42
 """Of the sample."""
@@ -68,6 +72,9 @@ GPU_SHARE = 6
 
 BLOCK_ROWS = 1 << 17
 """Rows that a task compares with as many, where there is one cell."""
+
+SAVED_SECONDS = 10
+"""Estimated seconds of a comparison whose results are saved."""
 
 BIN_BYTES, INVOLVED = 8 << 30, 0.05
 """Bytes of all rows, and the share that is involved, as a rule, for each partition of the result."""
@@ -419,16 +426,29 @@ class _Compared(Searched, Expr):
                 graph[ref.key] = Task.fuse(*chains[number], graph[ref.key], key=ref.key)
             return ref
 
-        sketched = [
-            read("sketch", p, sketch_partition, p, names, self.options, index, plan.device, stays=plan.stays, **options)
-            for p, (_, _, names) in enumerate(sources)
-        ]
+        results, options = self.results, {"stays": plan.stays, **options}
+        saved = frozenset() if results is None else results.names()
+
+        def saving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            return function if results is None else functools.partial(and_save, results, name, function)
+
+        sketched: list[TaskRef] = []
+        for p, (_, _, names) in enumerate(sources):
+            if (name := f"sketch-{p}") in saved:
+                sketched.append(add("sketch", p, load_sketched, results, name))
+                continue
+            # Those of a GPU are made again in less time than it takes to read them.
+            sketch = sketch_partition if plan.device == "cuda" else saving(name, sketch_partition)
+            sketched.append(read("sketch", p, sketch, p, names, self.options, index, plan.device, **options))
         blocks = [TaskList(*(sketched[number] for number in block)) for block in plan.blocks]
         links: list[TaskRef] = []
         for t, (i, j, share) in enumerate(plan.comparisons()):
+            if (name := f"compare-{t}") in saved:
+                links.append(add("compare", t, load_links, results, name))
+                continue
             waits = {"after": links[t - plan.at_once]} if 0 < plan.at_once <= t else {}
-            other = None if i == j else blocks[j]
-            links.append(add("compare", t, find_near_pairs, blocks[i], other, share, index, plan.device, **waits))
+            compared = blocks[i], None if i == j else blocks[j], share
+            links.append(add("compare", t, saving(name, find_near_pairs), *compared, index, plan.device, **waits))
         copies = [add("copies", p, copies_of, ref) for p, ref in enumerate(sketched)]
         involved = add("involved", 0, find_involved, TaskList(*links), TaskList(*copies), plan.bins)
         places = [add("places", p, places_of, involved, p) for p in range(len(sources))]
@@ -449,7 +469,8 @@ class _Rows(NamedTuple):
 class CompleteScores(_Compared):
     """Scores of rows that are compared with all others of their frame."""
 
-    _parameters = ["frame", "fields", "ranking", "options", "plan", "by_mean"]  # noqa: RUF012
+    _parameters = ["frame", "fields", "ranking", "options", "plan", "by_mean", "results"]  # noqa: RUF012
+    _defaults = {"results": None}  # noqa: RUF012
     _prefix = "complete-scores"
 
     @functools.cached_property
@@ -476,7 +497,8 @@ class CompleteScores(_Compared):
 class CompleteAgainst(ScoresAgainst, _Compared):
     """Scores of rows that are compared with all of another frame."""
 
-    _parameters = ["frame", "reference", "fields", "reference_id", "options", "plan"]  # noqa: RUF012
+    _parameters = ["frame", "reference", "fields", "reference_id", "options", "plan", "results"]  # noqa: RUF012
+    _defaults = {"results": None}  # noqa: RUF012
     _prefix = "complete-against"
 
     @functools.cached_property
@@ -532,6 +554,36 @@ def compare_all_with(
     plan = make_plan(ddf, columns, options, reference)
     options = _of_width(plan, options)
     return new_collection(CompleteAgainst(ddf, reference, columns, reference_id_field, options, plan))
+
+
+def saving_results(ddf: dd.DataFrame, results: Results) -> tuple[dd.DataFrame, int, int]:
+    """Return a frame whose comparisons of all rows save what they find, and use what is saved.
+
+    Short comparisons save nothing: to write their sketches would take longer than to make them.
+
+    Parameters
+    ----------
+    ddf : dask.dataframe.DataFrame
+    results : Results
+        Those of the same frame alone.
+
+    Returns
+    -------
+    frame : dask.dataframe.DataFrame
+    saved, tasks : int
+        Number of comparisons that are saved, and of all.
+    """
+    expr: Any = ddf.expr
+    saved = tasks = 0
+    for compared in list(expr.find_operations(_Compared)):
+        plan: Plan = compared.plan
+        if plan.index is None or plan.index.seconds < SAVED_SECONDS:
+            continue
+        own = results.within(tokenize(plan))
+        expr = expr.substitute(compared, compared.substitute_parameters({"results": own}))
+        tasks += plan.tasks
+        saved += sum(name.startswith("compare-") for name in own.names())
+    return new_collection(expr), saved, tasks
 
 
 def _of_width(plan: Plan, options: SearchOptions) -> SearchOptions:

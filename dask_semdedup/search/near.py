@@ -6,7 +6,7 @@ hold all pairs of rows that are similar enough, and some more: whoever has the r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,9 @@ __all__ = ["PART_ROWS", "Links", "Part", "components", "listed_or_bundled", "nea
 
 PART_ROWS = {"cpu": 1 << 15, "cuda": 1 << 32}
 """Rows of a part at most. On a CPU they are few, so that little else is in memory, and two bytes hold a visit."""
+
+VISITS = "visitors", "offsets"
+"""Names of the two arrays of visits."""
 
 MANY = 8
 """Pairs of a row in a batch that are listed, on average. Of more, it is kept which rows they connect."""
@@ -70,6 +73,18 @@ class Part:
         visits = self.visits or ()
         return sum(each.nbytes for each in (*vars(self).values(), *visits) if hasattr(each, "nbytes"))
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all that `of_arrays` needs; arrays must be of NumPy."""
+        values = vars(self) | dict(zip(VISITS, self.visits or (), strict=False))
+        return {name: np.asarray(value) for name, value in values.items() if name != "visits"}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Part:
+        """Return the part of some `arrays`."""
+        values: dict[str, Any] = {name: values for name, values in arrays.items() if name not in VISITS}
+        visits = (arrays[VISITS[0]], arrays[VISITS[1]]) if VISITS[0] in arrays else None
+        return cls(**values | {"first": int(arrays["first"]), "visits": visits})
+
     def __getstate__(self) -> dict[str, Any]:
         values = vars(self).items()
         return {name: _host(value) if isinstance(value, torch.Tensor) else value for name, value in values}
@@ -89,6 +104,15 @@ class Links:
 
     pairs: np.ndarray
     bundles: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all that `of_arrays` needs."""
+        return vars(self)
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Links:
+        """Return the links of some `arrays`."""
+        return cls(**arrays)
 
 
 def sketch_parts(number: int, rows: torch.Tensor, index: Index, *, stays: bool = False) -> list[Part]:

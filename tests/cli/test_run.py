@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
@@ -26,8 +27,10 @@ from dask_semdedup.cli.run import Run
 from dask_semdedup.errors import DataReadError
 from dask_semdedup.io.scores import COMPARED
 from dask_semdedup.io.targets import MANIFEST
+from dask_semdedup.lazy import join
 from dask_semdedup.steps.duplicates import find_duplicates
 from tests.data import ObjectStore, assert_one_line
+from tests.lazy.test_join import indexed
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
 
@@ -771,6 +774,53 @@ def test_an_interrupted_move_to_an_object_store_is_made_again(
 
 
 # --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_run_resumes_within_a_comparison_of_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((300, 64))
+    rows[200:] = rows[:100] + 0.01 * rng.standard_normal((100, 64))
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        some = pd.DataFrame({"id": range(100 * number, 100 * number + 100)})
+        some["embeddings"] = list(rows[some["id"]].astype(np.float32))
+        some.to_parquet(tmp_path / "in" / f"{number}.parquet", index=False)
+    find, found = join.find_near_pairs, []
+
+    def run(folder: str, most: int) -> Result:
+        """Run until so many comparisons are made."""
+        found.clear()
+
+        def finding(*args: Any, **kwargs: Any) -> Any:
+            if len(found) >= most:
+                raise error("stopped")
+            found.append(args)
+            return find(*args, **kwargs)
+
+        monkeypatch.setattr(join, "find_near_pairs", finding)
+        arguments = ["run", tmp_path / "in", tmp_path / folder, "--eps", 0.05, "--partition-size", 1]
+        with dask.config.set(num_workers=1), indexed(6, BLOCK_BYTES=1, SAVED_SECONDS=0):
+            return CliRunner().invoke(cli.main, list(map(str, arguments)))
+
+    assert run("whole", 1000).exit_code == 0
+    assert len(found) > 8, "scores, and once more which rows are kept"
+    assert run("out", 4).exit_code == (130 if error is KeyboardInterrupt else 2)
+    assert not (tmp_path / "out" / "scores").exists()
+    n_all = len(found)
+    result = run("out", 1000)
+    assert result.exit_code == 0
+    assert re.search(rf"Comparing: {n_all} of \d+ comparisons were there already", result.stderr)
+    for folder in ("scores", "duplicates", "deduplicated"):
+        whole, out = (
+            {path.name: path.read_bytes() for path in (tmp_path / way / folder).glob("*.parquet")}
+            for way in ("whole", "out")
+        )
+        assert whole == out
+    assert not list(tmp_path.rglob("*.npz"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:

@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError, RankingStrategy, read_table
+from dask_semdedup.io.results import Results
 from dask_semdedup.lazy import join
 from dask_semdedup.lazy.blocks import PROCESS_BYTES
 from dask_semdedup.search import index as search_index
@@ -430,6 +431,57 @@ def test_the_plan_is_near_what_is_done(files: tuple[Path, pd.DataFrame]) -> None
     assert together.index is None
     assert together.seconds == pytest.approx(together.pairs * (COSTS.exact_pair + 96 * COSTS.exact_value) / 1e12)
     assert "s, plus reading the rows\n" in repr(together)
+
+
+# --- Results that are saved ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_mean", [True, False])
+def test_a_comparison_goes_on_from_what_is_saved(tmp_path: Path, by_mean: bool) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((300, 64))
+    rows[200:] = rows[:100] + 0.01 * rng.standard_normal((100, 64))
+    rows[150] = rows[50]
+    ddf = in_parts(frame_of(rows), [100, 100, 180])
+    options = {} if by_mean else {"ranking_strategy": RankingStrategy(["id"])}
+    results = Results(str(tmp_path / "results"))
+    with indexed(6, BLOCK_BYTES=1, SAVED_SECONDS=0):
+        lazy = ddf.semdedup.pairwise(eps=0.05, cluster_field=None, **options)
+        wanted = lazy.compute()
+        saving, saved, tasks = join.saving_results(lazy, results)
+        assert (saved, tasks) == (0, saving.expr.find_operations(join.CompleteScores).__next__().plan.tasks)
+        pd.testing.assert_frame_equal(saving.compute(), wanted)
+        [folder] = (tmp_path / "results").iterdir()
+        assert len(list(folder.iterdir())) == tasks + ddf.npartitions
+        for path in (folder / "sketch-1.npz", folder / "compare-0.npz", folder / "compare-2.npz"):
+            path.unlink()
+        calls: list[str] = []
+
+        def counting(function: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls.append(function.__name__)
+                return function(*args, **kwargs)
+
+            return call
+
+        with ExitStack() as patches:
+            for name in ("sketch_partition", "find_near_pairs"):
+                patches.enter_context(patch.object(join, name, counting(getattr(join, name))))
+            again, saved, _ = join.saving_results(lazy, results)
+            pd.testing.assert_frame_equal(again.compute(), wanted)
+        assert saved == tasks - 2
+        assert sorted(calls) == ["find_near_pairs", "find_near_pairs", "sketch_partition"]
+
+
+def test_short_comparisons_save_nothing(tmp_path: Path) -> None:
+    ddf = in_parts(frame_of(np.random.default_rng(0).standard_normal((300, 64))), [100])
+    for k in (0, 6):
+        with indexed(k):
+            lazy = ddf.semdedup.pairwise(eps=0.05, cluster_field=None)
+            saving, *counts = join.saving_results(lazy, Results(str(tmp_path / "results")))
+            saving.compute()
+        assert counts == [0, 0]
+    assert not (tmp_path / "results").exists()
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

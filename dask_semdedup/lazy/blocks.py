@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,8 +46,8 @@ __all__ = [
     "threads_of_workers",
 ]
 
-# Bytes of a process before it reads any rows: Python with torch, pandas and Dask.
-PROCESS_BYTES = 400 << 20
+# Bytes of a process before it reads any rows: Python with torch, pandas and Dask. Builds of torch for GPUs take more.
+PROCESS_BYTES = (400 if "+cpu" in version("torch") else 700) << 20
 
 # Share of its memory that a worker may fill. At 95% it is killed.
 FILLED = 0.9

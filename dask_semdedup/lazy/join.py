@@ -32,13 +32,11 @@ from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
 from dask_semdedup.lazy.sources import bytes_in_footers, chains_of
 from dask_semdedup.steps.join import (
-    and_save,
+    Sketched,
     copies_of,
     find_involved,
     find_near_pairs,
     join_meta,
-    load_links,
-    load_sketched,
     pairs_of_bin,
     places_of,
     score_rows,
@@ -52,6 +50,7 @@ from dask_semdedup.steps.ranking import RankingStrategy
 
 if TYPE_CHECKING:
     from dask_semdedup.search.index import Index
+    from dask_semdedup.search.near import Links
 
 __all__ = ["Plan", "compare_all", "compare_all_with", "is_by_mean", "make_plan", "saving_results"]
 
@@ -430,12 +429,12 @@ class _Compared(Searched, Expr):
         saved = frozenset() if results is None else results.names()
 
         def saving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-            return function if results is None else functools.partial(and_save, results, name, function)
+            return function if results is None else functools.partial(_and_save, results, name, function)
 
         sketched: list[TaskRef] = []
         for p, (_, _, names) in enumerate(sources):
             if (name := f"sketch-{p}") in saved:
-                sketched.append(add("sketch", p, load_sketched, results, name))
+                sketched.append(add("sketch", p, _load_sketched, results, name))
                 continue
             # Those of a GPU are made again in less time than it takes to read them.
             sketch = sketch_partition if plan.device == "cuda" else saving(name, sketch_partition)
@@ -444,7 +443,7 @@ class _Compared(Searched, Expr):
         links: list[TaskRef] = []
         for t, (i, j, share) in enumerate(plan.comparisons()):
             if (name := f"compare-{t}") in saved:
-                links.append(add("compare", t, load_links, results, name))
+                links.append(add("compare", t, _load_links, results, name))
                 continue
             waits = {"after": links[t - plan.at_once]} if 0 < plan.at_once <= t else {}
             compared = blocks[i], None if i == j else blocks[j], share
@@ -464,6 +463,25 @@ class _Rows(NamedTuple):
     sketched: list[TaskRef]
     rows: list[list[TaskRef]]
     pairs: list[TaskRef]
+
+
+def _and_save(results: Results, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what a function returns, sketches or links, after saving it."""
+    result = function(*args, **kwargs)
+    results.save(name, result.arrays())
+    return result
+
+
+def _load_sketched(results: Results, name: str) -> Sketched:
+    """Return the sketches of a partition that a stopped run has saved."""
+    return Sketched.of_arrays(results.load(name))
+
+
+def _load_links(results: Results, name: str) -> Links:
+    """Return the pairs of a comparison that a stopped run has saved."""
+    from dask_semdedup.search.near import Links
+
+    return Links.of_arrays(results.load(name))
 
 
 class CompleteScores(_Compared):

@@ -7,7 +7,7 @@ that components are searched as clusters are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from dask_semdedup.device.streams import reading_stream, search_stream
 from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, take, tensor_like, to_numpy
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import gather_rows, to_tensor
-from dask_semdedup.io.results import Results
 from dask_semdedup.steps.against import COMPONENT, against_partition
 from dask_semdedup.steps.mean import mean_of, total_of, with_distances
 from dask_semdedup.steps.pairwise import score_frame, search_segments, segments_of
@@ -38,13 +37,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Involved",
     "Sketched",
-    "and_save",
     "copies_of",
     "find_involved",
     "find_near_pairs",
     "join_meta",
-    "load_links",
-    "load_sketched",
     "pairs_of_bin",
     "places_of",
     "score_rows",
@@ -127,25 +123,6 @@ def sketch_partition(
         rows = _to_tensor(frame, columns, options, device=device)
         parts = sketch_parts(number, rows, index, stays=stays)
         return Sketched(parts, total_of(rows, device) if with_total else None, len(rows))
-
-
-def and_save(results: Results, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what a function returns, sketches or links, after saving it."""
-    result = function(*args, **kwargs)
-    results.save(name, result.arrays())
-    return result
-
-
-def load_sketched(results: Results, name: str) -> Sketched:
-    """Return the sketches of a partition that a stopped run has saved."""
-    return Sketched.of_arrays(results.load(name))
-
-
-def load_links(results: Results, name: str) -> Links:
-    """Return the pairs of a comparison that a stopped run has saved."""
-    from dask_semdedup.search.near import Links
-
-    return Links.of_arrays(results.load(name))
 
 
 def copies_of(sketched: Sketched) -> np.ndarray:

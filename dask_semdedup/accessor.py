@@ -53,8 +53,8 @@ class SemDedupAccessor:
     """Semantic deduplication, as ``ddf.semdedup``.
 
     Importing `dask_semdedup` adds the accessor to every Dask DataFrame, of pandas or cuDF partitions. Methods return
-    lazy Dask DataFrames, except `fit_centroids`, which fits to a sample, and `to_clusters` and `to_parquet`, which
-    write. `kmeans` reads a sample at once, and so do `pairwise`, `deduplicate` and `against` without clusters.
+    lazy Dask DataFrames, except `plan` and `fit_centroids`, which read a sample, and `to_clusters` and `to_parquet`,
+    which write. `kmeans` reads a sample at once, and so do `pairwise`, `deduplicate` and `against` without clusters.
     """
 
     def __init__(self, ddf: dd.DataFrame) -> None:
@@ -583,11 +583,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
         the sample: measured on real embeddings, within a fifth. The time is that of two cores with AVX2, or of an
         H200 where a GPU compares the rows.
 
-        The time is that of finding the duplicates by the rule "any" of `pairwise`. It leaves out reading, writing, and
-        what the rule "kept", the default of `deduplicate`, adds: dense groups of near-duplicates are searched again.
-        That may take longer than all the rest. Measured on 30,000 x 100 patches of images at ``eps=0.02``, "any" took
-        4.3 s and "kept" 10.5 s. 160,000 x 256 rows were read, compared and removed in 10 s, where the plan had said
-        1.9 s, plus reading the rows twice.
+        The time is that of a search by the rule "any" of `pairwise`, without reading or writing. The rule "kept", the
+        default of `deduplicate`, searches dense groups of near-duplicates again, which can take longer than all the
+        rest. Measured on 30,000 x 100 patches of images at ``eps=0.02``, "any" took 4.3 s and "kept" 10.5 s. Reading
+        160,000 x 256 rows and removing their duplicates took 10 s, where the plan said 1.9 s plus reading twice.
 
         Examples
         --------

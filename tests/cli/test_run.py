@@ -837,7 +837,7 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
     ("options", "words"),
     [
         (["--embedding-field", "vectors"], ["vectors", "as --embedding-field", "pass --embed and --text-field"]),
-        (["--id-field", "key"], ["key", "as --id-field."]),
+        (["--id-field", "key"], ["key", "as --id-field"]),
         (["--text-field", "body"], ["body"]),
         (["--embed", "--text-field", "text"], ["embeddings", "already"]),
         (["--n-clusters", 1000], ["n_clusters is 1000", "(--n-clusters)"]),

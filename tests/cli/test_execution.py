@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -161,6 +162,12 @@ def test_no_scheduler() -> None:
         pytest.raises(ClusterUnavailableError, match="Cannot connect to the scheduler at tcp://127"),
     ):
         run(lambda _: None, "tcp://127.0.0.1:1")
+
+
+def test_no_callback_of_the_garbage_collector_drops_an_interrupt() -> None:
+    before = list(gc.callbacks)
+    with connect(None, 1):
+        assert gc.callbacks == before
 
 
 def test_own_workers_keep_no_profiles() -> None:

@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from distributed import Client
     from rich.progress import Progress
 
-    from dask_semdedup.lazy.join import Plan
     from dask_semdedup.steps.ranking import RankingStrategy
 
 # How far scores are stored unless an option says more.
@@ -210,7 +209,8 @@ def command(
             if dry_run:
                 progress.stop()
                 click.echo("\n".join(f"{name:<19} {why or 'reused'}" for name, why in reasons.items()))
-                click.echo(f"\nRows are compared for scores up to eps = {run.largest_eps:g} (--max-eps):\n{run.plan()}")
+                if reasons["scores"]:
+                    click.echo(f"\n{run.plan()}")
                 return
             outcomes: dict[str, Outcome] = {}
             start = time.perf_counter()
@@ -494,21 +494,23 @@ class Run:
                 verbose=self.verbose,
             )
 
-    def plan(self) -> Plan | str:
+    def plan(self) -> str:
         """Tell how rows would be compared for the scores, or what has to be there before that can be told."""
+        scores = f"for scores up to eps = {self.largest_eps:g} (--max-eps)"
         if not self.is_complete:
-            return f"Rows are compared within {counted(self.n_clusters or 0, 'cluster')} of k-means."
+            return f"Rows are compared within {counted(self.n_clusters or 0, 'cluster')} of k-means, {scores}."
         try:
             rows = self._read_embedded()
         except DataReadError:
-            return "How rows are compared can be told once they are embedded."
-        return rows.semdedup.plan(
+            return f"Rows are compared {scores}. How can be told once they are embedded."
+        plan = rows.semdedup.plan(
             self.largest_eps,
             embedding_field=self.embedding_field,
             embedding_dim=self.embedding_dim,
             compute_dtype=self.compute_dtype,
             device=self.device,
         )
+        return f"Rows are compared {scores}:\n{plan}"
 
     def _count(self, rows: dd.DataFrame) -> pd.Series | int:
         """Count the rows, now: those of each cluster, or all."""

@@ -1028,10 +1028,14 @@ def test_a_dry_run_says_what_would_be_done_and_makes_nothing(
     output = tmp_path / "out"
     said = invoke(source, "--dry-run").output
     assert re.search(r"scores +new", said)
-    assert "scores up to eps = 0.1 (--max-eps)" in said
+    assert "Rows are compared for scores up to eps = 0.1 (--max-eps):\nrows " in said
     assert re.search(r"rows +200", said)
     assert not output.exists()
     clustered = invoke(source, "--dry-run", "--n-clusters", "3").output
-    assert "within 3 clusters" in clustered
+    assert clustered.endswith(
+        "\nRows are compared within 3 clusters of k-means, for scores up to eps = 0.1 (--max-eps).\n"
+    )
     assert invoke(source, "--quiet").exit_code == 0
-    assert re.search(r"scores +reused", invoke(source, "--dry-run").output)
+    again = invoke(source, "--dry-run", "--from", "duplicates").output
+    assert re.search(r"scores +reused\nduplicates +asked for", again)
+    assert "Rows are compared" not in again

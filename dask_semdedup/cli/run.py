@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, command_line, refuse_contradictions
-from dask_semdedup.cli.checks import refuse_strings
+from dask_semdedup.cli.checks import refuse_run, refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output, write_frame
 from dask_semdedup.cli.options import (
@@ -193,6 +193,7 @@ def command(
     fs, output = fsspec.url_to_fs(output_path, **storage_options)
     output = real_path(fs, output)
     refuse_overlap(fs, output, options["input_path"], storage_options)
+    refuse_run(options["input_path"], storage_options, "deduplicated, which holds the kept rows")
     with show_progress(enabled=not quiet) as progress:
         run = Run(
             output=fs.unstrip_protocol(output),

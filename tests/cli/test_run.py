@@ -875,6 +875,24 @@ def test_null_ids_are_seen_before_any_work(
     assert_one_line(invoke(source, "--embed", "--text-field", "text").stderr, "'id': 1 row has a null")
 
 
+def test_the_output_of_a_run_is_no_input(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    for command, folder in (("run", "deduplicated"), ("pairwise", "clusters")):
+        result = CliRunner().invoke(cli.main, [command, str(tmp_path / "out"), str(tmp_path / "other")])
+        assert result.exit_code == 2
+        assert_one_line(result.stderr, "is the output of 'run'", str(tmp_path / "out" / folder))
+    assert not (tmp_path / "other").exists()
+
+
+def test_only_scores_are_reported(finished: Path, tmp_path: Path) -> None:
+    """Shares of what another folder holds would be false."""
+    for name in ("duplicates", "deduplicated"):
+        result = CliRunner().invoke(cli.main, ["report", str(tmp_path / "out" / name), str(tmp_path / "other")])
+        assert result.exit_code == 2
+        assert_one_line(result.stderr, f"is the folder '{name}' of a run", f"{tmp_path}/out/scores.")
+    result = CliRunner().invoke(cli.main, ["report", str(tmp_path / "out" / "scores"), str(tmp_path / "other")])
+    assert f"of {ROWS} rows" in result.output
+
+
 def test_other_ids_are_looked_at_too(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     rows = table().to_pandas().assign(other=range(ROWS))
     rows.loc[5, "id"] = None

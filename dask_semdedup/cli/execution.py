@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 # Seconds that a client has to take leave of its scheduler.
 CLOSING = 10
+# Seconds between lines that tell how far a command is, where no bar does.
+SECONDS_PER_LINE = 60.0
 
 T = TypeVar("T")
 
@@ -199,10 +202,11 @@ def _check_address(scheduler: str) -> None:
         raise InvalidArgumentError(message, parameters=["scheduler"]) from error
 
 
-def show_progress(*, enabled: bool) -> Progress:
-    """Return a progress bar on stderr, which is drawn only on a terminal."""
+@contextmanager
+def show_progress(*, enabled: bool) -> Iterator[Progress]:
+    """Yield a progress bar on stderr. Where that is no terminal, it is a line every minute."""
     console = Console(stderr=True, quiet=not enabled)
-    return Progress(
+    progress = Progress(
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -212,6 +216,23 @@ def show_progress(*, enabled: bool) -> Progress:
         console=console,
         disable=not (enabled and console.is_terminal),
     )
+    done = Event()
+    lines = Thread(target=_print_lines, args=(progress, done), daemon=True)
+    with progress:
+        if progress.disable:
+            lines.start()
+        try:
+            yield progress
+        finally:
+            done.set()
+
+
+def _print_lines(progress: Progress, done: Event) -> None:
+    """Print how far the last task is, from time to time until all are done."""
+    while not done.wait(SECONDS_PER_LINE):
+        for task in progress.tasks[-1:]:
+            tasks = f"{task.completed:,.0f} of {counted(int(task.total), 'task')}, " if task.total else ""
+            progress.console.print(f"{task.description}: {tasks}{task.elapsed or 0:,.0f} s", soft_wrap=True)
 
 
 def log_to(console: Console) -> None:

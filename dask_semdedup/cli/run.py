@@ -229,6 +229,9 @@ def command(
                     )
                     outcomes[step.name] = outcome
                     run.counts[step.name] = outcome.manifest.counts
+                    if progress.disable and not outcome.reused:  # Nothing else shows that steps are done.
+                        line = f"{step.name}: {result_of(step.name, outcomes)}, {outcome.manifest.seconds:,.1f} s"
+                        progress.console.print(line, soft_wrap=True)
 
             if verbose:
                 log_to(progress.console)
@@ -241,7 +244,7 @@ def command(
         with writing(report_json), fsspec.open(report_json, "w", **storage_options) as file:
             json.dump(outcomes_as_json(outcomes, seconds), file, indent=2)
     if not quiet:
-        Console().print(outcome_table(outcomes, run.eps, seconds))
+        Console().print(outcome_table(outcomes, seconds))
         click.echo(f"  Kept rows in {output_path.rstrip('/')}/deduplicated")
         click.echo(f"  Look at pairs in {output_path.rstrip('/')}/report/index.html")
 
@@ -576,12 +579,12 @@ class Run:
     def _score(self, folder: str, frame: dd.DataFrame) -> dict[str, int]:
         from dask_semdedup.io.scores import Compared, write_compared
 
-        kept = self._write(frame, folder, "Comparing")
+        stored = self._write(frame, folder, "Comparing")
         if self.keeps_all:
-            return {"rows": kept, "kept": kept}
+            return {"rows": stored, "stored": stored}
         compared = Compared(self.largest_eps, self._count(self._read_rows()))
         write_compared(compared, folder, self.storage_options)
-        return {"rows": compared.total, "kept": kept}
+        return {"rows": compared.total, "stored": stored}
 
     def _duplicates(self) -> dd.DataFrame:
         from dask_semdedup.steps.duplicates import without_first_rows
@@ -654,7 +657,7 @@ class Run:
                 id_field=self.id_field,
                 command=self.command,
             )
-        return {"duplicates": int(summary.duplicates(self.eps))}
+        return {"near_duplicates": int(summary.duplicates(self.eps))}
 
 
 def _contents_of_scores() -> Contents:
@@ -682,19 +685,27 @@ def outcomes_as_json(outcomes: dict[str, Outcome], seconds: float) -> dict[str, 
     return {"seconds": seconds, "versions": versions, "steps": steps}
 
 
-def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> Table:
+def result_of(name: str, outcomes: dict[str, Outcome]) -> str:
+    """Return a step's result in a few words."""
+    manifest = outcomes[name].manifest
+    counts, options = manifest.counts, manifest.parameters
+    match name:
+        case "clusters":
+            return counted(counts["clusters"], "cluster")
+        case "scores":
+            return f"{counts['stored']:,} of {counted(counts['rows'], 'score')} ≥ {1 - options['max_eps']:g}"
+        case "duplicates":
+            share = counts["duplicates"] / max(outcomes["scores"].manifest.counts["rows"], 1)
+            return f"{counts['duplicates']:,} at eps = {options['eps']:g}, {share:.2%}"
+        case "deduplicated":
+            return f"{counted(counts['rows'], 'row')} kept"
+        case "report":
+            return "index.html"
+    return counted(counts["rows"], "row")
+
+
+def outcome_table(outcomes: dict[str, Outcome], seconds: float) -> Table:
     """Return a table of each step's result and time."""
-    counts = {name: outcome.manifest.counts for name, outcome in outcomes.items()}
-    rows, dropped, kept = counts["scores"]["rows"], counts["duplicates"]["duplicates"], counts["deduplicated"]["rows"]
-    clusters = counts.get("clusters", {"clusters": 0})["clusters"]
-    results = {
-        "embeddings": counted(rows, "row"),
-        "clusters": counted(clusters, "cluster"),
-        "scores": f"{counts['scores']['kept']:,} of {counted(rows, 'row')}",
-        "duplicates": f"{dropped:,} at eps = {eps:g}, {dropped / max(rows, 1):.2%}",
-        "deduplicated": f"{counted(kept, 'row')} kept",
-        "report": "index.html",
-    }
     table = Table(box=None, header_style="dim", padding=(0, 2))
     table.add_column("Step", style="bold", no_wrap=True)
     table.add_column("Result", justify="right", no_wrap=True)
@@ -705,6 +716,6 @@ def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> T
     columns = len(table.columns)
     for name, outcome in outcomes.items():
         taken = "reused" if outcome.reused else f"{outcome.manifest.seconds:,.1f} s"
-        table.add_row(*[name, results[name], taken, reasons[name]][:columns])
+        table.add_row(*[name, result_of(name, outcomes), taken, reasons[name]][:columns])
     table.add_row("All", "", f"{seconds:,.1f} s")
     return table

@@ -165,8 +165,16 @@ def test_one_row_is_a_row(tmp_path: Path, invoke: Callable[..., Result]) -> None
     pq.write_table(table().slice(0, 1), tmp_path / "one.parquet")
     result = invoke(tmp_path / "one.parquet")
     assert result.exit_code == 0, result.stderr
-    assert "0 of 1 row " in result.stdout
+    assert "0 of 1 score ≥ 0.9 " in result.stdout
     assert "1 row kept" in result.stdout
+
+
+def test_a_line_tells_of_each_step_that_is_done(source: Path, invoke: Callable[..., Result]) -> None:
+    """Where no bar does."""
+    assert not invoke(source, "--quiet").stderr
+    lines = invoke(source, "--eps", 0.002).stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["duplicates", "deduplicated", "report"]
+    assert re.fullmatch(r"deduplicated: 180 rows kept, \d\.\d s", lines[1])
 
 
 # --- From raw to kept ------------------------------------------------------------------------------------------------
@@ -495,6 +503,8 @@ def test_a_summary_for_programs(finished: Path, tmp_path: Path, invoke: Callable
     summary = json.loads(path.read_text())
     assert list(summary["steps"]) == ["scores", "duplicates", "deduplicated", "report"]
     assert summary["steps"]["scores"]["reused"]
+    assert summary["steps"]["scores"]["stored"] == len(pd.read_parquet(tmp_path / "out" / "scores"))
+    assert summary["steps"]["report"]["near_duplicates"] == COPIES
     assert "--eps" in summary["steps"]["duplicates"]["reason"]
     assert summary["steps"]["deduplicated"]["rows"] == len(kept(tmp_path))
     size = sum(path.stat().st_size for path in (tmp_path / "out" / "deduplicated").glob("*.parquet"))
@@ -787,7 +797,7 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
     ("options", "words"),
     [
         (["--embedding-field", "vectors"], ["vectors", "as --embedding-field", "pass --embed and --text-field"]),
-        (["--id-field", "key"], ["key", "as --id-field."]),
+        (["--id-field", "key"], ["key", "as --id-field; or if it has no ids pass --make-ids."]),
         (["--text-field", "body"], ["body"]),
         (["--embed", "--text-field", "text"], ["embeddings", "already"]),
         (["--n-clusters", 1000], ["n_clusters is 1000", "(--n-clusters)"]),

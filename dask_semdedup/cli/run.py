@@ -380,6 +380,8 @@ class Run:
         needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field]), *self._ranked_by()]
         if not set(needed) <= set(columns):
             raise MissingColumnsError.build(needed, columns, self._column_advice(columns))
+        if self.ranking_strategy is not None:
+            self.ranking_strategy.check_columns([*columns, *DISTANCE_COLUMNS.values()], self.embedding_field)
         if not self.embed:
             refuse_strings(ddf, self.embedding_field, self.input_path)
         kept = self._read_input(self._kept())

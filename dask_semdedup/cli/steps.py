@@ -337,6 +337,11 @@ def _read_manifest(fs: fsspec.AbstractFileSystem, folder: str, contents: Content
         return None
     if MANIFEST not in names and not contents.strangers(fs, folder, names):
         return None
+    if MANIFEST not in names:
+        raise OutputExistsError(
+            f"{folder!r} was not made by 'run': it holds {count_files(len(names))}, as {some(names, 3)}. Name another "
+            "OUTPUT."
+        )
     try:
         return Manifest(**json.loads(fs.cat_file(f"{folder}/{MANIFEST}")))
     except (OSError, ValueError, TypeError) as error:

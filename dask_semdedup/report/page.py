@@ -130,9 +130,12 @@ class Documents:
                 storage_options=self.storage_options,
             )
         except MissingColumnsError as error:
-            advice = "Name the columns of ids, texts and images as id_field, text_field and image_field."
-            parameters = ["id_field", "text_field", "image_field"]
-            raise MissingColumnsError(f"{error} {advice}", parameters=parameters, columns=error.columns) from error
+            raise MissingColumnsError(
+                f"{str(error).removesuffix(error.advice)}Name the columns of ids, texts and images of {self.path} as "
+                "id_field, text_field and image_field.",
+                parameters=["id_field", "text_field", "image_field"],
+                columns=error.columns,
+            ) from error
         if len(ids) and not len(found):
             raise InvalidArgumentError(
                 f"None of {len(ids):,} ids of the scores, such as {some(ids, 3)}, is in column {self.id_field!r} of "

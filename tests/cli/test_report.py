@@ -96,7 +96,13 @@ def test_documents_are_shown(scores: Path, tmp_path: Path, invoke: Callable[...,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--text-field", "body"], ["['body'] not found in the frame, which has", "texts.parquet", "--text-field"]),
+        (
+            ["--text-field", "body"],
+            [
+                "['body'] not found in the frame, which has ['id', 'words']. Name the columns of ids, texts and images",
+                "texts.parquet as --id-field, --text-field and --image-field.",
+            ],
+        ),
         (["--text-field", "words"], ["None of", "column of ids as --id-field."]),
     ],
 )

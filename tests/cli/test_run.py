@@ -788,7 +788,8 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
     mine.parent.mkdir(parents=True)
     mine.write_text("the only copy")
     for option in ([], ["--overwrite"]):
-        assert_one_line(invoke(source, *CLUSTERS, *option).stderr, "scores", "was not made by 'run'")
+        said = invoke(source, *CLUSTERS, *option).stderr
+        assert_one_line(said, "out/scores' was not made by 'run': it holds 1 file, as mine.txt. Name another OUTPUT.")
     assert mine.read_text() == "the only copy"
     assert not (tmp_path / "out" / "clusters").exists()
 
@@ -807,6 +808,8 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--cluster-field", "topic"], ["--cluster-field has no effect without --n-clusters"]),
         (["--backend", "cudf"], ["partitions are pandas", "(--backend)"]),
         (["--rank-by", "cosine_dist_to_cent"], ["cosine_dist_to_cent", "Rank by columns of INPUT"]),
+        (["--rank-by", "embeddings"], ["cannot be ranked by 'embeddings'", "(--rank-by)"]),
+        (["--rank-by", "embeddings", *CLUSTERS], ["cannot be ranked by 'embeddings'", "(--rank-by)"]),
         (["--duplicate-of", "all"], ["--duplicate-of"]),
         (["--eps", 1, "--max-eps", 2], ["needs an eps below 1", "(--duplicate-of --eps)"]),
         (["--eps", 1, "--max-eps", 2, *CLUSTERS], ["needs an eps below 1", "(--duplicate-of --eps)"]),

@@ -31,6 +31,7 @@ from dask_semdedup.lazy.tables import find_rows
 from dask_semdedup.report.gallery import (
     Pair,
     compare_texts,
+    decimals_of,
     document_text,
     load_asset,
     near_pairs,
@@ -398,6 +399,7 @@ def _render(
             below=below[:SHOWN],
             after=below[SHOWN:],
             most_similar=cards[:SHOWN],
+            decimals=decimals_of(cards, border),
             has_documents=documents is not None,
             images=bool(documents and documents.image_field),
             id_argument="" if id_field == "id" else f", id_field={id_field!r}",

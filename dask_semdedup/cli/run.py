@@ -178,9 +178,14 @@ def command(
 ) -> None:
     """Deduplicate embeddings: compare all rows, write the kept rows, and write a report.
 
-    INPUT is Parquet or JSON lines with ids and embeddings, or with ids and texts (--embed). Each step writes a folder
-    in OUTPUT: embeddings (with --embed), clusters (with --n-clusters), scores (rows that are near a preferred row at
-    --max-eps), duplicates (the rows to drop), deduplicated (the kept rows, with all columns) and report.
+    INPUT is a file, a folder, or a quoted pattern such as 'data/part-*.parquet': Parquet, or JSON lines (.jsonl,
+    .ndjson or .json, also with .gz or .zst), with ids and embeddings, or with ids and texts (--embed). Each step writes
+    a folder in OUTPUT: embeddings (with --embed), clusters (with --n-clusters), scores (rows that are near a preferred
+    row at --max-eps), duplicates (the rows to drop), deduplicated (the kept rows, with all columns) and report. All
+    tables are Parquet. Embeddings of JSON lines are written as float32.
+
+    The columns of scores and duplicates are id (the value of --id-field), max_id (the id of the preferred row that the
+    row is near), cosine_sim_score and, with --n-clusters, the cluster.
 
     By default, --eps is 0.01. The next run reuses the folders whose options are the same. If options differ,
     duplicates, deduplicated and report are redone; embeddings, clusters and scores only with --from or --overwrite. A

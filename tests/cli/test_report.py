@@ -126,7 +126,9 @@ def test_occupied_output_is_replaced_on_request_only(
 ) -> None:
     invoke(scores, tmp_path / "out")
     before = (tmp_path / "out" / "index.html").read_text()
-    assert_one_line(invoke(scores, tmp_path / "out", "--eps", "0.05").stderr, "not empty", "--overwrite")
+    assert_one_line(
+        invoke(scores, tmp_path / "out", "--eps", "0.05").stderr, "not empty", "--overwrite", "the second argument"
+    )
     assert (tmp_path / "out" / "index.html").read_text() == before
     assert invoke(scores, tmp_path / "out", "--eps", "0.05", "--overwrite").exit_code == 0
     assert (tmp_path / "out" / "index.html").read_text() != before

@@ -804,6 +804,7 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--n-clusters", 1000], ["n_clusters is 1000", "(--n-clusters)"]),
         (["--random-seed", -1, *CLUSTERS], ["random_state must be", "(--random-seed)"]),
         (["--from", "embeddings", *CLUSTERS], ["embeddings", "clusters", "(--from)"]),
+        (["c.parquet", "d.parquet"], ["2 arguments too many: c.parquet", "quote the pattern"]),
         (["--from", "clusters"], ["no step 'clusters'", "only scores", "(--from)"]),
         (["--cluster-field", "topic"], ["--cluster-field has no effect without --n-clusters"]),
         (["--backend", "cudf"], ["partitions are pandas", "(--backend)"]),

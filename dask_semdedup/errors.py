@@ -54,7 +54,14 @@ class MissingColumnsError(SemDedupError, KeyError, ValueError):
     """The frame lacks columns that are needed.
 
     It is also a `KeyError` and a `ValueError`, so that code that catches either of them works.
+
+    Attributes
+    ----------
+    advice : str
+        The end of the message, which says what to do; may be empty.
     """
+
+    advice = ""
 
     # KeyError would print the message's repr, quotes and all.
     __str__ = Exception.__str__
@@ -82,7 +89,9 @@ class MissingColumnsError(SemDedupError, KeyError, ValueError):
         present = list(present)
         missing = [column for column in dict.fromkeys(required) if column not in present]
         message = f"Required columns {missing} not found in the frame, which has {present}. {advice}".rstrip()
-        return cls(message, parameters=parameters, columns=missing)
+        error = cls(message, parameters=parameters, columns=missing)
+        error.advice = advice
+        return error
 
 
 class EmbeddingError(SemDedupError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -236,11 +237,12 @@ def write_json(path: Path, rows: list[dict], compress: bool = False) -> Path:
 
 
 def assert_one_line(message: str, *words: str) -> None:
-    """Assert that an error of the command is one line with these words."""
-    assert message.count("\n") == 1, message
-    assert message.startswith("Error: ")
+    """Assert that an error of the command is one line with these words, after lines of finished steps."""
+    *finished, error = message.splitlines()
+    assert all(re.fullmatch(r"[a-z]+: .* s", line) for line in finished), message
+    assert error.startswith("Error: "), message
     for word in words:
-        assert word in message
+        assert word in error
 
 
 # --- Object storage --------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import textwrap
-from importlib.metadata import distribution, entry_points, requires
+from configparser import ConfigParser
+from importlib.metadata import EntryPoint, distribution, entry_points, requires
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import dask_semdedup
-from dask_semdedup import cli
+from _dask_semdedup import main
 
 ROOT = Path(__file__).parent.parent
 GPU_MODULES = ["cudf", "cuml", "cupy", "dask_cuda", "dask_cudf", "numba", "pylibcudf", "rmm", "triton"]
@@ -76,7 +77,11 @@ def test_version_is_the_distributions() -> None:
 
 def test_command_is_installed() -> None:
     (script,) = entry_points(group="console_scripts", name="dask-semdedup")
-    assert script.load() is cli.main
+    assert callable(script.load())
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    named = config["options.entry_points"]["console_scripts"].split("=")[-1].strip()
+    assert EntryPoint(script.name, named, script.group).load() is main
 
 
 def test_package_is_marked_as_typed() -> None:

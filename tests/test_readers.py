@@ -38,13 +38,21 @@ def in_datasets(folder: Path) -> dict[str, list[Any]]:
     return load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", cache_dir=f"{folder}.cache")[:]
 
 
+READERS = [in_pandas, in_polars, in_duckdb, in_datasets]
+
+
+def rows() -> pd.DataFrame:
+    """Random rows of which the last ten are copies of the first ten."""
+    vectors = np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32)
+    vectors[-COPIES:] = vectors[:COPIES]
+    texts = [f"text {number}" for number in range(ROWS)]
+    return pd.DataFrame({"id": range(ROWS), "text": texts, "embeddings": list(vectors)})
+
+
 @pytest.fixture(params=["accessor", "command"])
 def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The folder of the kept rows."""
-    vectors = np.random.default_rng(0).normal(size=(ROWS, 8)).astype(np.float32)
-    vectors[-COPIES:] = vectors[:COPIES]
-    source = pd.DataFrame({"id": range(ROWS), "text": [f"text {number}" for number in range(ROWS)]})
-    source.assign(embeddings=list(vectors)).to_parquet(tmp_path / "source.parquet")
+    rows().to_parquet(tmp_path / "source.parquet")
     if request.param == "command":
         result = CliRunner().invoke(main, ["run", str(tmp_path / "source.parquet"), str(tmp_path / "out")])
         assert result.exit_code == 0, result.stderr
@@ -53,10 +61,28 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "kept"
 
 
-@pytest.mark.parametrize("read", [in_pandas, in_polars, in_duckdb, in_datasets])
+@pytest.mark.parametrize("read", READERS)
 def test_kept_rows_open_in(kept: Path, read: Callable[[Path], dict[str, list[Any]]]) -> None:
     found = read(kept)
     assert list(found) == ["id", "text", "embeddings"]
     assert len(found["id"]) == ROWS - COPIES
     assert found["text"] == [f"text {number}" for number in found["id"]]
     assert np.array(list(found["embeddings"])).shape == (ROWS - COPIES, 8)
+
+
+@pytest.fixture(params=["run", "pairwise"])
+def scores(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of the scores of duplicates."""
+    rows().assign(centroid=0, cosine_dist_to_cent=0.5).to_parquet(tmp_path / "source.parquet")
+    arguments = [request.param, str(tmp_path / "source.parquet"), str(tmp_path / "out"), "--eps", "0.01"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.stderr
+    return tmp_path / "out" / "scores" if request.param == "run" else tmp_path / "out"
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_scores_open_in(scores: Path, read: Callable[[Path], dict[str, list[Any]]]) -> None:
+    """The file that tells how many rows were compared is not one of them."""
+    found = read(scores)
+    assert set(found) >= {"id", "max_id", "cosine_sim_score"}
+    assert len(found["id"]) == COPIES

@@ -21,7 +21,7 @@ import click
 from click.core import ParameterSource
 
 from dask_semdedup.cli.options import rank_options
-from dask_semdedup.errors import SemDedupError, ZeroEmbeddingWarning
+from dask_semdedup.errors import SemDedupError, ZeroEmbeddingWarning, counted, some
 from dask_semdedup.steps.ranking import RankingStrategy
 
 EXIT_STATUS = 2
@@ -168,6 +168,18 @@ def _warnings_in_a_line() -> Iterator[None]:
 class Command(click.Command):
     """A command whose errors are one line, after the traceback if ``--traceback`` is given."""
 
+    # They are refused here, with advice.
+    allow_extra_args = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        if rest:
+            ctx.fail(
+                f"Got {counted(len(rest), 'argument')} too many: {some(rest, 3)}. To read several files, name their "
+                "folder, or quote the pattern: a shell replaces *.parquet by the names of all files."
+            )
+        return rest
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -210,7 +222,7 @@ def _in_options(message: str, options: Mapping[str, str]) -> str:
     )
     for name, option in options.items():
         names = names.replace(f"{name}=True", option)
-    return names
+    return names.replace("name another folder", "name another OUTPUT, the second argument")
 
 
 def _flags(command: click.Command) -> dict[str, str]:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dask_semdedup.errors import ClusterError, EmbeddingError
+from dask_semdedup.cli.steps import is_output_of_run
+from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError
 from dask_semdedup.frames.backend import is_string
 from dask_semdedup.io.jsonlines import JSON_SUFFIXES
 from dask_semdedup.lazy.sources import readers_of
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
+
+
+def refuse_run(path: str, storage_options: dict[str, Any], folder: str) -> None:
+    """Raise if INPUT is the output of ``run``, all folders of which would be read as one table."""
+    if is_output_of_run(path, storage_options):
+        raise InvalidArgumentError(
+            f"INPUT {path} is the output of 'run', whose folders hold different tables. Name one of them, such as "
+            f"{path.rstrip('/')}/{folder}."
+        )
 
 
 def refuse_strings(ddf: dd.DataFrame, embedding_field: str, path: str) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import signal
 import ssl
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import resource_tracker
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -34,10 +38,12 @@ from dask_semdedup.lazy.tasks import results_of, submit
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
-    from distributed import Client, Security
+    from distributed import Client, LocalCluster, Security
 
 # Seconds that a client has to take leave of its scheduler.
 CLOSING = 10
+# Seconds between lines that tell how far a command is, where no bar does.
+SECONDS_PER_LINE = 60.0
 
 T = TypeVar("T")
 
@@ -68,7 +74,7 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
             yield None
         return
     _refuse_memory(paths, "--workers" if scheduler is None else "--scheduler")
-    from distributed import LocalCluster, Security, Status
+    from distributed import Security
 
     import dask_semdedup
     from dask_semdedup.lazy.workers import check_workers
@@ -81,17 +87,40 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
             check_workers(client, dask_semdedup.__version__)
             yield client
         return
-    # A worker's failure reaches the user through its future: its own log would only repeat it. The profiles that it
-    # keeps of an hour take up to 200 MB.
-    with dask.config.set({"distributed.worker.profile.enabled": False}):
-        cluster = LocalCluster(n_workers=workers, dashboard_address=":0", silence_logs=logging.CRITICAL)
-    try:
-        with _client(cluster.scheduler_address, None) as client:
-            yield client
-    finally:
-        # It would wait for a scheduler that is gone.
-        cluster.shutdown_scheduler = getattr(cluster.scheduler, "status", None) == Status.running
-        cluster.close()
+    with _local_cluster(workers) as cluster, _client(cluster.scheduler_address, None) as client:
+        yield client
+
+
+@contextmanager
+def _local_cluster(workers: int | None) -> Iterator[LocalCluster]:
+    """Yield a cluster of processes of this machine, which an interrupt from the terminal does not reach.
+
+    Processes inherit the signals that are blocked in the thread that starts them. An interrupt during the start waits
+    for its end, since a cluster cannot be closed before.
+    """
+    from distributed import LocalCluster, Status
+    from distributed.gc import disable_gc_diagnosis
+
+    # It unblocks signals when it starts.
+    resource_tracker.ensure_running()
+    with (
+        ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, [signal.SIGINT])) as pool,
+        # The profiles that a worker keeps of an hour take up to 200 MB.
+        dask.config.set({"distributed.worker.profile.enabled": False}),
+    ):
+        # A worker's failure reaches the user through its future: its own log would only repeat it.
+        start = partial(LocalCluster, n_workers=workers, dashboard_address=":0", silence_logs=logging.CRITICAL)
+        starting = pool.submit(start)
+        try:
+            cluster = starting.result()
+            # The scheduler's callbacks of the garbage collector would drop an interrupt that arrives in them.
+            disable_gc_diagnosis(force=True)
+            yield cluster
+        finally:
+            cluster = starting.result()
+            # It would wait for a scheduler that is gone.
+            cluster.shutdown_scheduler = getattr(cluster.scheduler, "status", None) == Status.running
+            cluster.close()
 
 
 def on_cluster(
@@ -173,10 +202,11 @@ def _check_address(scheduler: str) -> None:
         raise InvalidArgumentError(message, parameters=["scheduler"]) from error
 
 
-def show_progress(*, enabled: bool) -> Progress:
-    """Return a progress bar on stderr, which is drawn only on a terminal."""
+@contextmanager
+def show_progress(*, enabled: bool) -> Iterator[Progress]:
+    """Yield a progress bar on stderr. Where that is no terminal, it is a line every minute."""
     console = Console(stderr=True, quiet=not enabled)
-    return Progress(
+    progress = Progress(
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -186,6 +216,23 @@ def show_progress(*, enabled: bool) -> Progress:
         console=console,
         disable=not (enabled and console.is_terminal),
     )
+    done = Event()
+    lines = Thread(target=_print_lines, args=(progress, done), daemon=True)
+    with progress:
+        if progress.disable:
+            lines.start()
+        try:
+            yield progress
+        finally:
+            done.set()
+
+
+def _print_lines(progress: Progress, done: Event) -> None:
+    """Print how far the last task is, from time to time until all are done."""
+    while not done.wait(SECONDS_PER_LINE):
+        for task in progress.tasks[-1:]:
+            tasks = f"{task.completed:,.0f} of {counted(int(task.total), 'task')}, " if task.total else ""
+            progress.console.print(f"{task.description}: {tasks}{task.elapsed or 0:,.0f} s", soft_wrap=True)
 
 
 def log_to(console: Console) -> None:

@@ -171,7 +171,7 @@ execution_options = _together(
     ),
 )
 message_options = _together(
-    click.option("-q", "--quiet", is_flag=True, help="Show no progress bar and no summary."),
+    click.option("-q", "--quiet", is_flag=True, help="Show neither progress nor a summary."),
     click.option("-v", "--verbose", is_flag=True, help="Show a log."),
     click.option(
         "--traceback",

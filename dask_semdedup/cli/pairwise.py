@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, options_of_output, refuse_contradictions
-from dask_semdedup.cli.checks import clusters_needed, refuse_strings
+from dask_semdedup.cli.checks import clusters_needed, refuse_run, refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress
 from dask_semdedup.cli.files import refuse_memory_output, work_of, write_frame
 from dask_semdedup.cli.options import (
@@ -114,6 +114,7 @@ def command(
 
     refuse_contradictions(ctx)
     refuse_memory_output(output_path)
+    refuse_run(input_path, storage_options, "clusters, which a run with --n-clusters writes")
     fs, files = list_files(input_path, storage_options)
     start = time.perf_counter()
     with clusters_needed():

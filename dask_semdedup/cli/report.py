@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import click
-import fsspec
 
 from dask_semdedup.cli.application import Command, refuse_contradictions
 from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
@@ -19,9 +18,9 @@ from dask_semdedup.cli.options import (
     make_ids_option,
     message_options,
 )
+from dask_semdedup.cli.steps import is_output_of_run, step_of
 from dask_semdedup.errors import InvalidArgumentError, counted
 from dask_semdedup.io.staging import staged_folder
-from dask_semdedup.io.targets import MANIFEST
 
 EXAMPLES = """
 Examples:
@@ -84,8 +83,10 @@ def command(
     from dask_semdedup.report.page import PAGE, REPORT, Documents, write_report
 
     refuse_contradictions(ctx)
-    scores_path = _scores_of_run(scores_path, storage_options) or scores_path
-    output = output_path or _next_to(scores_path)
+    if is_output_of_run(scores_path, storage_options):
+        scores_path = f"{scores_path.rstrip('/')}/scores"
+    _refuse_other_steps(scores_path, storage_options)
+    output = output_path or _next_to(scores_path, "report")
     refuse_memory_output(output)
     documents = None
     if data is not None:
@@ -124,14 +125,17 @@ def command(
         click.echo(f"  Look at them: {output.rstrip('/')}/{PAGE}")
 
 
-def _scores_of_run(path: str, storage_options: dict[str, Any]) -> str | None:
-    """Return the folder of scores if a path is the output of ``run``."""
-    scores = f"{path.rstrip('/')}/scores"
-    fs, folder = fsspec.url_to_fs(scores, **storage_options)
-    return scores if fs.exists(f"{folder}/{MANIFEST}") else None
+def _refuse_other_steps(path: str, storage_options: dict[str, Any]) -> None:
+    """Raise for a folder of ``run`` that may hold scores, such as its duplicates, but not the number of all rows."""
+    step = step_of(path, storage_options)
+    if step not in (None, "scores"):
+        raise InvalidArgumentError(
+            f"{path} is the folder {step!r} of a run, which does not tell how many rows were compared. Name the folder "
+            f"of its scores: {_next_to(path, 'scores')}."
+        )
 
 
-def _next_to(scores_path: str) -> str:
-    """Return the folder ``report`` next to the scores."""
-    parent, slash, _ = scores_path.rstrip("/").rpartition("/")
-    return f"{parent}{slash}report"
+def _next_to(path: str, name: str) -> str:
+    """Return the folder of a name next to another one."""
+    parent, slash, _ = path.rstrip("/").rpartition("/")
+    return f"{parent}{slash}{name}"

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, command_line, refuse_contradictions
-from dask_semdedup.cli.checks import refuse_strings
+from dask_semdedup.cli.checks import refuse_run, refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output, write_frame
 from dask_semdedup.cli.options import (
@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from distributed import Client
     from rich.progress import Progress
 
-    from dask_semdedup.lazy.join import Plan
     from dask_semdedup.steps.ranking import RankingStrategy
 
 # How far scores are stored unless an option says more.
@@ -179,9 +178,14 @@ def command(
 ) -> None:
     """Deduplicate embeddings: compare all rows, write the kept rows, and write a report.
 
-    INPUT is Parquet or JSON lines with ids and embeddings, or with ids and texts (--embed). Each step writes a folder
-    in OUTPUT: embeddings (with --embed), clusters (with --n-clusters), scores (rows that are near a preferred row at
-    --max-eps), duplicates (the rows to drop), deduplicated (the kept rows, with all columns) and report.
+    INPUT is a file, a folder, or a quoted pattern such as 'data/part-*.parquet': Parquet, or JSON lines (.jsonl,
+    .ndjson or .json, also with .gz or .zst), with ids and embeddings, or with ids and texts (--embed). Each step writes
+    a folder in OUTPUT: embeddings (with --embed), clusters (with --n-clusters), scores (rows that are near a preferred
+    row at --max-eps), duplicates (the rows to drop), deduplicated (the kept rows, with all columns) and report. All
+    tables are Parquet. Embeddings of JSON lines are written as float32.
+
+    The columns of scores and duplicates are id (the value of --id-field), max_id (the id of the preferred row that the
+    row is near), cosine_sim_score and, with --n-clusters, the cluster.
 
     By default, --eps is 0.01. The next run reuses the folders whose options are the same. If options differ,
     duplicates, deduplicated and report are redone; embeddings, clusters and scores only with --from or --overwrite. A
@@ -194,6 +198,7 @@ def command(
     fs, output = fsspec.url_to_fs(output_path, **storage_options)
     output = real_path(fs, output)
     refuse_overlap(fs, output, options["input_path"], storage_options)
+    refuse_run(options["input_path"], storage_options, "deduplicated, which holds the kept rows")
     with show_progress(enabled=not quiet) as progress:
         run = Run(
             output=fs.unstrip_protocol(output),
@@ -210,7 +215,8 @@ def command(
             if dry_run:
                 progress.stop()
                 click.echo("\n".join(f"{name:<19} {why or 'reused'}" for name, why in reasons.items()))
-                click.echo(f"\nRows are compared for scores up to eps = {run.largest_eps:g} (--max-eps):\n{run.plan()}")
+                if reasons["scores"]:
+                    click.echo(f"\n{run.plan()}")
                 return
             outcomes: dict[str, Outcome] = {}
             start = time.perf_counter()
@@ -228,6 +234,9 @@ def command(
                     )
                     outcomes[step.name] = outcome
                     run.counts[step.name] = outcome.manifest.counts
+                    if progress.disable and not outcome.reused:  # Nothing else shows that steps are done.
+                        line = f"{step.name}: {result_of(step.name, outcomes)}, {outcome.manifest.seconds:,.1f} s"
+                        progress.console.print(line, soft_wrap=True)
 
             if verbose:
                 log_to(progress.console)
@@ -240,7 +249,7 @@ def command(
         with writing(report_json), fsspec.open(report_json, "w", **storage_options) as file:
             json.dump(outcomes_as_json(outcomes, seconds), file, indent=2)
     if not quiet:
-        Console().print(outcome_table(outcomes, run.eps, seconds))
+        Console().print(outcome_table(outcomes, seconds))
         click.echo(f"  Kept rows in {output_path.rstrip('/')}/deduplicated")
         click.echo(f"  Look at pairs in {output_path.rstrip('/')}/report/index.html")
 
@@ -376,6 +385,8 @@ class Run:
         needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field]), *self._ranked_by()]
         if not set(needed) <= set(columns):
             raise MissingColumnsError.build(needed, columns, self._column_advice(columns))
+        if self.ranking_strategy is not None:
+            self.ranking_strategy.check_columns([*columns, *DISTANCE_COLUMNS.values()], self.embedding_field)
         if not self.embed:
             refuse_strings(ddf, self.embedding_field, self.input_path)
         kept = self._read_input(self._kept())
@@ -494,21 +505,23 @@ class Run:
                 verbose=self.verbose,
             )
 
-    def plan(self) -> Plan | str:
+    def plan(self) -> str:
         """Tell how rows would be compared for the scores, or what has to be there before that can be told."""
+        scores = f"for scores up to eps = {self.largest_eps:g} (--max-eps)"
         if not self.is_complete:
-            return f"Rows are compared within {counted(self.n_clusters or 0, 'cluster')} of k-means."
+            return f"Rows are compared within {counted(self.n_clusters or 0, 'cluster')} of k-means, {scores}."
         try:
             rows = self._read_embedded()
         except DataReadError:
-            return "How rows are compared can be told once they are embedded."
-        return rows.semdedup.plan(
+            return f"Rows are compared {scores}. How can be told once they are embedded."
+        plan = rows.semdedup.plan(
             self.largest_eps,
             embedding_field=self.embedding_field,
             embedding_dim=self.embedding_dim,
             compute_dtype=self.compute_dtype,
             device=self.device,
         )
+        return f"Rows are compared {scores}:\n{plan}"
 
     def _count(self, rows: dd.DataFrame) -> pd.Series | int:
         """Count the rows, now: those of each cluster, or all."""
@@ -573,12 +586,12 @@ class Run:
     def _score(self, folder: str, frame: dd.DataFrame) -> dict[str, int]:
         from dask_semdedup.io.scores import Compared, write_compared
 
-        kept = self._write(frame, folder, "Comparing")
+        stored = self._write(frame, folder, "Comparing")
         if self.keeps_all:
-            return {"rows": kept, "kept": kept}
+            return {"rows": stored, "stored": stored}
         compared = Compared(self.largest_eps, self._count(self._read_rows()))
         write_compared(compared, folder, self.storage_options)
-        return {"rows": compared.total, "kept": kept}
+        return {"rows": compared.total, "stored": stored}
 
     def _duplicates(self) -> dd.DataFrame:
         from dask_semdedup.steps.duplicates import without_first_rows
@@ -651,7 +664,7 @@ class Run:
                 id_field=self.id_field,
                 command=self.command,
             )
-        return {"duplicates": int(summary.duplicates(self.eps))}
+        return {"near_duplicates": int(summary.duplicates(self.eps))}
 
 
 def _contents_of_scores() -> Contents:
@@ -679,19 +692,27 @@ def outcomes_as_json(outcomes: dict[str, Outcome], seconds: float) -> dict[str, 
     return {"seconds": seconds, "versions": versions, "steps": steps}
 
 
-def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> Table:
+def result_of(name: str, outcomes: dict[str, Outcome]) -> str:
+    """Return a step's result in a few words."""
+    manifest = outcomes[name].manifest
+    counts, options = manifest.counts, manifest.parameters
+    match name:
+        case "clusters":
+            return counted(counts["clusters"], "cluster")
+        case "scores":
+            return f"{counts['stored']:,} of {counted(counts['rows'], 'score')} ≥ {1 - options['max_eps']:g}"
+        case "duplicates":
+            share = counts["duplicates"] / max(outcomes["scores"].manifest.counts["rows"], 1)
+            return f"{counts['duplicates']:,} at eps = {options['eps']:g}, {share:.2%}"
+        case "deduplicated":
+            return f"{counted(counts['rows'], 'row')} kept"
+        case "report":
+            return "index.html"
+    return counted(counts["rows"], "row")
+
+
+def outcome_table(outcomes: dict[str, Outcome], seconds: float) -> Table:
     """Return a table of each step's result and time."""
-    counts = {name: outcome.manifest.counts for name, outcome in outcomes.items()}
-    rows, dropped, kept = counts["scores"]["rows"], counts["duplicates"]["duplicates"], counts["deduplicated"]["rows"]
-    clusters = counts.get("clusters", {"clusters": 0})["clusters"]
-    results = {
-        "embeddings": counted(rows, "row"),
-        "clusters": counted(clusters, "cluster"),
-        "scores": f"{counts['scores']['kept']:,} of {counted(rows, 'row')}",
-        "duplicates": f"{dropped:,} at eps = {eps:g}, {dropped / max(rows, 1):.2%}",
-        "deduplicated": f"{counted(kept, 'row')} kept",
-        "report": "index.html",
-    }
     table = Table(box=None, header_style="dim", padding=(0, 2))
     table.add_column("Step", style="bold", no_wrap=True)
     table.add_column("Result", justify="right", no_wrap=True)
@@ -702,6 +723,6 @@ def outcome_table(outcomes: dict[str, Outcome], eps: float, seconds: float) -> T
     columns = len(table.columns)
     for name, outcome in outcomes.items():
         taken = "reused" if outcome.reused else f"{outcome.manifest.seconds:,.1f} s"
-        table.add_row(*[name, results[name], taken, reasons[name]][:columns])
+        table.add_row(*[name, result_of(name, outcomes), taken, reasons[name]][:columns])
     table.add_row("All", "", f"{seconds:,.1f} s")
     return table

@@ -158,6 +158,21 @@ def stored_parameters(name: str, contents: Contents, output: str, storage_option
     return {} if manifest is None else manifest.parameters
 
 
+def is_output_of_run(path: str, storage_options: Mapping[str, Any]) -> bool:
+    """Return whether a path is the folder of all steps, with scores in it."""
+    fs, folder = fsspec.url_to_fs(path, **storage_options)
+    return bool(fs.exists(f"{folder.rstrip('/')}/scores/{MANIFEST}"))
+
+
+def step_of(path: str, storage_options: Mapping[str, Any]) -> str | None:
+    """Return the step whose folder this is, or None if it is not one."""
+    fs, folder = fsspec.url_to_fs(path, **storage_options)
+    try:
+        return str(json.loads(fs.cat_file(f"{folder.rstrip('/')}/{MANIFEST}"))["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def files_of_run(pattern: re.Pattern[str]) -> Contents:
     """Return the contents of a step: files with such names, next to its manifest."""
 
@@ -322,6 +337,11 @@ def _read_manifest(fs: fsspec.AbstractFileSystem, folder: str, contents: Content
         return None
     if MANIFEST not in names and not contents.strangers(fs, folder, names):
         return None
+    if MANIFEST not in names:
+        raise OutputExistsError(
+            f"{folder!r} was not made by 'run': it holds {count_files(len(names))}, as {some(names, 3)}. Name another "
+            "OUTPUT."
+        )
     try:
         return Manifest(**json.loads(fs.cat_file(f"{folder}/{MANIFEST}")))
     except (OSError, ValueError, TypeError) as error:

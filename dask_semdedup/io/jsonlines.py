@@ -192,6 +192,7 @@ class JsonReader:
                 try:
                     values[field.name].append(fit_value(row.get(field.name), field.type))
                 except ValueError as error:
+                    _check_utf8(line, block, number, field.name)
                     origin = self.origins.get(field.name, block.path)
                     raise DataReadError(
                         f"Column {field.name!r} is {_shown(field.type)} in {origin}, from which its type is taken, but "
@@ -368,6 +369,19 @@ def _load(line: bytes, block: Block, number: int, decoder: json.JSONDecoder) -> 
     raise DataReadError(
         f"Cannot read {_where(block, number)} as JSON lines ({why}). {_advice(line.strip(), block.path)}"
     )
+
+
+def _check_utf8(line: bytes, block: Block, number: int, column: str) -> None:
+    """Raise `DataReadError` if a line is of another encoding."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        raise DataReadError(
+            f"Column {column!r} is not UTF-8 in {_where(block, number)}: {error}. If the file is Latin-1, convert it: "
+            f"{_printed(block.path)} | iconv -f latin1 -t utf-8 > rows.jsonl; or name the columns to read.",
+            parameters=["columns"],
+            columns=[column],
+        ) from error
 
 
 def _advice(line: bytes, path: str) -> str:

@@ -25,8 +25,8 @@ __all__ = ["COMPARED", "SCORES", "Compared", "clusters_of_files", "read_compared
 # The stages' files, one a cluster.
 CLUSTER_FILE = re.compile(r"cluster_(.+)\.parquet")
 
-# The file of `Compared`. Readers of the folder pass over it, as over all whose names begin so.
-COMPARED = "_compared.parquet"
+# The file of `Compared`, which is Parquet. Neither readers of the folder nor the pattern `*.parquet` find it.
+COMPARED = "_compared"
 
 
 def _not_of_scores(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[str]) -> list[str]:

@@ -53,7 +53,7 @@ def keep_one_of_each_in_clusters(
     check_rows(ddf, columns, options)
     are_made = n_clusters is not None or centroids is not None
     made = [columns.cluster, *DISTANCE_COLUMNS.values()] if are_made else []
-    ranking.check_columns([*ddf.columns, *made])
+    ranking.check_columns([*ddf.columns, *made], columns.embedding)
     check_sources(ddf, [columns.id, columns.embedding, *ranking.required_columns], ranking)
     warn_of_passes(ddf)
     ddf = writable(ddf, columns)

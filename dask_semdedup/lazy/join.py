@@ -208,12 +208,12 @@ class Plan:
         if self.index is None:
             lines += [("search", "all rows in one task"), ("pairs", f"{self.pairs:,.0f}")]
         else:
-            sizes = f"{self.index.sketcher.size} and {self.index.longer.size}"
+            size = self.index.longer.size
             lines += [
-                ("sketches", f"{sizes} numbers a row, {format_bytes(self.sketch_bytes)}"),
+                ("sketches", f"{size} numbers for a row of {self.width}, {format_bytes(self.sketch_bytes)}"),
                 ("cells", f"{len(self.index.cells):,}, of which a row visits {self.index.visits:.1f}"),
                 ("pairs skipped", f"{self.skipped:.2%}"),
-                ("pairs of sketches", f"{self.pairs:,.0f}"),
+                ("pairs of sketches", f"{self.pairs:,.0f}, of their first {self.index.sketcher.size} numbers"),
                 ("pairs to verify", f"{self.index.left:,.0f}"),
                 ("comparisons", f"{self.tasks:,} tasks"),
             ]

@@ -50,7 +50,7 @@ def score_pairwise(
     # The optimiser sees to the other rule: what several eps need is searched for once.
     options = bounded if options.duplicate_of == "kept" else options
     _check_clustered(ddf, columns, options)
-    ranking.check_columns(ddf.columns)
+    ranking.check_columns(ddf.columns, columns.embedding)
     needed = {columns.id, columns.embedding, columns.cluster, *ranking.required_columns}
     check_sources(ddf, sorted(needed), ranking)
     frame = align(ddf[[name for name in ddf.columns if name in needed]], columns.cluster)
@@ -71,7 +71,7 @@ def score_completely(
     options = up_to(eps, options)
     check_rows(ddf, columns, options)
     made = set(DISTANCE_COLUMNS.values()) if by_mean else set()
-    ranking.check_columns([*ddf.columns, *made])
+    ranking.check_columns([*ddf.columns, *made], columns.embedding)
     needed = {columns.id, columns.embedding, *ranking.required_columns} - made
     check_sources(ddf, sorted(needed), ranking)
     warn_of_passes(ddf)

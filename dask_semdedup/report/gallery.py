@@ -10,7 +10,7 @@ import base64
 import difflib
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -32,12 +32,16 @@ __all__ = [
     "Pair",
     "TextGallery",
     "compare_texts",
+    "decimals_of",
     "document_text",
     "load_asset",
     "near_pairs",
     "pairs_around",
     "text_gallery",
 ]
+
+# Decimals of scores: with the most of them, two neighbours in float32 differ.
+LEAST_DECIMALS, MOST_DECIMALS = 4, 8
 
 # Characters of a text that are shown and compared.
 MAX_CHARACTERS = 500
@@ -270,16 +274,34 @@ class TextGallery:
     def __str__(self) -> str:
         lines = [self.title]
         for pair in self.pairs:
-            lines.append(f"{pair.score:.4f}{self.verdict(pair.score)}")
+            lines.append(f"{pair.score:.{self.decimals}f}{self.verdict(pair.score)}")
             for side in pair.texts or ():
                 lines.append("  " + "".join(f"[{piece.text}]" if piece.differs else piece.text for piece in side))
         return "\n".join(lines)
+
+    @property
+    def decimals(self) -> int:
+        """Decimals of the scores that are shown."""
+        return decimals_of(self.pairs, self.threshold)
 
     def verdict(self, score: float) -> str:
         """``dropped`` or ``kept``, after a space, for a pair of that score; empty without a threshold."""
         if self.threshold is None:
             return ""
         return " dropped" if score >= self.threshold else " kept"
+
+
+def decimals_of(pairs: Sequence[Pair], threshold: float | None) -> int:
+    """Decimals, four at least, with which the score of each pair reads as on its side of the threshold."""
+    if threshold is None:
+        return LEAST_DECIMALS
+    # As it is read: in float32, 0.95 is 0.949999988.
+    border = round(threshold, MOST_DECIMALS - 1)
+    sides = [(pair.score, pair.score >= threshold) for pair in pairs]
+    for decimals in range(LEAST_DECIMALS, MOST_DECIMALS):
+        if all((round(score, decimals) >= border) == side for score, side in sides):
+            return decimals
+    return MOST_DECIMALS
 
 
 def document_text(value: Any) -> str:

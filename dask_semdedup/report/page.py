@@ -31,6 +31,7 @@ from dask_semdedup.lazy.tables import find_rows
 from dask_semdedup.report.gallery import (
     Pair,
     compare_texts,
+    decimals_of,
     document_text,
     load_asset,
     near_pairs,
@@ -130,9 +131,12 @@ class Documents:
                 storage_options=self.storage_options,
             )
         except MissingColumnsError as error:
-            advice = "Name the columns of ids, texts and images as id_field, text_field and image_field."
-            parameters = ["id_field", "text_field", "image_field"]
-            raise MissingColumnsError(f"{error} {advice}", parameters=parameters, columns=error.columns) from error
+            raise MissingColumnsError(
+                f"{str(error).removesuffix(error.advice)}Name the columns of ids, texts and images of {self.path} as "
+                "id_field, text_field and image_field.",
+                parameters=["id_field", "text_field", "image_field"],
+                columns=error.columns,
+            ) from error
         if len(ids) and not len(found):
             raise InvalidArgumentError(
                 f"None of {len(ids):,} ids of the scores, such as {some(ids, 3)}, is in column {self.id_field!r} of "
@@ -395,6 +399,7 @@ def _render(
             below=below[:SHOWN],
             after=below[SHOWN:],
             most_similar=cards[:SHOWN],
+            decimals=decimals_of(cards, border),
             has_documents=documents is not None,
             images=bool(documents and documents.image_field),
             id_argument="" if id_field == "id" else f", id_field={id_field!r}",

@@ -114,18 +114,34 @@ class RankingStrategy:
         """Columns that ranking reads besides the ids."""
         return list(dict.fromkeys(self.metadata_cols)) if self.strategy == "sort" else []
 
-    def check_columns(self, present: Iterable[str]) -> None:
+    def check_columns(self, present: Iterable[str], embedding_field: str | None = None) -> None:
         """Raise unless the columns to rank by are among `present`.
+
+        Parameters
+        ----------
+        present : iterable of str
+            The columns of the frame.
+        embedding_field : str, optional
+            Column of embeddings, which have no order.
 
         Raises
         ------
         MissingColumnsError
             With the missing columns, the present ones, and what to do.
+        InvalidArgumentError
+            If the column of embeddings is one to rank by.
 
         Examples
         --------
         >>> RankingStrategy(["score"]).check_columns(["id", "score"])
         """
+        if embedding_field in self.required_columns:
+            raise InvalidArgumentError(
+                f"Rows cannot be ranked by {embedding_field!r}, the column of embeddings. Rank by columns of numbers, "
+                "texts or times.",
+                parameters=["ranking_strategy"],
+                columns=[embedding_field],
+            )
         present = list(present)
         if set(self.required_columns) <= set(present):
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from distributed import Client, Future, LocalCluster, Security
 
 from dask_semdedup import cli
 from dask_semdedup.cli import execution
-from dask_semdedup.cli.execution import connect
+from dask_semdedup.cli.execution import connect, show_progress, show_tasks
 from dask_semdedup.cli.options import execution_options
 from dask_semdedup.errors import ClusterUnavailableError
 from dask_semdedup.lazy.tasks import results_of
@@ -161,6 +162,26 @@ def test_no_scheduler() -> None:
         pytest.raises(ClusterUnavailableError, match="Cannot connect to the scheduler at tcp://127"),
     ):
         run(lambda _: None, "tcp://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["told", "quiet"])
+def test_a_long_task_is_told_from_time_to_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], enabled: bool
+) -> None:
+    monkeypatch.setattr(execution, "SECONDS_PER_LINE", 0.05)
+    with show_progress(enabled=enabled) as progress:
+        with show_tasks(progress, "Comparing", client=None):
+            dask.delayed(time.sleep)(0.3).compute(scheduler="threads")
+        with show_tasks(progress, "Removing", client=None):
+            time.sleep(0.2)
+    said = capsys.readouterr().err
+    assert ("Comparing: 0 of 1 task, 0 s\n" in said) == ("Removing: 0 s\n" in said) == enabled
+
+
+def test_no_callback_of_the_garbage_collector_drops_an_interrupt() -> None:
+    before = list(gc.callbacks)
+    with connect(None, 1):
+        assert gc.callbacks == before
 
 
 def test_own_workers_keep_no_profiles() -> None:

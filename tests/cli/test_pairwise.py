@@ -629,7 +629,7 @@ def test_errors_name_options(
 def test_an_occupied_output_names_the_option(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     invoke(clusters, tmp_path / "scores")
     result = invoke(clusters, tmp_path / "scores")
-    assert_one_line(result.stderr, "1 file. Pass --overwrite to replace it, or name another folder.")
+    assert_one_line(result.stderr, "1 file. Pass --overwrite to replace it, or name another OUTPUT,")
 
 
 @pytest.mark.parametrize(

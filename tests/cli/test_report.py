@@ -96,7 +96,13 @@ def test_documents_are_shown(scores: Path, tmp_path: Path, invoke: Callable[...,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--text-field", "body"], ["['body'] not found in the frame, which has", "texts.parquet", "--text-field"]),
+        (
+            ["--text-field", "body"],
+            [
+                "['body'] not found in the frame, which has ['id', 'words']. Name the columns of ids, texts and images",
+                "texts.parquet as --id-field, --text-field and --image-field.",
+            ],
+        ),
         (["--text-field", "words"], ["None of", "column of ids as --id-field."]),
     ],
 )
@@ -120,7 +126,9 @@ def test_occupied_output_is_replaced_on_request_only(
 ) -> None:
     invoke(scores, tmp_path / "out")
     before = (tmp_path / "out" / "index.html").read_text()
-    assert_one_line(invoke(scores, tmp_path / "out", "--eps", "0.05").stderr, "not empty", "--overwrite")
+    assert_one_line(
+        invoke(scores, tmp_path / "out", "--eps", "0.05").stderr, "not empty", "--overwrite", "the second argument"
+    )
     assert (tmp_path / "out" / "index.html").read_text() == before
     assert invoke(scores, tmp_path / "out", "--eps", "0.05", "--overwrite").exit_code == 0
     assert (tmp_path / "out" / "index.html").read_text() != before

@@ -168,8 +168,16 @@ def test_one_row_is_a_row(tmp_path: Path, invoke: Callable[..., Result]) -> None
     pq.write_table(table().slice(0, 1), tmp_path / "one.parquet")
     result = invoke(tmp_path / "one.parquet")
     assert result.exit_code == 0, result.stderr
-    assert "0 of 1 row " in result.stdout
+    assert "0 of 1 score ≥ 0.9 " in result.stdout
     assert "1 row kept" in result.stdout
+
+
+def test_a_line_tells_of_each_step_that_is_done(source: Path, invoke: Callable[..., Result]) -> None:
+    """Where no bar does."""
+    assert not invoke(source, "--quiet").stderr
+    lines = invoke(source, "--eps", 0.002).stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["duplicates", "deduplicated", "report"]
+    assert re.fullmatch(r"deduplicated: 180 rows kept, \d\.\d s", lines[1])
 
 
 # --- From raw to kept ------------------------------------------------------------------------------------------------
@@ -498,6 +506,8 @@ def test_a_summary_for_programs(finished: Path, tmp_path: Path, invoke: Callable
     summary = json.loads(path.read_text())
     assert list(summary["steps"]) == ["scores", "duplicates", "deduplicated", "report"]
     assert summary["steps"]["scores"]["reused"]
+    assert summary["steps"]["scores"]["stored"] == len(pd.read_parquet(tmp_path / "out" / "scores"))
+    assert summary["steps"]["report"]["near_duplicates"] == COPIES
     assert "--eps" in summary["steps"]["duplicates"]["reason"]
     assert summary["steps"]["deduplicated"]["rows"] == len(kept(tmp_path))
     size = sum(path.stat().st_size for path in (tmp_path / "out" / "deduplicated").glob("*.parquet"))
@@ -828,7 +838,8 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
     mine.parent.mkdir(parents=True)
     mine.write_text("the only copy")
     for option in ([], ["--overwrite"]):
-        assert_one_line(invoke(source, *CLUSTERS, *option).stderr, "scores", "was not made by 'run'")
+        said = invoke(source, *CLUSTERS, *option).stderr
+        assert_one_line(said, "out/scores' was not made by 'run': it holds 1 file, as mine.txt. Name another OUTPUT.")
     assert mine.read_text() == "the only copy"
     assert not (tmp_path / "out" / "clusters").exists()
 
@@ -837,16 +848,19 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
     ("options", "words"),
     [
         (["--embedding-field", "vectors"], ["vectors", "as --embedding-field", "pass --embed and --text-field"]),
-        (["--id-field", "key"], ["key", "as --id-field"]),
+        (["--id-field", "key"], ["key", "as --id-field; or if it has no ids pass --make-ids."]),
         (["--text-field", "body"], ["body"]),
         (["--embed", "--text-field", "text"], ["embeddings", "already"]),
         (["--n-clusters", 1000], ["n_clusters is 1000", "(--n-clusters)"]),
         (["--random-seed", -1, *CLUSTERS], ["random_state must be", "(--random-seed)"]),
         (["--from", "embeddings", *CLUSTERS], ["embeddings", "clusters", "(--from)"]),
+        (["c.parquet", "d.parquet"], ["2 arguments too many: c.parquet", "quote the pattern"]),
         (["--from", "clusters"], ["no step 'clusters'", "only scores", "(--from)"]),
         (["--cluster-field", "topic"], ["--cluster-field has no effect without --n-clusters"]),
         (["--backend", "cudf"], ["partitions are pandas", "(--backend)"]),
         (["--rank-by", "cosine_dist_to_cent"], ["cosine_dist_to_cent", "Rank by columns of INPUT"]),
+        (["--rank-by", "embeddings"], ["cannot be ranked by 'embeddings'", "(--rank-by)"]),
+        (["--rank-by", "embeddings", *CLUSTERS], ["cannot be ranked by 'embeddings'", "(--rank-by)"]),
         (["--duplicate-of", "all"], ["--duplicate-of"]),
         (["--eps", 1, "--max-eps", 2], ["needs an eps below 1", "(--duplicate-of --eps)"]),
         (["--eps", 1, "--max-eps", 2, *CLUSTERS], ["needs an eps below 1", "(--duplicate-of --eps)"]),
@@ -923,6 +937,24 @@ def test_null_ids_are_seen_before_any_work(
     rows.to_parquet(source)
     monkeypatch.setattr(SemDedupAccessor, "embed", lambda *_, **__: pytest.fail("embedded"))
     assert_one_line(invoke(source, "--embed", "--text-field", "text").stderr, "'id': 1 row has a null")
+
+
+def test_the_output_of_a_run_is_no_input(finished: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    for command, folder in (("run", "deduplicated"), ("pairwise", "clusters")):
+        result = CliRunner().invoke(cli.main, [command, str(tmp_path / "out"), str(tmp_path / "other")])
+        assert result.exit_code == 2
+        assert_one_line(result.stderr, "is the output of 'run'", str(tmp_path / "out" / folder))
+    assert not (tmp_path / "other").exists()
+
+
+def test_only_scores_are_reported(finished: Path, tmp_path: Path) -> None:
+    """Shares of what another folder holds would be false."""
+    for name in ("duplicates", "deduplicated"):
+        result = CliRunner().invoke(cli.main, ["report", str(tmp_path / "out" / name), str(tmp_path / "other")])
+        assert result.exit_code == 2
+        assert_one_line(result.stderr, f"is the folder '{name}' of a run", f"{tmp_path}/out/scores.")
+    result = CliRunner().invoke(cli.main, ["report", str(tmp_path / "out" / "scores"), str(tmp_path / "other")])
+    assert f"of {ROWS} rows" in result.output
 
 
 def test_other_ids_are_looked_at_too(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
@@ -1078,10 +1110,14 @@ def test_a_dry_run_says_what_would_be_done_and_makes_nothing(
     output = tmp_path / "out"
     said = invoke(source, "--dry-run").output
     assert re.search(r"scores +new", said)
-    assert "scores up to eps = 0.1 (--max-eps)" in said
+    assert "Rows are compared for scores up to eps = 0.1 (--max-eps):\nrows " in said
     assert re.search(r"rows +200", said)
     assert not output.exists()
     clustered = invoke(source, "--dry-run", "--n-clusters", "3").output
-    assert "within 3 clusters" in clustered
+    assert clustered.endswith(
+        "\nRows are compared within 3 clusters of k-means, for scores up to eps = 0.1 (--max-eps).\n"
+    )
     assert invoke(source, "--quiet").exit_code == 0
-    assert re.search(r"scores +reused", invoke(source, "--dry-run").output)
+    again = invoke(source, "--dry-run", "--from", "duplicates").output
+    assert re.search(r"scores +reused\nduplicates +asked for", again)
+    assert "Rows are compared" not in again

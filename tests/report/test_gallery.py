@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 
 import dask.dataframe as dd
 import numpy as np
@@ -105,6 +106,22 @@ def test_gallery_escapes_texts() -> None:
 def test_gallery_is_text_where_there_is_no_html() -> None:
     assert str(text_gallery(["a b c d"], ["a b c e"], [0.5], title="T")) == "T\n0.5000\n  a b c [d]\n  a b c [e]"
     assert gallery_of_plots is text_gallery
+
+
+@pytest.mark.parametrize(
+    ("scores", "eps", "shown"),
+    [
+        ([0.991, 0.98], 0.01, ["0.9910", "0.9800"]),
+        ([0.99002, 0.98998], 0.01, ["0.99002", "0.98998"]),
+        ([float(np.float32(0.99)), 0.9899994], 0.01, ["0.990000", "0.989999"]),
+        ([float(np.float32(0.95)), 0.94], 0.05, ["0.9500", "0.9400"]),
+        ([0.999962, 0.999948], 0.00005, ["1.0000", "0.9999"]),
+    ],
+)
+def test_scores_read_as_on_their_side_of_the_threshold(scores: list[float], eps: float, shown: list[str]) -> None:
+    gallery = text_gallery(["a", "b"], ["a", "c"], scores, eps=eps)
+    assert re.findall(r"\d\.\d+ \w+", str(gallery)) == [f"{shown[0]} dropped", f"{shown[1]} kept"]
+    assert re.findall(r"<b>(.*?)</b>", gallery._repr_html_()) == shown
 
 
 @pytest.mark.parametrize("absent", [None, float("nan"), pd.NA])

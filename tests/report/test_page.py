@@ -73,6 +73,12 @@ def test_numbers_are_those_of_the_scores(scores: pd.DataFrame, tmp_path: Path) -
         assert count == (scores["cosine_sim_score"] >= threshold).sum(), eps
 
 
+def test_scores_read_as_on_their_side_of_the_threshold(scores: pd.DataFrame, tmp_path: Path) -> None:
+    scores.loc[[38, 39], "cosine_sim_score"] = np.array([0.94998, 0.95003], np.float32)
+    write_report(scores, tmp_path, eps=0.05)
+    assert {"0.94998", "0.95003"} <= set(re.findall(r'"score"><b>(.*?)</b>', read(tmp_path)))
+
+
 def test_pairs_stand_on_their_side_of_the_threshold(scores: pd.DataFrame, tmp_path: Path) -> None:
     write_report(scores, tmp_path, eps=0.05)
     values = scores["cosine_sim_score"].to_numpy()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,10 @@ class Cells:
 
     def __len__(self) -> int:
         return len(self.centroids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Others are made again: of thousands of cells they would be tens of megabytes in a graph.
+        return {"centroids": self.centroids, "reach": self.reach}
 
     @cached_property
     def limits(self) -> torch.Tensor:

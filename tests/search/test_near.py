@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from itertools import pairwise
 from unittest.mock import patch
@@ -272,3 +273,12 @@ def test_without_directions_or_rows_there_is_no_index() -> None:
     assert fit_index(torch.randn(5000, 128), 5000, 0.95) is None
     assert fit_index(torch.randn(5000, 128), 1_000_000, sketch.LEAST / 2) is None
     assert fit_index(torch.randn(5000, 128), 1_000_000, 0.95, others=0) is None
+
+
+def test_cells_are_sent_without_what_is_made_of_them() -> None:
+    cells, points = plane_case(0.2999)
+    before = cells.visits(points)
+    assert "limits" in vars(cells)
+    again = pickle.loads(pickle.dumps(cells))
+    assert vars(again).keys() == {"centroids", "reach"}
+    np.testing.assert_array_equal(again.visits(points).visited, before.visited)

@@ -12,7 +12,7 @@ from dask_semdedup.device.streams import default_stream
 from dask_semdedup.frames.backend import device_of, is_cudf
 from dask_semdedup.frames.ids import ids_to_arrow, plain_ids
 
-__all__ = ["hash_ids"]
+__all__ = ["checksum", "hash_ids"]
 
 # Strings are hashed in blocks of this many rows: pandas needs them as Python objects, which take several times the
 # memory of Arrow's, and blocks that stay in the cache are hashed faster.
@@ -41,6 +41,21 @@ def hash_ids(ids: Any, seed: int) -> Any:
     key = _mix(np.array([seed % 2**64], np.uint64))[0]
     with default_stream(device_of(ids)):
         return _mix(_fingerprints(ids) ^ key)
+
+
+def checksum(ids: Any) -> int:
+    """Return a number that tells these ids in this order from other ids, or another order; on one backend.
+
+    Parameters
+    ----------
+    ids : pandas.Series or cudf.Series
+        As of `hash_ids`.
+    """
+    with default_stream(device_of(ids)):
+        # cuDF's own hashes of strings need no copy to the host.
+        hashes = ids.hash_values().values.astype("uint64") if is_cudf(ids) else hash_ids(ids, 0)
+        odd = 2 * np.arange(len(hashes), dtype=np.uint64, like=hashes) + np.uint64(1)
+        return int((hashes * odd).sum())
 
 
 def _mix(values: Any) -> Any:

@@ -30,7 +30,7 @@ from dask_semdedup.lazy.expressions import ScoresAgainst
 from dask_semdedup.lazy.planning import CUDF_ELEMENTS
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
-from dask_semdedup.lazy.sources import bytes_in_footers, chains_of
+from dask_semdedup.lazy.sources import by_itself, bytes_in_footers, chains_of
 from dask_semdedup.steps.join import (
     Sketched,
     copies_of,
@@ -451,7 +451,10 @@ class _Compared(Searched, Expr):
         copies = [add("copies", p, copies_of, ref) for p, ref in enumerate(sketched)]
         involved = add("involved", 0, find_involved, TaskList(*links), TaskList(*copies), plan.bins)
         places = [add("places", p, places_of, involved, p) for p in range(len(sources))]
-        taken = [read("take", p, take_involved, ref) for p, ref in enumerate(places)]
+        taken = [
+            read("take", p, take_involved, ref, names)
+            for p, (ref, (_, _, names)) in enumerate(zip(places, sources, strict=True))
+        ]
         rows = [[add(f"rows-{b}", p, getitem, ref, b) for p, ref in enumerate(taken)] for b in range(plan.bins)]
         pairs = [add("pairs", b, pairs_of_bin, involved, b) for b in range(plan.bins)]
         return _Rows(sketched, rows, pairs)
@@ -562,7 +565,7 @@ def compare_all(
         Whether rows are ranked by their distance to the mean of all, in columns that are made.
     """
     plan = make_plan(ddf, columns, options)
-    return new_collection(CompleteScores(ddf, columns, ranking, _of_width(plan, options), plan, by_mean))
+    return new_collection(CompleteScores(by_itself(ddf), columns, ranking, _of_width(plan, options), plan, by_mean))
 
 
 def compare_all_with(
@@ -571,7 +574,8 @@ def compare_all_with(
     """Return scores of rows among all of another frame: see `compare_all`, and `steps.against.against_partition`."""
     plan = make_plan(ddf, columns, options, reference)
     options = _of_width(plan, options)
-    return new_collection(CompleteAgainst(ddf, reference, columns, reference_id_field, options, plan))
+    frames = by_itself(ddf), by_itself(reference)
+    return new_collection(CompleteAgainst(*frames, columns, reference_id_field, options, plan))
 
 
 def saving_results(ddf: dd.DataFrame, results: Results) -> tuple[dd.DataFrame, int, int]:

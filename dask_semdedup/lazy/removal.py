@@ -21,6 +21,7 @@ from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.frames.ids import check_same_kind, repeats
 from dask_semdedup.lazy.duplicates import select_duplicates
 from dask_semdedup.lazy.expressions import CheckedIds, RowsKept, ShuffleByCluster, is_against
+from dask_semdedup.lazy.sources import by_itself
 from dask_semdedup.lazy.tasks import compute
 from dask_semdedup.steps.duplicates import check_eps, eps_column
 from dask_semdedup.steps.removal import HASH_COLUMN, find_ids, hash_column, ids_to_remove, null_ids, repeated_ids
@@ -47,7 +48,7 @@ def remove_duplicates(
     if is_cudf(duplicates._meta) != is_cudf(ddf._meta):
         duplicates = duplicates.to_backend("cudf" if is_cudf(ddf._meta) else "pandas")
     check_same_kind(ddf._meta[left_on], duplicates._meta[right_on])
-    ids = _by_itself(ddf[[left_on]])
+    ids = by_itself(ddf[[left_on]])
     if broadcast:
         duplicates = duplicates.repartition(npartitions=1)
     else:
@@ -148,15 +149,6 @@ def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFra
         meta=ids_to_remove(duplicates._meta[needed], ids, **options),
         clear_divisions=True,
     )
-
-
-def _by_itself(ids: dd.DataFrame) -> dd.DataFrame:
-    """Return the frame with its projection pushed down now.
-
-    Otherwise Dask would read all columns once for this pass and for the rest of the graph, and hold them in memory
-    until all ids are checked.
-    """
-    return new_collection(ids.expr.simplify())
 
 
 def _shuffle_by_id(frame: dd.DataFrame, name: str, npartitions: int) -> dd.DataFrame:

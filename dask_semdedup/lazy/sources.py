@@ -8,6 +8,7 @@ from typing import Any
 
 import dask.dataframe as dd
 import pyarrow as pa
+from dask.dataframe.api import new_collection
 from dask.typing import Key
 
 from dask_semdedup._dask import AnyExpr, Expr, FromMap, GraphNode, Lengths, Projection, Task
@@ -21,6 +22,7 @@ from dask_semdedup.lazy.tables import ReadPart
 from dask_semdedup.steps.ranking import RankingStrategy
 
 __all__ = [
+    "by_itself",
     "bytes_in_footers",
     "chains_of",
     "check_sources",
@@ -131,6 +133,15 @@ def refuse_lacking(ddf: dd.DataFrame, columns: Sequence[str]) -> None:
                 "another name there, rename it; or leave the file out.",
                 columns=[name],
             )
+
+
+def by_itself(ddf: dd.DataFrame) -> dd.DataFrame:
+    """Return a frame whose projections are pushed down now, as if nothing else needed its source.
+
+    Otherwise Dask reads the columns of all who need the source, once, and holds them in memory until the last is done.
+    And where it optimises a graph a second time, as `itertuples` does, it would push them down then, under new names.
+    """
+    return new_collection(ddf.expr.simplify())
 
 
 def chains_of(frame: Expr) -> list[list[Any]]:

@@ -19,9 +19,11 @@ from dask_semdedup.device.devices import check_device, choose_device
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import ONE_CORE, cores_for, gpu_turn
 from dask_semdedup.device.streams import reading_stream, search_stream
+from dask_semdedup.errors import DataReadError
 from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, take, tensor_like, to_numpy
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import gather_rows, to_tensor
+from dask_semdedup.frames.hashing import checksum
 from dask_semdedup.steps.against import COMPONENT, against_partition
 from dask_semdedup.steps.mean import mean_of, total_of, with_distances
 from dask_semdedup.steps.pairwise import score_frame, search_segments, segments_of
@@ -63,16 +65,20 @@ class Sketched:
         (d,) int64: the sum of the unit rows, in fixed point.
     count : int
         Number of rows.
+    checksum : int
+        Of the ids: see `frames.hashing.checksum`.
     """
 
     parts: list[Part]
     total: np.ndarray | None
     count: int
+    checksum: int
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all that `of_arrays` needs; sketches must not be on a GPU."""
         parts = {f"{number}.{name}": a for number, part in enumerate(self.parts) for name, a in part.arrays().items()}
-        return parts | {"count": np.asarray(self.count)} | ({} if self.total is None else {"total": self.total})
+        known = {"count": np.asarray(self.count), "checksum": np.asarray(self.checksum, np.uint64)}
+        return parts | known | ({} if self.total is None else {"total": self.total})
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Sketched:
@@ -84,7 +90,8 @@ class Sketched:
             number, _, name = key.partition(".")
             if name:
                 parts.setdefault(number, {})[name] = arrays[key]
-        return cls([Part.of_arrays(part) for part in parts.values()], arrays.get("total"), int(arrays["count"]))
+        whole = [Part.of_arrays(part) for part in parts.values()]
+        return cls(whole, arrays.get("total"), int(arrays["count"]), int(arrays["checksum"]))
 
     def __sizeof__(self) -> int:
         """Return the bytes of the sketches, by which Dask decides what to write to disk."""
@@ -122,12 +129,13 @@ def sketch_partition(
     with reading_stream(device), cores_for(device, ONE_CORE):
         rows = _to_tensor(frame, columns, options, device=device)
         parts = sketch_parts(number, rows, index, stays=stays)
-        return Sketched(parts, total_of(rows, device) if with_total else None, len(rows))
+        total = total_of(rows, device) if with_total else None
+    return Sketched(parts, total, len(frame), checksum(frame[columns.id]))
 
 
-def copies_of(sketched: Sketched) -> np.ndarray:
-    """Return the copies of a partition, for `find_involved`."""
-    return np.concatenate([part.first + part.copies for part in sketched.parts])
+def copies_of(sketched: Sketched) -> tuple[np.ndarray, int]:
+    """Return the copies of a partition and the checksum of its ids, for `find_involved`."""
+    return np.concatenate([part.first + part.copies for part in sketched.parts]), sketched.checksum
 
 
 def total_of_part(sketched: Sketched) -> tuple[np.ndarray, int]:
@@ -163,29 +171,34 @@ class Involved:
     ----------
     places : list of list of numpy.ndarray
         For each partition and each bin, the ascending int64 places of the partition's rows.
+    checksums : sequence of int
+        For each partition, that of its ids.
     pairs, bundles : list of numpy.ndarray
         For each bin, (p, 2) int64 rows, counted in the order of partitions and places.
     """
 
     places: list[list[np.ndarray]]
+    checksums: Sequence[int]
     pairs: list[np.ndarray]
     bundles: list[np.ndarray]
 
 
-def find_involved(links: Sequence[Links], copies: Sequence[np.ndarray], n_bins: int) -> Involved:
+def find_involved(links: Sequence[Links], known: Sequence[tuple[np.ndarray, int]], n_bins: int) -> Involved:
     """Return the rows that are in a pair, by partition.
 
     Parameters
     ----------
     links : sequence of Links
         From all comparisons.
-    copies : sequence of numpy.ndarray
-        For each partition, (c, 2) int64 copies and what they are copies of, as `Links` names rows.
+    known : sequence of tuple
+        For each partition, (c, 2) int64 copies and what they are copies of, as `Links` names rows; and the checksum of
+        its ids.
     n_bins : int
         Number of bins.
     """
     from dask_semdedup.search.near import components
 
+    copies, checksums = zip(*known, strict=True)
     pairs = np.concatenate([np.empty((0, 2), np.int64), *(found.pairs for found in links)])
     bundles = np.concatenate([np.empty((0, 2), np.int64), *(found.bundles for found in links), *copies])
     keys, position = np.unique(np.concatenate([pairs, bundles]), return_inverse=True)
@@ -207,14 +220,15 @@ def find_involved(links: Sequence[Links], copies: Sequence[np.ndarray], n_bins: 
     bins = in_bin[position[:, 0]]
     return Involved(
         places,
+        checksums,
         [of_pairs[bins[: len(pairs)] == number] for number in range(n_bins)],
         [of_bundles[bins[len(pairs) :] == number] for number in range(n_bins)],
     )
 
 
-def places_of(involved: Involved, partition: int) -> list[np.ndarray]:
-    """Return the places of a partition's involved rows, by bin."""
-    return involved.places[partition]
+def places_of(involved: Involved, partition: int) -> tuple[list[np.ndarray], int]:
+    """Return the places of a partition's involved rows, by bin, and the checksum of its ids."""
+    return involved.places[partition], involved.checksums[partition]
 
 
 def pairs_of_bin(involved: Involved, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -222,8 +236,14 @@ def pairs_of_bin(involved: Involved, number: int) -> tuple[np.ndarray, np.ndarra
     return involved.pairs[number], involved.bundles[number]
 
 
-def take_involved(frame: Any, places: Sequence[np.ndarray]) -> list[Any]:
-    """Return the involved rows of a partition, a frame for each bin."""
+def take_involved(frame: Any, known: tuple[Sequence[np.ndarray], int], columns: Columns) -> list[Any]:
+    """Return the involved rows of a partition, a frame for each bin; raise if it is not as it was when sketched."""
+    places, before = known
+    if checksum(frame[columns.id]) != before:
+        raise DataReadError(
+            f"A partition, now of {len(frame):,} rows, was computed twice, and its rows or their order differ. Persist "
+            "the frame before it is compared, or write it with .semdedup.to_parquet(path) and read that."
+        )
     return [frame.iloc[positions_like(which, frame)] for which in places]
 
 

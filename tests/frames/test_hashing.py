@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dask_semdedup import IdError
 from dask_semdedup.frames import hashing
-from dask_semdedup.frames.hashing import hash_ids
+from dask_semdedup.frames.hashing import checksum, hash_ids
 from dask_semdedup.frames.ids import ids_to_arrow
 from tests.strategies import STR
 
@@ -144,3 +144,16 @@ def test_objects_that_are_large_integers():
     assert ids_to_arrow(ids).to_pylist() == [2**63 + 1, 2**63 + 2, None]
     with pytest.raises(IdError, match=r"Column 'doc' holds integers that fit neither int64 nor uint64.*astype\(str\)"):
         ids_to_arrow(pd.Series([2**63, -1], dtype=object, name="doc"))
+
+
+def test_a_checksum_tells_ids_and_their_order() -> None:
+    series = [
+        pd.Series([1, 2, 3]),
+        pd.Series([2, 1, 3]),
+        pd.Series([1, 2]),
+        pd.Series([1, 2, 4]),
+        pd.Series(["1", "2", "3"]),
+    ]
+    assert len({checksum(ids) for ids in series}) == len(series)
+    assert checksum(series[0]) == checksum(pd.Series([1, 2, 3], index=[5, 5, 0]))
+    assert checksum(series[0][:0]) == 0

@@ -19,7 +19,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from dask_semdedup import EmbeddingError, InvalidArgumentError, MissingColumnsError, RankingStrategy, read_table
+from dask_semdedup import (
+    EmbeddingError,
+    InvalidArgumentError,
+    MissingColumnsError,
+    RankingStrategy,
+    from_pandas,
+    read_table,
+)
+from dask_semdedup.errors import DataReadError
 from dask_semdedup.io.results import Results
 from dask_semdedup.lazy import join
 from dask_semdedup.lazy.blocks import PROCESS_BYTES
@@ -433,6 +441,50 @@ def test_the_plan_is_near_what_is_done(files: tuple[Path, pd.DataFrame]) -> None
     assert together.index is None
     assert together.seconds == pytest.approx(together.pairs * (COSTS.exact_pair + 96 * COSTS.exact_value) / 1e12)
     assert "s, plus reading the rows\n" in repr(together)
+
+
+# --- Frames that are computed more than once -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["order", "rows"])
+def test_rows_that_are_others_when_they_are_read_again_are_noticed(change: str, tmp_path: Path) -> None:
+    """They were not: no duplicate was found."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((300, 64))
+    rows[200:] = rows[:100] + 0.01 * rng.standard_normal((100, 64))
+    frame = frame_of(rows)
+    frame.to_parquet(tmp_path / "rows.parquet", row_group_size=150)
+    read = read_table(tmp_path / "rows.parquet", partition_size=1)
+
+    def another(part: pd.DataFrame) -> pd.DataFrame:
+        return part.sample(frac=1 if change == "order" else 0.9, random_state=rng.integers(1 << 30))
+
+    ddf = read.map_partitions(another, meta=read._meta)
+    with indexed(6):
+        with pytest.raises(
+            DataReadError, match=r"rows, was computed twice, and its rows or their order differ. Persist"
+        ):
+            ddf.semdedup.pairwise(eps=0.05, cluster_field=None).compute()
+        with pytest.raises(DataReadError, match=r"computed twice"):
+            read.semdedup.against(ddf, eps=0.05).compute()
+        if change == "order":
+            assert len(ddf.persist().semdedup.pairwise(eps=0.05, cluster_field=None)) == 100
+
+
+@pytest.mark.parametrize("n_clusters", [None, 2])
+@pytest.mark.parametrize("k", [0, 6])
+@pytest.mark.filterwarnings("ignore:k-means is fitted to")
+def test_kept_rows_may_be_optimised_and_then_computed(k: int, n_clusters: int | None) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((300, 64))
+    rows[200:] = rows[:100] + 0.01 * rng.standard_normal((100, 64))
+    ddf = from_pandas(frame_of(rows, text="a"), npartitions=2)
+    with indexed(k):
+        kept = ddf.semdedup.deduplicate(0.05, n_clusters)
+        wanted = kept["id"].compute().tolist()
+        assert kept.optimize()["id"].compute().tolist() == wanted
+        assert [row.id for row in kept.itertuples()] == wanted
+        assert kept.optimize().partitions[0]["id"].compute().tolist() == wanted[: len(kept.partitions[0])]
 
 
 # --- Results that are saved ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -243,7 +244,8 @@ def _cast(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
 def restore(table: pa.Table, stored: pa.Schema) -> pa.Table:
     """Return a table whose columns have the types that they had in the files, and with the files' metadata.
 
-    Columns whose types are not what `in_frames` makes of those in the files were made later, and stay as they are.
+    Columns whose types are not what `in_frames` makes of those in the files were made later, and stay as they are. If
+    no column comes from files, the metadata of pandas is that of the table.
     """
     fields, columns = [], []
     for field, column in zip(table.schema, table.columns, strict=True):
@@ -253,26 +255,45 @@ def restore(table: pa.Table, stored: pa.Schema) -> pa.Table:
             column = column if column.type == field.type else _cast(column, field.type)
         fields.append(field)
         columns.append(column)
-    return pa.table(columns, schema=pa.schema(fields, _metadata(stored.metadata, table.column_names)))
+    names = table.column_names
+    own = None if len(stored) else _metadata(table.schema.metadata or {}, names, _is_needed)
+    metadata = _metadata({**(own or {}), **(stored.metadata or {})}, names)
+    return pa.table(columns, schema=pa.schema(fields, metadata))
 
 
-def _metadata(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) -> dict[bytes, bytes] | None:
-    """Return a schema's metadata for these columns. The metadata of pandas names columns and an index itself."""
-    if not metadata or b"pandas" not in metadata:
-        return None if metadata is None else dict(metadata)
+def _metadata(
+    metadata: Mapping[bytes, bytes], columns: Sequence[str], wanted: Callable[[str], bool] = bool
+) -> dict[bytes, bytes] | None:
+    """Return a schema's metadata for these columns. The metadata of pandas names columns and an index itself.
+
+    Of its notes on columns those are left that name a `wanted` dtype.
+    """
+    if b"pandas" not in metadata:
+        return dict(metadata) or None
     try:
         notes = json.loads(metadata[b"pandas"])
         notes["index_columns"] = [name for name in notes["index_columns"] if name in columns]
-        notes["columns"] = [note for note in notes["columns"] if _is_readable(note, columns)]
+        notes["columns"] = [
+            note for note in notes["columns"] if _is_readable(note, columns) and wanted(note["numpy_type"])
+        ]
     except (ValueError, KeyError, TypeError):
         return {key: value for key, value in metadata.items() if key != b"pandas"}
     return {**metadata, b"pandas": json.dumps(notes).encode()}
 
 
+def _is_needed(dtype: str) -> bool:
+    """Return whether pandas needs a note to read a column as it was before Dask made Arrow's strings and dates of it."""
+    # Without a note it makes floats of integers with nulls.
+    return dtype != "string" and ("int" in dtype or not dtype.endswith("[pyarrow]"))
+
+
 def _is_readable(note: Mapping[str, Any], columns: Iterable[str]) -> bool:
     """Return whether pandas' note is on one of the columns, and names a dtype that pandas can parse."""
-    is_nested = str(note["numpy_type"]).startswith(("list<", "large_list<", "fixed_size_list<", "struct<", "map<"))
-    return note["field_name"] in columns and not is_nested
+    try:
+        pd.api.types.pandas_dtype(note["numpy_type"])
+    except (TypeError, NotImplementedError):
+        return False
+    return note["field_name"] in columns
 
 
 def refuse(problems: Mapping[str, str], columns: Iterable[str], advice: str) -> None:

@@ -249,8 +249,7 @@ def _write_rows(rows: Any, file: Any, stored: pa.Schema | None) -> None:
     if is_cudf(rows):
         rows.to_parquet(file, index=False)
     else:
-        # Without the metadata of pandas, which cannot parse what it says there about columns of lists.
-        write_table(pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None), file, stored)
+        write_table(pa.Table.from_pandas(rows, preserve_index=False), file, stored)
 
 
 def finished_parts(folder: str, storage_options: Mapping[str, Any]) -> dict[int, int]:

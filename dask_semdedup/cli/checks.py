@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dask_semdedup.cli.steps import is_output_of_run
-from dask_semdedup.errors import ClusterError, EmbeddingError, InvalidArgumentError
+from dask_semdedup.errors import ClusterError, DataNotFoundError, EmbeddingError, InvalidArgumentError
 from dask_semdedup.frames.backend import is_string
 from dask_semdedup.io.jsonlines import JSON_SUFFIXES
 from dask_semdedup.lazy.sources import readers_of
@@ -50,7 +50,7 @@ def refuse_strings(ddf: dd.DataFrame, embedding_field: str, path: str) -> None:
 
 @contextmanager
 def clusters_needed() -> Iterator[None]:
-    """Replace the advice of the error that there is no column of clusters."""
+    """Give errors that there are no clusters advice for a shell."""
     from dask_semdedup.lazy.alignment import CLUSTER_ADVICE
 
     try:
@@ -63,4 +63,8 @@ def clusters_needed() -> Iterator[None]:
             f"{found}For embeddings without clusters use 'dask-semdedup run'. If a column of another name holds "
             "clusters, pass --cluster-field.",
             columns=error.columns,
+        ) from error
+    except DataNotFoundError as error:
+        raise DataNotFoundError(
+            f"{error} INPUT must hold clusters in Parquet files. 'dask-semdedup run' reads embeddings without clusters."
         ) from error

@@ -74,6 +74,8 @@ def connect(scheduler: str | None, workers: int | None, paths: Iterable[str | No
             yield None
         return
     _refuse_memory(paths, "--workers" if scheduler is None else "--scheduler")
+    # Nobody at a shell can change the graph.
+    warnings.filterwarnings("ignore", "Sending large graph")
     from distributed import Security
 
     import dask_semdedup

@@ -115,9 +115,9 @@ def command(
     refuse_contradictions(ctx)
     refuse_memory_output(output_path)
     refuse_run(input_path, storage_options, "clusters, which a run with --n-clusters writes")
-    fs, files = list_files(input_path, storage_options)
     start = time.perf_counter()
     with clusters_needed():
+        fs, files = list_files(input_path, storage_options)
         embeddings = read_listed(fs, files, cluster_field=cluster_field, backend=backend, partition_size=partition_size)
     refuse_strings(embeddings, search_options["embedding_field"], input_path)
     scores = embeddings.semdedup.pairwise(

@@ -55,7 +55,7 @@ def check_plain_dtype(meta_column: Any, parameter: str) -> None:
     arrow = isinstance(dtype, pd.ArrowDtype) and pa.types.is_nested(dtype.pyarrow_dtype)
     if arrow or type(dtype).__name__ in ("ListDtype", "StructDtype"):
         raise InvalidArgumentError(
-            f"{parameter} may not be {meta_column.name!r}, a column of dtype {dtype}. Name one of integers or strings.",
+            f"Column {meta_column.name!r} has dtype {dtype}, and {parameter} must name one of integers or strings.",
             parameters=[parameter],
             columns=[meta_column.name],
         )

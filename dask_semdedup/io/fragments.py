@@ -125,10 +125,9 @@ class FileStats(NamedTuple):
 
 def unreadable(path: str, error: Exception) -> DataReadError:
     """Return the error for a file that cannot be read."""
-    return DataReadError(
-        f"Cannot read {path} as Parquet: {str(error).rstrip('.')}. Write the file again if it is truncated or damaged. "
-        "Files of other formats than Parquet and JSON lines must be converted, or moved elsewhere."
-    )
+    if isinstance(error, OSError) and error.strerror:
+        return DataReadError(f"Cannot read {path}: {error.strerror}.")
+    return DataReadError(f"Cannot read {path} as Parquet (truncated, damaged, or of another format?): {error}")
 
 
 def read_fragment(

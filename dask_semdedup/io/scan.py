@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import accumulate, pairwise, repeat
 from typing import Any, NamedTuple
 
@@ -223,7 +225,10 @@ class _Shapes:
                 for file in stats
             ]
         unordered = unified.unordered.union(*(file.unordered for file in stats))
+        # Workers lose names within fixed-size lists. All write the same files if threads lose them, too.
         schema = without_order(unified.schema, unordered)
+        with suppress(ValueError):  # What cannot be sent is refused when it is read.
+            schema = pickle.loads(pickle.dumps(schema))
         types = {field.name: field.type for field in schema}
         odd = {shape.number for shape in shapes if {field.name: field.type for field in shape.schema} != types}
         return Scan(

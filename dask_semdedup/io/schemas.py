@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -282,7 +282,7 @@ def _metadata(
 
 
 def _is_needed(dtype: str) -> bool:
-    """Return whether pandas needs a note to read a column as it was before Dask made Arrow's strings and dates of it."""
+    """Return whether pandas needs a note to read a column as it was before Dask made an Arrow type of it."""
     # Without a note it makes floats of integers with nulls.
     return dtype != "string" and ("int" in dtype or not dtype.endswith("[pyarrow]"))
 

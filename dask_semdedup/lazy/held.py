@@ -109,10 +109,12 @@ def check_held(scores: Any, eps: Iterable[float]) -> None:
     if known is None or not (lacking := [value for value in eps if not known.holds(value)]):
         return
     if known.duplicate_of == "kept":
-        what, advice = f"Scores of duplicate_of='kept' hold for eps = {known.eps} only", "at that eps"
+        what = f"Scores of duplicate_of='kept' hold for eps = {known.eps} only"
+        advice = "Pass that eps, or search with duplicate_of='any', whose scores hold for all smaller eps."
     else:
-        what, advice = f"These scores hold duplicates only up to eps = {known.eps}", "with a larger eps"
-    raise InvalidArgumentError(f"{what}, not at {some(lacking)}. Search again {advice}.", parameters=["eps"])
+        what = f"These scores hold duplicates only up to eps = {known.eps}"
+        advice = "Search again with a larger eps."
+    raise InvalidArgumentError(f"{what}, not at {some(lacking)}. {advice}", parameters=["eps"])
 
 
 def with_note(schema: pa.Schema, ddf: dd.DataFrame) -> pa.Schema:

@@ -31,21 +31,21 @@ from dask_semdedup.lazy.planning import CUDF_ELEMENTS
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
 from dask_semdedup.lazy.sources import by_itself, bytes_in_footers, chains_of
+from dask_semdedup.steps.duplicates import threshold
 from dask_semdedup.steps.join import (
     Sketched,
-    copies_of,
     find_involved,
     find_near_pairs,
     join_meta,
+    mean_of_all,
     pairs_of_bin,
     places_of,
     score_rows,
     score_rows_against,
     sketch_partition,
+    summary_of,
     take_involved,
-    total_of_part,
 )
-from dask_semdedup.steps.mean import mean_of
 from dask_semdedup.steps.ranking import RankingStrategy
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ LEAST_BLOCK = 1 << 24
 COPIES = 2
 """Times that rows which one task searches are in memory: as read, and in rank order."""
 
-COPIES_OF_SKETCHES, VISIT_BYTES = 3, 12
+COPIES_OF_SKETCHES, VISIT_BYTES = 2, 12
 """Times that the float32 sketches of a part are in memory while they are made, and bytes of a visit then."""
 
 GPU_COPIES = 3
@@ -197,9 +197,12 @@ class Plan:
         """About how long two cores, or a GPU, will take at most, apart from reading; None where that is not known."""
         if self.index is not None:
             return self.index.seconds
-        from dask_semdedup.search.index import seconds_without
+        from dask_semdedup.search.index import seconds_at_once
 
-        return seconds_without(self.pairs, self.width, self.device) if self.width else None
+        if not self.width:
+            return None
+        at_least = 0.0 if self.eps is None else float(threshold(self.eps))
+        return seconds_at_once(self.pairs, self.width, self.device, at_least)
 
     def __repr__(self) -> str:
         lines = [("rows", f"{self.rows:,} x {self.width}" if self.width else f"{self.rows:,}")]
@@ -439,17 +442,19 @@ class _Compared(Searched, Expr):
             # Those of a GPU are made again in less time than it takes to read them.
             sketch = sketch_partition if plan.device == "cuda" else saving(name, sketch_partition)
             sketched.append(read("sketch", p, sketch, p, names, self.options, index, plan.device, **options))
+        # Before the first comparison: later, all sketches would have to come back from where they were moved to.
+        summaries = [add("summary", p, summary_of, ref) for p, ref in enumerate(sketched)]
+        new = {b: [summaries[number] for number in block] for b, block in enumerate(plan.blocks)}
         blocks = [TaskList(*(sketched[number] for number in block)) for block in plan.blocks]
         links: list[TaskRef] = []
         for t, (i, j, share) in enumerate(plan.comparisons()):
             if (name := f"compare-{t}") in saved:
                 links.append(add("compare", t, _load_links, results, name))
                 continue
-            waits = {"after": links[t - plan.at_once]} if 0 < plan.at_once <= t else {}
-            compared = blocks[i], None if i == j else blocks[j], share
-            links.append(add("compare", t, saving(name, find_near_pairs), *compared, index, plan.device, **waits))
-        copies = [add("copies", p, copies_of, ref) for p, ref in enumerate(sketched)]
-        involved = add("involved", 0, find_involved, TaskList(*links), TaskList(*copies), plan.bins)
+            after = [*new.pop(i, ()), *new.pop(j, ()), *(links[t - plan.at_once :][:1] if plan.at_once <= t else ())]
+            compared = blocks[i], None if i == j else blocks[j], share, index, plan.device
+            links.append(add("compare", t, saving(name, find_near_pairs), *compared, TaskList(*after)))
+        involved = add("involved", 0, find_involved, TaskList(*links), TaskList(*summaries), plan.bins)
         places = [add("places", p, places_of, involved, p) for p in range(len(sources))]
         taken = [
             read("take", p, take_involved, ref, names)
@@ -457,13 +462,13 @@ class _Compared(Searched, Expr):
         ]
         rows = [[add(f"rows-{b}", p, getitem, ref, b) for p, ref in enumerate(taken)] for b in range(plan.bins)]
         pairs = [add("pairs", b, pairs_of_bin, involved, b) for b in range(plan.bins)]
-        return _Rows(sketched, rows, pairs)
+        return _Rows(summaries, rows, pairs)
 
 
 class _Rows(NamedTuple):
-    """Results of tasks: sketches by partition, involved rows by bin and partition, and their pairs by bin."""
+    """Results of tasks: what is known of partitions, involved rows by bin and partition, and their pairs by bin."""
 
-    sketched: list[TaskRef]
+    summaries: list[TaskRef]
     rows: list[list[TaskRef]]
     pairs: list[TaskRef]
 
@@ -508,8 +513,7 @@ class CompleteScores(_Compared):
         found = self._involved(graph, [self.frame], [self.fields], with_total=self.by_mean)
         mean = None
         if self.by_mean:
-            totals = [add("total", p, total_of_part, ref) for p, ref in enumerate(found.sketched)]
-            mean = add("mean", 0, mean_of, TaskList(*totals))
+            mean = add("mean", 0, mean_of_all, TaskList(*found.summaries))
         for b, (rows, pairs) in enumerate(zip(found.rows, found.pairs, strict=True)):
             add("", b, score_rows, TaskList(*rows), pairs, *last, mean, by_mean=self.by_mean)
         return graph

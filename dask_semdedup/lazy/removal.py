@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from dask.dataframe.api import new_collection
 
-from dask_semdedup._dask import BackendData, FromPandas
+from dask_semdedup._dask import AnyExpr, BackendData, FromPandas, Projection
 from dask_semdedup._validate import type_name
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.backend import check_plain_dtype, is_cudf, to_list
@@ -74,6 +74,7 @@ def check_ids(ids: dd.Series) -> None:
     IdError
         With a few of the ids.
     """
+    check_plain_dtype(ids._meta, "id_field")
     meta = hash_column(ids._meta)
     missing, hashes = compute(ids.isna().sum(), ids.dropna().map_partitions(hash_column, meta=meta))
     if missing:
@@ -106,6 +107,15 @@ def _check_id_column(frame: Any, name: str, parameter: str, what: str) -> None:
 
 def _to_dask(duplicates: Any) -> dd.DataFrame:
     if isinstance(duplicates, dd.DataFrame):
+        expr: AnyExpr = duplicates.expr
+        while isinstance(expr, Projection):
+            expr = expr.frame
+        if isinstance(expr, RowsKept):
+            raise InvalidArgumentError(
+                "duplicates are the rows that `deduplicate` or `remove` keeps. Pass the rows to drop, such as the "
+                "scores of `pairwise` or `against`.",
+                parameters=["duplicates"],
+            )
         return duplicates
     if not isinstance(duplicates, pd.DataFrame) and not (is_cudf(duplicates) and hasattr(duplicates, "columns")):
         raise InvalidArgumentError(

@@ -11,7 +11,7 @@ import pandas as pd
 from dask.dataframe.api import new_collection
 
 from dask_semdedup._validate import type_name
-from dask_semdedup.errors import ClusterError, InvalidArgumentError
+from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
 from dask_semdedup.lazy.embed import warn_of_passes
@@ -194,6 +194,12 @@ def count_rows(ddf: dd.DataFrame, columns: Columns) -> pd.Series:
 
 def check_rows(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:
     """Raise unless a frame has ids and embeddings, with suitable dtypes."""
+    if columns.id not in ddf.columns and columns.id == ddf.index.name:
+        raise MissingColumnsError(
+            f"{columns.id!r} is the index of the frame, not a column. Make it one with ddf.reset_index().",
+            parameters=["id_field"],
+            columns=[columns.id],
+        )
     columns.require(unique_columns(ddf), "id", "embedding")
     columns.check_dtypes(ddf._meta, "id", "embedding", embedding_dim=options.embedding_dim)
     refuse_lacking(ddf, [columns.id, columns.embedding])

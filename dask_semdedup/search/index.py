@@ -13,7 +13,7 @@ from dask_semdedup.search import ieee_products
 from dask_semdedup.search.cells import Cells, fit_cells, reach_of
 from dask_semdedup.search.sketch import LEAST, SCALE, SIZES, Costs, Sketcher, fit_axes, sketcher, unit_rows
 
-__all__ = ["Index", "fit_index", "is_worth_a_look", "n_cells", "sample_rows", "seconds_without"]
+__all__ = ["Index", "fit_index", "is_worth_a_look", "n_cells", "sample_rows", "seconds_at_once"]
 
 LEAST_ROWS, LEAST_ROWS_ON_GPU = 16_384, 1 << 21
 """Pairs of fewer rows are compared at once: to look at a sample would take as long."""
@@ -170,17 +170,18 @@ def fit_index(
         index = min((one.index(k) for k in sorted(numbers - {0})), key=lambda index: index.seconds)
         best = min(trials, key=lambda trial: trial.seconds(index.pairs, len(index.cells), index.visits))
         index = index if best is one else best.index(len(index.cells))
-    sketched = 1e-12 * work.pairs * (costs.pair + SIZES[1] * costs.pair_value)
-    together = min(seconds_without(work.pairs, width, sample.device.type), sketched)
+    together = seconds_at_once(work.pairs, width, sample.device.type, at_least)
     read_again = 1e-12 * (pace.again + work.rows * width * pace.again_value)
     pays = not at_once or index.seconds + read_again < together
     return index.to(torch.device("cpu")) if pays else None
 
 
-def seconds_without(pairs: float, width: int, device: str) -> float:
-    """Return about how long two cores, or a GPU, take to multiply so many pairs of rows of a width."""
+def seconds_at_once(pairs: float, width: int, device: str, at_least: float) -> float:
+    """Return about how long two cores, or a GPU, take to compare so many pairs of rows of a width without an index."""
     costs = _costs_of(device)
-    return 1e-12 * pairs * (costs.exact_pair + width * costs.exact_value)
+    exact = 1e-12 * pairs * (costs.exact_pair + width * costs.exact_value)
+    sketched = 1e-12 * pairs * (costs.pair + SIZES[1] * costs.pair_value)
+    return exact if at_least < LEAST else min(exact, sketched)
 
 
 def _costs_of(device: str) -> Costs:

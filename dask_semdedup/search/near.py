@@ -140,31 +140,35 @@ def _sketched(first: int, rows: torch.Tensor, index: Index, where: torch.device)
     is_copy = original != torch.arange(len(rows), device=rows.device)
     places = (~is_copy & ~unit.is_zero).nonzero().flatten()
     copies = (is_copy & ~unit.is_zero).nonzero().flatten()
-    sizes = index.sketcher.size, index.longer.size
-    exact = [torch.empty(len(places), size, device=rows.device) for size in sizes]
+    n, device = len(places), rows.device
+    short = torch.empty(n, index.sketcher.size, device=device)
+    coordinates = torch.empty(n, index.longer.size - 1, dtype=torch.float16, device=device)
+    left, residual = torch.empty(2, n, 2, device=device)
     with ieee_products:
+        # Longer sketches are never all there in float32.
         for chunk in certify.pieces(places, 4 * rows.shape[1] if rows.is_cuda else 128):
             which = places[chunk]
             unit_rows = unit.rows[which] * unit.inverse_norm[which, None]
-            for sketches, made_by in zip(exact, (index.sketcher, index.longer), strict=True):
-                sketches[chunk] = made_by.sketches(unit_rows)
+            short[chunk], longer = (made_by.sketches(unit_rows) for made_by in (index.sketcher, index.longer))
+            coordinates[chunk] = longer[:, :-1]
+            # The coordinates that both have were computed apart, and may differ in their last bits.
+            for kind, exact in enumerate((short[chunk], longer)):
+                lost = coordinates[chunk, : exact.shape[1] - 1].float() - exact[:, :-1]
+                left[chunk, kind] = exact[:, -1]
+                residual[chunk, kind] = torch.linalg.vector_norm(lost, dim=1) * (1 + 2.0**-16)
         if rows.is_cuda:
-            cell, visits = index.cells.nearest(exact[0]), None
+            cell, visits = index.cells.nearest(short), None
             order = torch.argsort(cell, stable=True)
         else:
-            found = index.cells.visits(exact[0])
+            found = index.cells.visits(short)
             order = torch.from_numpy(np.argsort(found.cell, kind="stable"))
             cell, visits = torch.from_numpy(found.cell), _in_order(found, order.numpy(), len(index.cells))
     members = torch.bincount(cell, minlength=len(index.cells)).cumsum(0)
-    # The coordinates that both have were computed apart, and may differ in their last bits.
-    coordinates = exact[1][order, :-1].half()
-    ordered = [sketches[order] for sketches in exact]
-    lost = [coordinates[:, : size - 1].float() - each[:, :-1] for size, each in zip(sizes, ordered, strict=True)]
     return Part(
         first,
-        _kept(coordinates, where),
-        _kept(torch.stack([each[:, -1] for each in ordered], dim=1), where),
-        _kept(torch.stack([torch.linalg.vector_norm(each, dim=1) * (1 + 2.0**-16) for each in lost], dim=1), where),
+        _kept(coordinates[order], where),
+        _kept(left[order], where),
+        _kept(residual[order], where),
         _kept(places[order], where),
         np.concatenate([[0], _host(members)]),
         visits,

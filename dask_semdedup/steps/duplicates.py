@@ -140,8 +140,9 @@ def without_first_rows(duplicates: Any) -> Any:
     repeated = duplicates["id"][is_own & (duplicates[SCORE_COLUMN] != 0)]
     if len(repeated):
         raise IdError(
-            f"{counted(len(repeated), 'duplicate')}: another row with the same id is preferred (ids "
-            f"{some(to_list(repeated))}). Ids must not repeat. Give every row an id of its own.",
+            f"Ids repeat: {counted(len(repeated), 'row')} would be dropped for another row of the same id (ids "
+            f"{some(to_list(repeated))}). Give every row an id of its own. If these are scores of `against`, pass "
+            "their ids alone: scores[['id']].",
             columns=["id"],
         )
     return duplicates[~is_own]

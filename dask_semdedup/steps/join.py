@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from dask.dataframe.dispatch import concat
 
 from dask_semdedup.device.devices import check_device, choose_device
@@ -39,17 +40,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Involved",
     "Sketched",
-    "copies_of",
     "find_involved",
     "find_near_pairs",
     "join_meta",
+    "mean_of_all",
     "pairs_of_bin",
     "places_of",
     "score_rows",
     "score_rows_against",
     "sketch_partition",
+    "summary_of",
     "take_involved",
-    "total_of_part",
 ]
 
 
@@ -130,18 +131,38 @@ def sketch_partition(
         rows = _to_tensor(frame, columns, options, device=device)
         parts = sketch_parts(number, rows, index, stays=stays)
         total = total_of(rows, device) if with_total else None
+    # Arrow keeps what tasks have freed, which was up to a gigabyte while sketches were compared.
+    pa.default_memory_pool().release_unused()
     return Sketched(parts, total, len(frame), checksum(frame[columns.id]))
 
 
-def copies_of(sketched: Sketched) -> tuple[np.ndarray, int]:
-    """Return the copies of a partition and the checksum of its ids, for `find_involved`."""
-    return np.concatenate([part.first + part.copies for part in sketched.parts]), sketched.checksum
+@dataclass(frozen=True)
+class Summary:
+    """What is known of a partition besides its sketches.
+
+    Attributes
+    ----------
+    copies : numpy.ndarray
+        (c, 2) int64 copies and what they are copies of, as `Links` names rows.
+    checksum, total, count
+        As of `Sketched`.
+    """
+
+    copies: np.ndarray
+    checksum: int
+    total: np.ndarray | None
+    count: int
 
 
-def total_of_part(sketched: Sketched) -> tuple[np.ndarray, int]:
-    """Return the sum of a partition's unit rows and their number, for `mean_of`."""
-    assert sketched.total is not None
-    return sketched.total, sketched.count
+def summary_of(sketched: Sketched) -> Summary:
+    """Return what is known of a partition besides its sketches."""
+    copies = np.concatenate([part.first + part.copies for part in sketched.parts])
+    return Summary(copies, sketched.checksum, sketched.total, sketched.count)
+
+
+def mean_of_all(summaries: Sequence[Summary]) -> np.ndarray | None:
+    """Return the mean of all unit rows: see `mean_of`."""
+    return mean_of([(one.total, one.count) for one in summaries if one.total is not None])
 
 
 def find_near_pairs(
@@ -150,11 +171,11 @@ def find_near_pairs(
     cells: slice,
     index: Index,
     device: str,
-    after: Links | None = None,
+    after: Sequence[Any] = (),
 ) -> Links:
     """Return the pairs of rows of some partitions that meet in some cells and may be similar enough.
 
-    Sketches are multiplied on `device`, "cpu" or "cuda". Nothing is done with `after`: it lets a task wait for another.
+    Sketches are multiplied on `device`, "cpu" or "cuda". Nothing is done with `after`: it lets a task wait for others.
     """
     from dask_semdedup.search.near import near_pairs
 
@@ -183,22 +204,21 @@ class Involved:
     bundles: list[np.ndarray]
 
 
-def find_involved(links: Sequence[Links], known: Sequence[tuple[np.ndarray, int]], n_bins: int) -> Involved:
+def find_involved(links: Sequence[Links], summaries: Sequence[Summary], n_bins: int) -> Involved:
     """Return the rows that are in a pair, by partition.
 
     Parameters
     ----------
     links : sequence of Links
         From all comparisons.
-    known : sequence of tuple
-        For each partition, (c, 2) int64 copies and what they are copies of, as `Links` names rows; and the checksum of
-        its ids.
+    summaries : sequence of Summary
+        Of all partitions.
     n_bins : int
         Number of bins.
     """
     from dask_semdedup.search.near import components
 
-    copies, checksums = zip(*known, strict=True)
+    copies = [one.copies for one in summaries]
     pairs = np.concatenate([np.empty((0, 2), np.int64), *(found.pairs for found in links)])
     bundles = np.concatenate([np.empty((0, 2), np.int64), *(found.bundles for found in links), *copies])
     keys, position = np.unique(np.concatenate([pairs, bundles]), return_inverse=True)
@@ -220,7 +240,7 @@ def find_involved(links: Sequence[Links], known: Sequence[tuple[np.ndarray, int]
     bins = in_bin[position[:, 0]]
     return Involved(
         places,
-        checksums,
+        [one.checksum for one in summaries],
         [of_pairs[bins[: len(pairs)] == number] for number in range(n_bins)],
         [of_bundles[bins[len(pairs) :] == number] for number in range(n_bins)],
     )

@@ -28,8 +28,8 @@ def ids_to_remove(frame: Any, name: str, *, are_scores: bool, flag: str | None, 
         if not is_chosen and (count := len(frame) - len(duplicates)):
             first = some(to_list(frame[name][are_equal(frame["id"], frame["max_id"])]))
             raise InvalidArgumentError(
-                f"{have(count, 'row')} no preferred row to be a duplicate of (ids {first}): these are scores of all "
-                "rows. Pass the eps at which rows are duplicates, as remove(..., eps=...).",
+                f"These are scores of all rows, not of duplicates alone: {have(count, 'row')} no preferred row "
+                f"(ids {first}). Pass the eps at which rows are duplicates, as remove(..., eps=...).",
                 parameters=["eps"],
             )
         frame = duplicates

@@ -135,7 +135,7 @@ def test_a_filter_tells_nothing_of_kept_rows(ddf: dd.DataFrame) -> None:
     kept = ddf.semdedup.pairwise(eps=0.1, duplicate_of="kept", cluster_field=None, **BY_ID)
     narrow = kept[kept.cosine_sim_score >= 0.99]
     assert held(narrow) == held(kept) == Held(0.1, "kept", len(ddf))
-    with pytest.raises(InvalidArgumentError, match=r"hold for eps = 0.1 only, not at 0.01. Search again at that eps"):
+    with pytest.raises(InvalidArgumentError, match=r"hold for eps = 0.1 only, not at 0.01. Pass that eps"):
         narrow.semdedup.duplicates(0.01)
     with pytest.raises(InvalidArgumentError, match=r"hold for eps = 0.1 only"):
         plots.duplicates_curve(kept)

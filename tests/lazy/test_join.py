@@ -439,7 +439,7 @@ def test_the_plan_is_near_what_is_done(files: tuple[Path, pd.DataFrame]) -> None
     with patch("dask_semdedup.search.index.LEAST_ROWS", 0):
         together = ddf.semdedup.plan(eps=0.5)
     assert together.index is None
-    assert together.seconds == pytest.approx(together.pairs * (COSTS.exact_pair + 96 * COSTS.exact_value) / 1e12)
+    assert together.seconds == pytest.approx(together.pairs * (COSTS.pair + 64 * COSTS.pair_value) / 1e12)
     assert "s, plus reading the rows\n" in repr(together)
 
 

@@ -519,6 +519,9 @@ def test_a_summary_for_programs(finished: Path, tmp_path: Path, invoke: Callable
 def test_processes_write_the_bytes_that_threads_write(
     source: Path, tmp_path: Path, invoke: Callable[..., Result], way: list[object]
 ) -> None:
+    rows = table()
+    sized = pa.FixedSizeListArray.from_arrays(rows["embeddings"].combine_chunks().flatten(), 8)
+    pq.write_table(rows.append_column("sized", sized), source, row_group_size=50)
     written = []
     for where in (["--workers", 2], []):
         result = invoke(source, "--quiet", "--overwrite", "--partition-size", "4kB", *where, *way)

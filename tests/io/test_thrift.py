@@ -622,7 +622,7 @@ class TestDamage:
         path = write_files(tmp_path / "in", many_shapes())
         fs, files = list_files(path)
         (path / "07.parquet").unlink()
-        with pytest.raises(DataReadError, match=r"Cannot read .*07.parquet No such file"):
+        with pytest.raises(DataReadError, match=r"Cannot read .*07.parquet: No such file"):
             scan_files(fs, files, ["id"])
 
     def test_a_file_replaced_since_the_listing_is_read_anew(self, tmp_path: Path) -> None:

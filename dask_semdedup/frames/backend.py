@@ -26,6 +26,7 @@ __all__ = [
     "is_string",
     "positions_like",
     "published",
+    "release_unused",
     "shares_memory",
     "take",
     "tensor_like",
@@ -173,6 +174,11 @@ def to_host(frame: Any) -> pd.DataFrame:
 
 def _has_integer_nulls(frame: Any) -> bool:
     return any(frame[name].null_count for name in frame.columns if frame[name].dtype.kind in "iub")
+
+
+def release_unused() -> None:
+    """Give back the memory that Arrow keeps after rows are gone: of a process that has read much, up to a gigabyte."""
+    pa.default_memory_pool().release_unused()
 
 
 def is_cudf(frame: Any) -> bool:

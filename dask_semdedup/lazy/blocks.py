@@ -24,6 +24,7 @@ from dask.typing import Key
 
 from dask_semdedup._dask import DataNode, Expr, OwnExpr, Task, TaskList, TaskRef
 from dask_semdedup.device.sharing import workers_of
+from dask_semdedup.frames.backend import release_unused
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.io.reader import Reader
@@ -144,7 +145,9 @@ class Files(NamedTuple):
 def rank_files(files: Files, columns: Columns, ranking: RankingStrategy) -> Ranked:
     """Read a partition without its embeddings, and rank its rows."""
     names = [name for name in files.reading if name != columns.embedding]
-    return rank_rows(files.reader.read(files.fragments, names), columns, ranking)
+    ranked = rank_rows(files.reader.read(files.fragments, names), columns, ranking)
+    release_unused()
+    return ranked
 
 
 def score_block_of_files(
@@ -154,6 +157,7 @@ def score_block_of_files(
     start = time.perf_counter()
     read, blocks = _in_blocks(files, ranked, count, columns)
     answers = score_block(read, ranked, blocks[number], blocks, columns, options)
+    release_unused()
     if verbose:
         seconds = time.perf_counter() - start
         logger.info("pairwise: block %d of %d, %d rows, took %.3f s", number + 1, count, len(answers.ranks), seconds)

@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from dask.dataframe.dispatch import concat
 
 from dask_semdedup.device.devices import check_device, choose_device
@@ -21,7 +20,16 @@ from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.queues import ONE_CORE, cores_for, gpu_turn
 from dask_semdedup.device.streams import reading_stream, search_stream
 from dask_semdedup.errors import DataReadError
-from dask_semdedup.frames.backend import array_like, device_of, is_cudf, positions_like, take, tensor_like, to_numpy
+from dask_semdedup.frames.backend import (
+    array_like,
+    device_of,
+    is_cudf,
+    positions_like,
+    release_unused,
+    take,
+    tensor_like,
+    to_numpy,
+)
 from dask_semdedup.frames.columns import Columns, SearchOptions
 from dask_semdedup.frames.embeddings import gather_rows, to_tensor
 from dask_semdedup.frames.hashing import checksum
@@ -131,8 +139,7 @@ def sketch_partition(
         rows = _to_tensor(frame, columns, options, device=device)
         parts = sketch_parts(number, rows, index, stays=stays)
         total = total_of(rows, device) if with_total else None
-    # Arrow keeps what tasks have freed, which was up to a gigabyte while sketches were compared.
-    pa.default_memory_pool().release_unused()
+    release_unused()
     return Sketched(parts, total, len(frame), checksum(frame[columns.id]))
 
 
@@ -304,6 +311,7 @@ def score_rows(
         out.
     """
     check_device(options.device)
+    release_unused()
     if is_cudf(frames[0]):
         share_memory_pool()
     # Embeddings stay apart: those of many rows are more than a list column of cuDF can hold.

@@ -28,7 +28,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_demo_drops_digits_and_draws_them(demo, tmp_path: Path) -> None:
-    assert "of 1,797 rows" in demo(tmp_path)
+    assert "of 1,797 scores" in demo(tmp_path)
     kept, dropped = (pd.read_parquet(tmp_path / "out" / step) for step in ("deduplicated", "duplicates"))
     assert len(kept) + len(dropped) == 1797
     assert set(dropped["max_id"]) <= set(kept["id"])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +11,7 @@ import fsspec
 import numpy as np
 
 from dask_semdedup.errors import DataReadError
-from dask_semdedup.io.listing import is_local
-from dask_semdedup.io.write import writing
+from dask_semdedup.io.write import whole_file, writing
 
 __all__ = ["Results"]
 
@@ -60,22 +56,8 @@ class Results:
         final = f"{root}/{name}{SUFFIX}"
         with writing(final):
             fs.makedirs(root, exist_ok=True)
-            if not is_local(fs):
-                # An object appears when all of it is there.
-                with fs.open(final, "wb") as file:
-                    np.savez(file, **arrays)  # type: ignore[arg-type]  # One of the names could be that of an option.
-                return
-            temporary = f"{final}.{uuid.uuid4().hex}.tmp"
-            try:
-                with open(temporary, "wb") as file:
-                    np.savez(file, **arrays)  # type: ignore[arg-type]
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, final)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-                raise
+        with whole_file(fs, final, final) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # One of the names could be that of an option.
 
     def load(self, name: str) -> dict[str, np.ndarray]:
         """Return the arrays of a result.

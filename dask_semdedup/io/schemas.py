@@ -291,7 +291,7 @@ def _is_readable(note: Mapping[str, Any], columns: Iterable[str]) -> bool:
     """Return whether pandas' note is on one of the columns, and names a dtype that pandas can parse."""
     try:
         pd.api.types.pandas_dtype(note["numpy_type"])
-    except (TypeError, NotImplementedError):
+    except (TypeError, NotImplementedError):  # pandas raises the latter for Arrow types with parameters.
         return False
     return note["field_name"] in columns
 

@@ -25,7 +25,16 @@ from dask_semdedup.io.listing import THREADS, is_local
 from dask_semdedup.io.schemas import restore
 from dask_semdedup.io.targets import Contents
 
-__all__ = ["PARTS", "finished_parts", "write_cluster", "write_clusters", "write_part", "write_table", "writing"]
+__all__ = [
+    "PARTS",
+    "finished_parts",
+    "whole_file",
+    "write_cluster",
+    "write_clusters",
+    "write_part",
+    "write_table",
+    "writing",
+]
 
 # Bytes of a row group: large enough to be read fast, small enough to be read one at a time.
 ROW_GROUP_BYTES = 1 << 26
@@ -218,26 +227,35 @@ def write_part(
     A part with its final name is complete and on disk, so a later run can rely on it.
     """
     fs, root = fsspec.url_to_fs(folder, **storage_options)
-    final = f"{root}/{part_name(number)}"
-    if not is_local(fs):
-        # An object appears when all of it is there.
-        with writing(final), fs.open(final, "wb") as file:
-            _write_rows(rows, file, stored)
-        return pd.DataFrame({"rows": [len(rows)]})
     # Beside the folder: it may get another name, and late writers of a run that was killed must leave nothing in it.
-    temporary = f"{root}.{part_name(number)}.{uuid.uuid4().hex}.tmp"
-    try:
-        with writing(final):
+    with whole_file(fs, f"{root}/{part_name(number)}", f"{root}.{part_name(number)}") as file:
+        _write_rows(rows, file, stored)
+    return pd.DataFrame({"rows": [len(rows)]})
+
+
+@contextmanager
+def whole_file(fs: fsspec.AbstractFileSystem, final: str, temporary: str) -> Iterator[Any]:
+    """Open a file to write that has its final name only once it is complete and on disk.
+
+    Until then, a local file has the `temporary` name and a suffix.
+    """
+    with writing(final):
+        if not is_local(fs):
+            # An object appears when all of it is there.
+            with fs.open(final, "wb") as file:
+                yield file
+            return
+        temporary = f"{temporary}.{uuid.uuid4().hex}.tmp"
+        try:
             with open(temporary, "wb") as file:
-                _write_rows(rows, file, stored)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(temporary, final)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    return pd.DataFrame({"rows": [len(rows)]})
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
 
 
 def part_name(number: int) -> str:

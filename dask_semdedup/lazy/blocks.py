@@ -1,7 +1,7 @@
 """Clusters that are too large for the memory of a worker: their scores, by tasks that each hold two blocks of rows.
 
-One task ranks the rows of a partition by their metadata. One for each block finds the answers of its rows: it reads
-that block, and then all others one after the other, so that no block waits in memory for another task.
+One task ranks the rows of a partition by their metadata. One for each block compares it with others: it reads that
+block, and then half of the others one after the other, so that no block waits in memory for another task.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ __all__ = [
     "threads_of_workers",
 ]
 
-# Bytes of a process before it reads any rows: Python with torch, pandas and Dask. Builds of torch for GPUs take more.
-PROCESS_BYTES = (400 if "+cpu" in version("torch") else 700) << 20
+# Bytes of a process between tasks: Python with torch, pandas and Dask. Builds of torch for GPUs take more.
+PROCESS_BYTES = (420 if "+cpu" in version("torch") else 700) << 20
 
 # Share of its memory that a worker may fill. At 95% it is killed.
 FILLED = 0.9
@@ -56,8 +56,8 @@ FILLED = 0.9
 # Times that rows are in memory while they are compared: as read, in rank order, and for the search. 4.4 were measured.
 COPIES = 5
 
-# Times that a block is in memory: three times by itself and beside another one, and what reading and searching take.
-BLOCK_COPIES = 8
+# Times that a block is in memory: by itself, and parts of it beside those of another one, and for their search.
+BLOCK_COPIES = 3
 
 # Bytes of the smallest block, and of the rows that are converted at once.
 LEAST_BLOCK = 1 << 22
@@ -152,20 +152,26 @@ def rank_files(files: Files, columns: Columns, ranking: RankingStrategy) -> Rank
 
 def score_block_of_files(
     files: Files, ranked: Ranked, number: int, count: int, columns: Columns, options: SearchOptions, *, verbose: bool
-) -> BlockScores:
-    """Find the answers of one of the blocks of a partition, and log how long it took."""
+) -> list[BlockScores]:
+    """Compare one of the blocks of a partition with others, and log how long it took."""
     start = time.perf_counter()
     read, blocks = _in_blocks(files, ranked, count, columns)
     answers = score_block(read, ranked, blocks[number], blocks, columns, options)
     release_unused()
     if verbose:
-        seconds = time.perf_counter() - start
-        logger.info("pairwise: block %d of %d, %d rows, took %.3f s", number + 1, count, len(answers.ranks), seconds)
+        block, seconds = blocks[number], time.perf_counter() - start
+        logger.info(
+            "pairwise: block %d of %d, %d rows, took %.3f s", number + 1, count, block.stop - block.start, seconds
+        )
     return answers
 
 
 def find_kept(
-    files: Files, ranked: Ranked, answers: Sequence[BlockScores], columns: Columns, options: SearchOptions
+    files: Files,
+    ranked: Ranked,
+    answers: Sequence[Sequence[BlockScores]],
+    columns: Columns,
+    options: SearchOptions,
 ) -> BlockScores:
     """Find the answers that depend on which rows are kept, given those of all blocks."""
     read, blocks = _in_blocks(files, ranked, len(answers), columns)
@@ -199,11 +205,11 @@ class Blocks(OwnExpr, Expr):
     def _divisions(self) -> tuple[None, ...]:
         return (None,) * (sum(self.counts.values()) + 1)
 
-    def parts(self, partition: int) -> tuple[TaskRef, TaskList]:
-        """Return what refers to the ranks of a partition's rows, and to all answers."""
+    def parts(self, partition: int) -> tuple[TaskRef | TaskList, ...]:
+        """Return what refers to the arguments of `scores_of_blocks` for a partition."""
         kept = [self._key("kept", partition)] if self.options.duplicate_of == "kept" else []
-        answers = [*self._keys[partition], *kept]
-        return TaskRef(self._key("ranks", partition)), TaskList(*map(TaskRef, answers))
+        answers = TaskList(*map(TaskRef, self._keys[partition]))
+        return TaskRef(self._key("ranks", partition)), answers, *map(TaskRef, kept)
 
     def _key(self, stage: str, partition: int) -> Key:
         return f"{stage}-{self._name}", partition

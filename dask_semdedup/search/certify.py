@@ -141,18 +141,26 @@ def _rescale(rows: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def half_copy(unit: UnitRows, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def half_copy(unit: UnitRows, dtype: torch.dtype, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the unit rows rounded to `dtype`, and the norms of their rounding errors.
+
+    Parameters
+    ----------
+    unit : UnitRows
+    dtype : torch.dtype
+    length : int, optional
+        Rows of the copy, by default n: zero rows follow.
 
     Returns
     -------
     half : torch.Tensor
-        (n, d) of `dtype`.
+        (n, d) of `dtype`, or more rows.
     residual : torch.Tensor
         (n,) float32, rounded up.
     """
     rows = unit.rows
-    half = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    half = torch.empty(length or len(rows), unit.width, dtype=dtype, device=rows.device)
+    half[len(rows) :] = 0
     residual = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for chunk in pieces(rows, 4 * unit.width):
         exact = rows[chunk] if unit.is_unit else rows[chunk] * unit.inverse_norm[chunk, None]

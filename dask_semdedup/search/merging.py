@@ -43,23 +43,31 @@ class Answers:
         self.exact = torch.full((len(own),), -math.inf, dtype=torch.float64)
 
     def add(
-        self, scores: torch.Tensor, where: torch.Tensor, exactly: Callable[[torch.Tensor], torch.Tensor] | None
+        self,
+        rows: torch.Tensor,
+        scores: torch.Tensor,
+        where: torch.Tensor,
+        exactly: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
         """Take over the answers that are better, or equal and of an earlier candidate.
 
         Parameters
         ----------
+        rows : torch.Tensor
+            (m,) int64 positions of the rows that these are the answers of, each once.
         scores, where : torch.Tensor
-            (n,) float32 and int64. A row that is its own answer has none.
+            (m,) float32 and int64. A row that is its own answer has none.
         exactly : callable, optional
-            Returns the float64 similarities of some of these answers, given the rows' positions. Without it the scores
+            Returns the float64 similarities of some of these answers, given their positions. Without it the scores
             decide.
         """
         # Others are surely worse, and to multiply them again would take long.
-        may_be_better = (where != self.own) & ((self.exact == -math.inf) | (scores >= self.scores - MARGIN))
-        row = may_be_better.nonzero().flatten()
-        exact = scores[row].double() if exactly is None else exactly(row)
-        held = self.exact[row]
-        is_better = (exact > held) | ((exact == held) & (where[row] < self.where[row]))
-        row, exact = row[is_better], exact[is_better]
-        self.scores[row], self.where[row], self.exact[row] = scores[row], where[row], exact
+        has_none = self.exact[rows] == -math.inf
+        may_be_better = (where != self.own[rows]) & (has_none | (scores >= self.scores[rows] - MARGIN))
+        answer = may_be_better.nonzero().flatten()
+        exact = scores[answer].double() if exactly is None else exactly(answer)
+        held, before = self.exact[rows[answer]], self.where[rows[answer]]
+        is_better = (exact > held) | ((exact == held) & (where[answer] < before))
+        answer, exact = answer[is_better], exact[is_better]
+        row = rows[answer]
+        self.scores[row], self.where[row], self.exact[row] = scores[answer], where[answer], exact

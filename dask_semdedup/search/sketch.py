@@ -44,6 +44,9 @@ MAX_HITS = 4
 FEW = 3
 """A row with at least so many hits in its group is taken to be crowded: it is searched without sketches."""
 
+SHARES_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Bytes of products of rows of the sample at a time."""
+
 ITERATIONS = 2
 """Steps of subspace iteration: the axes need not be exact."""
 
@@ -323,14 +326,23 @@ def _shares(grouped: torch.Tensor, sizes: list[int], at_least: float) -> tuple[t
     """
     cuts = [0, *(size - 1 for size in sizes)]
     blocks = [grouped[..., first:last] for first, last in pairwise(cuts)]
-    product = torch.stack([torch.bmm(block, block.mT) for block in blocks]).cumsum_(dim=0)
-    rest = (1 - product.diagonal(dim1=2, dim2=3)).clamp_(min=0).sqrt_()
+    rest = torch.stack([block.square().sum(dim=2) for block in blocks]).cumsum_(dim=0)
+    rest = (1 - rest).clamp_(min=0).sqrt_()
     rounding = torch.tensor([2.2 * (size / 12) ** 0.5 / SCALE for size in sizes]).to(grouped.device)
-    reached = torch.addcmul(product, rest[..., None], rest[..., None, :]) >= (at_least - rounding)[:, None, None, None]
-    # A row meets itself, too.
-    hits = reached.sum(dim=3) - 1
-    is_rare = hits < FEW
+    least = (at_least - rounding)[:, None, None, None]
     groups, rows, _ = grouped.shape
-    left = ((hits * is_rare).sum(dim=(1, 2)) + 2).double() / (groups * rows * (rows - 1))
-    is_involved = (reached & ~is_rare[..., None, :]).any(dim=3)
-    return left, 1 - is_rare.double().mean(dim=(1, 2)), is_involved.double().mean(dim=(1, 2))
+    # Products of all rows at once would take the memory of many rows.
+    chunks = certify.chunks(rows, 4 * len(sizes) * groups * rows, SHARES_BYTES[grouped.device.type])
+
+    def reached(some: slice, others: slice | torch.Tensor) -> torch.Tensor:
+        product = torch.stack([torch.bmm(block[:, some], block[:, others].mT) for block in blocks]).cumsum_(dim=0)
+        return product.addcmul_(rest[:, :, some, None], rest[:, :, None, others]) >= least
+
+    # A row meets itself, too.
+    hits = torch.cat([reached(chunk, slice(None)).sum(dim=3) for chunk in chunks], dim=2) - 1
+    is_crowded = hits >= FEW
+    left = (hits.masked_fill(is_crowded, 0).sum(dim=(1, 2)) + 2).double() / (groups * rows * (rows - 1))
+    which = is_crowded.any(dim=1).any(dim=0).nonzero().flatten()
+    crowded = is_crowded[:, :, None, which]
+    is_involved = torch.cat([(reached(chunk, which) & crowded).any(dim=3) for chunk in chunks], dim=2)
+    return left, is_crowded.double().mean(dim=(1, 2)), is_involved.double().mean(dim=(1, 2))

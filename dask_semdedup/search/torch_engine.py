@@ -73,7 +73,7 @@ class Coarse:
     Attributes
     ----------
     rows : torch.Tensor
-        (n, d) in the dtype of the products.
+        (n, d) in the dtype of the products; zero rows may follow.
     scale : torch.Tensor or None
         (n,) factors that make the rows unit vectors; None if they are.
     bound : torch.Tensor
@@ -139,7 +139,7 @@ def in_float32(unit: UnitRows) -> Coarse:
 
 def in_half(unit: UnitRows, dtype: torch.dtype) -> Coarse:
     """Return a half-precision copy of the unit rows."""
-    half, residual = certify.half_copy(unit, dtype)
+    half, residual = certify.half_copy(unit, dtype, padded(len(unit.rows)))
     bound = certify.half_bound(residual, residual.max(), unit.width)
     return Coarse(half, None, bound)
 
@@ -227,9 +227,23 @@ _INTEGERS = {
 }
 
 
-def _padded(n: int) -> int:
-    """Return the next multiple of `BLOCK`."""
+def padded(n: int) -> int:
+    """Return the next multiple of `BLOCK`. For each shape of products in few bits, oneDNN compiles a program."""
     return -(-n // BLOCK) * BLOCK
+
+
+def _of_few_lengths(start: int, stop: int, least: int) -> Iterator[slice]:
+    """Cut rows into pieces of 2 or 3 times a power of two, from `BLOCK` on; the last may overlap others, from `least`.
+
+    For each shape of products in few bits, oneDNN compiles a program that stays: half a millisecond, half a megabyte.
+    """
+    while stop - start >= BLOCK:
+        half = 1 << ((stop - start).bit_length() - 2)
+        n = (stop - start) // half * half
+        yield slice(start, start + n)
+        start += n
+    if start < stop:
+        yield slice(max(least, stop - BLOCK), stop)
 
 
 @dataclass(frozen=True)
@@ -290,18 +304,22 @@ class Panels:
         """Yield the panels of `strip`; each is overwritten by the next one."""
         n_rows, n_queries = len(self.product.rows), len(strip.queries)
         run = strip.run()
-        if run is not None:
-            # Lengths are rounded up, as oneDNN compiles a product for each shape; the extra rows are ignored.
-            run = slice(run.start, min(run.start + min(_padded(n_queries), self.strip_size), n_rows))
-        width = n_queries if run is None else run.stop - run.start
+        # Queries are multiplied with more that are ignored: rows after them, or the last one again.
+        width = min(padded(n_queries), self.strip_size)
+        if run is None:
+            more = width - n_queries
+            queries, stops = (torch.cat([some, some[-1:].expand(more)]) for some in (strip.queries, strip.stops))
+        else:
+            run = slice(run.start, min(run.start + width, n_rows))
+            width = run.stop - run.start
         for first in range(strip.start, strip.stop, self.size):
-            end = first + _padded(min(self.size, strip.stop - first))
+            end = first + padded(min(self.size, strip.stop - first))
             scores = self.buffer[: (end - first) * width].view(end - first, width)
-            self._multiply(first, min(end, n_rows), strip.queries if run is None else run, scores)
+            self._multiply(first, min(end, n_rows), queries if run is None else run, scores)
             # Before this row, all rows are candidates of all queries.
             begin = min(max(strip.first_stop(), first), end)
             if run is None:
-                last = self._earlier(torch.arange(begin, end, device=scores.device), strip.stops)
+                last = self._earlier(torch.arange(begin, end, device=scores.device), stops)
             else:
                 last = self.diagonal[max(begin - run.start, 0) : max(end - run.start, 0), :width]
             scores.view(last.dtype)[begin - first :].bitwise_and_(last)
@@ -310,13 +328,15 @@ class Panels:
     def _multiply(self, first: int, stop: int, queries: slice | torch.Tensor, scores: torch.Tensor) -> None:
         """Multiply the candidates from `first` to `stop`, without most pairs whose candidate is not ranked earlier."""
         if not isinstance(queries, slice):
-            self.product.multiply(slice(first, stop), queries, scores[: stop - first])
+            for some in _of_few_lengths(first, stop, first):
+                self.product.multiply(some, queries, scores[some.start - first : some.stop - first])
             return
         cuts = [first, *range(max(first, queries.start) + self.step, min(stop, queries.stop), self.step), stop]
         for begin, end in pairwise(cuts):
             column = max(0, begin - queries.start)
-            out = scores[begin - first : end - first, column:]
-            self.product.multiply(slice(begin, end), slice(queries.start + column, queries.stop), out)
+            for some in _of_few_lengths(begin, end, first):
+                out = scores[some.start - first : some.stop - first, column:]
+                self.product.multiply(some, slice(queries.start + column, queries.stop), out)
 
     def _earlier(self, candidates: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
         """Return integers with all bits set where the candidate is before the query's stop, 0 elsewhere."""

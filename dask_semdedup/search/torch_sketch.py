@@ -49,7 +49,7 @@ class Sketches:
     Attributes
     ----------
     rows : torch.Tensor
-        (n, h) int8, bfloat16 or float32.
+        (n, h) int8, bfloat16 or float32; zero rows may follow.
     least : torch.Tensor
         (n,) int32, bfloat16 or float32: the product of a query's sketch with a candidate's is at least this if the rows
         are as similar as is asked for. Or (1,), for all rows.
@@ -65,24 +65,39 @@ class Sketches:
 
     def multiply(self, some: slice, others: slice | torch.Tensor, out: torch.Tensor) -> None:
         """Write the products of some sketches with others to `out`, which has a row for each of the first."""
-        if self.rows.dtype != torch.int8:
-            torch.mm(self.rows[some], self.rows[others].T, out=out)
-        elif out.is_contiguous():
-            torch._int_mm(self.rows[some], self.rows[others].T, out=out)
-        else:
-            out.copy_(torch._int_mm(self.rows[some], self.rows[others].T))
+        multiply(self.rows[some], self.rows[others], out)
+
+
+def multiply(some: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the products of some sketches with others to `out`, which has a row for each of the first."""
+    if some.dtype != torch.int8:
+        torch.mm(some, others.T, out=out)
+    elif out.is_contiguous():
+        torch._int_mm(some, others.T, out=out)
+    else:
+        out.copy_(torch._int_mm(some, others.T))
 
 
 def sketches(unit: certify.UnitRows, sketcher: Sketcher, dtype: torch.dtype) -> Sketches:
     """Return the sketches of the rows and the least products, which allow for what rounding the sketches lost."""
+    rows, residual = rounded_sketches(unit, sketcher, dtype)
+    return Sketches(rows, least_products(residual, unit.is_zero, sketcher, dtype))
+
+
+def rounded_sketches(
+    unit: certify.UnitRows, sketcher: Sketcher, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sketches of the rows in a dtype, and bounds on the length of what the rounding lost of each.
+
+    Zero rows follow the sketches: see `torch_engine.padded`.
+    """
     n = len(unit.rows)
-    rows = torch.empty(n, sketcher.size, dtype=dtype)
-    residual = torch.empty(n)
+    rows, residual = torch.zeros(torch_engine.padded(n), sketcher.size, dtype=dtype), torch.empty(n)
     for start in range(0, n, ROWS):
         chunk = slice(start, start + ROWS)
         exact = sketcher.sketches(unit.rows[chunk] * unit.inverse_norm[chunk, None])
-        rows[chunk], residual[chunk] = rounded(exact, dtype)
-    return Sketches(rows, least_products(residual, unit.is_zero, sketcher, dtype))
+        rows[start : start + len(exact)], residual[chunk] = rounded(exact, dtype)
+    return rows, residual
 
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

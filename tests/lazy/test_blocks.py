@@ -22,7 +22,7 @@ from dask_semdedup.lazy.blocks import PROCESS_BYTES, Blocks, blocks_of_partition
 from dask_semdedup.lazy.expressions import ScoresOfFiles
 from tests.data import arrow_lists, by_cluster, make_frame, write_layout
 
-MEMORY = 12_000
+MEMORY = 4_500
 """Bytes of a task: a quarter of the largest cluster is a block."""
 
 COUNT = 4
@@ -169,7 +169,7 @@ class TestPlan:
             assert bytes_at_once(source.reader, partition, Columns()) == nbytes
             with monkeypatch.context() as patch:
                 patch.setattr(blocks, "LEAST_BLOCK", 1)
-                patch.setattr(blocks, "task_bytes", lambda nbytes=nbytes: 4 * nbytes)
+                patch.setattr(blocks, "task_bytes", lambda nbytes=nbytes: 2 * nbytes)
                 assert blocks_of_partitions(source.reader, {5: partition}, Columns()) == {5: 2}
 
 

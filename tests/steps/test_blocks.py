@@ -60,10 +60,11 @@ def in_blocks(
     for block in blocks:
         reads.append([])
         answers.append(score_block(read, ranked, block, blocks, COLUMNS, options))
+    kept = None
     if options.duplicate_of == "kept":
         reads.append([])
-        answers.append(kept_in_blocks(read, ranked, blocks, answers, COLUMNS, options))
-    return scores_of_blocks(ranked, answers), reads
+        kept = kept_in_blocks(read, ranked, blocks, answers, COLUMNS, options)
+    return scores_of_blocks(ranked, answers, kept), reads
 
 
 def assert_same_bits(found: pd.DataFrame, expected: pd.DataFrame) -> None:
@@ -150,13 +151,26 @@ def test_ids_of_any_dtype(data: st.DataObject, rng: np.random.Generator) -> None
     assert_same_bits(found, pairwise_partition(frame, COLUMNS, RANKINGS[2]))
 
 
-def test_blocks_that_a_row_need_not_be_compared_with_are_not_read() -> None:
+def test_pairs_of_blocks_that_share_a_cluster_meet_once() -> None:
     rng = np.random.default_rng(0)
     frame = make_frame(rng.standard_normal((60, 4)).astype(np.float32), np.arange(60) // 20, rng)
     frame = frame.sort_values(["centroid", "cosine_dist_to_cent", "id"], ascending=[True, False, False])
     _, reads = in_blocks(frame.reset_index(drop=True), range(0, 61, 10), make_strategy("hard"), SearchOptions())
-    # Each row once, and those of blocks that are preferred over it.
-    assert [sorted(rows) for rows in reads] == [[*range(start - start % 20, start + 10)] for start in range(0, 60, 10)]
+    # The first block of each cluster reads the second, too.
+    ends = [10, 0, 10, 0, 10, 0]
+    assert reads == [[*range(start, start + 10 + more)] for start, more in zip(range(0, 60, 10), ends, strict=True)]
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_each_pair_of_blocks_meets_once(count: int) -> None:
+    rng = np.random.default_rng(0)
+    frame = make_frame(rng.standard_normal((8 * count, 4)).astype(np.float32), np.zeros(8 * count, int), rng)
+    _, reads = in_blocks(frame, range(0, 8 * count + 1, 8), make_strategy("hard"), SearchOptions())
+    met = [{frozenset({number, row // 8}) for row in rows} for number, rows in enumerate(reads)]
+    every = {frozenset({some, other}) for some in range(count) for other in range(count)}
+    assert set.union(*met) == every
+    assert sum(map(len, met)) == len(every)
+    assert max(map(len, met)) <= min(map(len, met)) + 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

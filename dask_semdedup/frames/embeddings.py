@@ -178,7 +178,7 @@ def to_tensor(
     name : str
         The column's name, for messages.
     ids, clusters : Series, optional
-        The rows' ids and clusters, for messages.
+        The rows' ids and clusters, for messages. Without ids, messages name rows by their labels in the index.
     embedding_dim : int, optional
         Width that every row must have. By default that of most rows.
     order : (n,) int64 array, optional
@@ -213,7 +213,7 @@ def to_tensor(
     import torch
 
     check_embedding_dtype(column, name)
-    report = _Report(name, ids, clusters)
+    report = _Report(name, column.index, ids, clusters)
     source: _Source = (_CudfSource if is_cudf(column) else _PandasSource)(column, report)
     device = device or source.device
     if len(column) == 0:
@@ -317,9 +317,10 @@ def _cudf_lists(rows: Any, frame: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Report:
-    """The names, ids and clusters that errors about rows quote."""
+    """The names, index, ids and clusters that errors about rows quote."""
 
     name: str
+    index: Any
     ids: Any
     clusters: Any
 
@@ -335,7 +336,10 @@ class _Report:
         )
 
     def _rows(self, positions: np.ndarray) -> str:
-        return f"rows {some(positions)}" if self.ids is None else f"ids {some(to_list(self.ids.iloc[positions]))}"
+        # Positions would not lead back to rows that have been shuffled.
+        if self.ids is None:
+            return f"index labels {some(to_list(self.index[positions]))}"
+        return f"ids {some(to_list(self.ids.iloc[positions]))}"
 
     def warn_of_zeros(self, positions: Any) -> None:
         """Warn that rows of this partition are all zeros."""

@@ -136,7 +136,8 @@ def test_bad_rows_are_named_in_the_order_of_the_column():
 def test_many_bad_rows_of_several_clusters_are_counted():
     column = objects([None] * 100 + [[1.0]])
     with pytest.raises(
-        EmbeddingError, match=r"cluster 0, 1: 100 rows with a null embedding \(rows 0, 1, 2, 3, 4, ... \(100 in all\)\)"
+        EmbeddingError,
+        match=r"cluster 0, 1: 100 rows with a null embedding \(index labels 0, 1, 2, 3, 4, ... \(100 in all\)\)",
     ):
         to_tensor(column, name="x", clusters=pd.Series(np.arange(101) // 50))
 

@@ -288,6 +288,16 @@ def test_pandas_frames_that_hold_no_embeddings(frame: object, error: type[Except
         from_pandas(frame)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bad", [None, [np.nan, 1.0], [1.0], "[1.0, 0.0]"], ids=str)
+def test_bad_rows_of_a_shuffled_frame_can_be_dropped_by_the_labels_that_are_named(bad: object) -> None:
+    rows: list[object] = [[1.0, float(number)] for number in range(20)]
+    rows[7] = bad
+    frame = pd.DataFrame({"embeddings": rows}).sample(frac=1, random_state=0)
+    with pytest.raises(EmbeddingError, match=r"1 row .*\(index labels 7\)"):
+        from_pandas(frame)
+    assert len(from_pandas(frame.drop([7]))) == 19
+
+
 def test_paths_of_any_iterable(tmp_path: Path) -> None:
     for name, ids in (("a", [1]), ("b", [2])):
         pd.DataFrame({"id": ids}).to_parquet(tmp_path / f"{name}.parquet")

@@ -329,8 +329,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Notes
         -----
-        The index is not written. With threads, Dask shuffles through files in its temporary directory. On a cluster, it
-        shuffles through memory, which spills to disk. Either takes as much space as the frame.
+        An index that has a name becomes a column, as by `to_parquet`. With threads, Dask shuffles through files in its
+        temporary directory. On a cluster, it shuffles through memory, which spills to disk. Either takes as much space
+        as the frame.
 
         Examples
         --------
@@ -366,7 +367,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Columns that `dask_semdedup.read_table` or `dask_semdedup.read_clusters` has read keep the Arrow types of their
         files. The metadata of these files, such as features of Hugging Face datasets, is written too. Object columns of
-        lists and arrays are written as lists. The index is not written. The folder appears when all of it is written.
+        lists and arrays are written as lists. An index that has a name becomes a column, unless a column has that
+        name. Any other index is not written. The folder appears when all of it is written.
 
         Parameters
         ----------

@@ -121,11 +121,17 @@ def write_parts_of(
 ) -> None:
     """Write a frame to Parquet, one file per partition: see `SemDedupAccessor.to_parquet`."""
     unique_columns(ddf)
+    ddf = _with_named_index(ddf)
     final = os.fspath(path)
     _refuse_sources(ddf, final, storage_options or {})
     with staged_folder(final, contents=PARTS, overwrite=overwrite, storage_options=storage_options) as folder:
         if (rest := parts(ddf, folder, storage_options).rest) is not None:
             compute_to_the_end(rest)
+
+
+def _with_named_index(ddf: dd.DataFrame) -> dd.DataFrame:
+    """Return the frame with an index that has a name as its first column, unless a column has the name already."""
+    return ddf if ddf.index.name in (None, *ddf.columns) else ddf.reset_index()
 
 
 def _refuse_sources(ddf: dd.DataFrame, path: str, storage_options: Mapping[str, Any]) -> None:
@@ -160,6 +166,7 @@ def write_clusters_of(
             parameters=["cluster_field"],
             columns=[key],
         )
+    ddf = _with_named_index(ddf)
     aligned = align(ddf, key)
     check_cluster_dtype(ddf._meta[key])
     if id_field is not None:

@@ -264,6 +264,20 @@ def test_objects_of_a_pandas_frame_are_written_as_what_they_are(values: list[obj
     assert pq.read_table(tmp_path / "kept")["x"].to_pylist() == values
 
 
+@pytest.mark.parametrize("write", ["to_parquet", "to_clusters"])
+def test_an_index_with_a_name_is_written_as_a_column(tmp_path: Path, write: str) -> None:
+    names = pd.Index(["b", "a", "c"], name="docno")
+    frame = pd.DataFrame({"id": [1, 2, 3], "embeddings": [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], "centroid": 7}, names)
+    frames = {"named": frame, "both": frame.assign(docno=[4, 5, 6]), "none": frame.rename_axis(None)}
+    for folder, written in frames.items():
+        getattr(from_pandas(written, 2).semdedup, write)(tmp_path / folder)
+    named, both, none = (pd.read_parquet(tmp_path / folder) for folder in ("named", "both", "none"))
+    assert named.index.equals(pd.RangeIndex(3))
+    assert named.set_index("docno")["id"].to_dict() == {"b": 1, "a": 2, "c": 3}
+    assert both.set_index("docno")["id"].to_dict() == {4: 1, 5: 2, 6: 3}
+    assert set(none.columns) == set(frame.columns)
+
+
 @pytest.mark.parametrize("value", [2**70, Path("a"), UUID(int=1), np.zeros((2, 2)), object()])
 def test_objects_that_arrow_does_not_hold_are_refused(value: object) -> None:
     frame = pd.DataFrame({"id": [1], "embeddings": [[1.0]], "x": pd.Series([value], dtype=object)})

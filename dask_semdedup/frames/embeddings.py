@@ -52,6 +52,11 @@ MAX_LIST_ELEMENTS = 2**31 - 1
 
 ADVICE = "Drop these rows, or embed them again."
 
+BITS_ADVICE = (
+    " Lists of uint16 are read as the bits of float16: if they hold numbers, cast them to int32, with "
+    ".astype(pd.ArrowDtype(pa.list_(pa.int32())))."
+)
+
 ACCEPTED = "lists of float16, float32, float64 or small integers, or of uint16 that carry float16 bits"
 
 
@@ -224,7 +229,8 @@ def to_tensor(
         bad = rows_not_finite(rows)
     if len(bad):
         positions = bad if order is None else to_numpy(order)[bad]
-        raise report.error(positions, "with NaN or infinite values", ADVICE)
+        advice = BITS_ADVICE if _holds_bits(column) else ""
+        raise report.error(positions, "with NaN or infinite values", f"{ADVICE}{advice}")
     if warn_of_zeros and len(zero := _zero_rows(rows)):
         report.warn_of_zeros(zero if order is None else to_numpy(order)[zero])
     return rows
@@ -358,6 +364,12 @@ class _Report:
         if self.clusters is None:
             return ""
         return f", cluster {some(dict.fromkeys(to_list(self.clusters.iloc[positions])))}"
+
+
+def _holds_bits(column: Any) -> bool:
+    """Return whether the lists of a column, which has rows, hold uint16."""
+    is_object = column.dtype == np.dtype(object)
+    return bool((getattr(column.iloc[0], "dtype", None) if is_object else _element_type(column.dtype)) == np.uint16)
 
 
 def _is_vector_of_spark(dtype: Any) -> bool:

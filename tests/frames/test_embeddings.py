@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -87,6 +88,24 @@ def test_rows_that_cancel_out_infinities_are_found():
     rows = [[np.inf, 1.0], [-np.inf, 1.0], [1.0, 2.0]]
     with pytest.raises(EmbeddingError, match="2 rows with NaN or infinite values"):
         to_tensor(objects(rows), name="x")
+
+
+@pytest.mark.parametrize("layout", ["objects", "arrow"])
+def test_integers_that_are_read_as_bits_are_told_to_become_wider(layout):
+    numbers = np.array([[1, 2], [3, 65000], [4, 5]], np.uint16)
+    arrow = arrow_series([numbers.tolist()], pa.list_(pa.uint16()))
+    column = arrow if layout == "arrow" else objects(list(numbers))
+    with pytest.raises(EmbeddingError, match=r"1 row with NaN .*uint16 are read as the bits of float16") as error:
+        to_tensor(column, name="x")
+    (cast,) = re.findall(r"cast them to int32, with (\S+)\.$", str(error.value))
+    wider = eval(f"column{cast}", {"column": column, "pd": pd, "pa": pa})
+    np.testing.assert_array_equal(to_tensor(wider, name="x"), numbers)
+
+
+def test_only_integers_that_are_read_as_bits_are_told_to_become_wider():
+    for column in (objects([[np.nan]]), arrow_lists(np.array([[np.nan]]), pa.float16())):
+        with pytest.raises(EmbeddingError, match=r"labels 0\)\. Drop these rows, or embed them again\.$"):
+            to_tensor(column, name="x")
 
 
 def as_objects(rows):

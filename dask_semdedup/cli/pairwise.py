@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, options_of_output, refuse_contradictions
-from dask_semdedup.cli.checks import clusters_needed, refuse_run, refuse_strings
+from dask_semdedup.cli.checks import clusters_needed, refuse_dimensions, refuse_run, refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress
 from dask_semdedup.cli.files import refuse_memory_output, work_of, write_frame
 from dask_semdedup.cli.options import (
@@ -119,6 +119,7 @@ def command(
     with clusters_needed():
         fs, files = list_files(input_path, storage_options)
         embeddings = read_listed(fs, files, cluster_field=cluster_field, backend=backend, partition_size=partition_size)
+    refuse_dimensions(embeddings, search_options["embedding_field"], input_path)
     refuse_strings(embeddings, search_options["embedding_field"], input_path)
     scores = embeddings.semdedup.pairwise(
         eps=eps, cluster_field=cluster_field, ranking_strategy=ranking_strategy, verbose=verbose, **search_options

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dask_semdedup.cli.application import Command, command_line, refuse_contradictions
-from dask_semdedup.cli.checks import refuse_run, refuse_strings
+from dask_semdedup.cli.checks import joining_advice, refuse_run, refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output, write_frame
 from dask_semdedup.cli.options import (
@@ -54,7 +54,6 @@ from dask_semdedup.errors import (
     counted,
 )
 from dask_semdedup.frames.columns import DUPLICATE_OF, Columns, SearchOptions
-from dask_semdedup.frames.embeddings import dimensions_advice
 from dask_semdedup.io.listing import is_local
 from dask_semdedup.io.targets import Contents, real_path, refuse_overlap
 from dask_semdedup.io.write import writing
@@ -384,7 +383,7 @@ class Run:
         shown = [name for name in (self.text_field, self.image_field) if name is not None]
         needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field]), *self._ranked_by()]
         if not set(needed) <= set(columns):
-            raise MissingColumnsError.build(needed, columns, self._column_advice(columns))
+            raise MissingColumnsError.build(needed, columns, self._column_advice(ddf))
         if self.ranking_strategy is not None:
             self.ranking_strategy.check_columns([*columns, *DISTANCE_COLUMNS.values()], self.embedding_field)
         if not self.embed:
@@ -425,17 +424,19 @@ class Run:
             check_ids(self._read_input([self.id_field])[self.id_field])
         self.has_all_ids = True
 
-    def _column_advice(self, columns: list[str]) -> str:
+    def _column_advice(self, ddf: dd.DataFrame) -> str:
         """Return advice that names the options whose columns INPUT lacks."""
         fields = ["id_field", "text_field", "image_field", *([] if self.embed else ["embedding_field"])]
-        missing = [name for name in fields if getattr(self, name) not in (None, *columns)]
+        missing = [name for name in fields if getattr(self, name) not in (None, *ddf.columns)]
         options = " and ".join(map(option_of, missing))
         advice = f"Name columns of INPUT as {options}" if missing else "Rank by columns of INPUT"
         if "embedding_field" in missing:
             advice += "; or, if it holds texts and no embeddings, pass --embed and --text-field"
         if "id_field" in missing:
             advice += "; or, if it has no ids, pass --make-ids"
-        return f"{advice}.{dimensions_advice(columns) if 'embedding_field' in missing else ''}"
+        if "embedding_field" not in missing:
+            return f"{advice}."
+        return f"{advice}.{joining_advice(ddf, self.embedding_field, self.input_path)}"
 
     def _folder(self, name: str) -> str:
         return f"{self.output}/{name}"

@@ -10,7 +10,7 @@ from dask_semdedup._validate import check_choice, check_positive
 from dask_semdedup.device.devices import DEVICES
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.backend import check_plain_dtype
-from dask_semdedup.frames.embeddings import check_embedding_dtype, dimensions_advice
+from dask_semdedup.frames.embeddings import JOINED_IN_DASK, check_embedding_dtype, dimensions_advice
 
 __all__ = [
     "DISTANCE_COLUMNS",
@@ -47,7 +47,14 @@ class Columns:
     embedding: str = "embeddings"
     cluster: str = "centroid"
 
-    def require(self, present: Iterable[Any], *held: str, where: str = "", parameter: str | None = None) -> None:
+    def require(
+        self,
+        present: Iterable[Any],
+        *held: str,
+        where: str = "",
+        parameter: str | None = None,
+        joined: str = JOINED_IN_DASK,
+    ) -> None:
         """Raise unless columns are present.
 
         Parameters
@@ -60,6 +67,8 @@ class Columns:
             Place of the columns for the message, such as " in a.parquet".
         parameter : str, optional
             The parameter that names a single column, if it is another.
+        joined : str
+            How to join columns that look like the dimensions of embeddings: see `dimensions_advice`.
 
         Raises
         ------
@@ -77,7 +86,7 @@ class Columns:
             if "id" in missing:
                 advice += MAKE_IDS
             if "embedding" in missing:
-                advice += dimensions_advice(present)
+                advice += dimensions_advice(present, self.embedding, joined)
             raise MissingColumnsError.build(names, present, advice, parameters=parameters)
         if "cluster" in held and self.cluster in SCORE_COLUMNS:
             raise InvalidArgumentError(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "JOINED_IN_DASK",
+    "JOINED_IN_PANDAS",
     "as_lists",
     "check_embedding_dtype",
     "dimensions_advice",
@@ -46,6 +48,14 @@ NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8",
 
 # Numbered columns are taken for dimensions if there are at least this many.
 MIN_DIMENSIONS = 8
+
+# Advice on joining them, in Dask and in pandas.
+JOINED_IN_DASK = (
+    "import pandas as pd and pyarrow as pa, and join them: ddf[{name}] = ddf[{columns}].map_partitions(lambda rows: "
+    "pd.Series(list(rows.to_numpy('float32')), rows.index, pd.ArrowDtype(pa.list_(pa.float32()))))."
+)
+
+JOINED_IN_PANDAS = "join them: frame[{name}] = list(frame[{columns}].to_numpy('float32'))."
 
 # Arrow list arrays hold no more elements, as their offsets are int32.
 MAX_LIST_ELEMENTS = 2**31 - 1
@@ -137,21 +147,29 @@ def as_lists(column: pd.Series, type_: pa.DataType, name: str) -> pd.Series:
     return pd.Series(pd.array(lists, dtype=pd.ArrowDtype(type_)), column.index, name=column.name)
 
 
-def dimensions_advice(columns: Iterable[object]) -> str:
-    """Return advice on joining columns that look like the dimensions of embeddings; an empty string if none do."""
-    numbers: dict[str, list[int]] = {}
-    for match in (re.fullmatch(r"(.*?)(0|[1-9]\d*)", str(column)) for column in columns):
-        if match:
-            numbers.setdefault(match[1], []).append(int(match[2]))
-    for prefix, found in numbers.items():
+def dimensions_advice(columns: Iterable[object], name: str, how: str = JOINED_IN_DASK) -> str:
+    """Return advice on joining columns that look like the dimensions of embeddings; an empty string if none do.
+
+    Parameters
+    ----------
+    columns : iterable
+        Names of the columns that are there: strings that end in a number, or integers.
+    name : str
+        The column to make.
+    how : str
+        The advice, of `{columns}` and `{name}`.
+    """
+    numbers: dict[tuple[bool, str], list[int]] = {}
+    for column in columns:
+        if match := re.fullmatch(r"(.*?)(0|[1-9]\d*)", str(column)):
+            numbers.setdefault((isinstance(column, str), match[1]), []).append(int(match[2]))
+    for (are_strings, prefix), found in numbers.items():
         first, last = min(found), max(found)
         if len(found) >= MIN_DIMENSIONS and last - first + 1 == len(found):
-            joined = 'pd.Series(list(rows.to_numpy("float32")), rows.index, pd.ArrowDtype(pa.list_(pa.float32())))'
-            return (
-                f" If {prefix}{first} to {prefix}{last} are the dimensions of embeddings, join them: "
-                f'ddf.assign(embeddings=ddf[[f"{prefix}{{i}}" for i in range({first}, {last + 1})]].map_partitions('
-                f"lambda rows: {joined}))."
-            )
+            span = f"range({first}, {last + 1})"
+            joined = f"[f{prefix + '{i}'!r} for i in {span}]" if are_strings else f"list({span})"
+            advice = how.replace("{columns}", joined).replace("{name}", repr(name))
+            return f" If {prefix}{first} to {prefix}{last} are the dimensions of embeddings, {advice}"
     return ""
 
 

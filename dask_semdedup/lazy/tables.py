@@ -21,7 +21,7 @@ from dask.tokenize import tokenize
 from dask_semdedup._validate import check_bytes, check_names, check_positive, type_name
 from dask_semdedup.errors import DataReadError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.columns import SCORE_COLUMNS, Columns, unique_columns
-from dask_semdedup.frames.embeddings import to_embeddings, to_tensor
+from dask_semdedup.frames.embeddings import JOINED_IN_PANDAS, to_embeddings, to_tensor
 from dask_semdedup.io.folder_keys import Keys, keys_below
 from dask_semdedup.io.footers import read_schema
 from dask_semdedup.io.fragments import Fragment, fragments_of
@@ -206,7 +206,7 @@ def from_pandas(
             "frame.reset_index() first.",
             parameters=["frame"],
         )
-    Columns(embedding=embedding_field).require(unique_columns(frame), "embedding")
+    Columns(embedding=embedding_field).require(unique_columns(frame), "embedding", joined=JOINED_IN_PANDAS)
     column = frame[embedding_field]
     if isinstance(_first(column), str):
         raise EmbeddingError(

@@ -150,6 +150,35 @@ def test_strings_get_advice_for_a_shell(
     assert invoke(tmp_path / "parsed.parquet").exit_code == 0
 
 
+@pytest.mark.parametrize("way", ["parquet", "jsonl", "pairwise"])
+@pytest.mark.parametrize("prefix", ["", "dim_"])
+def test_columns_of_dimensions_get_advice_for_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, prefix: str
+) -> None:
+    """The advice works as it stands."""
+    frame, path = table().to_pandas(), tmp_path / f"{{wide}}.{way}"
+    dimensions = pd.DataFrame(np.stack(list(frame.pop("embeddings")))).add_prefix(prefix)
+    frame = pd.concat([frame, dimensions], axis=1)
+    if way == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.assign(centroid=0).to_parquet(path)
+    command = ["pairwise", "--which-to-keep", "random"] if way == "pairwise" else ["run"]
+
+    def invoke(source: Path) -> Result:
+        return CliRunner().invoke(cli.main, [*command, str(source), str(tmp_path / "out")])
+
+    result = invoke(path)
+    assert result.exit_code != 0
+    assert_one_line(result.stderr, f"If {prefix}0 to {prefix}7 are the dimensions", "--embedding-field", "python -c")
+    assert "ddf" not in result.stderr
+    (program,) = re.findall(r'python -c "(.*)"', result.stderr)
+    monkeypatch.chdir(tmp_path)
+    exec(program)
+    result = invoke(tmp_path / "joined.parquet")
+    assert result.exit_code == 0, result.stderr
+
+
 @EITHER_WAY
 def test_zero_embeddings_are_counted_in_one_line(
     tmp_path: Path, invoke: Callable[..., Result], way: list[object]

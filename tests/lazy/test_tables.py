@@ -6,6 +6,7 @@ import json
 import zipfile
 from datetime import date
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -344,6 +345,22 @@ def test_the_line_that_parses_json_runs_as_shown(tmp_path: Path, read: str) -> N
     line = str(error.value).partition("parse them: ")[2].removesuffix(".")
     exec(line, {"json": json, "ddf": ddf})
     assert len(ddf.semdedup.deduplicate(embedding_field="the vector")) == 2
+
+
+@pytest.mark.parametrize("prefix", ["", "the 'dim'_", None], ids=str)
+@pytest.mark.parametrize("way", ["pandas", "dask"])
+def test_the_line_that_joins_dimensions_runs_as_shown(prefix: str | None, way: str) -> None:
+    frame = pd.DataFrame(np.eye(9)[:, 1:], columns=range(1, 9)).assign(id=range(9))
+    if prefix is not None:
+        frame = frame.rename(columns={number: f"{prefix}{number}" for number in range(1, 9)})
+    ddf = dd.from_pandas(frame, npartitions=2)
+    use = partial(from_pandas, frame) if way == "pandas" else ddf.semdedup.deduplicate
+    with pytest.raises(MissingColumnsError, match=r"1 to .*8 are the dimensions of embeddings") as error:
+        use(embedding_field="the vector")
+    line = str(error.value).partition("join them: ")[2].removesuffix(".")
+    exec(line, {"pd": pd, "pa": pa, "ddf": ddf} if way == "dask" else {"frame": frame})
+    ddf = from_pandas(frame, embedding_field="the vector") if way == "pandas" else ddf
+    np.testing.assert_array_equal(np.stack(list(ddf.compute()["the vector"])), np.eye(9)[:, 1:])
 
 
 @pytest.mark.parametrize(("source", "output"), [("", "kept"), ("*", "kept"), ("", ""), ("a.parquet", "a.parquet/x")])

@@ -94,8 +94,11 @@ def check_embedding_dtype(meta_column: Any, name: str, embedding_dim: int | None
     if is_string(meta_column):
         raise EmbeddingError(
             f"Column {name!r} has dtype {dtype}: it holds strings, not embeddings. Name the column of embeddings. "
-            "If it held arrays or lists in pandas, dd.from_pandas has made strings of them: use "
-            "dask_semdedup.from_pandas instead. If the strings are lists in JSON, import json and parse them: "
+            "If it held arrays or lists in pandas, Dask has made strings of them: use dask_semdedup.from_pandas "
+            "instead of dd.from_pandas. For dd.from_map and dd.from_delayed, give the column the dtype "
+            "pd.ArrowDtype(pa.list_(pa.float32())) in your function, or first call "
+            "dask.config.set({'dataframe.convert-string': False}). If the strings are lists in JSON, import json and "
+            "parse them: "
             f"ddf[{name!r}] = ddf[{name!r}].apply(json.loads, meta=({name!r}, object)).",
             columns=[name],
         )

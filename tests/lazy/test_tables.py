@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from datetime import date
 from decimal import Decimal
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from uuid import UUID
 
+import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
@@ -345,6 +347,27 @@ def test_the_line_that_parses_json_runs_as_shown(tmp_path: Path, read: str) -> N
     line = str(error.value).partition("parse them: ")[2].removesuffix(".")
     exec(line, {"json": json, "ddf": ddf})
     assert len(ddf.semdedup.deduplicate(embedding_field="the vector")) == 2
+
+
+@pytest.mark.parametrize("make", ["from_map", "from_delayed"])
+def test_what_is_advised_for_frames_that_functions_make_works(make: str) -> None:
+    def frames(dtype: object) -> dd.DataFrame:
+        def rows(number: int) -> pd.DataFrame:
+            vectors = pd.Series([np.array([1, number], np.float32), np.array([1, 9], np.float32)], dtype=dtype)
+            return pd.DataFrame({"id": [2 * number, 2 * number + 1], "embeddings": vectors})
+
+        if make == "from_map":
+            return dd.from_map(rows, range(3))
+        return dd.from_delayed([dask.delayed(rows)(number) for number in range(3)])
+
+    with pytest.raises(EmbeddingError, match=r"dd\.from_map and dd\.from_delayed") as error:
+        frames(object).semdedup.deduplicate()
+    (dtype,) = re.findall(r"the dtype (\S+) in your function", str(error.value))
+    dtype = eval(dtype, {"pd": pd, "pa": pa})
+    assert frames(dtype).semdedup.deduplicate().compute()["id"].tolist() == [0, 2, 4, 5]
+    (setting,) = re.findall(r"first call (.*?)\. If", str(error.value))
+    with eval(setting, {"dask": dask}):
+        assert frames(object).semdedup.deduplicate().compute()["id"].tolist() == [0, 2, 4, 5]
 
 
 @pytest.mark.parametrize("prefix", ["", "the 'dim'_", None], ids=str)

@@ -601,7 +601,7 @@ class Run:
         if self.duplicate_of == "kept" and self._has_chains(duplicates):
             duplicates = self._compare(self._read_rows(), self.eps, "kept")
         # If eps is 1 or more, they include the first rows of clusters, which are kept.
-        return duplicates.map_partitions(without_first_rows, meta=duplicates._meta)
+        return duplicates.map_partitions(without_first_rows, self.id_field, of_itself=True, meta=duplicates._meta)
 
     def _has_chains(self, duplicates: dd.DataFrame) -> bool:
         """Tell, now, whether the nearest preferred row of any near-duplicate is a near-duplicate itself.

@@ -35,7 +35,7 @@ def keep_one_of_each(
     check_rows(ddf, columns, options)
     ddf = writable(ddf, columns)
     scores = score_completely(ddf, columns, ranking, options, by_mean=by_mean, eps=eps)
-    return remove_duplicates(ddf, scores, columns.id, eps=eps, refuse_null=True)
+    return remove_duplicates(ddf, scores, columns.id, eps=eps, of_itself=True)
 
 
 def keep_one_of_each_in_clusters(
@@ -60,4 +60,4 @@ def keep_one_of_each_in_clusters(
     clustered = cluster(ddf, columns, n_clusters, centroids, fit, options) if are_made else ddf
     # The optimiser may lower an eps; that by which rows are kept, it may not.
     scores = score_pairwise(clustered, columns, ranking, options, eps=eps)
-    return remove_duplicates(ddf, scores, columns.id, eps=eps, refuse_null=True)
+    return remove_duplicates(ddf, scores, columns.id, eps=eps, of_itself=True)

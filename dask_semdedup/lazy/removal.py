@@ -37,14 +37,15 @@ def remove_duplicates(
     *,
     eps: float | None = None,
     broadcast: bool = True,
-    refuse_null: bool = False,
+    of_itself: bool = False,
 ) -> dd.DataFrame:
     """Remove the rows whose ids are those of duplicates, lazily: see `SemDedupAccessor.remove`.
 
-    With `refuse_null`, a null id in the data is an error. Without it, such a row is kept.
+    With `of_itself`, the duplicates are those of `deduplicate`: a null id in the data is an error. Without it, a row of
+    a null id is kept, and the duplicates may be those of another frame.
     """
     _check_id_column(ddf, left_on, "id_field", "the data")
-    duplicates = _select(_to_dask(duplicates), right_on, eps)
+    duplicates = _select(_to_dask(duplicates), right_on, eps, id_field=left_on, of_itself=of_itself)
     if is_cudf(duplicates._meta) != is_cudf(ddf._meta):
         duplicates = duplicates.to_backend("cudf" if is_cudf(ddf._meta) else "pandas")
     check_same_kind(ddf._meta[left_on], duplicates._meta[right_on])
@@ -55,7 +56,7 @@ def remove_duplicates(
         duplicates = _shuffle_by_id(duplicates, right_on, ddf.npartitions)
         ids, ddf = (_shuffle_by_id(frame, left_on, ddf.npartitions) for frame in (ids, ddf))
     found = ids.map_partitions(
-        find_ids, duplicates, left_on, right_on, refuse_null=refuse_null, meta=ids._meta, align_dataframes=False
+        find_ids, duplicates, left_on, right_on, refuse_null=of_itself, meta=ids._meta, align_dataframes=False
     )
     if broadcast:
         found = found.repartition(npartitions=1)
@@ -128,7 +129,7 @@ def _to_dask(duplicates: Any) -> dd.DataFrame:
     )
 
 
-def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFrame:
+def _select(duplicates: dd.DataFrame, ids: str, eps: float | None, **compared: Any) -> dd.DataFrame:
     """Return the ids to remove from a frame of scores, or of duplicates at one eps or several."""
     _check_id_column(duplicates, ids, "duplicates_id_field", "the duplicates")
     flags = [name for name in duplicates.columns if str(name).startswith("eps=")]
@@ -151,7 +152,7 @@ def _select(duplicates: dd.DataFrame, ids: str, eps: float | None) -> dd.DataFra
     # Ids of another frame may be the same.
     are_scores &= not is_against(duplicates.expr)
     needed = [ids, *(["max_id", SCORE_COLUMN] if are_scores else []), *([] if flag is None else [flag])]
-    options: dict[str, Any] = {"are_scores": are_scores, "flag": flag, "is_chosen": eps is not None}
+    options: dict[str, Any] = {"are_scores": are_scores, "flag": flag, "is_chosen": eps is not None, **compared}
     return duplicates[needed].map_partitions(
         ids_to_remove,
         ids,

@@ -123,13 +123,17 @@ def has_chain(duplicates: Any) -> pd.Series:
     return pd.Series([bool(is_in(duplicates["max_id"], duplicates["id"]).any())])
 
 
-def without_first_rows(duplicates: Any) -> Any:
+def without_first_rows(duplicates: Any, id_field: str = "id", *, of_itself: bool = False) -> Any:
     """Drop the first rows of clusters, which are their own ``max_id`` with score 0, and are kept at any eps.
 
     Parameters
     ----------
     duplicates : pandas.DataFrame or cudf.DataFrame
         With the columns ``id``, ``max_id`` and ``cosine_sim_score``.
+    id_field : str
+        Column of ids of the rows that were compared, for the message.
+    of_itself : bool
+        Whether the rows are known to be compared with those of their own frame, not by `against`.
 
     Raises
     ------
@@ -139,11 +143,12 @@ def without_first_rows(duplicates: Any) -> Any:
     is_own = are_equal(duplicates["id"], duplicates["max_id"])
     repeated = duplicates["id"][is_own & (duplicates[SCORE_COLUMN] != 0)]
     if len(repeated):
+        of_another = "" if of_itself else " If these are scores of `against`, pass their ids alone: scores[['id']]."
         raise IdError(
-            f"Ids repeat: {counted(len(repeated), 'row')} would be dropped for another row of the same id (ids "
-            f"{some(to_list(repeated))}). Give every row an id of its own. If these are scores of `against`, pass "
-            "their ids alone: scores[['id']].",
-            columns=["id"],
+            f"Column {id_field!r}: ids repeat, so that {counted(len(repeated), 'row')} would be dropped for another "
+            f"row of the same id (ids {some(to_list(repeated))}). Drop repeats first, as with "
+            f"ddf.drop_duplicates({id_field!r}), or give every row an id of its own.{of_another}",
+            columns=[id_field],
         )
     return duplicates[~is_own]
 

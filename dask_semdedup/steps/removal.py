@@ -16,15 +16,18 @@ from dask_semdedup.steps.duplicates import without_first_rows
 HASH_COLUMN = "_semdedup_id_hash"
 
 
-def ids_to_remove(frame: Any, name: str, *, are_scores: bool, flag: str | None, is_chosen: bool) -> Any:
+def ids_to_remove(
+    frame: Any, name: str, *, are_scores: bool, flag: str | None, is_chosen: bool, **compared: Any
+) -> Any:
     """Return the ids of one partition's duplicates, without the first rows of clusters.
 
-    If such rows are present and no eps is chosen, the frame also holds rows that are not duplicates.
+    What was `compared` is told to `without_first_rows`. If such rows are present and no eps is chosen, the frame also
+    holds rows that are not duplicates.
     """
     if flag is not None:
         frame = frame[frame[flag].astype("bool")]
     if are_scores:
-        duplicates = without_first_rows(frame)
+        duplicates = without_first_rows(frame, **compared)
         if not is_chosen and (count := len(frame) - len(duplicates)):
             first = some(to_list(frame[name][are_equal(frame["id"], frame["max_id"])]))
             raise InvalidArgumentError(

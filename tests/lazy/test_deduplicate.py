@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import dask.dataframe as dd
@@ -60,10 +61,24 @@ def test_null_ids_are_an_error_as_in_the_command(raw: pd.DataFrame, options: dic
         kept.compute()
 
 
-def test_rows_of_one_id_are_an_error(raw: pd.DataFrame) -> None:
-    ddf = dd.from_pandas(raw.assign(id=raw["id"] % 30), npartitions=2)
-    with pytest.raises(IdError, match="Ids repeat: 30 rows would be dropped"):
-        ddf.semdedup.deduplicate(0.01).compute()
+@pytest.mark.parametrize("options", [{}, {"cluster_field": "language", "which_to_keep": "random"}])
+def test_rows_of_one_id_are_an_error_that_says_how_to_drop_them(raw: pd.DataFrame, options: dict[str, str]) -> None:
+    ddf = dd.from_pandas(raw.assign(doc=raw["id"] % 30, language="en"), npartitions=2)
+    with pytest.raises(IdError, match=r"Column 'doc': ids repeat, so that 30 rows would be dropped") as error:
+        ddf.semdedup.deduplicate(0.01, id_field="doc", **options).compute()
+    assert "against" not in str(error.value)
+    assert error.value.columns == ("doc",)
+    (advice,) = re.findall(r"ddf\.drop_duplicates\(.*?\)", str(error.value))
+    assert len(eval(advice, {"ddf": ddf}).semdedup.deduplicate(0.01, id_field="doc", **options)) == 30
+
+
+def test_stored_scores_with_repeated_ids_may_be_those_of_another_frame(raw: pd.DataFrame) -> None:
+    ddf = dd.from_pandas(raw, npartitions=1)
+    scores = ddf.semdedup.against(ddf).compute()
+    with pytest.raises(IdError, match=r"ddf\.drop_duplicates\('id'\).*scores of `against`") as error:
+        ddf.semdedup.remove(scores).compute()
+    (advice,) = re.findall(r"scores\[\['id'\]\]", str(error.value))
+    assert len(ddf.semdedup.remove(eval(advice, {"scores": scores}))) == 0
 
 
 @pytest.mark.parametrize(

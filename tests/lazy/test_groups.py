@@ -182,7 +182,7 @@ def test_bad_arguments() -> None:
 
 def test_duplicates_of_their_own_id_are_counted_and_named() -> None:
     scores = pd.DataFrame({"id": [1, 2, 2, 3], "max_id": [1, 1, 2, 3], "cosine_sim_score": [0.0, 0.5, 1.0, 1.0]})
-    with pytest.raises(IdError, match=r"Ids repeat: 2 rows would be dropped .* \(ids 2, 3\)"):
+    with pytest.raises(IdError, match=r"Column 'id': ids repeat, so that 2 rows would be dropped .* \(ids 2, 3\)"):
         dd.from_pandas(scores, npartitions=1).semdedup.groups(0.1).compute()
 
 

@@ -50,3 +50,8 @@ __all__ = [
     "read_clusters",
     "read_table",
 ]
+
+
+def __dir__() -> list[str]:
+    """List what users need: not the modules, nor what is imported to make the version."""
+    return __all__

@@ -37,6 +37,10 @@ def test_imports_where_there_is_no_gpu_software() -> None:
     assert run_python(code) == "imported"
 
 
+def test_the_package_lists_its_public_names_alone() -> None:
+    assert dir(dask_semdedup) == sorted(dask_semdedup.__all__)
+
+
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, list[str]]:
     """The modules that are there after one import after the other, in one process."""

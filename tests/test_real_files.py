@@ -582,6 +582,32 @@ def test_reading_takes_little_more_than_the_rows(tmp_path: Path) -> None:
     assert 4 << 23 <= peak < 2 * (4 << 23)
 
 
+def test_arrays_pickles_and_texts_are_refused_with_the_line_that_converts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.eye(4, dtype=np.float32)
+    np.save(tmp_path / "a.npy", rows)
+    np.savez(tmp_path / "a.npz", rows)
+    pd.DataFrame({"id": range(4), "embeddings": list(rows)}).to_pickle(tmp_path / "a.pkl")
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("npy", "npz", "pkl", "txt"):
+        path = tmp_path / f"a.{suffix}"
+        with pytest.raises(DataReadError, match=rf"a\.{suffix} is an? .*, which is not supported") as error:
+            read_table(path)
+        line = str(error.value).partition("Convert it first: ")[2].partition("; or")[0].removesuffix(".")
+        eval(line, {"pandas": pd, "numpy": np, "path": path})
+        read = read_table("documents.parquet")
+        if suffix == "txt":
+            assert read["text"].compute().tolist() == ["one", "two"]
+        else:
+            assert len(read.semdedup.deduplicate()) == 4
+    # In a folder, they are no data.
+    (tmp_path / "documents.parquet").unlink()
+    (tmp_path / "a.json").write_text('{"id": 1}\n')
+    assert len(read_table(tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "conversion"),
     [

@@ -365,7 +365,7 @@ class Run:
     def _check_input(self) -> None:
         """Raise for missing columns and contradictory options before any work."""
         from dask_semdedup.lazy.scores import up_to
-        from dask_semdedup.lazy.sources import check_sources
+        from dask_semdedup.lazy.sources import check_sources, refuse_range_index
 
         up_to(self.eps, SearchOptions(duplicate_of=self.duplicate_of))
         if self.eps > self.largest_eps:
@@ -382,6 +382,8 @@ class Run:
         columns = list(ddf.columns)
         shown = [name for name in (self.text_field, self.image_field) if name is not None]
         needed = [self.id_field, *shown, *([] if self.embed else [self.embedding_field]), *self._ranked_by()]
+        if self.id_field not in columns:
+            refuse_range_index(ddf, self.id_field)
         if not set(needed) <= set(columns):
             raise MissingColumnsError.build(needed, columns, self._column_advice(ddf))
         if self.ranking_strategy is not None:

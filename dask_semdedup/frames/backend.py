@@ -56,7 +56,7 @@ def check_plain_dtype(meta_column: Any, parameter: str) -> None:
     arrow = isinstance(dtype, pd.ArrowDtype) and pa.types.is_nested(dtype.pyarrow_dtype)
     if arrow or type(dtype).__name__ in ("ListDtype", "StructDtype"):
         raise InvalidArgumentError(
-            f"Column {meta_column.name!r} has dtype {dtype}, and {parameter} must name one of integers or strings.",
+            f"Column {meta_column.name!r} has dtype {dtype}. Name a column of integers or strings as {parameter}.",
             parameters=[parameter],
             columns=[meta_column.name],
         )

@@ -189,6 +189,7 @@ def to_tensor(
     ids: Any = None,
     clusters: Any = None,
     embedding_dim: int | None = None,
+    width_of: str = "",
     order: Any = None,
     device: str | None = None,
     warn_of_zeros: bool = True,
@@ -207,6 +208,8 @@ def to_tensor(
         The rows' ids and clusters, for messages. Without ids, messages name rows by their labels in the index.
     embedding_dim : int, optional
         Width that every row must have. By default that of most rows.
+    width_of : str
+        What has this width, for messages.
     order : (n,) int64 array, optional
         A NumPy or CuPy permutation: row ``i`` of the result is row ``order[i]`` of the column. It saves the copy that
         gathering afterwards would take.
@@ -239,7 +242,7 @@ def to_tensor(
     import torch
 
     check_embedding_dtype(column, name)
-    report = _Report(name, column.index, ids, clusters)
+    report = _Report(name, column.index, ids, clusters, width_of)
     source: _Source = (_CudfSource if is_cudf(column) else _PandasSource)(column, report)
     device = device or source.device
     if len(column) == 0:
@@ -350,6 +353,7 @@ class _Report:
     index: Any
     ids: Any
     clusters: Any
+    width_of: str
 
     def error(self, positions: Any, problem: str, advice: str, parameters: Sequence[str] = ()) -> EmbeddingError:
         """Return the error about the rows at `positions`, which are sorted."""
@@ -455,7 +459,7 @@ class _Source(ABC):
             found = some(np.unique(widths[other]), limit=3)
             raise self.report.error(
                 np.flatnonzero(other),
-                f"with width {found}, where {expected} is expected",
+                f"with width {found}, where {expected} is expected{self.report.width_of}",
                 "All embeddings must come from one model.",
                 ["embedding_dim"] if embedding_dim is not None else [],
             )

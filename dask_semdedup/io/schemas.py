@@ -23,6 +23,7 @@ __all__ = [
     "Unified",
     "conform",
     "in_frames",
+    "range_index_of",
     "refuse",
     "restore",
     "unify",
@@ -53,6 +54,15 @@ class Unified(NamedTuple):
     schema: pa.Schema
     problems: dict[str, str]
     unordered: frozenset[str]
+
+
+def range_index_of(schema: pa.Schema) -> str | None:
+    """Return the name of an index of pandas that a file holds as a range in its metadata, not as a column."""
+    try:
+        (index,) = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
+        return str(index["name"]) if index["kind"] == "range" and index["name"] is not None else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def without_index(schema: pa.Schema) -> pa.Schema:

@@ -19,7 +19,7 @@ from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
 from dask_semdedup.lazy.join import Plan, compare_all, compare_all_with, make_plan
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.sampling import partition_lengths
-from dask_semdedup.lazy.sources import check_sources, refuse_lacking
+from dask_semdedup.lazy.sources import check_sources, refuse_lacking, refuse_range_index
 from dask_semdedup.lazy.tasks import compute
 from dask_semdedup.steps.duplicates import check_eps, find_duplicates, threshold
 from dask_semdedup.steps.fit import KMeansOptions
@@ -200,6 +200,8 @@ def check_rows(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> N
             parameters=["id_field"],
             columns=[columns.id],
         )
+    if columns.id not in ddf.columns:
+        refuse_range_index(ddf, columns.id)
     columns.require(unique_columns(ddf), "id", "embedding")
     columns.check_dtypes(ddf._meta, "id", "embedding", embedding_dim=options.embedding_dim)
     refuse_lacking(ddf, [columns.id, columns.embedding])

@@ -12,11 +12,11 @@ from dask.dataframe.api import new_collection
 from dask.typing import Key
 
 from dask_semdedup._dask import AnyExpr, Expr, FromMap, GraphNode, Lengths, Projection, Task
-from dask_semdedup.errors import DataReadError
+from dask_semdedup.errors import DataReadError, MissingColumnsError
 from dask_semdedup.io.fragments import Fragment
 from dask_semdedup.io.reader import Reader
 from dask_semdedup.io.scan import COLUMNS_ADVICE
-from dask_semdedup.io.schemas import refuse
+from dask_semdedup.io.schemas import range_index_of, refuse
 from dask_semdedup.lazy.expressions import ReadClusters
 from dask_semdedup.lazy.tables import ReadPart
 from dask_semdedup.steps.ranking import RankingStrategy
@@ -32,6 +32,7 @@ __all__ = [
     "reader_of",
     "readers_of",
     "refuse_lacking",
+    "refuse_range_index",
     "stored_schema",
 ]
 
@@ -116,6 +117,24 @@ def check_sources(ddf: dd.DataFrame, columns: Sequence[str], ranking: RankingStr
         refuse(reader.problems, same.intersection(columns), COLUMNS_ADVICE)
         if ranking is not None:
             ranking.check_order(reader.unordered & same)
+
+
+def refuse_range_index(ddf: dd.DataFrame, id_field: str) -> None:
+    """Raise if files of a frame hold ids, which are no column, only as a range that pandas makes its index.
+
+    Raises
+    ------
+    MissingColumnsError
+        With how to write them as a column.
+    """
+    if any(range_index_of(reader.schema) == id_field for reader in readers_of(ddf)):
+        raise MissingColumnsError(
+            f"{id_field!r} is no column of the files: pandas has written it as an index, a range of numbers in their "
+            "metadata. Make it a column of each file: "
+            "pandas.read_parquet(path).reset_index().to_parquet(path, index=False).",
+            parameters=["id_field"],
+            columns=[id_field],
+        )
 
 
 def refuse_lacking(ddf: dd.DataFrame, columns: Sequence[str]) -> None:

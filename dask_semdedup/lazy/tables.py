@@ -50,6 +50,22 @@ CONVERSIONS = {
     ".tsv": ("a TSV file", f"pandas.read_csv(path, sep='\\t', {PARSED}).to_parquet('documents.parquet')"),
 }
 
+# The same of files that are no data in a folder, but may be named. NumPy's have no ids but the numbers of the rows.
+NUMBERED = ".reset_index(names='id').to_parquet('documents.parquet')"
+CONVERSIONS_OF_NAMED = {
+    ".npy": ("a NumPy array", f"pandas.DataFrame({{'embeddings': list(numpy.load(path))}}){NUMBERED}"),
+    ".npz": (
+        "an archive of NumPy arrays",
+        f"pandas.DataFrame({{'embeddings': list(next(iter(numpy.load(path).values())))}}){NUMBERED}",
+    ),
+    ".pkl": ("a pickle", "pandas.read_pickle(path).to_parquet('documents.parquet')"),
+    ".txt": (
+        "a text file",
+        "pandas.DataFrame({'text': open(path).read().splitlines()}).to_parquet('documents.parquet'); or, if its lines "
+        "are JSON, rename it to .jsonl",
+    ),
+}
+
 
 def read_table(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -360,9 +376,10 @@ def _list_table(
     lines = {name: info for name, info in files.items() if name.endswith(JSON_SUFFIXES)}
     if parquet or others:
         lines = {name: info for name, info in lines.items() if not re.search(r"\.json(\.\w+)?$", name)}
-    if others and not parquet and not lines:
-        name = min(others)
-        what, conversion = next(found for suffix, found in CONVERSIONS.items() if name.endswith(suffix))
+    conversions = CONVERSIONS | CONVERSIONS_OF_NAMED
+    if not parquet and not lines and (foreign := [name for name in files if name.endswith(tuple(conversions))]):
+        name = min(foreign)
+        what, conversion = next(found for suffix, found in conversions.items() if name.endswith(suffix))
         raise DataReadError(f"{name} is {what}, which is not supported. Convert it first: {conversion}.")
     if lines and parquet:
         raise DataReadError(

@@ -22,6 +22,9 @@ __all__ = ["COMPONENT", "against_meta", "against_partition"]
 # The column of components of rows, where they are searched as clusters are. No user knows their numbers.
 COMPONENT = "_semdedup_component"
 
+# Whose width rows lack that are compared with a reference.
+OF_REFERENCE = ", that of the reference, in the frame that is compared with it"
+
 
 def against_partition(
     frame: Any, reference: Any, columns: Columns, reference_id_field: str, options: SearchOptions | None = None
@@ -79,8 +82,9 @@ def against_partition(
         for (side, ids), order in zip(sides, orders, strict=True):
             # The two must be comparable.
             width = parts[0].shape[1] if parts else options.embedding_dim
+            of = OF_REFERENCE if parts else ""
             rows_on = device if frame_device == "cuda" else "cpu"
-            parts.append(_to_tensor(side, columns, ids, embedding_dim=width, order=order, device=rows_on))
+            parts.append(_to_tensor(side, columns, ids, embedding_dim=width, width_of=of, order=order, device=rows_on))
         rows = gather_rows(parts, position)
         scores, index = search_segments(rows, segments, stops, replace(options, device=device))
     found = np.flatnonzero(is_query[position] & (stops > np.repeat(segments[:-1], np.diff(segments))))

@@ -440,5 +440,8 @@ def _factorized(values: pd.Series | pd.Index, name: object) -> np.ndarray:
         return pd.factorize(values, sort=True)[0]
     except (TypeError, pa.ArrowException) as error:
         raise InvalidArgumentError(
-            f"Column {name!r} cannot be ranked by: {error}.", parameters=["ranking_strategy"], columns=[name]
+            f"Column {name!r} of dtype {values.dtype} cannot be ranked by: its values have no order. Rank by a column "
+            "of numbers, strings or times, all of one type.",
+            parameters=["ranking_strategy"],
+            columns=[name],
         ) from error

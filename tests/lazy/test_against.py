@@ -185,7 +185,7 @@ def test_bad_rows() -> None:
     with pytest.raises(ClusterError, match=r"1 row has no cluster \(ids"):
         against_partition(frame, reference.assign(centroid=[None, 0, 0, 1, 1, 1]), Columns(), "id")
     narrow = reference.assign(embeddings=arrow_lists(np.ones((6, 4)), pa.float32()))
-    with pytest.raises(EmbeddingError, match=r"6 rows with width 6, where 4 is expected"):
+    with pytest.raises(EmbeddingError, match=r"6 rows with width 6, where 4 is expected, that of the reference"):
         against_partition(frame, narrow, Columns(), "id")
 
 

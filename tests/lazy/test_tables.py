@@ -315,6 +315,19 @@ def test_bad_rows_of_a_shuffled_frame_can_be_dropped_by_the_labels_that_are_name
     assert len(from_pandas(frame.drop([7]))) == 19
 
 
+def test_ids_that_are_only_an_index_of_pandas_become_a_column_as_shown(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"embeddings": [[1.0, 0.0], [0.0, 1.0]]}, pd.RangeIndex(5, 7, name="doc"))
+    path = tmp_path / "a.parquet"
+    frame.to_parquet(path)
+    with pytest.raises(MissingColumnsError, match="'doc' is no column of the files: pandas has written") as error:
+        read_table(path).semdedup.deduplicate(id_field="doc")
+    with pytest.raises(MissingColumnsError, match="Name the column of ids as id_field"):
+        read_table(path).semdedup.deduplicate(id_field="other")
+    line = str(error.value).partition("each file: ")[2].removesuffix(".")
+    eval(line, {"pandas": pd, "path": path})
+    assert read_table(path).semdedup.deduplicate(id_field="doc")["doc"].compute().tolist() == [5, 6]
+
+
 def test_paths_of_any_iterable(tmp_path: Path) -> None:
     for name, ids in (("a", [1]), ("b", [2])):
         pd.DataFrame({"id": ids}).to_parquet(tmp_path / f"{name}.parquet")

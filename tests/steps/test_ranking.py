@@ -116,15 +116,18 @@ def test_uuids_settle_ties():
     assert order.tolist() == [1, 2, 0]
 
 
+NO_ORDER = r"Column 'score' of dtype .* cannot be ranked by: its values have no order\. Rank by a column of numbers"
+
+
 def test_lists_cannot_be_ranked_by():
     lists = pd.Series([[1], [2]], dtype=pd.ArrowDtype(pa.list_(pa.int64())))
-    with pytest.raises(InvalidArgumentError, match="Column 'score' cannot be ranked by"):
+    with pytest.raises(InvalidArgumentError, match=NO_ORDER):
         ranked(RankingStrategy(["score"]), pd.DataFrame({"id": [1, 2], "score": lists}))
 
 
 def test_values_that_cannot_be_compared_are_refused():
     frame = pd.DataFrame({"id": [1, 2], "score": [{"a": 1}, {"b": 2}]})
-    with pytest.raises(InvalidArgumentError, match="Column 'score' cannot be ranked by"):
+    with pytest.raises(InvalidArgumentError, match=NO_ORDER):
         RankingStrategy(["score"]).rank_cluster(frame)
 
 

@@ -31,6 +31,7 @@ from dask_semdedup.lazy.planning import CUDF_ELEMENTS
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sampling import draw, partition_lengths, sample_embeddings
 from dask_semdedup.lazy.sources import by_itself, bytes_in_footers, chains_of
+from dask_semdedup.steps.against import OF_REFERENCE
 from dask_semdedup.steps.duplicates import threshold
 from dask_semdedup.steps.join import (
     Sketched,
@@ -435,13 +436,16 @@ class _Compared(Searched, Expr):
             return function if results is None else functools.partial(_and_save, results, name, function)
 
         sketched: list[TaskRef] = []
-        for p, (_, _, names) in enumerate(sources):
+        for p, (frame, _, names) in enumerate(sources):
             if (name := f"sketch-{p}") in saved:
                 sketched.append(add("sketch", p, _load_sketched, results, name))
                 continue
             # Those of a GPU are made again in less time than it takes to read them.
             sketch = sketch_partition if plan.device == "cuda" else saving(name, sketch_partition)
-            sketched.append(read("sketch", p, sketch, p, names, self.options, index, plan.device, **options))
+            # The sample, which gives the width, is of the last frame.
+            width_of = "" if frame is frames[-1] else OF_REFERENCE
+            given = p, names, self.options, index, plan.device
+            sketched.append(read("sketch", p, sketch, *given, width_of=width_of, **options))
         # Before the first comparison: later, all sketches would have to come back from where they were moved to.
         summaries = [add("summary", p, summary_of, ref) for p, ref in enumerate(sketched)]
         new = {b: [summaries[number] for number in block] for b, block in enumerate(plan.blocks)}

@@ -17,7 +17,7 @@ from dask_semdedup.frames.embeddings import gather_rows, to_tensor
 from dask_semdedup.steps.pairwise import check_clusters, score_frame, search_segments, segments_of
 from dask_semdedup.steps.ranking import RankingStrategy
 
-__all__ = ["COMPONENT", "against_meta", "against_partition"]
+__all__ = ["COMPONENT", "OF_REFERENCE", "against_meta", "against_partition"]
 
 # The column of components of rows, where they are searched as clusters are. No user knows their numbers.
 COMPONENT = "_semdedup_component"

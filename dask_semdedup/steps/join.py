@@ -117,6 +117,7 @@ def sketch_partition(
     *,
     stays: bool = False,
     with_total: bool,
+    width_of: str = "",
 ) -> Sketched:
     """Return the sketches of a partition's rows, and with them the sum of these if rows are ranked by their mean.
 
@@ -130,13 +131,15 @@ def sketch_partition(
         Whether they stay on the device.
     with_total : bool
         Whether rows are ranked by their mean.
+    width_of : str
+        What has the width that rows must have, for messages.
     """
     from dask_semdedup.search.near import sketch_parts
 
     if is_cudf(frame):
         share_memory_pool()
     with reading_stream(device), cores_for(device, ONE_CORE):
-        rows = _to_tensor(frame, columns, options, device=device)
+        rows = _to_tensor(frame, columns, options, device=device, width_of=width_of)
         parts = sketch_parts(number, rows, index, stays=stays)
         total = total_of(rows, device) if with_total else None
     release_unused()

@@ -246,6 +246,16 @@ def test_against_as_brute_force_finds(rng: np.random.Generator, kind: Any, n: in
     assert found.dtypes.equals(lazy._meta.dtypes)
 
 
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("eps", [0.05, None])
+def test_rows_that_are_not_as_wide_as_the_reference_are_told_whose_width_is_expected(k: int, eps: float | None) -> None:
+    wide = np.random.default_rng(0).normal(size=(ROWS, 8))
+    ours, theirs = in_parts(frame_of(wide[:, :5]), [50]), in_parts(frame_of(wide), [70])
+    message = r"rows with width 5, where 8 is expected, that of the reference, in the frame that is compared with it"
+    with indexed(k), pytest.raises(EmbeddingError, match=message):
+        ours.semdedup.against(theirs, eps=eps).compute()
+
+
 def test_groups_of_scores_against_another_frame_are_refused() -> None:
     frame = clustered(100)
     ddf = in_parts(frame, [])

@@ -326,7 +326,7 @@ def test_tasks_without_a_cluster_are_refused():
         ({"id_field": "doc"}, MissingColumnsError, r"\['doc'\] not found .*part.0.parquet as id_field"),
         ({"embedding_field": "vector"}, MissingColumnsError, r"\['vector'\] not found"),
         ({"embedding_field": "priority"}, EmbeddingError, "'priority' has dtype int64, not embeddings"),
-        ({"id_field": "embeddings"}, InvalidArgumentError, "Column 'embeddings' has dtype list.*id_field must name"),
+        ({"id_field": "embeddings"}, InvalidArgumentError, "dtype list.*integers or strings as id_field"),
         ({"embedding_dim": 4}, EmbeddingError, r"cluster 9: 1 row with width 3, where 4 is expected \(ids 0\)"),
     ],
 )

@@ -48,10 +48,11 @@ __all__ = [
 ]
 
 # Bytes of a process between tasks: Python with torch, pandas and Dask. Builds of torch for GPUs take more.
-PROCESS_BYTES = (420 if "+cpu" in version("torch") else 700) << 20
+PROCESS_BYTES = (420 if "+cpu" in version("torch") else 720) << 20
 
-# Share of its memory that a worker may fill. At 95% it is killed.
-FILLED = 0.9
+# Shares of its memory that a worker may fill, and that it may have filled between tasks. At 95% Dask kills it, and from
+# 80% on it starts no task.
+FILLED, BETWEEN_TASKS = 0.9, 0.8
 
 # Times that rows are in memory while they are compared: as read, in rank order, and for the search. 4.4 were measured.
 COPIES = 5
@@ -60,7 +61,7 @@ COPIES = 5
 BLOCK_COPIES = 3
 
 # Bytes of the smallest block, and of the rows that are converted at once.
-LEAST_BLOCK = 1 << 22
+LEAST_BLOCK = 1 << 23
 
 BATCH_BYTES = 1 << 21
 
@@ -97,7 +98,8 @@ def _limits(client: Client | None) -> list[tuple[float, int]]:
 
 def least_memory(threads: int) -> int:
     """Return the bytes that a worker of so many threads needs to search in blocks."""
-    return math.ceil((PROCESS_BYTES + threads * BLOCK_COPIES * LEAST_BLOCK) / FILLED)
+    of_tasks = threads * BLOCK_COPIES * LEAST_BLOCK
+    return math.ceil(max((PROCESS_BYTES + of_tasks) / FILLED, PROCESS_BYTES / BETWEEN_TASKS))
 
 
 def bytes_at_once(reader: Reader, fragments: Sequence[Fragment], columns: Columns) -> float:

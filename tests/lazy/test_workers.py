@@ -117,6 +117,6 @@ def test_workers_need_memory_for_blocks(
             check_memory(idle, scores)
             return
         with pytest.raises(
-            InvalidArgumentError, match=r"at tcp://0 has 600.00 MiB of memory for 9 threads, and needs 764.44 MiB"
+            InvalidArgumentError, match=r"at tcp://0 has 600.00 MiB of memory for 9 threads, and needs 706.67 MiB"
         ):
             check_memory(idle, scores)

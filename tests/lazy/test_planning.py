@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dask_semdedup import read_clusters
 from dask_semdedup.io import fragments, reader
 from dask_semdedup.lazy import planning
+from dask_semdedup.lazy.blocks import PROCESS_BYTES
 from dask_semdedup.lazy.planning import plan
 from tests.data import write_random_layout
 
@@ -133,8 +134,8 @@ class TestSizes:
         [
             (0, 4, 2**27),
             (16_000, 4, 2**27),
-            (1000, 1, (0.9 * 1000e6 - (400 << 20)) / 5),
-            (1000, 2, (0.9 * 1000e6 - (400 << 20)) / 10),
+            (1000, 1, (0.9 * 1000e6 - PROCESS_BYTES) / 5),
+            (1000, 2, (0.9 * 1000e6 - PROCESS_BYTES) / 10),
             (1000, 8, 2**24),
             (300, 1, 2**24),
         ],

@@ -1,4 +1,4 @@
-"""What is written opens in other programs: pandas, Polars, DuckDB and Hugging Face Datasets.
+"""What is written opens in other programs: pandas, Arrow, Dask, Polars, DuckDB and Hugging Face Datasets.
 
 The last three come with the extra ``readers``. A reader that is not installed is skipped.
 """
@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dask.dataframe as dd
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -24,21 +26,47 @@ def in_pandas(folder: Path) -> dict[str, list[Any]]:
     return pd.read_parquet(folder).to_dict("list")
 
 
+def in_arrow(folder: Path) -> dict[str, list[Any]]:
+    return pq.read_table(folder).to_pydict()
+
+
+def in_dask(folder: Path) -> dict[str, list[Any]]:
+    return dd.read_parquet(folder).compute().to_dict("list")
+
+
+def files_in_dask(folder: Path) -> dict[str, list[Any]]:
+    return dd.read_parquet(folder / "*.parquet").compute().to_dict("list")
+
+
 def in_polars(folder: Path) -> dict[str, list[Any]]:
-    return pytest.importorskip("polars").read_parquet(folder / "*.parquet").to_dict(as_series=False)
+    return pytest.importorskip("polars").read_parquet(folder).to_dict(as_series=False)
 
 
-def in_duckdb(folder: Path) -> dict[str, list[Any]]:
-    found = pytest.importorskip("duckdb").sql(f"select * from '{folder}/*.parquet'")
+def files_in_polars(folder: Path) -> dict[str, list[Any]]:
+    return in_polars(folder / "*.parquet")
+
+
+def in_duckdb(folder: Path, pattern: str = "**") -> dict[str, list[Any]]:
+    found = pytest.importorskip("duckdb").sql(f"select * from read_parquet('{folder}/{pattern}')")
     return dict(zip(found.columns, map(list, zip(*found.fetchall(), strict=True)), strict=True))
 
 
-def in_datasets(folder: Path) -> dict[str, list[Any]]:
+def files_in_duckdb(folder: Path) -> dict[str, list[Any]]:
+    return in_duckdb(folder, "*.parquet")
+
+
+def in_datasets(folder: Path, **source: str) -> dict[str, list[Any]]:
     load_dataset = pytest.importorskip("datasets").load_dataset
-    return load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", cache_dir=f"{folder}.cache")[:]
+    source = source or {"data_dir": str(folder)}
+    return load_dataset("parquet", **source, split="train", cache_dir=f"{folder}.cache")[:]
 
 
-READERS = [in_pandas, in_polars, in_duckdb, in_datasets]
+def files_in_datasets(folder: Path) -> dict[str, list[Any]]:
+    return in_datasets(folder, data_files=f"{folder}/*.parquet")
+
+
+READERS = [in_pandas, in_arrow, in_dask, in_polars, in_duckdb, in_datasets]
+READERS += [files_in_dask, files_in_polars, files_in_duckdb, files_in_datasets]
 
 
 def rows() -> pd.DataFrame:
@@ -82,7 +110,7 @@ def scores(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("read", READERS)
 def test_scores_open_in(scores: Path, read: Callable[[Path], dict[str, list[Any]]]) -> None:
-    """The file that tells how many rows were compared is not one of them."""
+    """The note of how many rows were compared holds none of them."""
     found = read(scores)
     assert set(found) >= {"id", "max_id", "cosine_sim_score"}
     assert len(found["id"]) == COPIES

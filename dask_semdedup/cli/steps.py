@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import time
@@ -17,18 +16,28 @@ from dask_semdedup.cli.files import work_of
 from dask_semdedup.errors import DataNotFoundError, InvalidArgumentError, OutputExistsError, some
 from dask_semdedup.io.listing import PARQUET_SUFFIXES, UNFINISHED, is_hidden, is_local
 from dask_semdedup.io.locks import only_run
+from dask_semdedup.io.notes import read_note, write_note
 from dask_semdedup.io.staging import differences, restore, staged_folder
-from dask_semdedup.io.targets import MANIFEST, Contents, count_files, refuse_file, refuse_strangers
-from dask_semdedup.io.write import writing
+from dask_semdedup.io.targets import (
+    MANIFEST,
+    MANIFESTS,
+    TABLE_MANIFEST,
+    Contents,
+    count_files,
+    refuse_file,
+    refuse_strangers,
+)
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
 
 NO_REASON, ASKED_FOR = "", "asked for"
+# What reading a manifest raises if it is damaged, or not one of this version.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError)
 # The lock of the folder of all steps.
 LOCK = "_lock.json"
 # Names in the folder of all steps that show that a run has worked there, even if it was killed in its first step.
-OF_RUN = re.compile(rf"[^/]+/({re.escape(MANIFEST)}|{re.escape(UNFINISHED)})|[^/]+\.partial(/.*)?")
+OF_RUN = re.compile(rf"[^/]+/({'|'.join(map(re.escape, [*MANIFESTS, UNFINISHED]))})|[^/]+\.partial(/.*)?")
 
 
 @dataclass(frozen=True)
@@ -161,23 +170,25 @@ def stored_parameters(name: str, contents: Contents, output: str, storage_option
 def is_output_of_run(path: str, storage_options: Mapping[str, Any]) -> bool:
     """Return whether a path is the folder of all steps, with scores in it."""
     fs, folder = fsspec.url_to_fs(path, **storage_options)
-    return bool(fs.exists(f"{folder.rstrip('/')}/scores/{MANIFEST}"))
+    return bool(fs.exists(f"{folder.rstrip('/')}/scores/{TABLE_MANIFEST}"))
 
 
 def step_of(path: str, storage_options: Mapping[str, Any]) -> str | None:
     """Return the step whose folder this is, or None if it is not one."""
     fs, folder = fsspec.url_to_fs(path, **storage_options)
-    try:
-        return str(json.loads(fs.cat_file(f"{folder.rstrip('/')}/{MANIFEST}"))["step"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    for name in MANIFESTS:
+        with suppress(*UNREADABLE):
+            return str(read_note(fs, f"{folder.rstrip('/')}/{name}")["step"])
+    return None
 
 
 def files_of_run(pattern: re.Pattern[str]) -> Contents:
     """Return the contents of a step: files with such names, next to its manifest."""
 
     def strangers(_fs: fsspec.AbstractFileSystem, _folder: str, names: Sequence[str]) -> list[str]:
-        return [file for file in names if MANIFEST not in names or not (file == MANIFEST or pattern.fullmatch(file))]
+        if not set(MANIFESTS).intersection(names):
+            return list(names)
+        return [file for file in names if file not in MANIFESTS and not pattern.fullmatch(file)]
 
     return Contents("of this step", strangers)
 
@@ -309,8 +320,8 @@ def make_step(
         manifest = Manifest(
             step.name, secrets.token_hex(8), step.parameters, tokens, counts, seconds, files, nbytes, step.source
         )
-        with writing(name := f"{path}/{MANIFEST}"):
-            fs.pipe_file(name, json.dumps(asdict(manifest), indent=2).encode())
+        # The files of a frame lie in the folder itself, and are tables of one schema.
+        write_note(fs, f"{path}/{MANIFEST if step.plan is None else TABLE_MANIFEST}", asdict(manifest))
     return Outcome(manifest, reason)
 
 
@@ -335,17 +346,18 @@ def _read_manifest(fs: fsspec.AbstractFileSystem, folder: str, contents: Content
     names = _names(fs, folder)
     if UNFINISHED in names:
         return None
-    if MANIFEST not in names and not contents.strangers(fs, folder, names):
+    found = [name for name in MANIFESTS if name in names]
+    if not found and not contents.strangers(fs, folder, names):
         return None
-    if MANIFEST not in names:
+    if not found:
         raise OutputExistsError(
             f"{folder!r} was not made by 'run': it holds {count_files(len(names))}, as {some(names, 3)}. Name another "
             "OUTPUT."
         )
     try:
-        return Manifest(**json.loads(fs.cat_file(f"{folder}/{MANIFEST}")))
-    except (OSError, ValueError, TypeError) as error:
+        return Manifest(**read_note(fs, f"{folder}/{found[0]}"))
+    except UNREADABLE as error:
         raise OutputExistsError(
-            f"{folder!r} was not made by 'run', or not by this version: its {MANIFEST} cannot be read. "
+            f"{folder!r} was not made by 'run', or not by this version: its {found[0]} cannot be read. "
             "Remove it yourself, or name another OUTPUT."
         ) from error

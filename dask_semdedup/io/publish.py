@@ -13,7 +13,7 @@ import fsspec
 from dask_semdedup._validate import stack_level
 from dask_semdedup.errors import OutputExistsError, some
 from dask_semdedup.io.listing import STATE_KEYS, UNFINISHED, is_local
-from dask_semdedup.io.targets import LITTER, MANIFEST
+from dask_semdedup.io.targets import LITTER, MANIFESTS
 
 __all__ = ["listing", "publish", "put_back", "remove"]
 
@@ -102,7 +102,7 @@ def _copy(fs: fsspec.AbstractFileSystem, new: str, final: str, seen: Mapping[str
     names = {path.removeprefix(f"{new}/") for path in fs.find(new)}
     old = {name for name in before if before[name]} - {UNFINISHED}
     fs.pipe_file(f"{final}/{UNFINISHED}", json.dumps(sorted(names | old)).encode())
-    for part in (sorted(names - {MANIFEST}), sorted(names & {MANIFEST})):
+    for part in (sorted(names.difference(MANIFESTS)), sorted(names.intersection(MANIFESTS))):
         fs.copy([f"{new}/{name}" for name in part], [f"{final}/{name}" for name in part])
     if old - names:
         fs.rm([f"{final}/{name}" for name in sorted(old - names)])

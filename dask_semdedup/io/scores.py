@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +19,17 @@ from dask_semdedup.errors import DataReadError
 from dask_semdedup.frames.columns import SCORE_COLUMNS
 from dask_semdedup.io.folder_keys import Keys, integers_or_names, key_type
 from dask_semdedup.io.footers import read_schema
+from dask_semdedup.io.notes import read_note, write_note
 from dask_semdedup.io.targets import Contents
-from dask_semdedup.io.write import PART_FILE, writing
+from dask_semdedup.io.write import PART_FILE
 
 __all__ = ["COMPARED", "SCORES", "Compared", "clusters_of_files", "read_compared", "write_compared"]
 
 # The stages' files, one a cluster.
 CLUSTER_FILE = re.compile(r"cluster_(.+)\.parquet")
 
-# The file of `Compared`, which is Parquet. Neither readers of the folder nor the pattern `*.parquet` find it.
-COMPARED = "_compared"
+# The note of `Compared`, in which readers of the folder find no rows.
+COMPARED = "_compared.parquet"
 
 
 def _not_of_scores(fs: fsspec.AbstractFileSystem, folder: str, names: Sequence[str]) -> list[str]:
@@ -84,13 +87,15 @@ class Compared:
 
 
 def write_compared(compared: Compared, folder: str, storage_options: Mapping[str, Any] | None = None) -> None:
-    """Write what was compared into a folder of scores."""
+    """Write what was compared into a folder of scores, once one of them is there."""
     fs, path = fsspec.url_to_fs(folder, **(storage_options or {}))
     rows = compared.clusters
     columns = {"rows": [compared.total]} if rows is None else {"cluster": rows.index, "rows": rows.to_numpy()}
     table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
-    with writing(name := f"{path}/{COMPARED}"), fs.open(name, "wb") as file:
-        pq.write_table(table.replace_schema_metadata({"eps": repr(compared.eps)}), file)
+    file = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"eps": repr(compared.eps)}), file)
+    # As a table, since clusters may be of any type, such as dates.
+    write_note(fs, f"{path}/{COMPARED}", base64.b64encode(file.getvalue()).decode())
 
 
 def read_compared(folder: str, storage_options: Mapping[str, Any] | None = None) -> Compared | None:
@@ -100,8 +105,7 @@ def read_compared(folder: str, storage_options: Mapping[str, Any] | None = None)
     if not fs.exists(name):
         return None
     try:
-        with fs.open(name, "rb") as file:
-            table = pq.read_table(file)
+        table = pq.read_table(io.BytesIO(base64.b64decode(read_note(fs, name))))
         eps, rows = float(table.schema.metadata[b"eps"]), table.column("rows")
         if "cluster" in table.column_names:
             return Compared(eps, rows.to_pandas().set_axis(table.column("cluster").to_pandas()))

@@ -18,6 +18,8 @@ from dask_semdedup.io.listing import UNFINISHED, above_pattern, is_local
 __all__ = [
     "LITTER",
     "MANIFEST",
+    "MANIFESTS",
+    "TABLE_MANIFEST",
     "Contents",
     "count_files",
     "is_within",
@@ -29,8 +31,9 @@ __all__ = [
     "refuse_strangers",
 ]
 
-# The file that describes a folder's files, and is written when all of them are there.
-MANIFEST = "_manifest.json"
+# The note that describes a folder's files, and is written when all of them are there. Next to tables it is a table
+# without rows. Above folders such as ``centroid=0`` it is JSON, since their readers want the same keys for all tables.
+TABLE_MANIFEST, MANIFEST = MANIFESTS = ("_manifest.parquet", "_manifest.json")
 
 # Files that file systems, their viewers and notebooks leave in any folder.
 LITTER = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|\.nfs[^/]*|\.ipynb_checkpoints(/.*)?)")

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dask_semdedup.io.targets import MANIFESTS
 from tests.data import write_random_layout
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Runs:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The bytes of all files but those that say when they were made."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "_manifest.json")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in MANIFESTS)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

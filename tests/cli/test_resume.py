@@ -21,8 +21,9 @@ from click.testing import CliRunner, Result
 from dask_semdedup import cli
 from dask_semdedup.cli import pairwise
 from dask_semdedup.cli.files import work_of
-from dask_semdedup.io import write
+from dask_semdedup.io import notes, write
 from dask_semdedup.io.scores import COMPARED
+from dask_semdedup.io.targets import MANIFESTS
 from dask_semdedup.lazy import embed as lazy_embed
 from dask_semdedup.lazy import writing
 from dask_semdedup.steps import embed
@@ -87,7 +88,7 @@ def stopped(source: Path, writer: Writer, *options: object) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "_manifest.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in MANIFESTS}
 
 
 def tree(folder: Path) -> list[str]:
@@ -180,7 +181,7 @@ def test_a_full_disk_is_named_by_path(source: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", full)
+        patch.setattr(notes, "_without_rows", full)
         result = invoke("pairwise", source, source.parent / "out", "--eps", 0.1)
     assert_one_line(result.stderr, f"Cannot write {source.parent}/out.partial/", COMPARED, "No space left")
     done(invoke("pairwise", source, source.parent / "out", "--eps", 0.1))

@@ -13,6 +13,7 @@ from typing import Any
 
 import dask
 import dask.dataframe as dd
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -25,8 +26,9 @@ from dask_semdedup import cli
 from dask_semdedup.accessor import SemDedupAccessor
 from dask_semdedup.cli.run import Run
 from dask_semdedup.errors import DataReadError
+from dask_semdedup.io.notes import read_note
 from dask_semdedup.io.scores import COMPARED
-from dask_semdedup.io.targets import MANIFEST
+from dask_semdedup.io.targets import MANIFEST, TABLE_MANIFEST
 from dask_semdedup.lazy import join
 from dask_semdedup.steps.duplicates import find_duplicates
 from tests.data import ObjectStore, assert_one_line
@@ -112,8 +114,9 @@ def kept(tmp_path: Path) -> pd.DataFrame:
 
 def tokens(tmp_path: Path) -> dict[str, str]:
     """What tells one making of a step from another."""
-    folders = (tmp_path / "out").iterdir()
-    return {folder.name: json.loads((folder / MANIFEST).read_text())["token"] for folder in folders}
+    fs, folders = fsspec.filesystem("file"), (tmp_path / "out").iterdir()
+    manifests = {folder.name: next(folder.glob("_manifest.*")) for folder in folders}
+    return {name: read_note(fs, str(path))["token"] for name, path in manifests.items()}
 
 
 def redone(before: dict[str, str], after: dict[str, str]) -> list[str]:
@@ -539,7 +542,7 @@ def test_a_summary_for_programs(finished: Path, tmp_path: Path, invoke: Callable
     assert summary["steps"]["report"]["near_duplicates"] == COPIES
     assert "--eps" in summary["steps"]["duplicates"]["reason"]
     assert summary["steps"]["deduplicated"]["rows"] == len(kept(tmp_path))
-    size = sum(path.stat().st_size for path in (tmp_path / "out" / "deduplicated").glob("*.parquet"))
+    size = sum(path.stat().st_size for path in (tmp_path / "out" / "deduplicated").glob("part.*"))
     assert summary["steps"]["deduplicated"]["bytes"] == size
     assert summary["versions"]["dask-semdedup"] == dask_semdedup.__version__
 
@@ -556,7 +559,7 @@ def test_processes_write_the_bytes_that_threads_write(
         result = invoke(source, "--quiet", "--overwrite", "--partition-size", "4kB", *where, *way)
         assert result.exit_code == 0, result.stderr
         assert result.output == ""
-        files = sorted((tmp_path / "out").rglob("*.parquet"))
+        files = sorted(set((tmp_path / "out").rglob("*.parquet")) - set((tmp_path / "out").glob(f"*/{TABLE_MANIFEST}")))
         written.append({str(path): path.read_bytes() for path in files})
     assert len(written[0]) > 3
     assert written[0] == written[1]
@@ -857,12 +860,41 @@ def test_a_run_resumes_within_a_comparison_of_all_rows(
     assert re.search(rf"Comparing: {n_all} of \d+ comparisons were there already", result.stderr)
     for folder in ("scores", "duplicates", "deduplicated"):
         whole, out = (
-            {path.name: path.read_bytes() for path in (tmp_path / way / folder).glob("*.parquet")}
+            {path.name: path.read_bytes() for path in (tmp_path / way / folder).glob("part.*")}
             for way in ("whole", "out")
         )
         assert whole == out
     assert not list(tmp_path.rglob("*.npz"))
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("steps", [["scores", "duplicates", "deduplicated"], ["clusters"]])
+def test_manifests_are_tables_next_to_tables(
+    source: Path, tmp_path: Path, invoke: Callable[..., Result], steps: list[str]
+) -> None:
+    assert invoke(source, *([] if "scores" in steps else CLUSTERS)).exit_code == 0
+    expected = TABLE_MANIFEST if "scores" in steps else MANIFEST
+    for step in steps:
+        (found,) = (tmp_path / "out" / step).glob("_manifest.*")
+        assert found.name == expected
+        assert read_note(fsspec.filesystem("file"), str(found))["step"] == step
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"PAR1PAR1", b"{}"])
+def test_a_damaged_manifest_is_named(
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result], damage: bytes
+) -> None:
+    (tmp_path / "out" / "scores" / TABLE_MANIFEST).write_bytes(damage)
+    said = invoke(finished).stderr
+    assert_one_line(said, "out/scores' was not made by 'run', or not by this version", TABLE_MANIFEST, "another OUTPUT")
+
+
+def test_a_table_without_a_manifest_in_it_is_none(
+    finished: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    scores = tmp_path / "out" / "scores"
+    shutil.copy(next(scores.glob("part.*")), scores / TABLE_MANIFEST)
+    assert_one_line(invoke(finished).stderr, "not by this version", TABLE_MANIFEST)
 
 
 def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
@@ -1048,7 +1080,7 @@ def test_files_of_others_are_not_lost(
         result = invoke(finished, *options)
         assert result.exit_code == 2
         assert_one_line(result.stderr, mine.name, "would be lost")
-        assert MANIFEST not in result.stderr
+        assert "_manifest" not in result.stderr
         assert mine.read_text() == "the only copy"
         assert tokens(tmp_path) == before
         mine.unlink()

@@ -18,7 +18,7 @@ from dask_semdedup import read_table
 from dask_semdedup.errors import DataReadError, EmbeddingError, OutputError, OutputExistsError
 from dask_semdedup.io.listing import UNFINISHED
 from dask_semdedup.io.staging import differences, restore, staged_folder
-from dask_semdedup.io.targets import MANIFEST, Contents
+from dask_semdedup.io.targets import MANIFESTS, Contents
 from dask_semdedup.io.write import finished_parts, write_part
 from tests.data import ObjectStore
 
@@ -267,17 +267,20 @@ def test_a_part_that_fails_leaves_nothing_and_is_named(tmp_path: Path, monkeypat
 # --- Object storage ---------------------------------------------------------------------------------------------------
 
 
-def test_object_stores_get_the_manifest_last(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("manifest", MANIFESTS)
+def test_object_stores_get_the_manifest_last(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, manifest: str
+) -> None:
     copied: list[str] = []
     copy = MemoryFileSystem.cp_file
     monkeypatch.setattr(
         MemoryFileSystem, "cp_file", lambda fs, one, other: [copied.append(other), copy(fs, one, other)]
     )
     with staged("store://out") as folder:
-        write(store, folder, MANIFEST, "a/x", "z")
+        write(store, folder, manifest, "a/x", "z")
     assert sorted(copied[:-1]) == ["/out/a/x", "/out/z"]
-    assert copied[-1] == f"/out/{MANIFEST}"
-    assert store.find("/") == sorted(["/out/a/x", "/out/z", f"/out/{MANIFEST}"])
+    assert copied[-1] == f"/out/{manifest}"
+    assert store.find("/") == sorted(["/out/a/x", "/out/z", f"/out/{manifest}"])
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import re
 import shlex
@@ -19,9 +20,11 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from rich.console import Console
+from rich.table import Table
 
 from dask_semdedup.cli.options import rank_options
-from dask_semdedup.errors import SemDedupError, ZeroEmbeddingWarning, counted, some
+from dask_semdedup.errors import OutputError, SemDedupError, ZeroEmbeddingWarning, counted, some
 from dask_semdedup.steps.ranking import RankingStrategy
 
 EXIT_STATUS = 2
@@ -216,18 +219,40 @@ def _describe(error: Exception, command: click.Command) -> str:
 
 
 def _in_options(message: str, options: Mapping[str, str]) -> str:
-    """Return a message that names options where it says what to pass: ``as id_field``, ``overwrite=True``."""
+    """Return a message that names options where it says what to pass: ``as id_field``, ``duplicate_of='any'``."""
     names = AS_PARAMETERS.sub(
         lambda match: re.sub(r"\w+", lambda word: options.get(word[0], word[0]), match[0]), message
     )
     for name, option in options.items():
-        names = names.replace(f"{name}=True", option)
+        names = names.replace(f"{name}=True", option).replace(f"{name}=RankingStrategy([column])", f"{option} COLUMN")
+        names = re.sub(rf"\b{name}='(\w+)'", rf"{option} \1", names)
     return names.replace("name another folder", "name another OUTPUT, the second argument")
 
 
 def _flags(command: click.Command) -> dict[str, str]:
     """Return the options of a command by the names of their parameters."""
     return {str(param.name): param.opts[-1] for param in command.params if isinstance(param, click.Option)}
+
+
+def as_text(table: Table) -> str:
+    """Return a table as text for standard output, with styles if that is a terminal."""
+    text = io.StringIO()
+    Console(file=text, force_terminal=sys.stdout.isatty() or None).print(table)
+    return text.getvalue().rstrip("\n")
+
+
+def tell(*lines: str, rest: str) -> None:
+    """Print lines to standard output. If it is full, the error ends with `rest`, which says what is done anyway.
+
+    If whoever reads it has enough, as ``head`` has after some lines, that is no error.
+    """
+    try:
+        click.echo("\n".join(lines))
+    except OSError as error:
+        # Python would write the rest when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OutputError(f"Cannot write to standard output: {error}. {rest}") from error
 
 
 def _one_line(error: click.ClickException) -> str:

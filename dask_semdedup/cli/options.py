@@ -172,7 +172,7 @@ execution_options = _together(
 )
 message_options = _together(
     click.option("-q", "--quiet", is_flag=True, help="Show neither progress nor a summary."),
-    click.option("-v", "--verbose", is_flag=True, help="Show a log."),
+    click.option("-v", "--verbose", is_flag=True, help="Log each search within clusters."),
     click.option(
         "--traceback",
         is_flag=True,

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import dask
-from rich.console import Console
 from rich.table import Table
 
-from dask_semdedup.cli.application import Command, options_of_output, refuse_contradictions
+from dask_semdedup.cli.application import Command, as_text, options_of_output, refuse_contradictions, tell
 from dask_semdedup.cli.checks import clusters_needed, refuse_dimensions, refuse_run, refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress
 from dask_semdedup.cli.files import refuse_memory_output, work_of, write_frame
@@ -62,7 +61,7 @@ Examples:
 @id_option
 @cluster_option
 @embedding_options
-@keep_options("the centroid", ": the column cosine_dist_to_cent or l2_dist_to_cent")
+@keep_options("the centroid", ". They need its column of k-means, cosine_dist_to_cent or l2_dist_to_cent")
 @seed_option("Seed of '--which-to-keep random'.")
 @eps_option(
     "Write only duplicates: rows whose similarity is at least 1 - EPS. This takes less time.  "
@@ -153,8 +152,8 @@ def command(
             log_to(progress.console)
         summary, seconds = on_cluster(write, scheduler, workers, [input_path, output_path], progress)
     if not quiet:
-        Console().print(summary_table(summary, seconds=seconds))
-        click.echo(f"  {'Scores' if eps is None else 'Duplicates'} in {output_path}")
+        where = f"{'Scores' if eps is None else 'Duplicates'} in {output_path}"
+        tell(as_text(summary_table(summary, seconds=seconds)), f"  {where}", rest=f"All is written: {where}.")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dask_semdedup.cli.application import Command, refuse_contradictions
+from dask_semdedup.cli.application import Command, refuse_contradictions, tell
 from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output
 from dask_semdedup.cli.options import (
@@ -121,8 +121,11 @@ def command(
     if not quiet:
         count = int(summary.duplicates(eps))
         share = count / max(summary.rows, 1)
-        click.echo(f"  Duplicates at eps = {eps:g}: {count:,} of {counted(summary.rows, 'row')} ({share:.2%})")
-        click.echo(f"  Look at them: {output.rstrip('/')}/{PAGE}")
+        tell(
+            f"  Near-duplicates at eps = {eps:g}: {count:,} of {counted(summary.rows, 'row')} ({share:.2%})",
+            f"  Look at them: {output.rstrip('/')}/{PAGE}",
+            rest=f"The report is in {output}.",
+        )
 
 
 def _refuse_other_steps(path: str, storage_options: dict[str, Any]) -> None:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import fsspec
-from rich.console import Console
 from rich.table import Table
 
-from dask_semdedup.cli.application import Command, command_line, refuse_contradictions
+from dask_semdedup.cli.application import Command, as_text, command_line, refuse_contradictions, tell
 from dask_semdedup.cli.checks import joining_advice, refuse_run, refuse_strings
 from dask_semdedup.cli.execution import log_to, on_cluster, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output, write_frame
@@ -69,6 +68,11 @@ if TYPE_CHECKING:
 
 # How far scores are stored unless an option says more.
 DEFAULT_MAX_EPS = 0.1
+
+SECOND_SEARCH = (
+    "The step duplicates may take as long as scores, or longer: if scores do not tell which rows are kept, it compares "
+    "rows again at eps = {eps:g} (--eps)."
+)
 
 STEPS = ["embeddings", "clusters", "scores", "duplicates", "deduplicated", "report"]
 
@@ -213,9 +217,12 @@ def command(
             reasons = plan_steps(steps, run.output, redo_from=first, storage_options=storage_options)
             if dry_run:
                 progress.stop()
-                click.echo("\n".join(f"{name:<19} {why or 'reused'}" for name, why in reasons.items()))
+                lines = [f"{name:<19} {why or 'reused'}" for name, why in reasons.items()]
                 if reasons["scores"]:
-                    click.echo(f"\n{run.plan()}")
+                    lines += ["", run.plan()]
+                if reasons["duplicates"] and run.duplicate_of == "kept":
+                    lines += ["", SECOND_SEARCH.format(eps=run.eps)]
+                tell(*lines, rest="It was a dry run: nothing is written.")
                 return
             outcomes: dict[str, Outcome] = {}
             start = time.perf_counter()
@@ -248,9 +255,12 @@ def command(
         with writing(report_json), fsspec.open(report_json, "w", **storage_options) as file:
             json.dump(outcomes_as_json(outcomes, seconds), file, indent=2)
     if not quiet:
-        Console().print(outcome_table(outcomes, seconds))
-        click.echo(f"  Kept rows in {output_path.rstrip('/')}/deduplicated")
-        click.echo(f"  Look at pairs in {output_path.rstrip('/')}/report/index.html")
+        tell(
+            as_text(outcome_table(outcomes, seconds)),
+            f"  Kept rows in {output_path.rstrip('/')}/deduplicated",
+            f"  Look at pairs in {output_path.rstrip('/')}/report/index.html",
+            rest=f"All steps are written to {output_path}.",
+        )
 
 
 @dataclass
@@ -306,6 +316,11 @@ class Run:
         return float(max(stored.get("max_eps") or DEFAULT_MAX_EPS, self.eps))
 
     @property
+    def _is_stretched(self) -> bool:
+        """Whether `largest_eps` is `eps`, since that is larger than any that was given or stored."""
+        return self.max_eps is None and self.largest_eps == self.eps
+
+    @property
     def is_complete(self) -> bool:
         """Whether rows are compared with all others, without clusters."""
         return self.n_clusters is None
@@ -350,7 +365,16 @@ class Run:
             before = ("clusters",)
         steps = [
             *first,
-            Step("scores", scoring, self._score, _contents_of_scores(), before, plan=self._scores, costly=True),
+            Step(
+                "scores",
+                scoring,
+                self._score,
+                _contents_of_scores(),
+                before,
+                plan=self._scores,
+                costly=True,
+                origins={"max_eps": f"for --eps {self.eps:g}"} if self._is_stretched else {},
+            ),
             # All else that duplicates depend on, the scores do too.
             Step("duplicates", deciding, self._find_duplicates, parts, ("scores",), plan=self._duplicates),
             Step("deduplicated", source | kept, self._deduplicate, parts, ("duplicates",), plan=self._kept_rows),

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -63,6 +63,8 @@ class Step:
         Whether other parameters are an error, unless the step is redone on request.
     source
         The path of INPUT, for messages: another one may lead to the same files.
+    origins
+        What parameters come from that are not given themselves, for messages.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Step:
     plan: Callable[[], dd.DataFrame] | None = None
     costly: bool = False
     source: str = ""
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,8 @@ def _changes(manifest: Manifest, step: Step) -> str:
         texts.append(f"it was made from INPUT {manifest.source}, and would be from {step.source}")
         changed.remove("files")
     options = [{option_of(name): _shown(values.get(name)) for name in changed} for values in (before, now)]
-    return ", ".join([*texts, *differences(*options)])
+    origins = [step.origins[name] for name in changed if name in step.origins]
+    return ", ".join([*texts, *differences(*options), *origins])
 
 
 def _shown(value: Any) -> str:

@@ -226,7 +226,8 @@ class Plan:
             where = "two cores" if self.device == "cpu" else "a GPU"
             lines.append((f"time on {where}", f"{self.seconds:,.1f} s, plus {reading}"))
         if self.width:
-            lines.append(("memory of a worker", f"{format_bytes(self.task_bytes)} for each thread"))
+            process = f"plus {format_bytes(PROCESS_BYTES)} for each process"
+            lines.append(("memory of a worker", f"{format_bytes(self.task_bytes)} for each thread, {process}"))
         return "\n".join(f"{name:<19} {value}" for name, value in lines)
 
 

@@ -109,7 +109,7 @@ def up_to(eps: float | None, options: SearchOptions) -> SearchOptions:
     if options.duplicate_of == "kept" and not (eps is not None and eps < 1):
         raise InvalidArgumentError(
             f"duplicate_of='kept' needs an eps below 1, not {eps}: which rows are kept depends on eps, and from 1 on "
-            "even rows that are not similar at all would be duplicates.",
+            "even rows that are not similar at all would be duplicates. Pass an eps below 1, or duplicate_of='any'.",
             parameters=["duplicate_of", "eps"],
         )
     return options if eps is None or eps >= 1 else replace(options, at_least=float(threshold(eps)))

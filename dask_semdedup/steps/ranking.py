@@ -145,13 +145,14 @@ class RankingStrategy:
         present = list(present)
         if set(self.required_columns) <= set(present):
             return
-        advice = "Use existing columns in the ranking strategy."
+        advice, parameters = "Use existing columns in the ranking strategy.", ["ranking_strategy"]
         if set(self.required_columns) & set(DISTANCE_COLUMNS.values()):
             advice = (
                 "Distances to the centroid come from k-means. Without them, rank by a column, with "
                 "ranking_strategy=RankingStrategy([column]), or with which_to_keep='random'."
             )
-        raise MissingColumnsError.build(self.required_columns, present, advice, parameters=["ranking_strategy"])
+            parameters.append("which_to_keep")
+        raise MissingColumnsError.build(self.required_columns, present, advice, parameters=parameters)
 
     def check_order(self, unordered: Iterable[str]) -> None:
         """Raise if a column to rank by holds ordered categories whose order the files do not define.

@@ -223,6 +223,19 @@ def test_rank_by_descending_keeps_the_last_rows(clusters: str, tmp_path: Path, i
     assert sorted(dropped["id"] % 100) == sorted([*range(DUPLICATES)] * CLUSTERS)
 
 
+def test_clusters_of_others_need_an_option_that_is_named(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    table = cluster_table(0).drop_columns(["cosine_dist_to_cent", "l2_dist_to_cent"])
+    folder = write_layout(str(tmp_path / "clusters"), {0: [table]})
+    said = invoke(folder, tmp_path / "scores").stderr
+    assert_one_line(said, "with --rank-by COLUMN, or with --which-to-keep random.")
+    assert "ranking_strategy" not in said
+    for option, value in (("--rank-by", "quality"), ("--which-to-keep", "random")):
+        assert invoke(folder, tmp_path / value, option, value).exit_code == 0
+    words = " ".join(invoke("--help").stdout.split())
+    assert "They need its column of k-means, cosine_dist_to_cent or l2_dist_to_cent." in words
+    assert "Log each search within clusters." in words
+
+
 def test_columns_may_have_other_names(tmp_path: Path, invoke: Callable[..., Result]) -> None:
     table = cluster_table(0).rename_columns(["doc", "vector", "cosine_dist_to_cent", "l2_dist_to_cent", "quality"])
     folder = tmp_path / "clusters"
@@ -611,7 +624,7 @@ def test_bad_options_are_one_line(
         (["--cluster-field", "cl"], ["No cluster column 'cl'", "use 'dask-semdedup run'", "pass --cluster-field."]),
         (["--rank-by", "qualty"], ["['qualty']", "(--rank-by)"]),
         (["--embedding-dim", "9"], ["where 9 is expected", "(--embedding-dim)"]),
-        (["--device", "cuda"], ["Use device='cpu' or 'auto'", "(--device)"]),
+        (["--device", "cuda"], ["Use --device cpu or 'auto'"]),
     ],
 )
 def test_errors_name_options(

@@ -48,7 +48,7 @@ def names(folder: Path) -> list[str]:
 def test_report_is_written_beside_the_scores(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     result = invoke(scores, "--eps", "0.02")
     assert result.exit_code == 0, result.stderr
-    assert "Duplicates at eps = 0.02: 10 of 40 rows (25.00%)" in result.stdout
+    assert "Near-duplicates at eps = 0.02: 10 of 40 rows (25.00%)" in result.stdout
     assert "report/index.html" in result.stdout
     assert names(tmp_path / "report") == FILES
     assert names(tmp_path) == ["report", "scores"]
@@ -63,7 +63,7 @@ def test_shares_are_of_all_rows_where_only_duplicates_were_written(
     write_compared(Compared(0.05, rows), str(scores))
     result = invoke(scores, "--eps", "0.02")
     assert result.exit_code == 0, result.stderr
-    assert "Duplicates at eps = 0.02: 10 of 47 rows (21.28%)" in result.stdout
+    assert "Near-duplicates at eps = 0.02: 10 of 47 rows (21.28%)" in result.stdout
     page = (tmp_path / "report" / "index.html").read_text()
     assert "<dt>Clusters</dt><dd>3</dd>" in page
     assert '<th scope="row">0</th><td>20</td><td>5</td><td>25.00%</td>' in page

@@ -521,7 +521,8 @@ def test_eps_is_within_the_scores_that_are_kept(
     finished: Path, source: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     before = tokens(tmp_path)
-    assert_one_line(invoke(finished, "--eps", 0.3).stderr, "--max-eps 0.1 → 0.3", "--from scores")
+    assert_one_line(invoke(finished, "--eps", 0.3).stderr, "--max-eps 0.1 → 0.3, for --eps 0.3.", "--from scores")
+    assert "for --eps" not in invoke(finished, "--eps", 0.3, "--max-eps", 0.3).stderr
     assert tokens(tmp_path) == before
 
 
@@ -926,8 +927,11 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--rank-by", "embeddings"], ["cannot be ranked by 'embeddings'", "(--rank-by)"]),
         (["--rank-by", "embeddings", *CLUSTERS], ["cannot be ranked by 'embeddings'", "(--rank-by)"]),
         (["--duplicate-of", "all"], ["--duplicate-of"]),
-        (["--eps", 1, "--max-eps", 2], ["needs an eps below 1", "(--duplicate-of --eps)"]),
-        (["--eps", 1, "--max-eps", 2, *CLUSTERS], ["needs an eps below 1", "(--duplicate-of --eps)"]),
+        (
+            ["--eps", 1, "--max-eps", 2],
+            ["--duplicate-of kept", "Pass an eps below 1 or --duplicate-of any. (--eps)"],
+        ),
+        (["--eps", 1, "--max-eps", 2, *CLUSTERS], ["--duplicate-of kept needs an eps below 1", "--duplicate-of any"]),
         (["--from", "scores", "--overwrite"], ["--from", "--overwrite"]),
         (["--eps", 3], ["--eps"]),
         (["--eps", "0,05"], ["'005' is not a valid number"]),
@@ -1177,7 +1181,8 @@ def test_a_dry_run_says_what_would_be_done_and_makes_nothing(
     assert "Rows are compared for scores up to eps = 0.1 (--max-eps):\nrows " in said
     assert re.search(r"rows +200", said)
     assert not output.exists()
-    clustered = invoke(source, "--dry-run", "--n-clusters", "3").output
+    assert "rows again at eps = 0.02 (--eps)" in invoke(source, "--dry-run", "--eps", 0.02).output
+    clustered = invoke(source, "--dry-run", "--n-clusters", "3", "--duplicate-of", "any").output
     assert clustered.endswith(
         "\nRows are compared within 3 clusters of k-means, for scores up to eps = 0.1 (--max-eps).\n"
     )
@@ -1185,3 +1190,5 @@ def test_a_dry_run_says_what_would_be_done_and_makes_nothing(
     again = invoke(source, "--dry-run", "--from", "duplicates").output
     assert re.search(r"scores +reused\nduplicates +asked for", again)
     assert "Rows are compared" not in again
+    assert "The step duplicates may take as long as scores, or longer" in again
+    assert "may take" not in invoke(source, "--dry-run").output

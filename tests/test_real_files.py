@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -628,6 +630,23 @@ def test_other_formats_are_refused_with_the_line_that_converts_them(tmp_path: Pa
     # Beside Parquet they are no data.
     write_parts(tmp_path, documents())
     assert len(read_table(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("make", "reads"), [(pa.ipc.new_stream, "open_stream"), (pa.ipc.new_file, "open_file")])
+def test_the_line_that_converts_arrow_files_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any], reads: str
+) -> None:
+    table = pa.table({"id": [1, 2], "embeddings": [[1.0, 0.0], [0.0, 1.0]]})
+    path = str(tmp_path / "a.arrow")
+    with make(path, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataReadError, match=r"with open_file in place of open_stream if .* ARROW1") as e:
+        read_table(path)
+    assert Path(path).read_bytes().startswith(b"ARROW1") == (reads == "open_file")
+    line = re.search(r"Convert it first: (.*?\)), with", str(e.value))[1]  # type: ignore[index]
+    monkeypatch.chdir(tmp_path)
+    exec(line.replace("open_stream", reads), {"pyarrow": pa, "path": path})
+    assert pq.read_table("documents.parquet").equals(table)
 
 
 @pytest.mark.gpu

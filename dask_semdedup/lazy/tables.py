@@ -41,7 +41,9 @@ PARSED = "converters={'embeddings': json.loads}"
 # Files that others read, what they are, and what makes Parquet of them.
 CONVERSIONS = {
     ".arrow": (
-        "an Arrow IPC file, as Hugging Face datasets save them",
+        "an Arrow IPC file",
+        "pyarrow.parquet.write_table(pyarrow.ipc.open_stream(path).read_all(), 'documents.parquet'), with open_file in "
+        "place of open_stream if the file begins with ARROW1; or, for a folder that Hugging Face Datasets have saved, "
         "datasets.load_from_disk(folder).to_parquet('documents.parquet')",
     ),
     ".feather": ("a Feather file", "pandas.read_feather(path).to_parquet('documents.parquet')"),

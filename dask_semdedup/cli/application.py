@@ -32,7 +32,7 @@ INTERRUPTED = 130
 # Seconds within which several interrupts are one: programs such as timeout pass on what the terminal sends, too.
 ONE_INTERRUPT = 0.5
 
-RESUME = "Run the same command again to resume: it reuses finished parts."
+RESUME = "Run the same command again: it reuses the parts that are finished, if there are any."
 
 # The sections of the commands' help, with the parameters in each.
 SECTIONS = {

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 """
 
 STOPPING = ["Stopping: waiting for running tasks. Press Ctrl-C again to stop at once."]
-STOPPED = ["Stopped. Run the same command again to resume: it reuses finished parts."]
+STOPPED = ["Stopped. Run the same command again: it reuses the parts that are finished, if there are any."]
 
 
 @pytest.mark.parametrize(

@@ -485,7 +485,7 @@ def test_a_run_that_is_stopped_leaves_what_is_finished(
         assert result.exit_code == 130
         assert [line for line in result.stderr.splitlines() if line] == [
             "Stopping: waiting for running tasks. Press Ctrl-C again to stop at once.",
-            "Stopped. Run the same command again to resume: it reuses finished parts.",
+            "Stopped. Run the same command again: it reuses the parts that are finished, if there are any.",
         ]
         assert signal.getsignal(stop) is before
     finally:

@@ -572,7 +572,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         -------
         dask_semdedup.lazy.join.Plan
             The numbers of rows, sketches, cells, multiplied pairs and tasks, the share of skipped pairs, and estimates
-            of memory and time. It prints as a table.
+            of memory and time. It prints as a table. Of a table that is small enough to be searched in one task
+            whatever its rows are, no row is looked at, and nothing is estimated.
 
         Raises
         ------

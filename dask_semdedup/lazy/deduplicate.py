@@ -10,7 +10,7 @@ from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOption
 from dask_semdedup.lazy.embed import warn_of_passes
 from dask_semdedup.lazy.kmeans import cluster
 from dask_semdedup.lazy.removal import remove_duplicates
-from dask_semdedup.lazy.scores import check_rows, score_completely, score_pairwise
+from dask_semdedup.lazy.scores import check_clustered, check_rows, score_completely, score_pairwise
 from dask_semdedup.lazy.sources import check_sources
 from dask_semdedup.lazy.writing import writable
 from dask_semdedup.steps.duplicates import check_eps
@@ -50,8 +50,8 @@ def keep_one_of_each_in_clusters(
 ) -> dd.DataFrame:
     """Keep the preferred row of each group of near-duplicates of a cluster: see `SemDedupAccessor.deduplicate`."""
     check_eps(eps)
-    check_rows(ddf, columns, options)
     are_made = n_clusters is not None or centroids is not None
+    (check_rows if are_made else check_clustered)(ddf, columns, options)
     made = [columns.cluster, *DISTANCE_COLUMNS.values()] if are_made else []
     ranking.check_columns([*ddf.columns, *made], columns.embedding)
     check_sources(ddf, [columns.id, columns.embedding, *ranking.required_columns], ranking)

@@ -26,6 +26,7 @@ from dask_semdedup.steps.fit import KMeansOptions
 from dask_semdedup.steps.ranking import RankingStrategy
 
 __all__ = [
+    "check_clustered",
     "check_rows",
     "count_rows",
     "is_complete",
@@ -49,10 +50,10 @@ def score_pairwise(
     bounded = up_to(eps, options)
     # The optimiser sees to the other rule: what several eps need is searched for once.
     options = bounded if options.duplicate_of == "kept" else options
-    _check_clustered(ddf, columns, options)
+    check_clustered(ddf, columns, options)
     ranking.check_columns(ddf.columns, columns.embedding)
     needed = {columns.id, columns.embedding, columns.cluster, *ranking.required_columns}
-    check_sources(ddf, sorted(needed), ranking)
+    check_sources(ddf, sorted(needed, key=str), ranking)
     frame = align(ddf[[name for name in ddf.columns if name in needed]], columns.cluster)
     scores = new_collection(PairwiseScores(frame, columns, ranking, options, verbose=bool(verbose)))
     return scores if eps is None else find_duplicates(scores, eps)
@@ -73,7 +74,7 @@ def score_completely(
     made = set(DISTANCE_COLUMNS.values()) if by_mean else set()
     ranking.check_columns([*ddf.columns, *made], columns.embedding)
     needed = {columns.id, columns.embedding, *ranking.required_columns} - made
-    check_sources(ddf, sorted(needed), ranking)
+    check_sources(ddf, sorted(needed, key=str), ranking)
     warn_of_passes(ddf)
     scores = compare_all(
         ddf[[name for name in ddf.columns if name in needed]], columns, ranking, options, by_mean=by_mean
@@ -150,8 +151,8 @@ def score_against(
         return scores if eps is None else _duplicates_alone(scores, eps)
     if n_clusters is None and centroids is None:
         _check_clusters_of_both(ddf, reference, columns)
-        _check_clustered(queries, columns, options)
-        _check_clustered(candidates, of_reference, options)
+        check_clustered(queries, columns, options)
+        check_clustered(candidates, of_reference, options)
     else:
         kmeans = KMeansOptions(**fit)
         if centroids is None:
@@ -207,7 +208,7 @@ def check_rows(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> N
     refuse_lacking(ddf, [columns.id, columns.embedding])
 
 
-def _check_clustered(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:
+def check_clustered(ddf: dd.DataFrame, columns: Columns, options: SearchOptions) -> None:
     """Raise unless a frame has ids, embeddings and clusters, with suitable dtypes."""
     check_rows(ddf, columns, options)
     if columns.cluster not in ddf.columns:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 from dask.tokenize import tokenize
 
-from dask_semdedup._validate import check_bytes, check_names, check_positive, type_name
+from dask_semdedup._validate import check_bytes, check_names, check_positive, stack_level, type_name
 from dask_semdedup.errors import DataReadError, EmbeddingError, InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.columns import SCORE_COLUMNS, Columns, unique_columns
 from dask_semdedup.frames.embeddings import JOINED_IN_PANDAS, to_embeddings, to_tensor
@@ -95,7 +96,8 @@ def read_table(
     id_field : str, default "id"
         Column of ids. In JSON lines it may not be null. With `make_ids`, the name of the column that is made.
     embedding_field : str, default "embeddings"
-        Column of embeddings. In JSON lines, its lists of numbers become float32.
+        Column of embeddings. In JSON lines, its lists of numbers become float32. Lists of uint16 are read as the bits
+        of float16.
     make_ids : bool, default False
         Make a first column `id_field` of strings such as ``en/part-3.parquet:17``: the path of the file relative to the
         folder that is read, and the number of the row in the file. The ids of a file do not depend on other files.
@@ -185,6 +187,7 @@ def from_pandas(
         to fit workers with little memory.
     embedding_field : str, default "embeddings"
         Column of embeddings: arrays, lists or tuples of numbers, all of the same length, or Arrow lists of numbers.
+        Those of uint16 are read as the bits of float16, with a warning.
 
     Returns
     -------
@@ -233,6 +236,13 @@ def from_pandas(
             f"frame[{embedding_field!r}] = frame[{embedding_field!r}].map(json.loads).",
             parameters=["embedding_field"],
             columns=[embedding_field],
+        )
+    in_arrow = getattr(getattr(column.dtype, "pyarrow_dtype", None), "value_type", None)
+    if in_arrow == pa.uint16() or np.asarray(_first(column)).dtype == np.uint16:
+        warnings.warn(
+            f"Column {embedding_field!r}: uint16 are read as the bits of float16, as NeMo Curator writes them. If they "
+            "are numbers, cast them to int32 first.",
+            stacklevel=stack_level(),
         )
     # Zeros are warned of by what compares the rows.
     rows = to_tensor(column, name=embedding_field, warn_of_zeros=False)

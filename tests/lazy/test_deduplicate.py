@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError, RankingStrategy, from_pandas, read_table
-from dask_semdedup.errors import DataReadError
+from dask_semdedup.errors import ClusterError, DataReadError
 from tests.data import arrow_lists
 
 
@@ -117,3 +117,17 @@ def test_rows_without_an_id_are_refused_as_soon_as_they_are_read() -> None:
     scores = from_pandas(frame).semdedup.pairwise(cluster_field=None)
     with pytest.raises(IdError, match="Column 'id': 1 row has a null id"):
         scores.compute()
+
+
+def test_columns_may_have_names_of_several_types() -> None:
+    rows = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+    frame = pd.DataFrame({"id": range(20), 0: list(np.concatenate([rows[:18], rows[:2]])), 7: range(20)})
+    ddf = from_pandas(frame, embedding_field=0)
+    kept = ddf.semdedup.deduplicate(eps=0.01, embedding_field=0, ranking_strategy=RankingStrategy([7]))
+    assert kept["id"].compute().tolist() == list(range(18))
+
+
+def test_a_missing_cluster_column_is_named_first() -> None:
+    frame = pd.DataFrame({"id": range(3), "embeddings": list(np.eye(3, dtype=np.float32))})
+    with pytest.raises(ClusterError, match=r"No cluster column 'nope'"):
+        from_pandas(frame).semdedup.deduplicate(cluster_field="nope")

@@ -151,8 +151,7 @@ def _partial_folder(fs: fsspec.AbstractFileSystem, final: str) -> Iterator[None]
         with only_run(fs, f"{partial}/{LOCK}", final):
             yield
     finally:
-        with suppress(OSError):  # It is not empty, or there are no folders in this file system.
-            fs.rmdir(partial)
+        _remove_empty(fs, partial)
 
 
 def _begin(fs: fsspec.AbstractFileSystem, final: str, work: Mapping[str, Any] | None, *, anew: bool) -> str:
@@ -196,6 +195,13 @@ def _clear(fs: fsspec.AbstractFileSystem, partial: str) -> None:
     paths = {path.rstrip("/") for path in fs.ls(partial, detail=False)} - {f"{partial}/{LOCK}"}
     for path in sorted(paths, key=lambda path: (path != f"{partial}/{WORK}", path)):
         remove(fs, path)
+    _remove_empty(fs, partial)
+
+
+def _remove_empty(fs: fsspec.AbstractFileSystem, folder: str) -> None:
+    """Remove a folder with nothing in it, not even a lock, where the file system has folders."""
+    with suppress(OSError):
+        fs.rmdir(folder)
 
 
 def _is_passing(error: BaseException) -> bool:

@@ -186,6 +186,18 @@ def test_old_files_stay_aside_where_others_have_their_name(tmp_path: Path) -> No
 # --- What a stopped run has left --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("left", ["", "work.json", "0123/"])
+def test_nothing_stays_of_what_no_run_can_use(tmp_path: Path, left: str) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    if left.endswith("/"):
+        (partial / left).mkdir()
+    elif left:
+        (partial / left).write_text("{}")
+    restore(LOCAL, f"{tmp_path}/out")
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
 def test_the_same_work_goes_on(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error):

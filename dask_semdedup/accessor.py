@@ -39,9 +39,9 @@ METHODS = (
 
 # What the list of methods does not say.
 NOTES = (
-    "Methods return lazy frames; some read a sample first. Only plan, fit_centroids and those that write work at once.",
+    "Most methods are lazy; some read a sample first. Only plan, fit_centroids and those that write run immediately.",
     "Write the rows that deduplicate keeps with to_parquet.",
-    "pairwise and against find duplicates: pass these to remove, and write its result with to_parquet.",
+    "pairwise and against find duplicates: pass these to remove, and write the result with to_parquet.",
 )
 
 # Other columns that the accessor lists.
@@ -54,7 +54,8 @@ class SemDedupAccessor:
 
     Importing `dask_semdedup` adds the accessor to every Dask DataFrame, of pandas or cuDF partitions. Methods return
     lazy Dask DataFrames, except `plan` and `fit_centroids`, which read a sample, and `to_clusters` and `to_parquet`,
-    which write. `kmeans` reads a sample at once, and so do `pairwise`, `deduplicate` and `against` without clusters.
+    which write. `kmeans` reads a sample immediately, and so do `pairwise`, `deduplicate` and `against` without
+    clusters.
     """
 
     def __init__(self, ddf: dd.DataFrame) -> None:
@@ -163,8 +164,8 @@ class SemDedupAccessor:
         dask.dataframe.DataFrame
             The frame, with `embedding_field` of unit length in lists of float32, and at its end ``centroid`` (int32),
             ``l2_dist_to_cent`` (float32), the Euclidean distance of the normalised row to its centroid, and
-            ``cosine_dist_to_cent`` (float32), 1 minus their cosine similarity. Columns of these names that were there
-            are replaced.
+            ``cosine_dist_to_cent`` (float32), 1 minus their cosine similarity. Existing columns of these names are
+            replaced.
 
         Raises
         ------
@@ -466,7 +467,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         dask.dataframe.DataFrame
             Columns ``id`` and ``max_id``, of the ids' own dtype, ``cosine_sim_score`` (float32 in [-1, 1]), and the
             cluster column if there are clusters. A row for each row of the frame, or for each duplicate at `eps`.
-            Clusters ascend within a partition, and rows stand in rank order within their cluster, or within the
+            Clusters ascend within a partition, and rows are in rank order within their cluster, or within the
             partition. The first row of a cluster, or of all rows, has score 0 and its own id.
 
         Raises
@@ -572,8 +573,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         -------
         dask_semdedup.lazy.join.Plan
             The numbers of rows, sketches, cells, multiplied pairs and tasks, the share of skipped pairs, and estimates
-            of memory and time. It prints as a table. Of a table that is small enough to be searched in one task
-            whatever its rows are, no row is looked at, and nothing is estimated.
+            of memory and time. It prints as a table. If the table is small enough to be searched in one task whatever
+            its rows are, no row is read, and nothing is estimated.
 
         Raises
         ------
@@ -668,9 +669,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         dask.dataframe.DataFrame
             One partition, with a row for each eps, in the given order: ``eps`` (float64), ``duplicates`` (int64), the
             number of duplicates at that eps, and ``share`` (float64), their share of all rows that were compared.
-            Scores up to one eps, such as ``pairwise(eps=0.05)``, are those of duplicates alone. The share is then still
-            one of all rows, or NaN if their number is not known: it is known without clusters, and with clusters in
-            frames of `read_clusters`.
+            Scores up to one eps, such as ``pairwise(eps=0.05)``, hold duplicates alone. The share is then still that of
+            all rows, or NaN if their number is not known. It is known without clusters and, with clusters, for frames
+            of `read_clusters`.
 
         Raises
         ------
@@ -718,7 +719,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             If `eps` is not a number from 0 to 2, the scores do not hold all duplicates at `eps`, as in `duplicates`, or
             they are those of `against`.
         IdError
-            When computed, if ids of duplicates are null or repeat, also those of rows that are preferred to them, or if
+            When computed, if ids of duplicates, or of rows that are preferred over them, are null or repeated, or if
             their ``max_id`` form a cycle.
 
         Notes
@@ -763,8 +764,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
         eps : float, optional
             The eps to use, if `duplicates` holds several eps, an eps of 1 or more, or all scores.
         broadcast : bool, default True
-            Send the ids of all duplicates to every partition of this frame. If they do not fit the memory of a worker,
-            pass False to shuffle both frames by id. With threads, the shuffle takes several times their size in memory.
+            Send the ids of all duplicates to every partition of this frame. If they do not fit in the memory of a
+            worker, pass False to shuffle both frames by id. With threads, the shuffle takes several times their size in
+            memory.
 
         Returns
         -------
@@ -782,9 +784,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
             duplicates at `eps`, as in `duplicates`. When computed, if they are scores of all rows and there is no
             `eps`.
         IdError
-            When computed, if an id to remove occurs in several rows of this frame, of which at most one is a
-            duplicate, or if scores say that a row duplicates one of its own id. No partition is given out before that
-            is known.
+            When computed, if an id to remove occurs in several rows of this frame, of which at most one is a duplicate,
+            or if scores say that a row duplicates one of its own id. No partition is returned before that is checked.
 
         Notes
         -----
@@ -869,11 +870,11 @@ n_init, oversampling_factor, max_samples_per_batch, device
         maximum length: 256 tokens for the default model, about 200 words of English.
 
         The result is lazy and is not stored: the texts are embedded each time that their embeddings are read.
-        `deduplicate` and comparisons of all rows read them several times, and warn of it. Write the embeddings first,
-        with `to_parquet` of this accessor, and continue with `dask_semdedup.read_table`; or call ``persist()`` if they
-        fit into memory.
+        `deduplicate` and comparisons of all rows read them several times, and warn about this. Write the embeddings
+        first, with `to_parquet` of this accessor, and continue with `dask_semdedup.read_table`; or call ``persist()``
+        if they fit in memory.
 
-        A task of many texts shows no progress and runs on one worker. A CPU embeds tens of texts in a second, and 2,000
+        A task of many texts shows no progress and runs on one worker. A CPU embeds tens of texts per second, and 2,000
         of them take a minute or two: for frames from other sources, call ``repartition(npartitions=...)`` first.
 
         Examples
@@ -910,8 +911,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         """Find the rows that have a near-duplicate in another frame, such as a training set.
 
         Each row is compared with all reference rows, and with no row of its own frame. With a `cluster_field`,
-        `n_clusters` or `centroids` it is compared with the reference rows of its cluster only; rows whose cluster holds
-        none are left out.
+        `n_clusters` or `centroids`, it is compared only with the reference rows of its cluster. Rows whose cluster
+        holds no reference row are left out.
 
         Parameters
         ----------
@@ -937,7 +938,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         Returns
         -------
         dask.dataframe.DataFrame
-            ``id``, ``max_id`` (the most similar reference row; among equals the one of the smallest id),
+            ``id``, ``max_id`` (the most similar reference row; among equals, the one with the smallest id),
             ``cosine_sim_score`` and, if there are clusters, the row's cluster. Clusters ascend within a partition, and
             ids within a cluster, or within the partition.
 
@@ -1033,8 +1034,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
             temporary column, by default "centroid", which must not be the name of a needed column.
         duplicate_of : {"kept", "any"}, default "kept"
             With "kept", a row is dropped if and only if a kept, preferred row is at least ``1 - eps`` similar. With
-            "any", the rule of NeMo Curator, a row is also dropped if the preferred row is itself dropped. Then no kept
-            row need be near it. See `pairwise`.
+            "any", the rule of NeMo Curator, a row is also dropped if the preferred row is itself dropped. Then there
+            may be no kept row near it. See `pairwise`.
         which_to_keep, sim_metric, ranking_strategy, random_seed
             Preferred rows: see `pairwise`. With only a `cluster_field`, "hard" and "easy" need a column of distances in
             the frame.
@@ -1073,7 +1074,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Examples
         --------
-        The third text is nearly the first, which ranks before it:
+        The third text is nearly the same as the first, which ranks before it:
 
         >>> import dask_semdedup, pandas as pd
         >>> frame = pd.DataFrame({"id": [1, 2, 3], "text": ["a cat", "a dog", "the cat"]})

@@ -130,7 +130,7 @@ class OutputExistsError(OutputError, FileExistsError):
 
 
 class ClusterUnavailableError(SemDedupError, ConnectionError):
-    """A cluster cannot do the work: it has no workers, or others than needed, or its scheduler cannot be reached."""
+    """A cluster cannot do the work: it has no workers, or unsuitable ones, or its scheduler cannot be reached."""
 
 
 class MissingDependencyError(SemDedupError, ImportError):

@@ -153,7 +153,7 @@ class FileGroupTask:
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of a worker of a stage, for executors that ask. Dask takes them from its workers instead.
+    """Resources that a worker of a stage needs, for executors that ask. Dask uses those of its workers instead.
 
     Parameters
     ----------
@@ -322,8 +322,8 @@ class PairwiseCosineSimilarityStage(_Stage):
         Arguments of ``read_parquet`` of pandas, or of cuDF if that is Dask's ``dataframe.backend``, and of
         ``to_parquet`` of pandas. Both may hold ``storage_options`` for the fsspec file system.
     compute_dtype : {"auto", "float16", "float32"}, default "float32"
-        Accepted as by NeMo Curator's stage, and without effect: the result is always exact, at the speed of half
-        precision.
+        Accepted for compatibility with NeMo Curator's stage, without effect: the result is always exact, at
+        half-precision speed.
 
     Raises
     ------
@@ -661,7 +661,7 @@ class PairwiseStage(_Stage):
         self.decompose()
 
     def decompose(self) -> list[Any]:
-        """Return the two stages of which this one consists.
+        """Return the two stages that this one consists of.
 
         Returns
         -------

@@ -200,7 +200,7 @@ def _check_address(scheduler: str) -> None:
         if protocol in ("tcp", "tls"):
             parse_host_port(location)
     except ValueError as error:
-        message = f"{scheduler!r} is no address of a scheduler ({error}). Name one as tcp://10.0.0.1:8786."
+        message = f"{scheduler!r} is not the address of a scheduler ({error}). Name one such as tcp://10.0.0.1:8786."
         raise InvalidArgumentError(message, parameters=["scheduler"]) from error
 
 

@@ -68,6 +68,6 @@ def refuse_memory_output(path: str) -> None:
     """Raise if what is written would be gone when the command ends."""
     if "memory://" in path:
         raise InvalidArgumentError(
-            f"{path} is in the memory of this process, which ends with the command: nothing would be left. Name a "
+            f"{path} is in the memory of this process, which ends with the command, so nothing would be left. Name a "
             "folder on a disk or in object storage."
         )

@@ -90,7 +90,7 @@ id_option = click.option("--id-field", metavar="COLUMN", default="id", show_defa
 make_ids_option = click.option(
     "--make-ids",
     is_flag=True,
-    help="Make a column --id-field of ids: the name of the file and the number of the row in it.",
+    help="Make ids in a new column --id-field: the name of the file and the number of the row in it.",
 )
 cluster_option = click.option(
     "--cluster-field",

@@ -61,7 +61,7 @@ Examples:
 @id_option
 @cluster_option
 @embedding_options
-@keep_options("the centroid", ". They need its column of k-means, cosine_dist_to_cent or l2_dist_to_cent")
+@keep_options("the centroid", ", which need its column from k-means: cosine_dist_to_cent or l2_dist_to_cent")
 @seed_option("Seed of '--which-to-keep random'.")
 @eps_option(
     "Write only duplicates: rows whose similarity is at least 1 - EPS. This takes less time.  "
@@ -73,7 +73,7 @@ Examples:
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace OUTPUT if it holds nothing but scores, and what a stopped run of other options has left.",
+    help="Replace OUTPUT if it holds nothing but scores, and remove what a stopped run with other options has left.",
 )
 @message_options
 @click.pass_context
@@ -100,8 +100,8 @@ def command(
     INPUT is a folder of clustered embeddings: INPUT/centroid=<k>/*.parquet, or Parquet files with a cluster column. For
     embeddings without clusters, use 'dask-semdedup run'. OUTPUT is a folder of Parquet files with the columns id,
     max_id (the most similar preferred row), cosine_sim_score and the cluster. It holds all rows, or only duplicates
-    with --eps. It appears when all of it is written. After a run that was stopped or killed, the same command does
-    what is missing: finished parts are kept in OUTPUT.partial.
+    with --eps. It appears when all of it is written. After a run that was stopped or killed, the same command resumes:
+    finished parts are kept in OUTPUT.partial.
 
     Both may be local paths or fsspec URLs.
     """

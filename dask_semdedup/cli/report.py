@@ -71,10 +71,10 @@ def command(
 ) -> None:
     """Write a report of plots and pairs, to choose eps.
 
-    SCORES is a folder of Parquet files: the output of 'pairwise', or cluster_<k>.parquet of the stages. The OUTPUT of
-    'run' will do, too: its scores are read. OUTPUT is a folder with index.html and PNG files, by default 'report' next
-    to the scores. The page needs no network. Its slider ends at the eps up to which 'pairwise --eps' or 'run' stored
-    scores.
+    SCORES is a folder of Parquet files: the output of 'pairwise', or cluster_<k>.parquet of the stages. It can also be
+    the OUTPUT of 'run', whose scores are then read. OUTPUT is a folder with index.html and PNG files, by default
+    'report' next to the scores. The page needs no network. Its slider ends at the eps up to which 'pairwise --eps' or
+    'run' stored scores.
 
     With --data, and --text-field or --image-field, the page shows the documents of its pairs.
     """
@@ -133,8 +133,8 @@ def _refuse_other_steps(path: str, storage_options: dict[str, Any]) -> None:
     step = step_of(path, storage_options)
     if step not in (None, "scores"):
         raise InvalidArgumentError(
-            f"{path} is the folder {step!r} of a run, which does not tell how many rows were compared. Name the folder "
-            f"of its scores: {_next_to(path, 'scores')}."
+            f"{path} is the folder {step!r} of a run, which does not record how many rows were compared. Name the "
+            f"folder of its scores: {_next_to(path, 'scores')}."
         )
 
 

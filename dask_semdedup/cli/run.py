@@ -148,7 +148,7 @@ Examples:
     type=Eps(),
     metavar="EPS",
     help="Store scores up to this eps: later runs may choose any --eps up to it, and the report's slider ends there. "
-    "Larger values take longer, above all 2, which stores the scores of all rows.  [default: that of the scores in "
+    "Larger values take longer, especially 2, which stores the scores of all rows.  [default: that of the scores in "
     f"OUTPUT, or {DEFAULT_MAX_EPS:g}; or --eps if it is larger]",
 )
 @search_options
@@ -161,7 +161,7 @@ Examples:
 @click.option(
     "--report-json",
     metavar="FILE",
-    help="Write the time, rows, files and bytes of each step, and the versions of what made them, to this file.",
+    help="Write the time, rows, files and bytes of each step, and the versions of the packages used, to this file.",
 )
 @message_options
 @click.pass_context
@@ -540,7 +540,7 @@ class Run:
         try:
             rows = self._read_embedded()
         except DataReadError:
-            return f"Rows are compared {scores}. How can be told once they are embedded."
+            return f"Rows are compared {scores}. The plan is known once they are embedded."
         plan = rows.semdedup.plan(
             self.largest_eps,
             embedding_field=self.embedding_field,
@@ -669,7 +669,7 @@ class Run:
         compared = read_compared(self._folder("scores"), self.storage_options)
         if compared is None and not self.keeps_all:
             raise DataNotFoundError(
-                f"{self._folder('scores')} has lost {COMPARED}, which says how many rows were compared. Pass '--from "
+                f"{self._folder('scores')} lacks {COMPARED}, which records how many rows were compared. Pass '--from "
                 "scores' to compare them again."
             )
         documents = None

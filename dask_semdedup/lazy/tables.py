@@ -172,10 +172,11 @@ def read_table(
 def from_pandas(
     frame: pd.DataFrame, npartitions: int | None = None, *, embedding_field: str = "embeddings"
 ) -> dd.DataFrame:
-    """Make a Dask DataFrame of a pandas DataFrame with embeddings.
+    """Make a Dask DataFrame from a pandas DataFrame with embeddings.
 
-    `dask.dataframe.from_pandas` makes strings of all Python objects. Here embeddings become Arrow lists of float32, and
-    other columns of objects, such as bytes, decimals, dates, lists and mappings, get the Arrow type that holds them.
+    `dask.dataframe.from_pandas` converts all Python objects to strings. Here, embeddings become Arrow lists of float32,
+    and other columns of objects, such as bytes, decimals, dates, lists and mappings, get the Arrow type that holds
+    them.
 
     Parameters
     ----------
@@ -183,11 +184,11 @@ def from_pandas(
         Rows with embeddings. To add the rows of a 2-D array, assign a list of them: ``frame["embeddings"] =
         list(array)``.
     npartitions : int, optional
-        Number of partitions. By default one for every 128 MiB, or more, of 16 MiB at least, to keep all cores busy and
-        to fit workers with little memory.
+        Number of partitions. By default one for every 128 MiB. There are more, of at least 16 MiB each, if that keeps
+        all cores busy or fits workers with little memory.
     embedding_field : str, default "embeddings"
         Column of embeddings: arrays, lists or tuples of numbers, all of the same length, or Arrow lists of numbers.
-        Those of uint16 are read as the bits of float16, with a warning.
+        Lists of uint16 are read as the bits of float16, with a warning.
 
     Returns
     -------

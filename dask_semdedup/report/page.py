@@ -195,7 +195,7 @@ def write_report(
     id_field : str, default "id"
         Id column of the documents, for the call at the end of the page that removes duplicates from them.
     command : str, optional
-        The command to deduplicate, without its option ``--eps``, to stand at the end of the page in place of that call.
+        The command to deduplicate, without its option ``--eps``, to show at the end of the page in place of that call.
 
     Returns
     -------

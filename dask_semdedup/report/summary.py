@@ -160,7 +160,7 @@ def summarize(
     eps : float, optional
         The chosen eps.
     largest_eps : float
-        End of the grid of eps, which begins at 0. It ends before if the scores are known not to go so far.
+        End of the grid of eps, which begins at 0. It ends earlier if the scores are known not to reach that far.
     cluster_field : str
         Cluster column.
 

@@ -232,7 +232,7 @@ def test_clusters_of_others_need_an_option_that_is_named(tmp_path: Path, invoke:
     for option, value in (("--rank-by", "quality"), ("--which-to-keep", "random")):
         assert invoke(folder, tmp_path / value, option, value).exit_code == 0
     words = " ".join(invoke("--help").stdout.split())
-    assert "They need its column of k-means, cosine_dist_to_cent or l2_dist_to_cent." in words
+    assert "which need its column from k-means: cosine_dist_to_cent or l2_dist_to_cent." in words
     assert "Log each search within clusters." in words
 
 
@@ -541,7 +541,7 @@ def test_an_interrupt_that_python_drops_is_not_the_last(monkeypatch: pytest.Monk
 
 def test_what_is_no_scheduler_is_named(clusters: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     result = invoke(clusters, tmp_path / "scores", "--scheduler", "somewhere")
-    assert_one_line(result.stderr, "'somewhere' is no address of a scheduler", "tcp://")
+    assert_one_line(result.stderr, "'somewhere' is not the address of a scheduler", "tcp://")
 
 
 @pytest.mark.parametrize("option", [["--workers", "1"], ["--scheduler", "tcp://10.0.0.1:8786"]])

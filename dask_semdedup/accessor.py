@@ -1065,9 +1065,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Notes
         -----
-        A sample is read at once; the rest is lazy. The embeddings are read twice for the scores, as by `pairwise` with
-        ``cluster_field=None``, the ids once for a check, and all columns once for the kept rows. Persist or write a
-        frame that is costly to compute first.
+        A sample is read immediately; the rest is lazy. The embeddings are read twice for the scores, as by `pairwise`
+        with ``cluster_field=None``, the ids once for a check, and all columns once for the kept rows. Persist or write
+        a frame that is costly to compute first.
 
         With ``which_to_keep="hard"``, rows far from the mean of all rows are preferred. The mean is a sum of integers,
         so the order of rows and partitions does not change the ranks.

@@ -57,7 +57,7 @@ SECTIONS = {
         "partition_size",
     ],
     "Files": ["storage_options", "overwrite", "redo_from"],
-    "Messages": ["quiet", "verbose", "report_json", "traceback"],
+    "Messages": ["dry_run", "quiet", "verbose", "report_json", "traceback"],
 }
 
 # Options that change nothing of what is written.

@@ -120,9 +120,9 @@ def command(
             )
     if not quiet:
         count = int(summary.duplicates(eps))
-        share = count / max(summary.rows, 1)
+        rows = summary.rows or 0
         tell(
-            f"  Near-duplicates at eps = {eps:g}: {count:,} of {counted(summary.rows, 'row')} ({share:.2%})",
+            f"  Near-duplicates at eps = {eps:g}: {count:,} of {counted(rows, 'row')} ({count / max(rows, 1):.2%})",
             f"  Look at them: {output.rstrip('/')}/{PAGE}",
             rest=f"The report is in {output}.",
         )

@@ -60,12 +60,13 @@ def eps_curve(scores: dd.DataFrame, eps: Sequence[float] | None) -> dd.DataFrame
     """
     check_score_columns(scores, [SCORE_COLUMN])
     known = held(scores)
+    is_all = known is not None and known.is_all
     if eps is None:
-        eps = EPS_GRID if known is None else sorted({known.eps, *filter(known.holds, EPS_GRID)})
+        eps = EPS_GRID if known is None or is_all else sorted({known.eps, *filter(known.holds, EPS_GRID)})
     grid = check_several_eps([eps] if is_one_eps(eps) else eps)  # type: ignore[list-item]
     check_held(scores, grid)
-    rows = None if known is None else np.nan if known.rows is None else max(known.rows, 1)
-    counts = new_collection(OfDuplicates(scores[SCORE_COLUMN].expr, _count, grid, min(map(threshold, grid))))
+    rows = None if known is None or is_all else np.nan if known.rows is None else max(known.rows, 1)
+    counts = new_collection(OfDuplicates(scores[SCORE_COLUMN].expr, _count, (grid, is_all), min(map(threshold, grid))))
     return counts.reduction(
         _add,
         combine=_add,
@@ -76,10 +77,13 @@ def eps_curve(scores: dd.DataFrame, eps: Sequence[float] | None) -> dd.DataFrame
     )
 
 
-def _count(scores: Any, grid: Sequence[float]) -> Any:
-    """Count the duplicates at each eps, and the rows, of one partition."""
+def _count(scores: Any, options: tuple[Sequence[float], bool]) -> Any:
+    """Count the duplicates at each eps, the rows, and the rows that show that these are all, of one partition."""
+    grid, is_all = options
     duplicates = [int(is_duplicate(scores, value).sum()) for value in grid]
-    return frame_like({"duplicates": duplicates, "rows": [len(scores)] * len(grid)}, scores)
+    shown = len(scores) if is_all else int((scores <= 0).sum())
+    columns = {"rows": [len(scores)] * len(grid), "shown": [shown] * len(grid)}
+    return frame_like({"duplicates": duplicates, **columns}, scores)
 
 
 def _add(counts: Any) -> Any:
@@ -87,9 +91,11 @@ def _add(counts: Any) -> Any:
     return counts.groupby(level=0, sort=True).sum()
 
 
-def _to_curve(counts: Any, grid: Sequence[float], rows: float | None) -> Any:
+def _to_curve(counts: Any, grid: Sequence[float], rows: Any) -> Any:
     total = _add(counts)
     total.insert(0, "eps", np.asarray(grid, np.float64))
-    # No rows have a share of 0, not of NaN.
-    total["share"] = total["duplicates"] / (total["rows"].clip(lower=1) if rows is None else rows)
+    if rows is None:
+        # No rows have a share of 0, not of NaN.
+        rows = total["rows"].clip(lower=1).where((total["shown"] > 0) | (total["rows"] == 0))
+    total["share"] = total["duplicates"] / rows
     return total[["eps", "duplicates", "share"]]

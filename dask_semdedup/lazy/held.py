@@ -1,7 +1,8 @@
 """What scores hold: duplicates up to which eps, by which rule, and of how many rows.
 
 It is read off the graph: where scores are searched for, filtered by scores, or read from one folder whose files say so.
-Nothing is known of scores that anything else has been done to.
+Nothing is known of scores that anything else has been done to. Of these, scores of all rows still show: the row that
+ranks first, of all rows or of a cluster, is compared with none and has the score 0.
 """
 
 from __future__ import annotations
@@ -43,24 +44,32 @@ __all__ = ["Held", "check_held", "held", "with_note"]
 # The key of the note in a Parquet schema's metadata.
 NOTE = b"dask_semdedup.scores"
 
+# The largest cosine distance, and the least score of files that do not tell theirs.
+MAX_EPS, UNKNOWN = 2.0, -math.inf
+
 
 @dataclass(frozen=True)
 class Held:
-    """What scores hold that are not those of all rows.
+    """What scores hold.
 
     Parameters
     ----------
     eps : float
-        The eps up to which they hold all duplicates.
+        The eps up to which they hold all duplicates; 2 if they are those of all rows.
     duplicate_of : {"any", "kept"}
         The rule. By "kept", they hold for this eps only.
     rows : int or None
-        The number of rows that were compared, if it is known.
+        The number of rows that were compared, if it is known and there are scores of some of them only.
     """
 
     eps: float
     duplicate_of: str = "any"
     rows: int | None = None
+
+    @property
+    def is_all(self) -> bool:
+        """Whether there is a score of each row."""
+        return self.eps == MAX_EPS
 
     def holds(self, eps: float) -> bool:
         """Return whether the duplicates at an eps are known."""
@@ -69,7 +78,7 @@ class Held:
 
 
 def held(scores: Any) -> Held | None:
-    """Return what a frame of scores holds, or None if it is those of all rows, or does not tell."""
+    """Return what a frame of scores holds, or None if that is not known."""
     if not isinstance(scores, dd.DataFrame):
         return None
     expr: AnyExpr = scores.expr
@@ -86,7 +95,9 @@ def held(scores: Any) -> Held | None:
     limit, duplicate_of, rows = known
     if duplicate_of == "any":  # Rows that another rule would keep are not told by a filter.
         limit = max([limit, *limits])
-    return None if limit <= -1 else Held(_eps_of(limit), duplicate_of, rows if is_whole else None)
+    if limit <= -1:
+        return None if limit == UNKNOWN else Held(MAX_EPS)
+    return Held(_eps_of(limit), duplicate_of, rows if is_whole else None)
 
 
 def _origin(expr: AnyExpr) -> tuple[float, str, int | None] | None:
@@ -98,7 +109,7 @@ def _origin(expr: AnyExpr) -> tuple[float, str, int | None] | None:
         return None
     note = (reader.schema.metadata or {}).get(NOTE)
     if note is None or not is_one_folder(expr):
-        return -1, "any", None
+        return UNKNOWN, "any", None
     stored = _stored(note, reader.root)
     return threshold(stored.eps), stored.duplicate_of, stored.rows
 

@@ -27,6 +27,7 @@ from dask_semdedup.io.scores import Compared
 from dask_semdedup.io.targets import MANIFEST, Contents
 from dask_semdedup.io.write import writing
 from dask_semdedup.lazy.duplicates import EPS_GRID
+from dask_semdedup.lazy.held import Held, held
 from dask_semdedup.lazy.tables import find_rows
 from dask_semdedup.report.gallery import (
     Pair,
@@ -211,11 +212,17 @@ def write_report(
         of the scores.
     """
     check_eps(eps)
-    largest_eps = _end_of_curve(eps, compared)
+    known = held(scores)
+    largest_eps = _end_of_curve(eps, known if compared is None else compared)
     summarizing = score_summary(scores, eps, largest_eps, cluster_field)
     summary, pairs = reduce_partitions(scores, summarizing, _pairs_to_show(eps, largest_eps))
-    if compared is not None:
-        summary = summary.among(compared)
+    summary = summary.of(known) if compared is None else summary.among(compared)
+    if summary.rows is None:
+        raise InvalidArgumentError(
+            f"{source or 'These scores'}: nothing tells how many rows were compared, since there are scores of "
+            "duplicates alone. Pass scores of all rows, or write these with ddf.semdedup.to_parquet or the command "
+            "'pairwise', which note the number."
+        )
     summary = replace(summary, dropped=dropped)
     cards = _cards(pairs, documents)
     figures = _draw(summary, eps)
@@ -229,9 +236,9 @@ def write_report(
     return summary
 
 
-def _end_of_curve(eps: float, compared: Compared | None) -> float:
+def _end_of_curve(eps: float, compared: Compared | Held | None) -> float:
     """Return the largest eps of the page, or raise if eps is larger than what was compared."""
-    if compared is None:
+    if compared is None or (isinstance(compared, Held) and compared.is_all):
         return max(LARGEST_EPS, min(1.0, 1.5 * eps))
     if eps > compared.eps:
         raise InvalidArgumentError(

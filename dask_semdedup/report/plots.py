@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from dask_semdedup.errors import MissingColumnsError, counted
+from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, counted
 from dask_semdedup.lazy.held import check_held
 from dask_semdedup.report.gallery import check_pairs
 from dask_semdedup.report.summary import summarize
@@ -91,8 +91,13 @@ def score_histogram(
         _title(axes, f"Scores of {counted(summary.compared, 'compared row')}")
         return figure
     duplicates = int(summary.duplicates(eps))
-    among = counted(summary.compared, "compared row") if summary.kept_eps is None else counted(summary.rows, "row")
-    _title(axes, f"{counted(duplicates, summary.noun)} among {among}")
+    found = counted(duplicates, summary.noun)
+    if summary.rows is None:
+        _title(axes, found)
+    elif summary.kept_eps is None:
+        _title(axes, f"{found} among {counted(summary.compared, 'compared row')}")
+    else:
+        _title(axes, f"{found} among {counted(summary.rows, 'row')}")
     _mark_threshold(axes, threshold, f"1 − eps = {1 - eps:.6g}")
     return figure
 
@@ -111,6 +116,9 @@ def duplicates_curve(
     scores: Any, eps: float | None = None, *, largest_eps: float = 0.2, figure: AnyFigure | None = None
 ) -> AnyFigure:
     """Plot the share of rows that are duplicates, against eps.
+
+    A duplicate is near any preferred row, kept or not, so `deduplicate` may drop fewer. If the scores do not tell how
+    many rows were compared, counts are plotted.
 
     Parameters
     ----------
@@ -142,7 +150,7 @@ def duplicates_curve(
     """
     check_held(scores, [0])  # Where the curve begins.
     summary = summarize(scores, eps, largest_eps=largest_eps)
-    rows = max(summary.rows, 1)
+    rows = max(summary.rows or 0, 1)
     label = f"{summary.noun.capitalize()}s"
     figure, axes = _axes(figure, "eps (cosine distance)", label)
     grid = summary.grid
@@ -151,13 +159,14 @@ def duplicates_curve(
     axes.plot(grid, dropped / rows, color=BLUE, linewidth=2)
     axes.set_xlim(0, grid[-1])
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    whole = counted(summary.rows, "row")
-    _title(axes, f"{label} among {whole}")
+    is_share = summary.rows is not None
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1) if is_share else THOUSANDS)
+    whole = counted(summary.rows or 0, "row")
+    _title(axes, f"{label} among {whole}" if is_share else f"{label} of the scores given")
     if eps is not None:
         count = int(summary.duplicates(eps))
         axes.plot([eps], [count / rows], "o", color=VERMILION, markersize=9, clip_on=False, zorder=3)
-        of_all = f"{count:,} of {whole} ({count / rows:.1%})"
+        of_all = f"{count:,} of {whole} ({count / rows:.1%})" if is_share else f"{count:,}"
         _title(axes, f"{label} at eps = {eps:g}: {of_all}")
     return figure
 
@@ -196,6 +205,8 @@ def cluster_sizes(
     ------
     MissingColumnsError
         If the scores have no cluster column.
+    InvalidArgumentError
+        If the scores hold duplicates alone.
 
     Examples
     --------
@@ -205,6 +216,12 @@ def cluster_sizes(
     '2 clusters of 1 to 2 rows'
     """
     summary = summarize(scores, eps, cluster_field=cluster_field)
+    if summary.clusters is None and cluster_field in scores.columns:
+        raise InvalidArgumentError(
+            "These scores hold duplicates alone, not the rows of each cluster. Pass scores of all rows: pairwise() "
+            "without eps.",
+            parameters=["scores"],
+        )
     if summary.clusters is None:
         raise MissingColumnsError.build([cluster_field], scores.columns, "Name the cluster column as cluster_field.")
     counts = summary.clusters.sort_values(["rows", "duplicates"], ascending=False)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from dask_semdedup.frames.columns import SCORE_COLUMN, SCORE_COLUMNS
 from dask_semdedup.io.scores import Compared
-from dask_semdedup.lazy.held import check_held, held
+from dask_semdedup.lazy.held import Held, check_held, held
 from dask_semdedup.steps.duplicates import check_eps, check_score_columns, is_duplicate, threshold
 
 __all__ = ["Reduction", "ScoreSummary", "reduce_partitions", "score_summary", "summarize"]
@@ -36,8 +36,10 @@ class ScoreSummary:
 
     Parameters
     ----------
-    rows, compared : int
-        Number of rows, and of those that were compared with another.
+    rows : int or None
+        Number of rows, if it is known.
+    compared : int
+        Number of rows that were compared with another.
     lowest : float
         Lowest score, or 1 if there is none.
     eps : float or None
@@ -49,12 +51,13 @@ class ScoreSummary:
     clusters : DataFrame or None
         ``rows`` and ``duplicates`` of each cluster, if the scores have a cluster column.
     kept_eps : float or None
-        The eps up to which scores were kept, if they are not those of all rows; then `compared` counts those kept.
+        The eps up to which scores were kept, if that is known and they are not those of all rows; then `compared`
+        counts those kept.
     dropped : int or None
         Number of rows that are dropped at `eps`, each for a row that is kept, if these are not all duplicates.
     """
 
-    rows: int
+    rows: int | None
     compared: int
     lowest: float
     eps: float | None
@@ -110,6 +113,16 @@ class ScoreSummary:
         """What the rows are called that reach a threshold: "near-duplicate" where not all of them are dropped."""
         return "duplicate" if self.dropped is None else "near-duplicate"
 
+    def of(self, known: Held | None) -> ScoreSummary:
+        """Summary of the same scores, once it is known what they hold; among scores of all rows some row is the first.
+
+        Scores of some rows do not tell how many rows their clusters have.
+        """
+        if known is None:
+            is_all = self.rows != self.compared or not self.rows
+            return self if is_all else replace(self, rows=None, clusters=None)
+        return self if known.is_all else replace(self, rows=known.rows, kept_eps=known.eps, clusters=None)
+
     def among(self, compared: Compared) -> ScoreSummary:
         """Summary of the same scores, once it is known of how many rows they were kept."""
         clusters, rows = self.clusters, compared.clusters
@@ -126,7 +139,7 @@ class ScoreSummary:
         if clusters is not None:
             clusters = pd.concat([clusters, other.clusters]).groupby(level=0).sum()
         return ScoreSummary(
-            self.rows + other.rows,
+            None if self.rows is None or other.rows is None else self.rows + other.rows,
             self.compared + other.compared,
             min(self.lowest, other.lowest),
             self.eps,
@@ -181,7 +194,7 @@ def summarize(
     if known is not None:
         largest_eps = min(largest_eps, known.eps)
     [summary] = reduce_partitions(scores, score_summary(scores, eps, largest_eps, cluster_field))
-    return summary if known is None or known.rows is None else replace(summary, rows=known.rows, kept_eps=known.eps)
+    return summary.of(known)
 
 
 def score_summary(scores: Any, eps: float | None, largest_eps: float, cluster_field: str) -> Reduction[ScoreSummary]:

@@ -111,7 +111,7 @@ def test_the_number_of_rows_may_be_unknown(ddf: dd.DataFrame, tmp_path: Path) ->
 
 def test_rows_that_another_search_has_left_are_searched_anew(ddf: dd.DataFrame) -> None:
     kept = ddf.semdedup.deduplicate(0.1, **BY_ID)
-    assert held(kept.semdedup.pairwise(**BY_ID)) is None
+    assert held(kept.semdedup.pairwise(**BY_ID)) == Held(2)
     assert held(kept.semdedup.pairwise(eps=0.2, **BY_ID)) == Held(0.2)  # Rows are not counted for this.
 
 
@@ -145,7 +145,7 @@ def test_a_filter_tells_nothing_of_kept_rows(ddf: dd.DataFrame) -> None:
 def test_a_filter_of_any_bound(ddf: dd.DataFrame, tmp_path: Path, least: float, eps: float | None) -> None:
     scores = ddf.semdedup.pairwise(**BY_ID)
     some = scores[scores.cosine_sim_score >= least]
-    assert held(some) == (None if eps is None else Held(eps, rows=len(ddf)))
+    assert held(some) == (Held(2) if eps is None else Held(eps, rows=len(ddf)))
     assert held(written(some, tmp_path)) == held(some)
 
 
@@ -168,11 +168,47 @@ def test_figures_of_duplicates_alone_know_all_rows(ddf: dd.DataFrame) -> None:
 
 def test_only_filters_by_the_score_count(ddf: dd.DataFrame) -> None:
     scores = ddf.semdedup.pairwise(**BY_ID)
-    assert held(scores[scores.max_id > 0.9]) is None
-    assert held(scores[(1 - scores.cosine_sim_score) >= 0.9]) is None
-    assert held(scores[(scores.cosine_sim_score >= 0.9) | (scores.id > 3)]) is None
+    for predicate in (
+        scores.max_id > 0.9,
+        (1 - scores.cosine_sim_score) >= 0.9,
+        (scores.cosine_sim_score >= 0.9) | (scores.id > 3),
+    ):
+        assert held(scores[predicate]) == Held(2)
     (in_memory,) = dask.persist(scores.semdedup.duplicates(0.1))
     assert held(in_memory) is None
+
+
+@pytest.mark.parametrize("rule", ["any", "kept"])
+@pytest.mark.parametrize("clusters", ["centroid", None])
+def test_shares_are_unknown_rather_than_those_of_duplicates(ddf: dd.DataFrame, clusters: str | None, rule: str) -> None:
+    lazy = ddf.semdedup.pairwise(eps=0.1, duplicate_of=rule, cluster_field=clusters, **BY_ID)
+    (made,) = lazy.semdedup.eps_curve([0.1]).compute()["duplicates"]
+    for scores in (lazy.persist(), lazy.assign(batch=1), dd.from_pandas(lazy.compute(), npartitions=2)):
+        curve = scores.semdedup.eps_curve([0.1]).compute()
+        assert curve["duplicates"].tolist() == [made]
+        assert curve["share"].isna().all()
+        assert plots.duplicates_curve(scores, 0.1).axes[0].get_title(loc="left") == f"Duplicates at eps = 0.1: {made:,}"
+        assert plots.score_histogram(scores, 0.1).axes[0].get_title(loc="left") == f"{made:,} duplicates"
+
+
+def test_scores_of_all_rows_show_that_they_are(ddf: dd.DataFrame) -> None:
+    lazy = ddf.semdedup.pairwise(**BY_ID)
+    for scores in (lazy, lazy.persist(), lazy.assign(batch=1)):
+        curve = scores.semdedup.eps_curve([0.1]).compute()
+        assert curve["share"].tolist() == [curve["duplicates"][0] / len(ddf)]
+        assert f"of {len(ddf):,} rows" in plots.duplicates_curve(scores, 0.1).axes[0].get_title(loc="left")
+
+
+def test_scores_against_another_frame_know_that_they_are_all(ddf: dd.DataFrame, tmp_path: Path) -> None:
+    lazy = ddf.semdedup.against(ddf.assign(id=ddf["id"] + 10_000), eps=None)
+    for scores in (lazy, written(lazy, tmp_path)):
+        assert held(scores) == Held(2)
+        assert scores.semdedup.eps_curve([0.1]).compute()["share"].tolist() == [1.0]
+
+
+def test_clusters_are_not_those_of_duplicates(ddf: dd.DataFrame) -> None:
+    with pytest.raises(InvalidArgumentError, match="duplicates alone, not the rows of each cluster"):
+        plots.cluster_sizes(ddf.semdedup.pairwise(eps=0.1, **BY_ID))
 
 
 def test_files_do_not_keep_what_no_longer_holds(ddf: dd.DataFrame, tmp_path: Path) -> None:

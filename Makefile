@@ -8,7 +8,7 @@
 # make fuzz   damaged files, for a minute: make fuzz SECONDS=600 SEED=7
 # make test-curator   the tests in NeMo Curator's own pipelines, on the CPU
 #
-# Each target that needs it creates .venv first: Python 3.11 to 3.13 is all a machine must have. That of test-curator is
+# Each target that needs it creates .venv first: Python 3.11 to 3.14 is all a machine must have. That of test-curator is
 # .venv-curator: NeMo Curator brings Ray and a hundred more packages.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PYTHONS = ("3.11", "3.12")
+PYTHONS = ("3.11", "3.14")
 SHOWN = ("torch", "pandas", "dask", "pyarrow")
 # What a name or a version of the packages below says of CUDA: its major version.
 OF_CUDA = re.compile(

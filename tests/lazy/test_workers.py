@@ -17,7 +17,7 @@ from distributed import Client, LocalCluster
 
 from dask_semdedup import __version__, read_clusters
 from dask_semdedup.errors import ClusterUnavailableError, InvalidArgumentError
-from dask_semdedup.lazy import workers
+from dask_semdedup.lazy import blocks, workers
 from dask_semdedup.lazy.workers import check_memory, check_workers, watched
 from tests.data import arrow_lists, write_layout
 
@@ -112,7 +112,7 @@ def test_workers_need_memory_for_blocks(
     table = pa.table({"id": range(20_000), "embeddings": rows})
     scores = read_clusters(write_layout(tmp_path, {0: [table]})).semdedup.pairwise(which_to_keep="random")
     info = {"workers": {"tcp://0": {"memory_limit": limit, "nthreads": threads}}}
-    with patch.object(idle, "scheduler_info", return_value=info):
+    with patch.object(idle, "scheduler_info", return_value=info), patch.object(blocks, "PROCESS_BYTES", 420 << 20):
         if is_enough:
             check_memory(idle, scores)
             return

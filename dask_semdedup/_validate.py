@@ -6,7 +6,7 @@ import difflib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
 
@@ -18,6 +18,7 @@ __all__ = [
     "check_bytes",
     "check_choice",
     "check_keywords",
+    "check_name",
     "check_names",
     "check_positive",
     "check_seed",
@@ -63,6 +64,12 @@ def check_names(name: str, value: Sequence[str] | None) -> None:
     """Raise if names of columns are not a list but one string."""
     if isinstance(value, str):
         raise _invalid(name, f"must be a list of names, as [{value!r}], not {value!r}.")
+
+
+def check_name(name: str, value: object) -> None:
+    """Raise unless a value can be the name of a column, which in pandas may be anything hashable."""
+    if value is None or not isinstance(value, Hashable):
+        raise _invalid(name, f"must be the name of a column, not {value!r}.")
 
 
 def check_positive(name: str, value: object) -> None:

@@ -3,7 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dask_semdedup._validate import check_bytes, check_choice, check_keywords, check_names, check_positive, check_seed
+from dask_semdedup._validate import (
+    check_bytes,
+    check_choice,
+    check_keywords,
+    check_name,
+    check_names,
+    check_positive,
+    check_seed,
+)
 from dask_semdedup.errors import InvalidArgumentError
 
 
@@ -13,6 +21,14 @@ def test_what_is_allowed_passes():
         check_positive("embedding_dim", value)
     for value in (-1, 0, np.uint8(7)):
         check_seed(value)
+
+
+@pytest.mark.parametrize("value", [None, ["id"], {"id"}])
+def test_what_is_no_name(value):
+    for name in ("id", 0, ("a", 1)):
+        check_name("id_field", name)
+    with pytest.raises(InvalidArgumentError, match="id_field must be the name of a column, not "):
+        check_name("id_field", value)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.0, "3"])

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dask_semdedup._validate import check_choice, check_positive
+from dask_semdedup._validate import check_choice, check_name, check_positive
 from dask_semdedup.device.devices import DEVICES
 from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, some
 from dask_semdedup.frames.backend import check_plain_dtype
@@ -46,6 +46,10 @@ class Columns:
     id: str = "id"
     embedding: str = "embeddings"
     cluster: str = "centroid"
+
+    def __post_init__(self) -> None:
+        for attribute in HELD:
+            check_name(f"{attribute}_field", getattr(self, attribute))
 
     def require(
         self,

@@ -68,9 +68,14 @@ class RankingStrategy:
 
     def __post_init__(self) -> None:
         self.metadata_cols = [self.metadata_cols] if isinstance(self.metadata_cols, str) else list(self.metadata_cols)
-        if isinstance(self.ascending, bool | np.bool_):
-            self.ascending = [bool(self.ascending)] * len(self.metadata_cols)
-        self.ascending = [bool(value) for value in self.ascending]
+        one = self.ascending
+        given = list(one) if isinstance(one, Iterable) else [one] * len(self.metadata_cols)
+        if not all(isinstance(value, bool | np.bool_) for value in given):
+            raise InvalidArgumentError(
+                f"ascending must be True or False, or a list of them, one for each column, not {one!r}.",
+                parameters=["ascending"],
+            )
+        self.ascending = [bool(value) for value in given]
         if len(self.ascending) != len(self.metadata_cols):
             raise InvalidArgumentError(
                 f"Length of ascending ({len(self.ascending)}) must match that of metadata_cols "
@@ -87,7 +92,7 @@ class RankingStrategy:
     def metadata_based(
         cls, metadata_cols: list[str], ascending: bool | list[bool] = True, random_seed: int = 42
     ) -> RankingStrategy:
-        """Rank by columns of metadata.
+        """Rank by columns of metadata: rows with small values are preferred, or with large ones if not `ascending`.
 
         Examples
         --------

@@ -43,6 +43,16 @@ def test_golden_orders(strategy, expected, rows):
     pd.testing.assert_frame_equal(result, GOLDEN.iloc[expected].reset_index(drop=True))
 
 
+@pytest.mark.parametrize("ascending", ["desc", "n", ["False"], [1], 0, None])
+def test_ascending_is_true_or_false(ascending):
+    with pytest.raises(InvalidArgumentError, match="ascending must be True or False, or a list of them"):
+        RankingStrategy(["score"], ascending)
+
+
+def test_ascending_may_be_of_numpy():
+    assert RankingStrategy(["a", "b"], np.array([True, False])) == RankingStrategy(["a", "b"], [True, False])
+
+
 @pytest.mark.parametrize(("metric", "column"), [("cosine", "cosine_dist_to_cent"), ("l2", "l2_dist_to_cent")])
 @pytest.mark.parametrize(("word", "ascending"), [("hard", [False, False]), ("easy", [True, True])])
 def test_words_stand_for_strategies(word, ascending, metric, column):

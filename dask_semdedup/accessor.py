@@ -400,8 +400,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
     def pairwise(
         self,
-        *,
         eps: float | None = None,
+        *,
         which_to_keep: str = "hard",
         sim_metric: str = "cosine",
         ranking_strategy: RankingStrategy | None = None,
@@ -592,6 +592,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
         rest. Measured on 30,000 x 100 patches of images at ``eps=0.02``, "any" took 4.3 s and "kept" 10.5 s. Reading
         160,000 x 256 rows and removing their duplicates took 10 s, where the plan said 1.9 s plus reading twice.
 
+        The memory is that of the comparison. `deduplicate` also holds all columns of the partitions that it writes.
+
         Examples
         --------
         >>> import pandas as pd
@@ -657,6 +659,8 @@ n_init, oversampling_factor, max_samples_per_batch, device
     def eps_curve(self, eps: Sequence[float] | None = None) -> dd.DataFrame:
         """Count the duplicates in a frame of scores at several eps, in one pass.
 
+        A duplicate is near any preferred row, kept or not, so `deduplicate` may drop fewer.
+
         Parameters
         ----------
         eps : sequence of float, optional
@@ -671,7 +675,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             number of duplicates at that eps, and ``share`` (float64), their share of all rows that were compared.
             Scores up to one eps, such as ``pairwise(eps=0.05)``, hold duplicates alone. The share is then still that of
             all rows, or NaN if their number is not known. It is known without clusters and, with clusters, for frames
-            of `read_clusters`.
+            of `read_clusters`, until scores are persisted, computed or changed: write them and read them again instead.
 
         Raises
         ------

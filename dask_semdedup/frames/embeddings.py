@@ -360,8 +360,10 @@ class _Report:
         positions = np.sort(np.asarray(positions))
         count = "1 row" if len(positions) == 1 else f"{len(positions)} rows"
         where = f"{self.name!r}{self._in_clusters(positions)}"
+        is_part = self.ids is not None and self.clusters is None
+        elsewhere = " Other partitions may have more." if is_part else ""
         return EmbeddingError(
-            f"Column {where}: {count} {problem} ({self._rows(positions)}). {advice}",
+            f"Column {where}: {count} {problem} ({self._rows(positions)}). {advice}{elsewhere}",
             parameters=parameters,
             columns=[self.name],
         )

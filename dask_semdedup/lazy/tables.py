@@ -94,7 +94,8 @@ def read_table(
     columns : sequence of str, optional
         Columns to read. By default all columns of the files, and the keys in folder names, such as ``lang=en``.
     id_field : str, default "id"
-        Column of ids. In JSON lines it may not be null. With `make_ids`, the name of the column that is made.
+        Column of ids. In JSON lines it may not be null. With `make_ids`, the name of the column that is made. The frame
+        does not remember the names given here: pass them to the methods of the accessor, too.
     embedding_field : str, default "embeddings"
         Column of embeddings. In JSON lines, its lists of numbers become float32. Lists of uint16 are read as the bits
         of float16.
@@ -178,6 +179,9 @@ def from_pandas(
     and other columns of objects, such as bytes, decimals, dates, lists and mappings, get the Arrow type that holds
     them.
 
+    The rows are part of the graph. If you work on a cluster, write them to Parquet and use `read_table`: otherwise Dask
+    sends them to the scheduler with every computation, and warns of a large graph.
+
     Parameters
     ----------
     frame : pandas.DataFrame
@@ -220,7 +224,11 @@ def from_pandas(
     [1, 2]
     """
     if not isinstance(frame, pd.DataFrame):
-        raise InvalidArgumentError(f"frame must be a pandas DataFrame, not {type_name(frame)}.", parameters=["frame"])
+        # Of Polars, Arrow and Datasets.
+        advice = "Pass frame.to_pandas()." if hasattr(frame, "to_pandas") else "Pass pandas.DataFrame({...})."
+        raise InvalidArgumentError(
+            f"frame must be a pandas DataFrame, not {type_name(frame)}. {advice}", parameters=["frame"]
+        )
     check_positive("npartitions", npartitions)
     if isinstance(frame.index, pd.MultiIndex) or frame.index.hasnans:
         raise InvalidArgumentError(

@@ -271,7 +271,7 @@ class TextGallery:
         page = templates().get_template("gallery.html")
         return page.render(gallery=self, style=load_asset("pairs.css"))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [self.title]
         for pair in self.pairs:
             lines.append(f"{pair.score:.{self.decimals}f}{self.verdict(pair.score)}")

@@ -57,7 +57,8 @@ def find_ids(frame: Any, duplicates: Any, left_on: str, right_on: str, *, refuse
 def null_ids(name: Any, count: int) -> IdError:
     """Return the error for rows without an id, which cannot be dropped."""
     return IdError(
-        f"Column {name!r}: {have(count, 'row')} a null id. Give every row an id, or drop it.",
+        f"Column {name!r}: {have(count, 'row')} a null id. Give every row an id, or drop it. Other "
+        "partitions may have more.",
         parameters=["id_field"],
         columns=[name],
     )

@@ -9,6 +9,7 @@ from datetime import date
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import dask
@@ -421,3 +422,11 @@ def test_uint16_in_memory_is_warned_of(in_arrow: bool) -> None:
         ddf = from_pandas(pd.DataFrame({"id": range(3), "embeddings": column}))
     assert warned[0].filename == __file__
     assert ddf["embeddings"].compute().tolist() == [[1.0] * 4] * 3
+
+
+@pytest.mark.parametrize(
+    ("frame", "advice"), [(pa.table({"id": [1]}), r"pyarrow\.Table\. Pass frame\.to_pandas"), ({"id": [1]}, "dict")]
+)
+def test_frames_of_other_libraries_are_refused(frame: Any, advice: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"must be a pandas DataFrame, not {advice}"):
+        from_pandas(frame)

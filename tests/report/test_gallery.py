@@ -120,7 +120,7 @@ def test_gallery_is_text_where_there_is_no_html() -> None:
 )
 def test_scores_read_as_on_their_side_of_the_threshold(scores: list[float], eps: float, shown: list[str]) -> None:
     gallery = text_gallery(["a", "b"], ["a", "c"], scores, eps=eps)
-    assert re.findall(r"\d\.\d+ \w+", str(gallery)) == [f"{shown[0]} dropped", f"{shown[1]} kept"]
+    assert re.findall(r"\d\.\d+ \w+", repr(gallery)) == [f"{shown[0]} dropped", f"{shown[1]} kept"]
     assert re.findall(r"<b>(.*?)</b>", gallery._repr_html_()) == shown
 
 

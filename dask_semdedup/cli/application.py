@@ -178,7 +178,7 @@ class Command(click.Command):
         rest = super().parse_args(ctx, args)
         if rest:
             ctx.fail(
-                f"Got {counted(len(rest), 'argument')} too many: {some(rest, 3)}. To read several files, name their "
+                f"Got {counted(len(rest), 'unexpected argument')}: {some(rest, 3)}. To read several files, name their "
                 "folder, or quote the pattern: a shell replaces *.parquet by the names of all files."
             )
         return rest

@@ -240,11 +240,11 @@ def _changes(manifest: Manifest, step: Step) -> str:
     changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     texts = []
     if set(manifest.needs) != set(step.needs):
-        texts.append(f"it was made from {_sources(manifest.needs)}, and would be from {_sources(step.needs)}")
+        texts.append(f"it was made from {_sources(manifest.needs)}, and would now be made from {_sources(step.needs)}")
         # Options of the one source mean nothing to the other.
         changed = [name for name in changed if name in before and name in now]
     if "files" in changed and manifest.source not in ("", step.source):
-        texts.append(f"it was made from INPUT {manifest.source}, and would be from {step.source}")
+        texts.append(f"it was made from INPUT {manifest.source}, and would now be made from {step.source}")
         changed.remove("files")
     options = [{option_of(name): _shown(values.get(name)) for name in changed} for values in (before, now)]
     origins = [step.origins[name] for name in changed if name in step.origins]

@@ -249,8 +249,8 @@ def from_pandas(
     in_arrow = getattr(getattr(column.dtype, "pyarrow_dtype", None), "value_type", None)
     if in_arrow == pa.uint16() or np.asarray(_first(column)).dtype == np.uint16:
         warnings.warn(
-            f"Column {embedding_field!r}: uint16 are read as the bits of float16, as NeMo Curator writes them. If they "
-            "are numbers, cast them to int32 first.",
+            f"Column {embedding_field!r}: uint16 values are read as the bits of float16, as NeMo Curator writes them. "
+            "If they are numbers, cast them to int32 first.",
             stacklevel=stack_level(),
         )
     # Zeros are warned of by what compares the rows.

@@ -678,7 +678,7 @@ def test_scores_with_and_without_clusters_are_not_mixed(
     before, sources = tokens(tmp_path), ["INPUT", "clusters/"] if others else ["clusters/", "INPUT"]
     result = invoke(raw, *others)
     assert result.exit_code == 2
-    changes = "scores/ cannot be reused: it was made from {}, and would be from {}. Pass '--from scores'"
+    changes = "scores/ cannot be reused: it was made from {}, and would now be made from {}. Pass '--from scores'"
     assert_one_line(result.stderr, changes.format(*sources))
     assert tokens(tmp_path) == before
     result = invoke(raw, *others, "--from", "scores")
@@ -724,7 +724,8 @@ def test_another_input_is_told_from_one_that_changed(
     finished: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     pq.write_table(table("other-{}"), tmp_path / "other.parquet")
-    words = f"scores/ cannot be reused: it was made from INPUT {finished}, and would be from {tmp_path}/other.parquet."
+    changed = f"it was made from INPUT {finished}, and would now be made from {tmp_path}/other.parquet."
+    words = f"scores/ cannot be reused: {changed}"
     assert_one_line(invoke(tmp_path / "other.parquet").stderr, words)
 
 
@@ -919,7 +920,7 @@ def test_folders_of_others_are_left_alone(source: Path, tmp_path: Path, invoke: 
         (["--n-clusters", 1000], ["n_clusters is 1000", "(--n-clusters)"]),
         (["--random-seed", -1, *CLUSTERS], ["random_state must be", "(--random-seed)"]),
         (["--from", "embeddings", *CLUSTERS], ["embeddings", "clusters", "(--from)"]),
-        (["c.parquet", "d.parquet"], ["2 arguments too many: c.parquet", "quote the pattern"]),
+        (["c.parquet", "d.parquet"], ["2 unexpected arguments: c.parquet", "quote the pattern"]),
         (["--from", "clusters"], ["no step 'clusters'", "only scores", "(--from)"]),
         (["--cluster-field", "topic"], ["--cluster-field has no effect without --n-clusters"]),
         (["--backend", "cudf"], ["partitions are pandas", "(--backend)"]),

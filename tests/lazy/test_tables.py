@@ -418,7 +418,9 @@ def test_nothing_is_written_into_what_is_read(tmp_path: Path, source: str, outpu
 def test_uint16_in_memory_is_warned_of(in_arrow: bool) -> None:
     rows = np.ones((3, 4), np.float16).view(np.uint16)
     column = pd.Series(list(rows), dtype=pd.ArrowDtype(pa.list_(pa.uint16())) if in_arrow else object)
-    with pytest.warns(UserWarning, match=r"'embeddings': uint16 are read as the bits of float16.* int32") as warned:
+    with pytest.warns(
+        UserWarning, match=r"'embeddings': uint16 values are read as the bits of float16.* int32"
+    ) as warned:
         ddf = from_pandas(pd.DataFrame({"id": range(3), "embeddings": column}))
     assert warned[0].filename == __file__
     assert ddf["embeddings"].compute().tolist() == [[1.0] * 4] * 3

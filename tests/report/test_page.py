@@ -175,7 +175,7 @@ def test_rows_that_are_dropped_for_kept_ones_are_told_from_near_ones(scores: pd.
 def test_the_page_of_scores_says_by_which_rule_duplicates_are_dropped(scores: pd.DataFrame, tmp_path: Path) -> None:
     write_report(scores, tmp_path, eps=0.05)
     text = read(tmp_path)
-    assert "By the rule “any”, all duplicates are dropped. By the rule “kept”" in text
+    assert "Under the rule “any”, all duplicates are dropped. Under the rule “kept”" in text
 
 
 @pytest.mark.parametrize("dropped", [None, 5])

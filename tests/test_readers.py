@@ -79,18 +79,24 @@ def rows() -> pd.DataFrame:
 
 @pytest.fixture(params=["accessor", "command"])
 def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The folder of the kept rows."""
-    rows().to_parquet(tmp_path / "source.parquet")
+    """The folder of the kept rows, of which the first file has none: the preferred copies are in the second."""
+    source = tmp_path / "source"
+    source.mkdir()
+    rows()[:COPIES].to_parquet(source / "0.parquet")
+    rows()[COPIES:].to_parquet(source / "1.parquet")
     if request.param == "command":
-        result = CliRunner().invoke(main, ["run", str(tmp_path / "source.parquet"), str(tmp_path / "out")])
+        result = CliRunner().invoke(main, ["run", str(source), str(tmp_path / "out"), "--partition-size", "1kB"])
         assert result.exit_code == 0, result.stderr
         return tmp_path / "out" / "deduplicated"
-    dask_semdedup.read_table(tmp_path / "source.parquet").semdedup.deduplicate().semdedup.to_parquet(tmp_path / "kept")
+    ddf = dask_semdedup.read_table(source, partition_size="1kB")
+    ddf.semdedup.deduplicate().semdedup.to_parquet(tmp_path / "kept")
     return tmp_path / "kept"
 
 
 @pytest.mark.parametrize("read", READERS)
 def test_kept_rows_open_in(kept: Path, read: Callable[[Path], dict[str, list[Any]]]) -> None:
+    counts = [pq.read_metadata(path).num_rows for path in sorted(kept.glob("part.*.parquet"))]
+    assert min(counts) == 0 < max(counts)
     found = read(kept)
     assert list(found) == ["id", "text", "embeddings"]
     assert len(found["id"]) == ROWS - COPIES

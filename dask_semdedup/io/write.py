@@ -40,7 +40,9 @@ __all__ = [
 ROW_GROUP_BYTES = 1 << 26
 
 
-def write_table(table: pa.Table, file: Any, stored: pa.Schema | None = None, **options: Any) -> None:
+def write_table(
+    table: pa.Table, file: Any, stored: pa.Schema | None = None, *, least_groups: int = 0, **options: Any
+) -> None:
     """Write a table to a Parquet file, in row groups of a size that suits readers.
 
     Parameters
@@ -50,6 +52,8 @@ def write_table(table: pa.Table, file: Any, stored: pa.Schema | None = None, **o
         Open for writing.
     stored : pyarrow.Schema, optional
         The schema of the files that the columns come from. The columns get its types, and the file its metadata.
+    least_groups : {0, 1}
+        Row groups of a table without rows. pandas writes one, at which Hugging Face Datasets fails.
     **options
         Those of `ARROW_OPTIONS`.
     """
@@ -59,7 +63,7 @@ def write_table(table: pa.Table, file: Any, stored: pa.Schema | None = None, **o
     repeating = [field.name for field in schema if not pa.types.is_nested(field.type)]
     options = {"use_dictionary": repeating, "write_page_checksum": True, **options}
     with pq.ParquetWriter(file, schema, **options) as writer:
-        for start in range(0, max(1, len(table)), step):
+        for start in range(0, max(least_groups, len(table)), step):
             rows = table.slice(start, step)
             # The stored types may have 32-bit offsets, which suffice for the rows of a group.
             rows = rows if stored is None else restore(rows, stored).replace_schema_metadata(schema.metadata)
@@ -76,7 +80,7 @@ def writing(path: str) -> Iterator[None]:
 
 
 # The stages' files are those of pandas, byte for byte.
-AS_PANDAS = {"row_group_size": 2**20, "write_page_checksum": False}
+AS_PANDAS = {"row_group_size": 2**20, "write_page_checksum": False, "least_groups": 1}
 
 # Local files that a partition writes at once; other partitions write theirs at the same time.
 LOCAL_WRITERS = max(1, min(4, CPU_COUNT // 4))

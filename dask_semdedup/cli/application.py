@@ -237,7 +237,9 @@ def _flags(command: click.Command) -> dict[str, str]:
 def as_text(table: Table) -> str:
     """Return a table as text for standard output, with styles if that is a terminal."""
     text = io.StringIO()
-    Console(file=text, force_terminal=sys.stdout.isatty() or None).print(table)
+    for column in table.columns:
+        column.overflow = "fold"
+    Console(file=text, force_terminal=bool(sys.stdout and sys.stdout.isatty()) or None).print(table)
     return text.getvalue().rstrip("\n")
 
 
@@ -277,7 +279,7 @@ def command_line(ctx: click.Context) -> str:
         name = str(param.name)
         if isinstance(param, click.Argument):
             words.append(ctx.params[name])
-        elif name in ctx.params.keys() - NOT_REPEATED and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        elif name in ctx.params.keys() - NOT_REPEATED and is_given(ctx, name):
             words += _as_given(param.opts[-1], ctx.params[name])
     return shlex.join(words)
 
@@ -292,10 +294,15 @@ def _as_given(flag: str, value: Any) -> list[str]:
     return [word for one in values for word in (flag, str(one))]
 
 
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Return whether a parameter is on the command line, not left to its default."""
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 def refuse_contradictions(ctx: click.Context) -> None:
     """Raise if a given option would silently be void: by another one, or by the lack of another."""
     flags = _flags(ctx.command)
-    given = {name for name in flags if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    given = {name for name in flags if is_given(ctx, name)}
     for pair in CONTRADICTIONS:
         if given.issuperset(pair):
             raise click.UsageError(f"{flags[pair[0]]} and {flags[pair[1]]} cannot be used together.", ctx)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dask_semdedup.cli.application import Command, refuse_contradictions, tell
+from dask_semdedup.cli.application import Command, is_given, refuse_contradictions, tell
 from dask_semdedup.cli.execution import connect, log_to, show_progress, show_tasks
 from dask_semdedup.cli.files import refuse_memory_output
 from dask_semdedup.cli.options import (
@@ -18,7 +18,7 @@ from dask_semdedup.cli.options import (
     make_ids_option,
     message_options,
 )
-from dask_semdedup.cli.steps import is_output_of_run, step_of
+from dask_semdedup.cli.steps import is_output_of_run, is_unfinished_run, manifest_of
 from dask_semdedup.errors import InvalidArgumentError, counted
 from dask_semdedup.io.staging import staged_folder
 
@@ -72,9 +72,9 @@ def command(
     """Write a report of plots and pairs, to choose eps.
 
     SCORES is a folder of Parquet files: the output of 'pairwise', or cluster_<k>.parquet of the stages. It can also be
-    the OUTPUT of 'run', whose scores are then read. OUTPUT is a folder with index.html and PNG files, by default
-    'report' next to the scores. The page needs no network. Its slider ends at the eps up to which 'pairwise --eps' or
-    'run' stored scores.
+    the OUTPUT of 'run', whose scores are then read, and whose eps is shown first. OUTPUT is a folder with index.html
+    and PNG files, by default 'report' next to the scores. The page needs no network. Its slider ends at the eps up to
+    which 'pairwise --eps' or 'run' stored scores.
 
     With --data, and --text-field or --image-field, the page shows the documents of its pairs.
     """
@@ -83,8 +83,17 @@ def command(
     from dask_semdedup.report.page import PAGE, REPORT, Documents, write_report
 
     refuse_contradictions(ctx)
+    dropped = None
     if is_output_of_run(scores_path, storage_options):
-        scores_path = f"{scores_path.rstrip('/')}/scores"
+        run_path, scores_path = scores_path.rstrip("/"), f"{scores_path.rstrip('/')}/scores"
+        eps, dropped = _dropped_by_run(ctx, run_path, scores_path, eps, storage_options)
+        if (scored := manifest_of(scores_path, storage_options)) and not is_given(ctx, "id_field"):
+            id_field = scored.parameters.get("id_field", id_field)
+    elif is_unfinished_run(scores_path, storage_options):
+        raise InvalidArgumentError(
+            f"{scores_path} is the OUTPUT of a run that has no scores yet. Wait for the run, or resume it with its own "
+            "command."
+        )
     _refuse_other_steps(scores_path, storage_options)
     output = output_path or _next_to(scores_path, "report")
     refuse_memory_output(output)
@@ -117,6 +126,7 @@ def command(
                 storage_options=storage_options,
                 compared=read_compared(scores_path, storage_options),
                 id_field=id_field,
+                dropped=dropped,
             )
     if not quiet:
         count = int(summary.duplicates(eps))
@@ -128,12 +138,34 @@ def command(
         )
 
 
+def _dropped_by_run(
+    ctx: click.Context, run: str, scores: str, eps: float, storage_options: dict[str, Any]
+) -> tuple[float, int | None]:
+    """Return the eps of a run unless one is given, and how many rows it drops at it if its rule is "kept"."""
+    made = manifest_of(f"{run}/duplicates", storage_options)
+    if made is None:
+        return eps, None
+    its_eps = made.parameters["eps"]
+    if not is_given(ctx, "eps"):
+        eps = its_eps
+    if made.parameters["duplicate_of"] != "kept":
+        return eps, None
+    if eps != its_eps:
+        raise InvalidArgumentError(
+            f"{run} tells which rows are dropped at eps = {its_eps:g}, and not at {eps:g}: the rule 'kept' keeps other "
+            f"rows there. Repeat the run with --eps {eps:g}, which reuses its scores; or name {scores}, whose page "
+            "goes by the rule 'any'.",
+            parameters=["eps"],
+        )
+    return eps, made.counts["duplicates"]
+
+
 def _refuse_other_steps(path: str, storage_options: dict[str, Any]) -> None:
     """Raise for a folder of ``run`` that may hold scores, such as its duplicates, but not the number of all rows."""
-    step = step_of(path, storage_options)
-    if step not in (None, "scores"):
+    made = manifest_of(path, storage_options)
+    if made is not None and made.step != "scores":
         raise InvalidArgumentError(
-            f"{path} is the folder {step!r} of a run, which does not record how many rows were compared. Name the "
+            f"{path} is the folder {made.step!r} of a run, which does not record how many rows were compared. Name the "
             f"folder of its scores: {_next_to(path, 'scores')}."
         )
 

@@ -176,12 +176,20 @@ def is_output_of_run(path: str, storage_options: Mapping[str, Any]) -> bool:
     return bool(fs.exists(f"{folder.rstrip('/')}/scores/{TABLE_MANIFEST}"))
 
 
-def step_of(path: str, storage_options: Mapping[str, Any]) -> str | None:
-    """Return the step whose folder this is, or None if it is not one."""
+def is_unfinished_run(path: str, storage_options: Mapping[str, Any]) -> bool:
+    """Return whether a path is the folder of all steps, with no scores in it yet."""
+    fs, folder = fsspec.url_to_fs(path, **storage_options)
+    if is_output_of_run(path, storage_options) or not fs.isdir(folder):
+        return False
+    return any(map(OF_RUN.fullmatch, _names(fs, folder.rstrip("/"))))
+
+
+def manifest_of(path: str, storage_options: Mapping[str, Any]) -> Manifest | None:
+    """Return the manifest in the folder of a step, or None if it is not one, or is not finished."""
     fs, folder = fsspec.url_to_fs(path, **storage_options)
     for name in MANIFESTS:
-        with suppress(*UNREADABLE):
-            return str(read_note(fs, f"{folder.rstrip('/')}/{name}")["step"])
+        with suppress(*UNREADABLE, TypeError):
+            return Manifest(**read_note(fs, f"{folder.rstrip('/')}/{name}"))
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -194,3 +196,60 @@ def test_files_without_scores_are_named(scores: Path, tmp_path: Path, invoke: Ca
 
 def test_no_scores_are_one_line(tmp_path: Path, invoke: Callable[..., Result]) -> None:
     assert_one_line(invoke(tmp_path / "nowhere").stderr, "nowhere")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Path]:
+    """The output of a run over 60 rows, of which chains of near-duplicates are dropped."""
+
+    def make(*options: str) -> Path:
+        angles = np.deg2rad(np.arange(60) * 4)
+        rows = list(np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+        pd.DataFrame({"doc": [f"d{n}" for n in range(60)], "embeddings": rows}).to_parquet(tmp_path / "in.parquet")
+        arguments = ["run", tmp_path / "in.parquet", tmp_path / "out", "--id-field", "doc", "--eps", 0.01, *options]
+        assert CliRunner().invoke(cli.main, list(map(str, arguments))).exit_code == 0
+        return tmp_path / "out"
+
+    return make
+
+
+def words(page: Path) -> str:
+    text = re.sub("<style.*?</style>|<script.*?</script>|<[^>]*>", " ", page.read_text(), flags=re.DOTALL)
+    return " ".join(text.split())
+
+
+def test_the_page_of_a_run_tells_what_the_run_drops(
+    run: Callable[..., Path], tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    output = run()
+    dropped = len(pd.read_parquet(output / "duplicates"))
+    assert dropped < 58, "or both rules drop the same"
+    assert invoke(output, tmp_path / "page").exit_code == 0
+    assert f"This run drops {dropped} of 60 documents at eps = 0.01" in words(tmp_path / "page" / "index.html")
+    assert f"This run drops {dropped} of 60 documents at eps = 0.01" in words(output / "report" / "index.html")
+    result = invoke(output, tmp_path / "other", "--eps", 0.02)
+    assert_one_line(result.stderr, "at eps = 0.01, and not at 0.02", "Repeat the run with --eps 0.02", "out/scores")
+    assert invoke(output / "scores", tmp_path / "other", "--eps", 0.02).exit_code == 0
+
+
+def test_the_page_of_a_run_by_the_rule_any_has_any_eps(
+    run: Callable[..., Path], tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    output = run("--duplicate-of", "any", "--max-eps", "0.05")
+    assert "at eps = 0.01" in invoke(output, tmp_path / "page").stdout
+    assert "at eps = 0.02" in invoke(output, tmp_path / "other", "--eps", 0.02).stdout
+    assert "id_field='doc'" in html.unescape(words(tmp_path / "page" / "index.html"))
+
+
+def test_a_run_without_scores_yet_is_named(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    (tmp_path / "out" / "scores.partial").mkdir(parents=True)
+    (tmp_path / "out" / "scores.partial" / "part.000000.parquet").write_bytes(b"")
+    assert_one_line(invoke(tmp_path / "out").stderr, "out is the OUTPUT of a run that has no scores yet", "resume")
+
+
+def test_images_that_cannot_be_read_are_a_warning(scores: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    frame = pd.DataFrame({"id": [*range(20), *range(100, 120)], "image": "no image"})
+    frame.to_parquet(tmp_path / "documents.parquet")
+    result = invoke(scores, "--data", tmp_path / "documents.parquet", "--image-field", "image")
+    assert result.exit_code == 0
+    assert "Column 'image': none of 40 images can be read" in result.stderr

@@ -12,7 +12,7 @@ import numpy as np
 from dask.dataframe.extensions import register_dataframe_accessor
 
 from dask_semdedup._validate import check_keywords
-from dask_semdedup.errors import counted, some
+from dask_semdedup.errors import InvalidArgumentError, counted, some
 from dask_semdedup.frames.backend import is_cudf
 from dask_semdedup.frames.columns import HELD, SCORE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.lazy.deduplicate import keep_one_of_each, keep_one_of_each_in_clusters
@@ -610,13 +610,14 @@ n_init, oversampling_factor, max_samples_per_batch, device
         options = SearchOptions(compute_dtype, embedding_dim=embedding_dim, device=device)
         return plan_completely(self._ddf, Columns(embedding=embedding_field), options, eps)
 
-    def duplicates(self, eps: float | Sequence[float] = 0.01) -> dd.DataFrame:
+    def duplicates(self, eps: float | Sequence[float] | None = None) -> dd.DataFrame:
         """Select the duplicates from a frame of scores: rows with ``cosine_sim_score >= 1 - eps``.
 
         Parameters
         ----------
-        eps : float or sequence of float, default 0.01
-            Cosine distance, from 0 to 2, within which a row is a duplicate of a preferred row. An eps of 1 or more also
+        eps : float or sequence of float, optional
+            Cosine distance, from 0 to 2, within which a row is a duplicate of a preferred row. By default the eps up to
+            which the scores were searched for, or 0.01 if they are those of all rows. An eps of 1 or more also
             selects the first row of each cluster, whose score is 0.
 
         Returns
@@ -637,7 +638,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         -----
         Scores that were searched for up to an eps, as by ``pairwise(eps=0.1)``, hold no duplicates beyond it. Scores of
         ``duplicate_of="kept"`` hold for the eps of their search only: at another eps, other rows are kept. Another eps
-        is an error as long as the frame tells how the scores were made: before they are persisted or leave Dask, and in
+        is an error as long as the frame tells how the scores were made: until they are merged with other data, and in
         files that `to_parquet` of this accessor has written and `dask_semdedup.read_table` reads.
 
         Examples
@@ -697,7 +698,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
         """
         return eps_curve(self._ddf, eps)
 
-    def groups(self, eps: float = 0.01) -> dd.DataFrame:
+    def groups(self, eps: float | None = None) -> dd.DataFrame:
         """Find the row that is kept for each duplicate in a frame of scores.
 
         With ``duplicate_of="any"`` in `pairwise`, the row ``max_id`` may itself be a duplicate. Such chains are
@@ -705,8 +706,9 @@ n_init, oversampling_factor, max_samples_per_batch, device
 
         Parameters
         ----------
-        eps : float, default 0.01
-            Cosine distance, from 0 to 2, within which a row is a duplicate of a preferred row. The first row of a
+        eps : float, optional
+            Cosine distance, from 0 to 2, within which a row is a duplicate of a preferred row. By default as in
+            `duplicates`. The first row of a
             cluster, which is its own ``max_id``, is always kept.
 
         Returns
@@ -1104,5 +1106,11 @@ n_init, oversampling_factor, max_samples_per_batch, device
         if is_complete(cluster_field, n_clusters, centroids, kmeans_options):
             columns, by_mean = Columns(id_field, embedding_field), is_by_mean(ranking, ranking_strategy)
             return keep_one_of_each(self._ddf, columns, eps, ranking, options, by_mean=by_mean)
+        if cluster_field in self._ddf.columns and not (n_clusters is None and centroids is None):
+            raise InvalidArgumentError(
+                f"The frame has a column {cluster_field!r}, and n_clusters or centroids would make other clusters. To "
+                f"compare rows within {cluster_field!r}, leave these out; to make clusters, leave cluster_field out.",
+                parameters=["cluster_field", "n_clusters", "centroids"],
+            )
         columns, fit = Columns(id_field, embedding_field, cluster_field or "centroid"), KMeansOptions(**kmeans_options)
         return keep_one_of_each_in_clusters(self._ddf, columns, eps, ranking, n_clusters, centroids, fit, options)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import numpy as np
 
+from dask_semdedup.steps.duplicates import DEFAULT_EPS
+
 if TYPE_CHECKING:
     from dask_semdedup.steps.ranking import RankingStrategy
 
-DEFAULT_EPS = 0.01
 
 # Files for an encrypted connection, by option: the parameter of `distributed.Security`, and what is in them.
 TLS_OPTIONS = {

@@ -11,7 +11,7 @@ from dask.dataframe.api import new_collection
 
 from dask_semdedup.frames.backend import frame_like
 from dask_semdedup.frames.columns import SCORE_COLUMN
-from dask_semdedup.lazy.held import check_held, held
+from dask_semdedup.lazy.held import check_held, eps_of, held, noted
 from dask_semdedup.lazy.pushdown import OfDuplicates
 from dask_semdedup.steps.duplicates import (
     check_score_columns,
@@ -28,11 +28,13 @@ EPS_GRID = (0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05,
 """Where `eps_curve` counts by default: from exact copies to what few would call duplicates, in about equal ratios."""
 
 
-def select_duplicates(scores: dd.DataFrame, eps: float | Sequence[float]) -> dd.DataFrame:
+def select_duplicates(scores: dd.DataFrame, eps: float | Sequence[float] | None) -> dd.DataFrame:
     """Select the duplicates at one eps or several, if the scores hold them: see `SemDedupAccessor.duplicates`."""
+    eps = eps_of(scores) if eps is None else eps
     duplicates = find_duplicates(scores, eps)
-    check_held(scores, [eps] if is_one_eps(eps) else eps)  # type: ignore[arg-type, list-item]
-    return duplicates
+    is_one = is_one_eps(eps)
+    check_held(scores, [eps] if is_one else eps)  # type: ignore[arg-type, list-item]
+    return noted(duplicates) if is_one else duplicates
 
 
 def eps_curve(scores: dd.DataFrame, eps: Sequence[float] | None) -> dd.DataFrame:

@@ -13,7 +13,7 @@ from dask.dataframe.api import new_collection
 from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.lazy.expressions import is_against
-from dask_semdedup.lazy.held import check_held
+from dask_semdedup.lazy.held import check_held, eps_of
 from dask_semdedup.lazy.pushdown import OfDuplicates
 from dask_semdedup.steps.duplicates import check_eps, check_score_columns, threshold
 from dask_semdedup.steps.groups import linked, resolve
@@ -21,8 +21,9 @@ from dask_semdedup.steps.groups import linked, resolve
 __all__ = ["find_groups"]
 
 
-def find_groups(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
+def find_groups(scores: dd.DataFrame, eps: float | None) -> dd.DataFrame:
     """Find the document that is kept for each duplicate, lazily: see `SemDedupAccessor.groups`."""
+    eps = eps_of(scores) if eps is None else eps
     check_eps(eps)
     check_score_columns(scores, ["id", "max_id", SCORE_COLUMN])
     check_held(scores, [eps])

@@ -1,8 +1,9 @@
 """What scores hold: duplicates up to which eps, by which rule, and of how many rows.
 
 It is read off the graph: where scores are searched for, filtered by scores, or read from one folder whose files say so.
-Nothing is known of scores that anything else has been done to. Of these, scores of all rows still show: the row that
-ranks first, of all rows or of a cluster, is compared with none and has the score 0.
+Where anything else has been done to scores, as where they were persisted, their frames still tell the eps and the rule,
+in what pandas and cuDF pass on as `attrs`. Scores of all rows show by themselves that they are: the row that ranks
+first, of all rows or of a cluster, is compared with none and has the score 0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import dask.dataframe as dd
 import numpy as np
 import pyarrow as pa
+from dask.dataframe.api import new_collection
 
 from dask_semdedup._dask import (
     GE,
@@ -25,9 +27,11 @@ from dask_semdedup._dask import (
     AnyExpr,
     ArrowStringConversion,
     AsType,
+    Blockwise,
     Filter,
     Len,
     Literal,
+    OwnExpr,
     Projection,
     Repartition,
     ResetIndex,
@@ -37,12 +41,15 @@ from dask_semdedup.frames.columns import DUPLICATE_OF, SCORE_COLUMN
 from dask_semdedup.lazy.join import Plan
 from dask_semdedup.lazy.pushdown import Searched
 from dask_semdedup.lazy.sources import is_one_folder, reader_of
-from dask_semdedup.steps.duplicates import check_eps, threshold
+from dask_semdedup.steps.duplicates import DEFAULT_EPS, check_eps, threshold
 
-__all__ = ["Held", "check_held", "held", "with_note"]
+__all__ = ["Held", "check_held", "eps_of", "held", "noted", "with_note"]
 
 # The key of the note in a Parquet schema's metadata.
 NOTE = b"dask_semdedup.scores"
+
+# That of the note in the `attrs` of frames.
+IN_ATTRS = "dask_semdedup.scores"
 
 # The largest cosine distance, and the least score of files that do not tell theirs.
 MAX_EPS, UNKNOWN = 2.0, -math.inf
@@ -80,7 +87,7 @@ class Held:
 def held(scores: Any) -> Held | None:
     """Return what a frame of scores holds, or None if that is not known."""
     if not isinstance(scores, dd.DataFrame):
-        return None
+        return _in_attrs(scores)
     expr: AnyExpr = scores.expr
     limits: list[float] = []
     is_whole = True
@@ -89,8 +96,9 @@ def held(scores: Any) -> Held | None:
             lowest = _lowest(expr.predicate)
             limits += [limit for limit in lowest if limit is not None]
             is_whole &= None not in lowest
-        elif not isinstance(expr, (Projection, ResetIndex, Repartition, ArrowStringConversion)):
-            return None
+        elif not isinstance(expr, (Noted, Projection, ResetIndex, Repartition, ArrowStringConversion)):
+            known = _limits(_in_attrs(expr._meta))
+            break
         expr = expr.frame
     limit, duplicate_of, rows = known
     if duplicate_of == "any":  # Rows that another rule would keep are not told by a filter.
@@ -98,6 +106,43 @@ def held(scores: Any) -> Held | None:
     if limit <= -1:
         return None if limit == UNKNOWN else Held(MAX_EPS)
     return Held(_eps_of(limit), duplicate_of, rows if is_whole else None)
+
+
+def scores_up_to(frame: Any, eps: float, duplicate_of: str) -> Any:
+    """Return a frame or column of scores whose `attrs` tell what they hold."""
+    told = frame.copy(deep=False)
+    told.attrs[IN_ATTRS] = {"eps": eps, "duplicate_of": duplicate_of}
+    return told
+
+
+class Noted(OwnExpr, Blockwise):
+    """Scores up to an eps, whose frames tell it in their `attrs`."""
+
+    _parameters = ["frame", "eps", "duplicate_of"]  # noqa: RUF012
+    _projection_passthrough = True
+    _preserves_partitioning_information = True
+
+    operation = staticmethod(scores_up_to)
+
+
+def noted(scores: dd.DataFrame) -> dd.DataFrame:
+    """Return scores whose frames tell what they hold, unless they are those of all rows."""
+    known = held(scores)
+    if known is None or known.is_all:
+        return scores
+    return new_collection(Noted(scores.expr, known.eps, known.duplicate_of))
+
+
+def _in_attrs(frame: Any) -> Held | None:
+    """Return what a frame of pandas or cuDF tells of its scores."""
+    note = getattr(frame, "attrs", {}).get(IN_ATTRS)
+    return None if note is None else Held(**note)
+
+
+def eps_of(scores: Any) -> float:
+    """Return the eps of scores that were searched for up to one, or the default one for all others."""
+    known = held(scores)
+    return DEFAULT_EPS if known is None or known.is_all else known.eps
 
 
 def _origin(expr: AnyExpr) -> tuple[float, str, int | None] | None:
@@ -108,10 +153,12 @@ def _origin(expr: AnyExpr) -> tuple[float, str, int | None] | None:
     if (reader := reader_of(expr)) is None:
         return None
     note = (reader.schema.metadata or {}).get(NOTE)
-    if note is None or not is_one_folder(expr):
-        return UNKNOWN, "any", None
-    stored = _stored(note, reader.root)
-    return threshold(stored.eps), stored.duplicate_of, stored.rows
+    return _limits(None if note is None or not is_one_folder(expr) else _stored(note, reader.root))
+
+
+def _limits(noted: Held | None) -> tuple[float, str, int | None]:
+    """Return the least score, the rule and the number of rows of a note."""
+    return (UNKNOWN, "any", None) if noted is None else (threshold(noted.eps), noted.duplicate_of, noted.rows)
 
 
 def check_held(scores: Any, eps: Iterable[float]) -> None:

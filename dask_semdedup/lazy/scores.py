@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -10,12 +11,13 @@ import dask.dataframe as dd
 import pandas as pd
 from dask.dataframe.api import new_collection
 
-from dask_semdedup._validate import type_name
+from dask_semdedup._validate import stack_level, type_name
 from dask_semdedup.errors import ClusterError, InvalidArgumentError, MissingColumnsError
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions, unique_columns
 from dask_semdedup.lazy.alignment import align, align_both, no_cluster_column
 from dask_semdedup.lazy.embed import warn_of_passes
 from dask_semdedup.lazy.expressions import AgainstScores, PairwiseScores
+from dask_semdedup.lazy.held import noted
 from dask_semdedup.lazy.join import Plan, compare_all, compare_all_with, make_plan
 from dask_semdedup.lazy.kmeans import cluster, fit_to_sample
 from dask_semdedup.lazy.sampling import partition_lengths
@@ -35,6 +37,9 @@ __all__ = [
     "score_completely",
     "score_pairwise",
 ]
+
+# From here on, an eps is likely to be meant as a similarity.
+LIKE_A_SIMILARITY = 0.8
 
 
 def score_pairwise(
@@ -56,7 +61,7 @@ def score_pairwise(
     check_sources(ddf, sorted(needed, key=str), ranking)
     frame = align(ddf[[name for name in ddf.columns if name in needed]], columns.cluster)
     scores = new_collection(PairwiseScores(frame, columns, ranking, options, verbose=bool(verbose)))
-    return scores if eps is None else find_duplicates(scores, eps)
+    return scores if eps is None else noted(find_duplicates(scores, eps))
 
 
 def score_completely(
@@ -94,7 +99,7 @@ def plan_completely(ddf: dd.DataFrame, columns: Columns, options: SearchOptions,
 
 def _duplicates_alone(scores: dd.DataFrame, eps: float) -> dd.DataFrame:
     """Return the duplicates with a new index, since the rows between them depend on how they were found."""
-    return find_duplicates(scores, eps).reset_index(drop=True)
+    return noted(find_duplicates(scores, eps).reset_index(drop=True))
 
 
 def up_to(eps: float | None, options: SearchOptions) -> SearchOptions:
@@ -107,6 +112,12 @@ def up_to(eps: float | None, options: SearchOptions) -> SearchOptions:
     """
     if eps is not None:
         check_eps(eps)
+        if LIKE_A_SIMILARITY <= eps < 1:
+            warnings.warn(
+                f"eps is a cosine distance: at eps={eps:g}, rows that are only {1 - eps:.6g} similar are duplicates. "
+                f"For a similarity of {eps:g}, pass eps={1 - eps:.6g}.",
+                stacklevel=stack_level(),
+            )
     if options.duplicate_of == "kept" and not (eps is not None and eps < 1):
         raise InvalidArgumentError(
             f"duplicate_of='kept' needs an eps below 1, not {eps}: which rows are kept depends on eps, and from 1 on "
@@ -165,7 +176,7 @@ def score_against(
         columns.cluster,
     )
     scores = new_collection(AgainstScores(*aligned, columns, reference_id_field, options))
-    return scores if eps is None else find_duplicates(scores, eps)
+    return scores if eps is None else noted(find_duplicates(scores, eps))
 
 
 def is_complete(clusters: str | None, n_clusters: int | None, centroids: Any, fit: Iterable[str]) -> bool:

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dask_semdedup._validate import type_name
 from dask_semdedup.errors import IdError, InvalidArgumentError, MissingColumnsError, counted, some
 from dask_semdedup.frames.backend import to_list
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.frames.ids import are_equal, is_in
 
 __all__ = [
+    "DEFAULT_EPS",
     "check_eps",
     "check_score_columns",
     "eps_column",
@@ -24,6 +26,9 @@ __all__ = [
     "threshold",
     "without_first_rows",
 ]
+
+DEFAULT_EPS = 0.01
+"""The eps of whoever names none: it finds little more than copies."""
 
 
 def check_eps(eps: float) -> None:
@@ -160,6 +165,11 @@ def eps_column(eps: float) -> str:
 
 def check_score_columns(scores: Any, required: Iterable[str]) -> None:
     """Raise `MissingColumnsError` unless a frame has these columns of scores."""
+    if not hasattr(scores, "columns"):
+        raise InvalidArgumentError(
+            f"scores must be a DataFrame, not {type_name(scores)}. They come from ddf.semdedup.pairwise().",
+            parameters=["scores"],
+        )
     required = list(required)
     if not set(required) <= set(scores.columns):
         raise MissingColumnsError.build(required, scores.columns, "Scores come from ddf.semdedup.pairwise().")

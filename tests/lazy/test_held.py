@@ -115,20 +115,45 @@ def test_rows_that_another_search_has_left_are_searched_anew(ddf: dd.DataFrame) 
     assert held(kept.semdedup.pairwise(eps=0.2, **BY_ID)) == Held(0.2)  # Rows are not counted for this.
 
 
-def test_of_what_else_is_done_to_scores_nothing_is_known(ddf: dd.DataFrame) -> None:
-    scores = ddf.semdedup.pairwise(eps=0.1, **BY_ID)
-    labels = dd.from_pandas(pd.DataFrame({"id": range(5)}), npartitions=1)
-    narrow = scores.semdedup.duplicates(0.01)
+@pytest.mark.parametrize("search", [search for name, search in SEARCHES.items() if name != "filtered"])
+def test_what_else_is_made_of_scores_tells_their_eps(ddf: dd.DataFrame, search: Any, tmp_path: Path) -> None:
+    scores = search(ddf, 0.1)
+    scores.compute().to_parquet(tmp_path / "scores.parquet")
     for made in (
-        scores.merge(labels, on="id"),
-        dd.concat([scores, narrow]),
-        scores.sample(frac=0.5),
-        scores.assign(cosine_sim_score=1.0),
-        scores.partitions[:1],
         scores.persist(),
+        scores.sample(frac=0.5),
+        scores.assign(batch=1),
+        scores.sort_values("cosine_sim_score"),
+        scores.partitions[:1],
+        scores.map_partitions(lambda part: part),
+        scores.compute(),
+        dd.from_pandas(scores.compute(), npartitions=2),
+        pd.read_parquet(tmp_path / "scores.parquet"),
     ):
+        assert held(made) == Held(0.1)
+    with pytest.raises(InvalidArgumentError, match=r"only up to eps = 0.1, not at 0.3"):
+        scores.persist().semdedup.duplicates(0.3)
+    assert scores.persist().semdedup.eps_curve().compute()["eps"].max() == 0.1
+    assert held(scores.repartition(npartitions=1).reset_index(drop=True)).eps == 0.1
+
+
+def test_of_scores_of_all_rows_that_were_changed_nothing_is_known(ddf: dd.DataFrame) -> None:
+    scores = ddf.semdedup.pairwise(**BY_ID)
+    for made in (scores.persist(), scores.assign(batch=1), scores.compute()):
         assert held(made) is None
-    assert held(scores.repartition(npartitions=1).reset_index(drop=True)) == Held(0.1, rows=len(ddf))
+    labels = dd.from_pandas(pd.DataFrame({"id": range(5)}), npartitions=1)
+    assert held(scores.semdedup.duplicates(0.1).merge(labels, on="id").compute()) is None
+    assert held(scores.persist().semdedup.duplicates(0.1).persist()) == Held(0.1)
+
+
+def test_the_default_eps_is_that_of_the_search(ddf: dd.DataFrame) -> None:
+    scores = ddf.semdedup.pairwise(eps=0.1, cluster_field=None, **BY_ID)
+    for made in (scores, scores.persist()):
+        assert len(made.semdedup.duplicates()) == len(made.semdedup.groups()) == len(scores)
+    kept = ddf.semdedup.pairwise(eps=0.1, cluster_field=None, duplicate_of="kept", **BY_ID)
+    assert len(kept.semdedup.groups()) == len(kept)
+    full = ddf.semdedup.pairwise(cluster_field=None, **BY_ID)
+    assert len(full.semdedup.duplicates()) == len(full.semdedup.duplicates(0.01)) < len(scores)
 
 
 def test_a_filter_tells_nothing_of_kept_rows(ddf: dd.DataFrame) -> None:
@@ -175,7 +200,7 @@ def test_only_filters_by_the_score_count(ddf: dd.DataFrame) -> None:
     ):
         assert held(scores[predicate]) == Held(2)
     (in_memory,) = dask.persist(scores.semdedup.duplicates(0.1))
-    assert held(in_memory) is None
+    assert held(in_memory) == Held(0.1)
 
 
 @pytest.mark.parametrize("rule", ["any", "kept"])
@@ -187,7 +212,9 @@ def test_shares_are_unknown_rather_than_those_of_duplicates(ddf: dd.DataFrame, c
         curve = scores.semdedup.eps_curve([0.1]).compute()
         assert curve["duplicates"].tolist() == [made]
         assert curve["share"].isna().all()
-        assert plots.duplicates_curve(scores, 0.1).axes[0].get_title(loc="left") == f"Duplicates at eps = 0.1: {made:,}"
+        if rule == "any":
+            title = plots.duplicates_curve(scores, 0.1).axes[0].get_title(loc="left")
+            assert title == f"Duplicates at eps = 0.1: {made:,}"
         assert plots.score_histogram(scores, 0.1).axes[0].get_title(loc="left") == f"{made:,} duplicates"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["cluster_sizes", "duplicates_curve", "pair_gallery", "score_histogram"]
 
 AnyFigure: TypeAlias = Figure | SubFigure
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows as a picture, also without ``%matplotlib inline``."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
+
 
 # A figure that is passed is the one that is returned.
 Given = TypeVar("Given", Figure, SubFigure)
@@ -317,7 +328,7 @@ def pair_gallery(
     check_pairs(queries, matches, scores)
     lines = max(1, -(-len(scores) // columns))
     if figure is None:
-        figure = Figure(figsize=(2.1 * columns, 1.35 * lines + 0.7), facecolor="white")
+        figure = NotebookFigure(figsize=(2.1 * columns, 1.35 * lines + 0.7), facecolor="white")
     height = figure.bbox.height / figure.dpi  # In inches, as are the margins for text.
     figure.suptitle(title, x=0.02, y=1 - 0.12 / height, ha="left", va="top", fontsize=13, fontweight="bold", color=INK)
     # A pair takes two columns of images and a narrow empty one.
@@ -344,7 +355,7 @@ def pair_gallery(
 def _axes(figure: AnyFigure | None, x_label: str, y_label: str) -> tuple[AnyFigure, Axes]:
     """Axes without chart junk, in the given figure or in a new one."""
     if figure is None:
-        figure = Figure(figsize=(7.2, 4.2), facecolor="white", layout="constrained")
+        figure = NotebookFigure(figsize=(7.2, 4.2), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(PALE)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.report.plots import VERMILION, cluster_sizes, duplicates_curve, pair_gallery, score_histogram
 from dask_semdedup.report.summary import summarize
 
@@ -136,3 +137,15 @@ def test_pictures_go_into_subfigures(scores: pd.DataFrame) -> None:
     assert pair_gallery(np.zeros((1, 4, 4, 3)), np.zeros((1, 4, 4, 3)), [1.0], figure=right) is right
     figure.savefig(picture := io.BytesIO(), format="png")
     assert picture.getvalue().startswith(b"\x89PNG")
+
+
+def test_notebooks_show_figures_without_being_told_to() -> None:
+    scores = pd.DataFrame({"id": [1, 2], "max_id": [1, 1], "cosine_sim_score": np.array([0, 0.99], np.float32)})
+    for figure in (score_histogram(scores), pair_gallery(np.ones((1, 8, 8)), np.ones((1, 8, 8)), [0.9])):
+        assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("scores", [[0.9], pd.Series([0.9]), {"id": [1]}])
+def test_what_is_no_frame_of_scores(scores: object) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"scores must be a DataFrame, not .*They come from ddf.semdedup"):
+        score_histogram(scores)

@@ -187,8 +187,8 @@ def command(
     row at --max-eps), duplicates (the rows to drop), deduplicated (the kept rows, with all columns) and report. All
     tables are Parquet. Embeddings of JSON lines are written as float32.
 
-    The columns of scores and duplicates are id (the value of --id-field), max_id (the id of the preferred row that the
-    row is near), cosine_sim_score and, with --n-clusters, the cluster.
+    The columns of scores and duplicates are named id (values of --id-field), max_id (the id of the preferred row that
+    the row is near), cosine_sim_score and, with --n-clusters, the cluster.
 
     By default, --eps is 0.01. The next run reuses the folders whose options are the same. If options differ,
     duplicates, deduplicated and report are redone; embeddings, clusters and scores only with --from or --overwrite. A

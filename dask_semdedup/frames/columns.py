@@ -30,7 +30,9 @@ COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 DUPLICATE_OF = ("any", "kept")
 # What columns hold, by the attribute of `Columns`.
 HELD = {"id": "ids", "embedding": "embeddings", "cluster": "clusters"}
-MAKE_IDS = " If the rows have no ids, `read_table` makes some with make_ids=True."
+MAKE_IDS = (
+    " If the rows have no ids, make some: read_table(..., make_ids=True), or in pandas frame.reset_index(names='id')."
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Columns:
             parameters = [parameter or f"{attribute}_field" for attribute in missing]
             contents = _listed(HELD[attribute] for attribute in missing)
             advice = f"Name the column{'s' * (len(missing) > 1)} of {contents}{where} as {_listed(parameters)}."
+            if "embedding" in missing and set(SCORE_COLUMNS) <= set(present):
+                advice = "These are scores: call the method on the frame of the embeddings."
             if "id" in missing:
                 advice += MAKE_IDS
             if "embedding" in missing:

@@ -44,6 +44,9 @@ __all__ = [
 # Numbers that are converted to float32 at a time: few enough for a CPU's cache, and enough to keep a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
+# Warnings that Python has shown: the same one is not repeated.
+SHOWN: dict[Any, Any] = {}
+
 NUMERIC = {np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2")}
 
 # Numbered columns are taken for dimensions if there are at least this many.
@@ -360,7 +363,7 @@ class _Report:
         positions = np.sort(np.asarray(positions))
         count = "1 row" if len(positions) == 1 else f"{len(positions)} rows"
         where = f"{self.name!r}{self._in_clusters(positions)}"
-        is_part = self.ids is not None and self.clusters is None
+        is_part = self.ids is not None and self.clusters is None and len(positions) < len(self.ids)
         elsewhere = " Other partitions may have more." if is_part else ""
         return EmbeddingError(
             f"Column {where}: {count} {problem} ({self._rows(positions)}). {advice}{elsewhere}",
@@ -385,6 +388,7 @@ class _Report:
             ZeroEmbeddingWarning,
             filename="dask_semdedup",
             lineno=1,
+            registry=SHOWN,
         )
 
     def _in_clusters(self, positions: np.ndarray) -> str:
@@ -515,7 +519,10 @@ class _PandasSource(_Source):
         if kinds := {kind for kind in set(map(type, rows)) if kind not in (np.ndarray, list, tuple)}:
             odd = [isinstance(row, tuple(kinds)) for row in rows]
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
-            raise self.report.error(np.flatnonzero(odd), f"of type {names}", f"The column must hold {ACCEPTED}.")
+            tensors = " Convert a tensor with list(tensor.numpy())." if "Tensor" in names else ""
+            raise self.report.error(
+                np.flatnonzero(odd), f"of type {names}", f"The column must hold {ACCEPTED}.{tensors}"
+            )
         if scalars := [position for position, row in enumerate(rows) if getattr(row, "ndim", 1) == 0]:
             raise self.report.error(scalars, "that is a single number", f"The column must hold {ACCEPTED}.")
         return self._check_widths(np.fromiter(map(len, rows), np.int64, len(rows)), embedding_dim)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dask_semdedup")
 
 __all__ = [
+    "LEAST_FOR_ALL",
     "PROCESS_BYTES",
     "Blocks",
     "blocks_of_partitions",
@@ -49,6 +50,9 @@ __all__ = [
 
 # Bytes of a process between tasks: Python with torch, pandas and Dask. Builds of torch for GPUs take more.
 PROCESS_BYTES = (420 if "+cpu" in version("torch") else 720) << 20
+
+# Bytes of the smallest worker that is known to compare all rows again and again. Dask pauses smaller ones, for good.
+LEAST_FOR_ALL = (1000 if "+cpu" in version("torch") else 1800) * 10**6
 
 # Shares of its memory that a worker may fill, and that it may have filled between tasks. At 95% Dask kills it, and from
 # 80% on it starts no task.

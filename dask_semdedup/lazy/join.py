@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, pairwise, product
@@ -18,6 +19,7 @@ from dask.typing import Key
 from dask.utils import format_bytes
 
 from dask_semdedup._dask import DataNode, Expr, Task, TaskList, TaskRef
+from dask_semdedup._validate import stack_level
 from dask_semdedup.device.devices import has_cuda
 from dask_semdedup.device.memory import device_bytes, share_memory_pool
 from dask_semdedup.device.sharing import gpus_at_work
@@ -25,7 +27,7 @@ from dask_semdedup.errors import InvalidArgumentError
 from dask_semdedup.frames.backend import is_cudf, tensor_like
 from dask_semdedup.frames.columns import DISTANCE_COLUMNS, Columns, SearchOptions
 from dask_semdedup.io.results import Results
-from dask_semdedup.lazy.blocks import PROCESS_BYTES, least_limit, task_bytes, threads_of_workers
+from dask_semdedup.lazy.blocks import LEAST_FOR_ALL, PROCESS_BYTES, least_limit, task_bytes, threads_of_workers
 from dask_semdedup.lazy.expressions import ScoresAgainst
 from dask_semdedup.lazy.planning import CUDF_ELEMENTS
 from dask_semdedup.lazy.pushdown import Searched
@@ -231,7 +233,8 @@ class Plan:
             lines.append((f"time on {where}", f"{self.seconds:,.1f} s, plus {reading}"))
         if self.width:
             process = f"plus {format_bytes(PROCESS_BYTES + KEPT_BYTES)} for each process"
-            lines.append(("memory of a worker", f"{format_bytes(self.task_bytes)} for each thread, {process}"))
+            least = f"at least {LEAST_FOR_ALL / 1e9:g} GB"
+            lines.append(("memory of a worker", f"{format_bytes(self.task_bytes)} for each thread, {process}, {least}"))
         return "\n".join(f"{name:<19} {value}" for name, value in lines)
 
 
@@ -334,6 +337,12 @@ def _check_memory(nbytes: float, rows: int) -> None:
             f"rows are sketched, and a worker has {format_bytes(int(limit))}, of which {format_bytes(PROCESS_BYTES)} "
             "hold the program. Make partitions smaller, or give workers more memory.",
             parameters=["partition_size"],
+        )
+    if limit < LEAST_FOR_ALL:
+        warnings.warn(
+            f"A worker has {format_bytes(int(limit))} of memory. Where all rows are compared, Dask may pause it for "
+            f"good. Give each worker {LEAST_FOR_ALL / 1e9:g} GB or more.",
+            stacklevel=stack_level(),
         )
 
 

@@ -45,6 +45,7 @@ def remove_duplicates(
     a null id is kept, and the duplicates may be those of another frame.
     """
     _check_id_column(ddf, left_on, "id_field", "the data")
+    _refuse_rows(duplicates, ddf)
     duplicates = _select(_to_dask(duplicates), right_on, eps, id_field=left_on, of_itself=of_itself)
     if is_cudf(duplicates._meta) != is_cudf(ddf._meta):
         duplicates = duplicates.to_backend("cudf" if is_cudf(ddf._meta) else "pandas")
@@ -104,6 +105,17 @@ def _check_id_column(frame: Any, name: str, parameter: str, what: str) -> None:
             [name], frame.columns, f"Name the column of ids of {what} as {parameter}.", parameters=[parameter]
         )
     check_plain_dtype(frame._meta[name], parameter)
+
+
+def _refuse_rows(duplicates: Any, ddf: dd.DataFrame) -> None:
+    """Raise for rows of the data, which are more likely to be those to keep than those to remove."""
+    columns = set(getattr(duplicates, "columns", ()))
+    if len(ddf.columns) > 1 and columns >= set(ddf.columns) and "max_id" not in columns:
+        raise InvalidArgumentError(
+            "duplicates have all columns of this frame, as the rows that `deduplicate` or `remove` keeps. Pass scores "
+            "of `pairwise` or `against`; or, to remove these rows, their ids alone: frame[[id_field]].",
+            parameters=["duplicates"],
+        )
 
 
 def _to_dask(duplicates: Any) -> dd.DataFrame:

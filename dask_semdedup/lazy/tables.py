@@ -226,6 +226,8 @@ def from_pandas(
     if not isinstance(frame, pd.DataFrame):
         # Of Polars, Arrow and Datasets.
         advice = "Pass frame.to_pandas()." if hasattr(frame, "to_pandas") else "Pass pandas.DataFrame({...})."
+        if isinstance(frame, dd.DataFrame):
+            advice = "It needs no conversion: call its methods, as frame.semdedup.deduplicate()."
         raise InvalidArgumentError(
             f"frame must be a pandas DataFrame, not {type_name(frame)}. {advice}", parameters=["frame"]
         )

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, some
+from dask_semdedup.errors import InvalidArgumentError, MissingColumnsError, counted, some
 from dask_semdedup.frames.columns import SCORE_COLUMN
 from dask_semdedup.io.scores import Compared
 from dask_semdedup.io.targets import MANIFEST, Contents
@@ -278,7 +279,15 @@ def _card(one: Any, other: Any, score: float, texts: dict[Any, Any] | None, imag
 
 
 def _thumbnails(column: pd.Series, documents: Documents) -> dict[Any, str]:
-    return {key: thumbnail(_encoded(value), documents.open) for key, value in column.items()}
+    pictures = {key: thumbnail(_encoded(value), documents.open) for key, value in column.items()}
+    if pictures and not any(picture.startswith("data:") for picture in pictures.values()):
+        reason = next(iter(pictures.values()))
+        warnings.warn(
+            f"Column {documents.image_field!r}: none of {counted(len(pictures), 'image')} can be read. {reason} Name a "
+            "column of encoded images, or of their paths.",
+            stacklevel=2,
+        )
+    return pictures
 
 
 def _encoded(value: Any) -> Any:

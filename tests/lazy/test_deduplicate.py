@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
 from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError, RankingStrategy, from_pandas, read_table
-from dask_semdedup.errors import ClusterError, DataReadError
+from dask_semdedup.errors import ClusterError, DataReadError, EmbeddingError
 from tests.data import arrow_lists
 
 
@@ -131,3 +132,33 @@ def test_a_missing_cluster_column_is_named_first() -> None:
     frame = pd.DataFrame({"id": range(3), "embeddings": list(np.eye(3, dtype=np.float32))})
     with pytest.raises(ClusterError, match=r"No cluster column 'nope'"):
         from_pandas(frame).semdedup.deduplicate(cluster_field="nope")
+
+
+def test_clusters_are_either_given_or_made(raw: pd.DataFrame) -> None:
+    ddf = from_pandas(raw.assign(source=raw["id"] % 2))
+    for made in ({"n_clusters": 3}, {"centroids": np.eye(8)[:3]}):
+        with pytest.raises(InvalidArgumentError, match="a column 'source', and n_clusters or centroids would make"):
+            ddf.semdedup.deduplicate(eps=0.1, cluster_field="source", **made)
+    assert len(ddf.semdedup.deduplicate(eps=0.1, cluster_field="source", which_to_keep="random")) == 30
+
+
+@pytest.mark.parametrize("method", ["deduplicate", "pairwise", "plan"])
+def test_a_similarity_is_no_eps(raw: pd.DataFrame, method: str) -> None:
+    options = {} if method == "plan" else {"cluster_field": None}
+    with pytest.warns(
+        UserWarning, match=r"at eps=0\.95, .* only 0\.05 similar .*a similarity of 0\.95, pass eps=0\.05"
+    ):
+        getattr(from_pandas(raw).semdedup, method)(eps=0.95, **options)
+
+
+def test_tensors_are_told_how_to_become_arrays(raw: pd.DataFrame) -> None:
+    rows = torch.from_numpy(np.array(raw["embeddings"].tolist(), np.float32))
+    with pytest.raises(EmbeddingError, match=r"of type Tensor .*list\(tensor\.numpy\(\)\)"):
+        from_pandas(raw.assign(embeddings=list(rows)))
+
+
+@pytest.mark.parametrize("method", ["deduplicate", "pairwise", "plan", "kmeans"])
+def test_scores_are_told_from_documents(raw: pd.DataFrame, method: str) -> None:
+    scores = from_pandas(raw).semdedup.pairwise(eps=0.1, cluster_field=None)
+    with pytest.raises(MissingColumnsError, match="These are scores: call the method on the frame of the embeddings"):
+        getattr(scores.semdedup, method)(**({"cluster_field": None} if method == "pairwise" else {}))

@@ -21,7 +21,7 @@ from dask.dataframe.utils import assert_eq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError
+from dask_semdedup import IdError, InvalidArgumentError, MissingColumnsError, from_pandas, read_table
 from tests.data import arrow_lists
 from tests.strategies import STR, id_columns
 
@@ -405,3 +405,15 @@ def test_frames_of_pandas_leave_dasks_configuration_alone() -> None:
         for _ in range(5):
             list(pool.map(remove, range(4)))
             assert dask.config.get("dataframe.convert-string") is True
+
+
+def test_the_rows_that_are_kept_are_not_taken_for_duplicates(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"id": range(20), "embeddings": [[1.0, i % 5] for i in range(20)]})
+    ddf = from_pandas(frame)
+    kept = ddf.semdedup.deduplicate(eps=0.001)
+    kept.semdedup.to_parquet(tmp_path / "kept")
+    for rows in (kept, kept.persist(), kept.compute(), read_table(tmp_path / "kept"), ddf):
+        with pytest.raises(InvalidArgumentError, match=r"duplicates .*keeps"):
+            ddf.semdedup.remove(rows)
+        ids = rows[["id"]].persist() if isinstance(rows, dd.DataFrame) else rows[["id"]]
+        assert len(ddf.semdedup.remove(ids)) == 20 - len(rows)

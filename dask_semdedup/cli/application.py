@@ -29,6 +29,8 @@ from dask_semdedup.steps.ranking import RankingStrategy
 
 EXIT_STATUS = 2
 INTERRUPTED = 130
+# Columns that a table needs.
+LEAST_WIDTH = 80
 # Seconds within which several interrupts are one: programs such as timeout pass on what the terminal sends, too.
 ONE_INTERRUPT = 0.5
 
@@ -237,9 +239,10 @@ def _flags(command: click.Command) -> dict[str, str]:
 def as_text(table: Table) -> str:
     """Return a table as text for standard output, with styles if that is a terminal."""
     text = io.StringIO()
-    for column in table.columns:
-        column.overflow = "fold"
-    Console(file=text, force_terminal=bool(sys.stdout and sys.stdout.isatty()) or None).print(table)
+    console = Console(file=text, force_terminal=bool(sys.stdout and sys.stdout.isatty()) or None)
+    # A narrower terminal breaks lines, where rich would leave out numbers.
+    console.width = max(console.width, LEAST_WIDTH)
+    console.print(table)
     return text.getvalue().rstrip("\n")
 
 

@@ -281,3 +281,13 @@ def test_a_server_in_trouble(store: Store, local: Path, remote: str, troubled: T
 
 def assert_done(result: Result) -> None:
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("which", ["INPUT", "OUTPUT"])
+def test_a_bucket_that_is_not_there_is_named(store: Store, remote: str, which: str) -> None:
+    paths = {"INPUT": f"{remote}/raw", "OUTPUT": f"{remote}/never"} | {which: "s3://nowhere/at-all"}
+    result = store.invoke("run", *paths.values())
+    assert result.exit_code == 2
+    assert f"bucket does not exist (INPUT {paths['INPUT']}, OUTPUT {paths['OUTPUT']})" in " ".join(
+        result.stderr.split()
+    )

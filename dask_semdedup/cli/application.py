@@ -193,7 +193,10 @@ class Command(click.Command):
         except Exception as error:
             if ctx.meta.get("traceback"):
                 traceback.print_exception(error)
-            raise click.ClickException(_describe(error, self)) from error
+            message = _describe(error, self)
+            if not isinstance(error, SemDedupError):
+                message += _urls_not_in(message, ctx)
+            raise click.ClickException(message) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in their sections; options of no section come last."""
@@ -218,6 +221,16 @@ def _describe(error: Exception, command: click.Command) -> str:
     if isinstance(error, OSError):
         return str(error)
     return f"{type(error).__name__}: {error} (--traceback shows where)"
+
+
+def _urls_not_in(message: str, ctx: click.Context) -> str:
+    """Return the URLs of the command, which errors of a library for object storage may not name."""
+    arguments = [param for param in ctx.command.params if isinstance(param, click.Argument)]
+    given = {str(param.metavar).strip("[]"): str(ctx.params.get(str(param.name))) for param in arguments}
+    urls = {name: path for name, path in given.items() if "://" in path}
+    if not urls or any(path in message for path in urls.values()):
+        return ""
+    return f" ({', '.join(f'{name} {path}' for name, path in urls.items())})"
 
 
 def _in_options(message: str, options: Mapping[str, str]) -> str:

@@ -221,7 +221,7 @@ class Plan:
             size = self.index.longer.size
             lines += [
                 ("sketches", f"{size} numbers for a row of {self.width}, {format_bytes(self.sketch_bytes)}"),
-                ("cells", f"{len(self.index.cells):,}, of which a row visits {self.index.visits:.1f}"),
+                ("cells", f"{len(self.index.cells):,}, and a row visits {self.index.visits:.1f} others on average"),
                 ("pairs skipped", f"{self.skipped:.2%}"),
                 ("pairs of sketches", f"{self.pairs:,.0f}, of their first {self.index.sketcher.size} numbers"),
                 ("pairs to verify", f"{self.index.left:,.0f}"),

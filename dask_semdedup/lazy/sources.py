@@ -58,7 +58,8 @@ def is_one_folder(expr: AnyExpr) -> bool:
         return True
     partitions = expr.iterables[0]
     folders = {piece.path.rpartition("/")[0] for pieces in partitions for piece in pieces}
-    return len(folders) == 1 and len(expr._partitions) == len(partitions)
+    # Files without rows are in no partition.
+    return folders <= {expr.func.reader.root} and len(expr._partitions) == len(partitions)
 
 
 def paths_of(ddf: dd.DataFrame) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -183,6 +183,17 @@ def test_files_of_several_folders_tell_nothing(ddf: dd.DataFrame, tmp_path: Path
     assert held(read_table(tmp_path / "wide").partitions[:0]) is None
 
 
+def test_files_without_duplicates_tell_what_was_compared(ddf: dd.DataFrame, tmp_path: Path) -> None:
+    few = ddf.partitions[0][["id", "embeddings"]].head(3, compute=False)
+    empty = few.semdedup.pairwise(eps=0, cluster_field=None, **BY_ID)
+    read = written(empty, tmp_path / "none")
+    assert len(read) == 0
+    assert held(read) == held(empty) == Held(0, rows=3)
+    assert read.semdedup.eps_curve([0]).compute()["share"].tolist() == [0]
+    written(ddf.semdedup.pairwise(eps=0.2, cluster_field=None, **BY_ID), tmp_path / "wide")
+    assert held(read_table([tmp_path / "none", tmp_path / "wide"])) is None
+
+
 def test_figures_of_duplicates_alone_know_all_rows(ddf: dd.DataFrame) -> None:
     scores = ddf.semdedup.pairwise(eps=0.1, cluster_field=None, **BY_ID)
     [share] = scores.semdedup.eps_curve([0.1]).compute()["share"]

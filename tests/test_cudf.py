@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dask_semdedup import read_clusters
+from dask_semdedup import read_clusters, read_table
 from dask_semdedup.device import streams
 from dask_semdedup.device.memory import share_memory_pool
 from dask_semdedup.device.streams import current_stream, reading_stream
@@ -25,6 +25,7 @@ from dask_semdedup.frames.columns import Columns
 from dask_semdedup.frames.embeddings import check_embedding_dtype, to_tensor
 from dask_semdedup.frames.hashing import hash_ids
 from dask_semdedup.io import cudf_reader
+from dask_semdedup.lazy.held import Held, held
 from dask_semdedup.stages import PairwiseStage
 from dask_semdedup.steps.kmeans import check_centroids, kmeans_meta, kmeans_partition
 from dask_semdedup.steps.pairwise import pairwise_meta
@@ -179,6 +180,22 @@ def test_rows_without_a_cluster_are_named(cudf):
     frame = on_gpu(cudf, GOLDEN.assign(centroid=pd.Series([0, 0, None, 0, None, 1], dtype="Int64")))
     with pytest.raises(ClusterError, match=r"Column 'centroid': 2 rows have no cluster \(ids 2, 4\)"):
         run(frame)
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.0])
+def test_scores_tell_what_they_hold(cudf, tmp_path, eps):
+    rows = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)
+    rows[150:] = rows[:50] + np.float32(0.01)
+    pd.DataFrame({"id": range(200), "embeddings": list(rows)}).to_parquet(tmp_path / "rows.parquet")
+    ddf = read_table(tmp_path / "rows.parquet", backend="cudf")
+    scores = ddf.semdedup.pairwise(eps=eps, cluster_field=None)
+    assert held(scores) == Held(eps, rows=200)
+    assert held(scores.persist()) == held(scores.compute()) == Held(eps)
+    scores.semdedup.to_parquet(tmp_path / "scores")
+    for name in ("cudf", "pandas"):
+        read = read_table(tmp_path / "scores", backend=name)
+        assert len(read) == len(scores)
+        assert held(read) == held(scores)
 
 
 def test_pandas_frames_on_a_gpu(cudf):

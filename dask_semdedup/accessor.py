@@ -785,10 +785,10 @@ n_init, oversampling_factor, max_samples_per_batch, device
         MissingColumnsError
             If a frame has no column of ids, or `duplicates` no scores to compare with `eps`.
         InvalidArgumentError
-            If the ids of the two frames are of different types, `duplicates` is not such a frame, it was found at
-            several eps and none of them is chosen, `eps` is not a number from 0 to 2, or the scores do not hold all
-            duplicates at `eps`, as in `duplicates`. When computed, if they are scores of all rows and there is no
-            `eps`.
+            If the ids of the two frames are of different types, `duplicates` is not such a frame or has all columns of
+            this one, as the rows that are kept do, it was found at several eps and none of them is chosen, `eps` is not
+            a number from 0 to 2, or the scores do not hold all duplicates at `eps`, as in `duplicates`. When computed,
+            if they are scores of all rows and there is no `eps`.
         IdError
             When computed, if an id to remove occurs in several rows of this frame, of which at most one is a duplicate,
             or if scores say that a row duplicates one of its own id. No partition is returned before that is checked.
@@ -1037,7 +1037,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             Column of embeddings.
         cluster_field : str, optional
             Column of clusters within which rows are compared. With `n_clusters` or `centroids`, it is the name of a
-            temporary column, by default "centroid", which must not be the name of a needed column.
+            temporary column, by default "centroid". A name that you pass must not be that of a column.
         duplicate_of : {"kept", "any"}, default "kept"
             With "kept", a row is dropped if and only if a kept, preferred row is at least ``1 - eps`` similar. With
             "any", the rule of NeMo Curator, a row is also dropped if the preferred row is itself dropped. Then there
@@ -1062,7 +1062,7 @@ n_init, oversampling_factor, max_samples_per_batch, device
             As `kmeans`, `pairwise` and `remove` do.
         InvalidArgumentError
             As these do; if `duplicate_of` is "kept" and `eps` is not below 1; if there are options of k-means without
-            `n_clusters` or `centroids`.
+            `n_clusters` or `centroids`, or these beside a `cluster_field` that is a column.
 
         See Also
         --------

@@ -13,7 +13,6 @@ from dask_semdedup.steps.duplicates import DEFAULT_EPS
 if TYPE_CHECKING:
     from dask_semdedup.steps.ranking import RankingStrategy
 
-
 # Files for an encrypted connection, by option: the parameter of `distributed.Security`, and what is in them.
 TLS_OPTIONS = {
     "--tls-ca-file": ("tls_ca_file", "Certificate of the authority that signed the scheduler's certificate"),

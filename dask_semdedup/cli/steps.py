@@ -188,7 +188,7 @@ def manifest_of(path: str, storage_options: Mapping[str, Any]) -> Manifest | Non
     """Return the manifest in the folder of a step, or None if it is not one, or is not finished."""
     fs, folder = fsspec.url_to_fs(path, **storage_options)
     for name in MANIFESTS:
-        with suppress(*UNREADABLE, TypeError):
+        with suppress(*UNREADABLE):
             return Manifest(**read_note(fs, f"{folder.rstrip('/')}/{name}"))
     return None
 
